@@ -1,0 +1,180 @@
+"""Attention of a class token alone, without the matrices K, V and L x L.
+
+Only the class token's output is used and its query does not depend on the other tokens, so the key
+projection moves to the query and the value projection behind the weighted sum: O(L D + D^2) a sample
+in place of O(L D^2 + L^2 D), with the same values and the same gradients.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from rollingq_jax.rotation import HIGHEST, as_float
+
+
+def masked_softmax(logits: Array, mask: Array | None) -> Array:
+    """Softmax over the last axis; positions where `mask` is False get weight 0.
+
+    `[..., L], [..., L] -> [..., L]`. A row with no real position is all zeros, free of NaN.
+    """
+    if mask is None:
+        return jax.nn.softmax(logits, axis=-1)
+    mask = jnp.broadcast_to(mask, logits.shape)
+    lowest = jnp.finfo(logits.dtype).min
+    top = jax.lax.stop_gradient(jnp.max(jnp.where(mask, logits, lowest), axis=-1, keepdims=True))
+    raised = jnp.where(mask, jnp.exp(jnp.where(mask, logits - top, 0.0)), 0.0)
+    total = jnp.sum(raised, axis=-1, keepdims=True)
+    return raised / jnp.where(total > 0, total, 1.0)
+
+
+def per_example_keep(rng: Array, rate: float, shape: tuple[int, ...]) -> Array:
+    """Bernoulli(1 - rate) of `shape` = `(B, ...)`; `rng` is one key, or one key an example `[B]`."""
+    if rng.ndim == 0 or (rng.ndim == 1 and not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)):
+        return jax.random.bernoulli(rng, 1.0 - rate, shape)
+    return jax.vmap(lambda one: jax.random.bernoulli(one, 1.0 - rate, shape[1:]))(rng)
+
+
+def drop(x: Array, rate: float, rng: Array | None) -> Array:
+    """Inverted dropout of `[B, ...]`; `rng` as in `per_example_keep`; None or rate 0 keeps all.
+
+    Raises:
+      ValueError: the rate is not in [0, 1).
+    """
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"dropout_rate is {rate}; allowed: 0 <= rate < 1")
+    if rng is None or rate == 0.0:
+        return x
+    return jnp.where(per_example_keep(rng, rate, x.shape), x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def _per_example(query: Array, batch_size: int) -> Array:
+    """`[H, d_h]` or `[B, H, d_h]` -> `[B, H, d_h]`."""
+    query = as_float(query)
+    return jnp.broadcast_to(
+        query[None] if query.ndim == 2 else query, (batch_size, *query.shape[-2:])
+    )
+
+
+def class_token_attention(
+    tokens: Array,
+    query: Array,
+    w_key: Array,
+    w_value: Array,
+    b_key: Array,
+    b_value: Array,
+    mask: Array | None = None,
+    dropout_rate: float = 0.0,
+    rng: Array | None = None,
+) -> tuple[Array, Array]:
+    """softmax(T (W_k q) / sqrt(d_h)), and (sum_l w_l T_l) W_v + b_v sum_l w_l, a head at a time.
+
+    b_k . q is the same for every token and cancels in the softmax; sum_l w_l is 1 but under dropout.
+
+    Args:
+      tokens: `[B, L, D]` T, float32 or bfloat16; the two products over L run in its dtype and
+        accumulate in float32.
+      query: `[B, H, d_h]` or `[H, d_h]`, already rotated.
+      w_key, w_value: `[D, H, d_h]`.
+      b_key, b_value: `[H, d_h]`; the output does not depend on `b_key`.
+      mask: `[B, L]`, True where a token is real. A sample without any gets weights and output 0.
+      dropout_rate: of the weights; applied when `rng` is given.
+      rng: one key, or one key an example `[B]`, which makes dropout independent of how a batch is
+        laid out over devices.
+
+    Returns:
+      output `[B, H, d_h]` before the output projection and weights `[B, H, L]` before dropout, both
+      float32.
+
+    Raises:
+      ValueError: the dropout rate is not in [0, 1).
+    """
+    del b_key
+    batch_size, length, width = tokens.shape
+    w_key, w_value = as_float(w_key), as_float(w_value)
+    query = _per_example(query, batch_size)
+    folded = jnp.einsum("dhk,bhk->bhd", w_key, query, precision=HIGHEST) * query.shape[-1] ** -0.5
+    logits = jnp.einsum(
+        "bld,bhd->bhl", tokens, folded.astype(tokens.dtype), preferred_element_type=jnp.float32
+    )
+    weights = masked_softmax(logits, None if mask is None else mask[:, None])
+    kept = drop(weights, dropout_rate, rng)
+    pooled = jnp.einsum(
+        "bhl,bld->bhd", kept.astype(tokens.dtype), tokens, preferred_element_type=jnp.float32
+    )
+    total = jnp.sum(kept, axis=-1)[..., None]
+    output = jnp.einsum("bhd,dhk->bhk", pooled, w_value) + total * as_float(b_value)[None]
+    return output, weights
+
+
+def textbook_attention(
+    tokens: Array,
+    query: Array,
+    w_key: Array,
+    w_value: Array,
+    b_key: Array,
+    b_value: Array,
+    mask: Array | None = None,
+    dropout_rate: float = 0.0,
+    rng: Array | None = None,
+) -> tuple[Array, Array]:
+    """The same with keys and values for every token: softmax(q K^T / sqrt(d_h)) V.
+
+    Arguments and results as `class_token_attention`, which is tested against it.
+    """
+    keys = jnp.einsum("bld,dhk->bhlk", tokens, w_key) + b_key[None, :, None]
+    values = jnp.einsum("bld,dhk->bhlk", tokens, w_value) + b_value[None, :, None]
+    query = _per_example(query, tokens.shape[0])
+    logits = jnp.einsum("bhk,bhlk->bhl", query, keys) * query.shape[-1] ** -0.5
+    weights = masked_softmax(logits, None if mask is None else mask[:, None])
+    return jnp.einsum("bhl,bhlk->bhk", drop(weights, dropout_rate, rng), values), weights
+
+
+def mean_key(tokens: Array, w_key: Array, b_key: Array, mask: Array | None = None) -> Array:
+    """k^m = (mean of T^m) W_k + b_k, the mean key of one modality without its keys.
+
+    Args:
+      tokens: `[B, L, D]`, the modality's tokens, its own class token included.
+      w_key: `[D, H, d_h]`.
+      b_key: `[H, d_h]`.
+      mask: `[B, L]`, True where a token is real; a sample without any has mean token 0.
+
+    Returns:
+      `[B, H, d_h]` float32.
+    """
+    tokens = as_float(tokens)
+    if mask is None:
+        mean = jnp.mean(tokens, axis=1)
+    else:
+        real = mask.astype(tokens.dtype)
+        total = jnp.sum(real, axis=1)[:, None]
+        mean = jnp.einsum("bl,bld->bd", real, tokens, precision=HIGHEST) / jnp.maximum(total, 1.0)
+    return (
+        jnp.einsum("bd,dhk->bhk", mean, as_float(w_key), precision=HIGHEST) + as_float(b_key)[None]
+    )
+
+
+def attention_share(weights: Array, lengths: tuple[int, ...]) -> Array:
+    """Each modality's part of the attention: its weights' sum over that of all modalities.
+
+    Args:
+      weights: `[B, H, 1 + sum(lengths)]` before dropout; the fusion class token's, first, is left
+        out.
+      lengths: tokens of each modality, in the order of the sequence.
+
+    Returns:
+      `[B, H, M]`, sums to 1 (equal shares where no modality gets any attention).
+
+    Raises:
+      ValueError: the lengths do not add up to the tokens behind the class token.
+    """
+    if 1 + sum(lengths) != weights.shape[-1]:
+        raise ValueError(
+            f"lengths are {lengths}, which with the class token make {1 + sum(lengths)} tokens; "
+            f"the weights have {weights.shape[-1]}"
+        )
+    bounds = [sum(lengths[:i]) for i in range(1, len(lengths))]
+    parts = jnp.split(weights[..., 1:], bounds, axis=-1)
+    sums = jnp.stack([jnp.sum(part, axis=-1) for part in parts], axis=-1)
+    total = jnp.sum(sums, axis=-1, keepdims=True)
+    shares = sums / jnp.where(total > 0, total, 1.0)
+    return jnp.where(total > 0, shares, 1.0 / len(lengths))

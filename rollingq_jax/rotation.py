@@ -1,0 +1,168 @@
+"""The rotation that takes one vector's direction to another's, and its application.
+
+Paper section 4 and upstream `models/fusion_modules.py` build it from an SVD of the rank-one matrix
+`target source^T`, which fixes one direction and leaves all others to the linear algebra library. The
+geodesic rotation here moves nothing outside the plane of the two vectors.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+HIGHEST = jax.lax.Precision.HIGHEST
+ZERO_NORM = 1e-12  # a shorter vector has no direction
+PLANE_NORM = 1e-3  # a shorter component of y beside x does not tell the plane in float32
+
+
+def as_float(x: Array) -> Array:
+    """`x` in float32, or in its own dtype where that is wider."""
+    x = jnp.asarray(x)
+    wide = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits > 32
+    return x if wide else x.astype(jnp.float32)
+
+
+def safe_norm(x: Array) -> Array:
+    """Euclidean norm over the last axis: `[..., d] -> [...]`.
+
+    Squares neither overflow nor underflow, and the gradient at 0 is 0 rather than NaN.
+    """
+    scale = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1))
+    scale = jnp.where(scale > 0, scale, jnp.ones_like(scale))
+    square = jnp.sum(jnp.square(x / scale[..., None]), axis=-1)
+    positive = square > 0
+    return jnp.where(positive, scale * jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
+
+
+def unit(x: Array, epsilon: float = ZERO_NORM) -> Array:
+    """`x / |x|` over the last axis, and zeros where `|x| <= epsilon`: `[..., d] -> [..., d]`."""
+    norm = safe_norm(x)[..., None]
+    known = norm > epsilon
+    return jnp.where(known, x / jnp.where(known, norm, 1.0), 0.0)
+
+
+def dot(x: Array, y: Array) -> Array:
+    """Inner product over the last axis, never in bfloat16 or TF32: `[..., d] x 2 -> [...]`."""
+    return jnp.einsum("...d,...d->...", x, y, precision=HIGHEST)
+
+
+def _acute_rotation(x: Array, y: Array) -> Array:
+    """R = I - 2 s s^T / (s.s) + 2 y x^T with s = x + y, for unit vectors with x.y >= 0."""
+    s = x + y
+    identity = jnp.eye(x.shape[-1], dtype=x.dtype)
+    return (
+        identity - 2.0 * jnp.outer(s, s) / jnp.dot(s, s, precision=HIGHEST) + 2.0 * jnp.outer(y, x)
+    )
+
+
+def _beside(x: Array, y: Array) -> Array:
+    """Unit vector orthogonal to the unit vector x, in the plane of x and y, for x.y < 0.
+
+    Where y is too nearly -x to tell that plane: the basis vector of the smallest |x_k|, made
+    orthonormal to x.
+    """
+
+    def away_from_x(v):
+        return v - jnp.dot(v, x, precision=HIGHEST) * x
+
+    component = away_from_x(x + y)  # x + y, and not y: no digits cancel in it near 180 degrees
+    basis = jax.nn.one_hot(jnp.argmin(jnp.abs(x)), x.shape[-1], dtype=x.dtype)
+    told = safe_norm(component) >= PLANE_NORM
+    z = unit(jnp.where(told, component, away_from_x(basis)))
+    return unit(away_from_x(z))
+
+
+def _geodesic(source: Array, target: Array) -> Array:
+    x, y = unit(source), unit(target)
+    degenerate = (jnp.max(jnp.abs(x)) == 0) | (jnp.max(jnp.abs(y)) == 0)
+    e = jax.nn.one_hot(0, x.shape[-1], dtype=x.dtype)
+    x, y = jnp.where(degenerate, e, x), jnp.where(degenerate, e, y)
+    obtuse = jnp.dot(x, y, precision=HIGHEST) < 0
+    rotation = _acute_rotation(jnp.where(obtuse, -x, x), y)
+    z = _beside(x, jnp.where(obtuse, y, -x))
+    turned = (
+        rotation
+        - 2.0 * jnp.outer(jnp.matmul(rotation, x, precision=HIGHEST), x)
+        - 2.0 * jnp.outer(jnp.matmul(rotation, z, precision=HIGHEST), z)
+    )
+    return jnp.where(obtuse, turned, rotation)
+
+
+def _from_svd(source: Array, target: Array) -> Array:
+    x, y = jax.lax.stop_gradient((unit(source), unit(target)))
+    degenerate = (jnp.max(jnp.abs(x)) == 0) | (jnp.max(jnp.abs(y)) == 0)
+    left, _, right = jnp.linalg.svd(jnp.outer(y, x))
+    sign, _ = jnp.linalg.slogdet(jnp.matmul(left, right, precision=HIGHEST))
+    left = left.at[:, -1].multiply(sign)  # upstream's float32 `det` underflows to 0 at d = 768
+    rotation = jnp.matmul(left, right, precision=HIGHEST)
+    return jnp.where(degenerate, jnp.eye(x.shape[-1], dtype=x.dtype), rotation)
+
+
+_CONSTRUCTIONS = {"geodesic": _geodesic, "svd": _from_svd}
+
+
+def rotation_between(source: Array, target: Array, method: str = "geodesic") -> Array:
+    """Rotation R with `R source/|source| = target/|target|`, R^T R = I and det R = +1.
+
+    With unit vectors x, y and s = x + y, for an angle of at most 90 degrees
+
+        G(x, y) = I - 2 s s^T / (s.s) + 2 y x^T,
+
+    and for a wider one `R = G(-x, y) (I - 2 x x^T - 2 z z^T)`: first the half turn of the plane,
+    z being its unit vector orthogonal to x, then on from -x to y. Both are the same rotation in
+    exact arithmetic; used alone, G's error near 180 degrees is that of the norms divided by |s|. At
+    180 degrees, where the plane is not defined, z comes from the basis vector of the smallest |x_k|.
+
+    Args:
+      source: `[..., d]`, d >= 2; converted to float32 unless wider.
+      target: `[..., d]`, broadcast against `source`.
+      method: "geodesic" (above; O(d^2), differentiable) or "svd": the orthogonal factor of
+        `target source^T`, as upstream has it, but with its determinant mended through `slogdet`
+        (O(d^3); directions off the plane are arbitrary; no gradient flows through it).
+
+    Returns:
+      `[..., d, d]`. The identity where either norm is at most 1e-12.
+
+    Raises:
+      ValueError: `method` is neither of the two, the widths differ, or d < 2.
+    """
+    if method not in _CONSTRUCTIONS:
+        raise ValueError(f"method is {method!r}; allowed: {', '.join(sorted(_CONSTRUCTIONS))}")
+    source, target = as_float(source), as_float(target)
+    widths = source.shape[-1:] + target.shape[-1:]
+    if len(widths) != 2 or widths[0] != widths[1] or widths[0] < 2:
+        raise ValueError(
+            f"source and target have shapes {source.shape} and {target.shape}; "
+            "allowed: [..., d] both, with one d >= 2"
+        )
+    construct = jnp.vectorize(_CONSTRUCTIONS[method], signature="(d),(d)->(d,d)")
+    shape = jnp.broadcast_shapes(source.shape, target.shape)
+    return construct(jnp.broadcast_to(source, shape), jnp.broadcast_to(target, shape))
+
+
+def rotate(rotation: Array, query: Array) -> Array:
+    """R q over the last axis: `[..., d, d], [..., d] -> [..., d]`, leading axes broadcast.
+
+    Computed in float32 or wider and returned in `query`'s dtype.
+    """
+    leading = jnp.broadcast_shapes(rotation.shape[:-2], query.shape[:-1])
+    vector = jnp.broadcast_to(as_float(query), leading + query.shape[-1:])
+    matrix = jnp.expand_dims(rotation, range(len(leading) + 2 - rotation.ndim))
+    rotated = jnp.einsum("...ij,...j->...i", matrix.astype(vector.dtype), vector, precision=HIGHEST)
+    return rotated.astype(query.dtype)
+
+
+def orthogonality_error(rotation: Array) -> Array:
+    """max |R^T R - I|: `[..., d, d] -> [...]`."""
+    gram = jnp.einsum("...ki,...kj->...ij", rotation, rotation, precision=HIGHEST)
+    identity = jnp.broadcast_to(jnp.eye(rotation.shape[-1], dtype=rotation.dtype), gram.shape)
+    return jnp.max(jnp.abs(gram - identity), axis=(-2, -1))
+
+
+def orthonormalise(rotation: Array) -> Array:
+    """The orthogonal matrix next to a nearly orthogonal one: `[..., d, d] -> [..., d, d]`.
+
+    One Newton-Schulz step, R (3 I - R^T R) / 2, which squares the orthogonality error.
+    """
+    gram = jnp.einsum("...ki,...kj->...ij", rotation, rotation, precision=HIGHEST)
+    identity = jnp.broadcast_to(jnp.eye(rotation.shape[-1], dtype=rotation.dtype), gram.shape)
+    return jnp.matmul(rotation, 1.5 * identity - 0.5 * gram, precision=HIGHEST)

@@ -1,0 +1,141 @@
+"""Fused class-token attention against the textbook form, in value and gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rollingq_jax as rq
+
+B, L, D = 4, 19, 16
+
+
+def inputs(num_heads, head_dim, per_example, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 6)
+    query = (B, num_heads, head_dim) if per_example else (num_heads, head_dim)
+    shapes = [
+        (B, L, D),
+        query,
+        (D, num_heads, head_dim),
+        (D, num_heads, head_dim),
+        (num_heads, head_dim),
+        (num_heads, head_dim),
+    ]
+    return [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
+
+
+def real(kind):
+    if kind == "none":
+        return None
+    lengths = jnp.array([L, 3, 1, 11])
+    return jnp.arange(L)[None] < lengths[:, None]
+
+
+@pytest.mark.parametrize("mask", ["none", "padded"])
+@pytest.mark.parametrize("dropout_rate", [0.0, 0.3])
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(1, 16), (8, 2), (8, 4)])
+@pytest.mark.parametrize("per_example", [True, False])
+def test_equals_the_textbook_form(num_heads, head_dim, mask, dropout_rate, per_example):
+    arguments = inputs(num_heads, head_dim, per_example)
+    options = {"mask": real(mask), "dropout_rate": dropout_rate, "rng": jax.random.key(5)}
+
+    def scalar(attention):
+        def of(*arguments):
+            output, weights = attention(*arguments, **options)
+            cosine = jnp.cos(jnp.arange(output.size, dtype=jnp.float32)).reshape(output.shape)
+            return jnp.sum(output * cosine) + jnp.sum(weights**2)
+
+        return of
+
+    got = rq.class_token_attention(*arguments, **options)
+    want = rq.textbook_attention(*arguments, **options)
+    for a, b in zip(got, want, strict=True):
+        assert np.abs(np.asarray(a) - np.asarray(b)).max() < 1e-5 * max(1, np.abs(b).max())
+    gradients = [
+        jax.grad(scalar(f), argnums=range(6))(*arguments)
+        for f in (rq.class_token_attention, rq.textbook_attention)
+    ]
+    for a, b in zip(*gradients, strict=True):
+        assert np.abs(np.asarray(a) - np.asarray(b)).max() < 1e-4 * max(1, np.abs(b).max())
+    assert np.abs(gradients[0][4]).max() == 0  # b_key cancels in the softmax
+
+
+def test_equals_the_class_row_of_full_attention_in_numpy():
+    tokens, query, w_key, w_value, b_key, b_value = (
+        np.asarray(x, np.float64) for x in inputs(2, 8, per_example=False)
+    )
+    keys = np.einsum("bld,dhk->bhlk", tokens, w_key) + b_key[None, :, None]
+    values = np.einsum("bld,dhk->bhlk", tokens, w_value) + b_value[None, :, None]
+    scores = np.einsum("hk,bhlk->bhl", query, keys) / np.sqrt(8)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    got = rq.class_token_attention(*inputs(2, 8, per_example=False))
+    np.testing.assert_allclose(got[1], weights, atol=1e-6)
+    np.testing.assert_allclose(got[0], np.einsum("bhl,bhlk->bhk", weights, values), atol=1e-5)
+
+
+def test_masked_tokens_change_nothing_and_a_row_without_tokens_is_zero():
+    arguments = inputs(2, 8, per_example=True)
+    mask = real("padded").at[2].set(False)
+    output, weights = rq.class_token_attention(*arguments, mask=mask)
+    spoiled = arguments.copy()
+    spoiled[0] = jnp.where(mask[..., None], arguments[0], 1e4)
+    again, _ = rq.class_token_attention(*spoiled, mask=mask)
+    np.testing.assert_allclose(again, output, atol=1e-5)
+    assert not np.asarray(weights[2]).any() and not np.asarray(output[2]).any()
+    np.testing.assert_allclose(weights.sum(-1)[jnp.array([0, 1, 3])], 1.0, rtol=1e-6)
+    gradient = jax.grad(lambda t: rq.class_token_attention(t, *arguments[1:], mask=mask)[0].sum())(
+        arguments[0]
+    )
+    assert np.isfinite(gradient).all() and not np.asarray(gradient)[~np.asarray(mask)].any()
+
+
+def test_dropout_keeps_the_mean_and_counts_the_value_bias():
+    arguments = inputs(1, 16, per_example=False)
+    keys = jax.random.split(jax.random.key(0), 3000)
+    dropped = jax.vmap(
+        lambda rng: rq.class_token_attention(*arguments, dropout_rate=0.5, rng=rng)[0]
+    )(keys)
+    want, _ = rq.class_token_attention(*arguments)
+    error = np.abs(np.asarray(dropped).mean(0) - np.asarray(want))
+    assert (error < 5 * np.asarray(dropped).std(0) / np.sqrt(3000) + 1e-6).all()
+
+
+def test_keys_per_example_make_dropout_independent_of_the_batch():
+    arguments = inputs(2, 8, per_example=True)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(1), jnp.arange(B))
+    whole, _ = rq.class_token_attention(*arguments, dropout_rate=0.4, rng=keys)
+    tokens, query, *rest = arguments
+    part, _ = rq.class_token_attention(tokens[2:], query[2:], *rest, dropout_rate=0.4, rng=keys[2:])
+    np.testing.assert_allclose(part, whole[2:], atol=1e-6)
+
+
+def test_bfloat16_tokens_give_float32_results():
+    arguments = inputs(2, 8, per_example=False)
+    want = rq.class_token_attention(*arguments)
+    got = rq.class_token_attention(arguments[0].astype(jnp.bfloat16), *arguments[1:])
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, atol=0.15)
+
+
+def test_mean_key_is_the_mean_of_the_keys():
+    tokens, _, w_key, _, b_key, _ = inputs(2, 8, per_example=True)
+    mask = real("padded")
+    keys = np.einsum("bld,dhk->blhk", tokens, w_key) + np.asarray(b_key)[None, None]
+    np.testing.assert_allclose(rq.mean_key(tokens, w_key, b_key), keys.mean(1), atol=1e-5)
+    want = np.stack([k[m].mean(0) for k, m in zip(keys, np.asarray(mask), strict=True)])
+    np.testing.assert_allclose(rq.mean_key(tokens, w_key, b_key, mask), want, atol=1e-5)
+
+
+def test_shares_leave_the_class_token_out_and_sum_to_one():
+    weights = jnp.array([[[0.5, 0.1, 0.1, 0.3]], [[1.0, 0.0, 0.0, 0.0]]])
+    shares = rq.attention_share(weights, (2, 1))
+    np.testing.assert_allclose(shares, [[[0.4, 0.6]], [[0.5, 0.5]]], rtol=1e-6)
+    with pytest.raises(ValueError, match="make 3 tokens"):
+        rq.attention_share(weights, (1, 1))
+
+
+def test_bad_dropout_rate():
+    with pytest.raises(ValueError, match="dropout_rate is 1.0; allowed: 0 <= rate < 1"):
+        rq.class_token_attention(*inputs(1, 16, True), dropout_rate=1.0, rng=jax.random.key(0))

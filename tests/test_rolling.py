@@ -1,0 +1,203 @@
+"""The (init, observe, update) transformation against its definition, in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rollingq_jax as rq
+
+M, B, H, D = 3, 7, 2, 6
+
+
+def batch(seed=0, size=B):
+    keys = jax.random.split(jax.random.key(seed))
+    query = jax.random.normal(keys[0], (size, H, D)) + jnp.ones((size, H, D))
+    mean_keys = jax.random.normal(keys[1], (M, size, H, D))
+    return query, mean_keys + jnp.arange(M, dtype=jnp.float32)[:, None, None, None]
+
+
+def expected_statistics(query, mean_keys, weight):
+    """Scores [H, M] and mean keys [H, M, D] from their definitions, float64."""
+    query, mean_keys = np.asarray(query, np.float64), np.asarray(mean_keys, np.float64)
+    cosine = (query[None] * mean_keys).sum(-1)
+    cosine /= np.linalg.norm(query, axis=-1)[None] * np.linalg.norm(mean_keys, axis=-1)
+    weight = np.broadcast_to(weight, mean_keys.shape[:2]).astype(np.float64)
+    total = weight.sum(1)[:, None]
+    scores = (weight[..., None] * cosine).sum(1) / total
+    means = (weight[..., None, None] * mean_keys).sum(1) / total[..., None]
+    return scores.T, means.transpose(1, 0, 2)
+
+
+@pytest.mark.parametrize("weight", [None, np.array([1, 1, 0, 1, 0, 1, 1.0]), "per modality"])
+def test_update_uses_exact_weighted_sums_over_batches(weight):
+    if isinstance(weight, str):
+        weight = np.array(jax.random.bernoulli(jax.random.key(9), 0.6, (M, B)), np.float32)
+    roller = rq.rolling_query(beta=0.0, rho=1.0, max_rotations=1)
+    state = roller.init(num_modalities=M, dim=D, num_heads=H)
+    queries, keys, weights = [], [], []
+    for seed in range(3):
+        query, mean_keys = batch(seed)
+        state = roller.observe(
+            state, query, mean_keys, None if weight is None else jnp.array(weight, jnp.float32)
+        )
+        queries.append(query), keys.append(mean_keys)
+        weights.append(np.broadcast_to(1.0 if weight is None else weight, (M, B)))
+    scores, means = expected_statistics(
+        np.concatenate(queries), np.concatenate(keys, axis=1), np.concatenate(weights, axis=1)
+    )
+    now = queries[0][0]
+    rolled, info = roller.update(state, now)
+    np.testing.assert_allclose(info.scores, scores, atol=1e-6)
+    np.testing.assert_allclose(info.imbalance, scores.max(1) - scores.min(1), atol=1e-6)
+    alpha = np.exp(-2 * scores) / np.exp(-2 * scores).sum(1, keepdims=True)
+    np.testing.assert_allclose(info.weights, alpha, atol=1e-6)
+    u = (alpha[..., None] * means / np.linalg.norm(means, axis=-1, keepdims=True)).sum(1)
+    norm = np.linalg.norm(now, axis=-1, keepdims=True)
+    np.testing.assert_allclose(
+        info.anchor, norm * u / np.linalg.norm(u, axis=-1, keepdims=True), atol=1e-5
+    )
+    np.testing.assert_allclose(rq.rotate(rolled.rotation, now), info.anchor, atol=1e-5)
+    cosine = (now * info.anchor).sum(-1) / norm[:, 0] ** 2
+    np.testing.assert_allclose(np.cos(info.angle), cosine, atol=1e-6)
+    np.testing.assert_array_equal(rolled.count, [1, 1])
+    for total in rolled[2:]:
+        assert not np.asarray(total).any()
+
+
+def test_zero_weight_hides_even_nan():
+    roller = rq.rolling_query()
+    query, mean_keys = batch()
+    weight = jnp.ones(B).at[2].set(0.0)
+    spoiled = roller.observe(
+        roller.init(M, D, H), query.at[2].set(jnp.nan), mean_keys.at[:, 2].set(jnp.nan), weight
+    )
+    clean = roller.observe(roller.init(M, D, H), query, mean_keys, weight)
+    for got, want in zip(spoiled, clean, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_heads_trigger_and_count_on_their_own():
+    roller = rq.rolling_query(beta=0.5, rho=1.0, max_rotations=2)
+    query = jnp.array([[1.0, 0.0], [1.0, 1.0]])
+    mean_keys = jnp.array([[[[1.0, 0.0], [1.0, 0.0]]], [[[0.0, 1.0], [0.0, 1.0]]]])
+    state = roller.observe(roller.init(2, 2, 2), query, mean_keys)
+    state, info = roller.update(state)  # the observed mean query
+    np.testing.assert_allclose(info.imbalance, [1.0, 0.0], atol=1e-6)
+    np.testing.assert_array_equal(info.rolled, [True, False])
+    np.testing.assert_array_equal(state.count, [1, 0])
+    np.testing.assert_array_equal(state.rotation[1], np.eye(2))
+    joint = rq.rolling_query(beta=0.4, rho=1.0, joint=True)
+    _, together = joint.update(joint.observe(joint.init(2, 2, 2), query, mean_keys), query)
+    np.testing.assert_array_equal(together.rolled, [True, True])
+    np.testing.assert_allclose(together.imbalance, [0.5, 0.5], atol=1e-6)
+
+
+def test_rotations_compose_up_to_the_maximum():
+    roller = rq.rolling_query(beta=0.0, rho=3.0, max_rotations=2)
+    state, query = roller.init(M, D, H), batch()[0][0]
+    for seed in range(4):
+        before = state.rotation
+        rotated = rq.rotate(before, query)
+        state, info = roller.update(roller.observe(state, rotated, batch(seed)[1]), rotated)
+        if seed < 2:
+            step = rq.rotation_between(rotated, info.anchor)
+            np.testing.assert_allclose(state.rotation, step @ before, atol=1e-5)
+        else:
+            np.testing.assert_array_equal(state.rotation, before)
+            assert not np.asarray(info.rolled).any()
+    np.testing.assert_array_equal(state.count, [2, 2])
+
+
+@pytest.mark.parametrize(
+    "what", ["nothing", "absent modality", "opposite keys", "zero query", "nan", "inf"]
+)
+def test_degenerate_statistics_never_roll(what):
+    roller = rq.rolling_query()
+    state, query = roller.init(2, 2, 1), jnp.array([[1.0, 0.5]])
+    keys = jnp.array([[[[1.0, 0.3]]], [[[0.0, 1.0]]]])
+    weight = jnp.ones([2, 1])
+    if what == "absent modality":
+        weight = weight.at[1].set(0.0)
+    elif what == "opposite keys":
+        keys = keys.at[1].set(-keys[0])
+    elif what == "zero query":
+        query = jnp.zeros_like(query)
+    elif what in ("nan", "inf"):
+        keys = keys.at[0, 0, 0, 0].set(float(what))
+    if what != "nothing":
+        state = roller.observe(state, query, keys, weight)
+    state, info = roller.update(state, query)
+    assert not bool(info.rolled[0])
+    np.testing.assert_array_equal(state.rotation[0], np.eye(2))
+    np.testing.assert_array_equal(state.count, [0])
+
+
+def test_inside_scan_and_vmap_without_recompiling():
+    roller = rq.rolling_query(beta=0.0, rho=1.0, max_rotations=3)
+    query, mean_keys = batch()
+    traces = []
+
+    def step(state, i):
+        traces.append(i)
+        state = roller.observe(state, rq.rotate(state.rotation, query), mean_keys)
+        return jax.lax.cond(
+            i % 2 == 1, lambda s: roller.update(s)[0], lambda s: s, state
+        ), state.count
+
+    scanned, counts = jax.jit(lambda s: jax.lax.scan(step, s, jnp.arange(8)))(roller.init(M, D, H))
+    np.testing.assert_array_equal(counts[:, 0], [0, 0, 1, 1, 2, 2, 3, 3])
+    assert len(traces) == 1
+    looped = roller.init(M, D, H)
+    for i in range(8):
+        looped, _ = step(looped, i)
+    np.testing.assert_allclose(scanned.rotation, looped.rotation, atol=1e-5)
+    states = jax.vmap(lambda _: roller.init(M, D, H))(jnp.arange(4))
+    stepped = jax.vmap(lambda s, q: roller.update(roller.observe(s, q, mean_keys))[0])(
+        states, jnp.stack([query * (i + 1.0) for i in range(4)])
+    )
+    np.testing.assert_array_equal(stepped.count, np.ones([4, H]))
+
+
+def test_sums_over_devices_are_those_of_the_whole_batch():
+    roller = rq.rolling_query()
+    query, mean_keys = batch(size=16)
+    state = roller.init(M, D, H)
+    whole = roller.observe(state, query, mean_keys)
+    parts = jax.pmap(
+        lambda q, k: roller.observe(state, q, k, axis_name="data"), axis_name="data", in_axes=(0, 1)
+    )(query.reshape(8, 2, H, D), mean_keys.reshape(M, 8, 2, H, D))
+    for part, want in zip(parts, whole, strict=True):
+        np.testing.assert_allclose(part[0], want, atol=1e-5)
+        for device in range(1, 8):
+            np.testing.assert_array_equal(part[device], part[0])
+
+
+def test_no_gradient_flows_through_the_state():
+    roller = rq.rolling_query(rho=1.0)
+    query, mean_keys = batch()
+
+    def through(query):
+        state = roller.observe(roller.init(M, D, H), query, mean_keys)
+        return roller.update(state, query[0])[0].rotation.sum()
+
+    assert not np.asarray(jax.grad(through)(query)).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"beta": -0.1}, "beta is -0.1; allowed: 0 or more"),
+        ({"rho": float("nan")}, "rho is nan"),
+        ({"max_rotations": -1}, "max_rotations is -1"),
+        ({"method": "qr"}, "method is 'qr'; allowed: geodesic, svd"),
+    ],
+)
+def test_bad_arguments(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        rq.rolling_query(**arguments)
+
+
+def test_bad_sizes():
+    with pytest.raises(ValueError, match="num_modalities is 1; allowed: 2 or more"):
+        rq.rolling_query().init(1, 4)
