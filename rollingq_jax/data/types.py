@@ -8,7 +8,7 @@ of the noise in the modality, in training-set standard deviations). Layouts are 
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -82,6 +82,10 @@ class Dataset:
       num_classes: labels are 0 .. num_classes - 1.
       class_names: one for each class; empty where the data set has none.
       description: what the data are and how they were made, for logs and reports.
+      train_transforms, eval_transforms: what turns a source's example into the one that
+        ``modalities`` describes, where that is not done by the source itself (frames kept as JPEG
+        bytes are decoded and cropped here): Grain Map and RandomMap, for the pipeline's
+        ``transforms``, before any others.
     """
 
     splits: dict[str, Source]
@@ -89,6 +93,8 @@ class Dataset:
     num_classes: int
     class_names: tuple[str, ...] = ()
     description: str = ""
+    train_transforms: tuple[Any, ...] = ()
+    eval_transforms: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
         if self.class_names and len(self.class_names) != self.num_classes:
