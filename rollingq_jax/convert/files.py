@@ -1,0 +1,98 @@
+"""Reading a file of named tensors without ever running code from it."""
+
+import importlib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from rollingq_jax.errors import DataError
+
+SUFFIXES = (".npz", ".safetensors", ".pth", ".pt")
+TORCH_AT_LEAST = (2, 6)  # before it, weights_only=True could be made to run code (CVE-2025-32434)
+
+
+def load_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The tensors of a file by name, as NumPy arrays.
+
+    `.npz` is read with `allow_pickle=False`, `.safetensors` through its library, `.pth` and `.pt`
+    through `torch.load(weights_only=True)` alone: nothing in a file is executed. Where there is a
+    `model` inside (upstream's checkpoints) it is taken, and the optimizer beside it left.
+
+    Raises:
+      DataError: no such file, another suffix, a damaged file, an entry that is no array, or a
+        library that is not installed.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{path} has suffix {path.suffix!r}; allowed: {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise DataError(f"{path} is not a file")
+    read = {".npz": _read_npz, ".safetensors": _read_safetensors}.get(path.suffix, _read_torch)
+    library = _library(path.suffix)
+    try:
+        tensors = read(path, library)
+    except Exception as error:  # what a parser raises on damaged or hostile bytes is open-ended
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{path} cannot be read as {path.suffix}: {reason}") from error
+    if isinstance(tensors, Mapping) and isinstance(tensors.get("model"), Mapping):
+        tensors = tensors["model"]
+    if not isinstance(tensors, Mapping) or not tensors:
+        raise DataError(f"{path} holds no tensors by name")
+    return {str(name): _as_array(path, name, value) for name, value in tensors.items()}
+
+
+def _library(suffix: str) -> Any:
+    """The module that reads a suffix; imported here, because each is an optional dependency."""
+    if suffix == ".npz":
+        return np
+    name = "safetensors.numpy" if suffix == ".safetensors" else "torch"
+    install = name.split(".")[0]
+    try:
+        library = importlib.import_module(name)
+    except ImportError as error:
+        raise DataError(
+            f"reading {suffix} needs the package {install!r}, which is not installed: "
+            f"pip install {install}, or convert the file to .npz"
+        ) from error
+    if name == "torch":
+        _check_torch(str(library.__version__))
+    return library
+
+
+def _check_torch(version: str) -> None:
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if numbers < TORCH_AT_LEAST:
+        raise DataError(
+            f"torch is {version}; allowed: 2.6 or later, whose weights_only loading runs no code "
+            "from the file"
+        )
+
+
+def _read_npz(path: Path, numpy: Any) -> Mapping[str, Any]:
+    with numpy.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def _read_safetensors(path: Path, library: Any) -> Mapping[str, Any]:
+    return library.load_file(path)
+
+
+def _read_torch(path: Path, torch: Any) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _as_array(path: Path, name: Any, value: Any) -> np.ndarray:
+    if hasattr(value, "detach"):  # a PyTorch tensor: NumPy knows no bfloat16
+        value = value.detach().cpu()
+        value = value.float() if value.is_floating_point() else value
+        value = value.numpy()
+    if not isinstance(value, np.ndarray):
+        raise DataError(f"{path} holds {name}, a {type(value).__name__}; allowed: arrays")
+    if value.dtype.kind == "V" and value.dtype.itemsize == 2:  # how NumPy's format keeps bfloat16
+        value = value.view(ml_dtypes.bfloat16)
+    return value

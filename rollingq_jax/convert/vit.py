@@ -1,0 +1,227 @@
+"""ImageNet-21k ViT weights into the encoders of a multimodal model.
+
+The paper initialises both encoders from a ViT-B/16 (Dosovitskiy et al., 2021; AugReg: Steiner et
+al., 2022). Upstream reads a prepared file that it does not ship; here the public files are read.
+AugReg weights were trained with the tanh approximation of GELU and evaluated by timm with the exact
+one, which is this project's default; `config.model.gelu = "tanh"` gives the former. They expect
+pixels scaled as (x - 0.5) / 0.5.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from rollingq_jax.convert.vit_files import Vit, read_vit
+from rollingq_jax.errors import DataError, UserError
+from rollingq_jax.models.spec import ModelSpec
+
+#: Patches of the paper's spectrograms, (time, frequency): CREMA-D, Kinetics-Sounds.
+SPECTROGRAM_GRIDS = {176: (11, 16), 512: (8, 64)}
+
+Grid = tuple[int, int]
+
+
+class VitReport(NamedTuple):
+    """What became of every parameter; each path is in one of the first three."""
+
+    loaded: tuple[str, ...]  # as in the file
+    reshaped: dict[str, str]  # derived from the file: path -> how
+    left: tuple[str, ...]  # as they were
+    unused: tuple[str, ...]  # tensors of the file that went nowhere
+
+    def __str__(self) -> str:
+        """Several lines, for a log."""
+        lines = [f"{len(self.loaded)} parameters loaded, {len(self.left)} left as they were"]
+        return "\n".join(lines + [f"{path}: {how}" for path, how in self.reshaped.items()])
+
+
+class _Plan(NamedTuple):
+    """How the file's patches become one encoder's."""
+
+    channels: int
+    frames: int
+    grid: Grid
+
+
+def load_vit(
+    path: str | os.PathLike[str],
+    params: Mapping[str, Any],
+    *,
+    grids: Mapping[str, Grid | None] | None = None,
+) -> tuple[dict[str, Any], VitReport]:
+    """Parameters whose patch encoders (spectrogram, image, video) start from a ViT's weights.
+
+    The first layers of the file fill an encoder's layers, and the final norm its `norm_<m>`. A
+    spectrogram's kernel is the sum of the file's over red, green and blue (a grey image through it
+    gives what it gave through the file's); a video's gets a time axis of 1. Position embeddings are
+    resized bilinearly to the encoder's grid and repeated over frames. Fusion, probes, bottleneck
+    layers and encoders without patches keep their values.
+
+    Args:
+      path: AugReg or big_vision `.npz`, or timm `.safetensors`.
+      params: parameters of a model; not changed.
+      grids: (rows, columns) of an encoder's patches, in the order in which they become tokens, and
+        None for an encoder that is to be left alone; `patch_grids` makes it from a batch. Encoders
+        not in it are read as the paper's: spectrograms of 11 x 16 or 8 x 64 patches, images and
+        videos with frames of the file's own grid (14 x 14 at 224 x 224).
+
+    Returns:
+      New parameters, and a report.
+
+    Raises:
+      DataError: the file cannot be used, a shape does not fit, or no encoder takes its patches.
+      UserError: a grid is ambiguous or does not fit; the message names the encoder.
+    """
+    vit = read_vit(path)
+    leaves = traverse_util.flatten_dict(params, sep="/")
+    names = sorted({path.split("/")[0] for path in leaves if path.startswith("encoder_")})
+    modalities = [name.removeprefix("encoder_") for name in names]
+    grids = {} if grids is None else grids
+    if unknown := sorted(set(grids) - set(modalities)):
+        raise UserError(f"grids has {', '.join(unknown)}; allowed: {', '.join(modalities)}")
+    new: dict[str, np.ndarray] = {}
+    reshaped: dict[str, str] = {}
+    for modality in modalities:
+        encoder = {
+            name.removeprefix(f"encoder_{modality}/"): leaf.shape
+            for name, leaf in leaves.items()
+            if name.startswith(f"encoder_{modality}/")
+        }
+        plan = _plan(modality, encoder, vit, grids)
+        if plan is not None:
+            _fill(modality, encoder, vit, plan, leaves, new, reshaped)
+    if not new:
+        patch = "x".join(map(str, vit.kernel.shape[:3]))
+        raise DataError(f"{path} has patches of {patch}; no encoder of the model takes these")
+    for name, value in new.items():
+        if leaves[name].shape != value.shape:
+            raise DataError(f"{name} has shape {leaves[name].shape}; the file has {value.shape}")
+    report = VitReport(
+        loaded=tuple(sorted(set(new) - set(reshaped))),
+        reshaped=reshaped,
+        left=tuple(sorted(set(leaves) - set(new))),
+        unused=vit.unused,
+    )
+    arrays = {name: jnp.array(value, leaves[name].dtype) for name, value in new.items()}
+    return traverse_util.unflatten_dict({**leaves, **arrays}, sep="/"), report
+
+
+def patch_grids(config_model: Any, batch: Mapping[str, Any]) -> dict[str, Grid | None]:
+    """(rows, columns) of each encoder's patches, None where it has none: `load_vit`'s `grids`.
+
+    Args:
+      config_model: `config.model`, or a `ModelSpec`.
+      batch: arrays `[B, ...]` (or anything with a shape) by modality.
+    """
+    grids: dict[str, Grid | None] = {}
+    for encoder in ModelSpec.from_config(config_model).encoders:
+        shape, patch = batch[encoder.name].shape, encoder.patch
+        grids[encoder.name] = None
+        if patch is not None:
+            rows, columns = shape[-3:-1]
+            if encoder.kind == "spectrogram":  # patches are cut after the swap to (time, frequency)
+                rows, columns = columns, rows
+            grids[encoder.name] = (rows // patch[-2], columns // patch[-1])
+    return grids
+
+
+def _plan(
+    modality: str,
+    encoder: Mapping[str, tuple[int, ...]],
+    vit: Vit,
+    grids: Mapping[str, Grid | None],
+) -> _Plan | None:
+    """Reads an encoder's patches from its shapes; None where it has none, or others."""
+    kernel, length = encoder.get("embed/kernel"), encoder["position"][0] - 1
+    chosen = grids.get(modality)
+    if kernel is None or (modality in grids and chosen is None):
+        return None
+    height, width = vit.kernel.shape[:2]
+    channels, rest = divmod(kernel[0], height * width)
+    if rest or channels not in (1, 3) or (length == 1 and chosen is None):
+        if chosen is not None:
+            raise DataError(
+                f"encoder_{modality}/embed/kernel has shape {kernel}; the file has patches of "
+                f"{height} x {width}, with 3 channels or their sum, in one frame"
+            )
+        return None
+    if chosen is None:
+        chosen = _paper_grid(modality, channels, length, vit.position.shape[0])
+    frames, rest = divmod(length, math.prod(chosen))
+    if rest or frames < 1 or (channels == 1 and frames != 1):
+        raise UserError(f"grids[{modality!r}] is {chosen}; the encoder has {length} patches")
+    if kernel[1] != vit.kernel.shape[-1]:
+        raise DataError(
+            f"encoder_{modality} has width {kernel[1]}; the file has {vit.kernel.shape[-1]} (leave "
+            f"this encoder alone with grids={{{modality!r}: None}})"
+        )
+    return _Plan(channels, frames, chosen)
+
+
+def _paper_grid(modality: str, channels: int, length: int, side: int) -> Grid:
+    if channels == 1 and length in SPECTROGRAM_GRIDS:
+        return SPECTROGRAM_GRIDS[length]
+    frames, rest = divmod(length, side * side)
+    square = frames > 1 and math.isqrt(frames) ** 2 == frames  # or one frame with a finer grid
+    if channels == 3 and frames and not rest and not square:
+        return (side, side)
+    raise UserError(
+        f"the {length} patches of encoder_{modality} can be arranged in more than one way: pass "
+        f"grids={{{modality!r}: (rows, columns)}}, or {{{modality!r}: None}} if they are no patches"
+    )
+
+
+def _fill(
+    modality: str,
+    encoder: Mapping[str, tuple[int, ...]],
+    vit: Vit,
+    plan: _Plan,
+    leaves: Mapping[str, Any],
+    new: dict[str, np.ndarray],
+    reshaped: dict[str, str],
+) -> None:
+    """Adds one encoder's new values to `new`, and to `reshaped` how the derived ones were made."""
+    base = f"encoder_{modality}"
+    kernel = vit.kernel
+    if plan.channels == 1:
+        kernel = kernel.sum(axis=2)
+        reshaped[f"{base}/embed/kernel"] = "sum over the file's three colours"
+    new[f"{base}/embed/kernel"] = kernel.reshape(-1, kernel.shape[-1])
+    new[f"{base}/embed/bias"] = vit.bias
+    if vit.cls is not None:
+        new[f"{base}/cls"] = vit.cls
+    position, how = _positions(vit, plan, np.asarray(leaves[f"{base}/position"][0]))
+    new[f"{base}/position"] = position
+    if how:
+        reshaped[f"{base}/position"] = how
+    depth = len({name.split("/")[0] for name in encoder if name.startswith("block_")})
+    for i, block in enumerate(vit.blocks[:depth]):
+        new |= {f"{base}/block_{i}/{name}": value for name, value in block.items()}
+    if f"{base}/project/kernel" not in leaves:  # otherwise the norm stands behind the projection
+        new |= {f"norm_{modality}/{kind}": value for kind, value in vit.norm.items()}
+
+
+def _positions(vit: Vit, plan: _Plan, initial: np.ndarray) -> tuple[np.ndarray, str]:
+    """The position table `[1 + frames * rows * columns, d]`, and what was done to the file's."""
+    steps = []
+    table, side = vit.position, vit.position.shape[0]
+    if plan.grid != (side, side):
+        shape = (*plan.grid, table.shape[-1])
+        table = np.asarray(jax.image.resize(jnp.asarray(table), shape, "bilinear"))
+        steps.append(f"grid {side} x {side} resized to {plan.grid[0]} x {plan.grid[1]}")
+    if plan.frames > 1:
+        steps.append(f"repeated over {plan.frames} frames")
+    rows = np.tile(table.reshape(-1, table.shape[-1]), (plan.frames, 1))
+    first = vit.cls_position
+    if first is None:  # the file adds positions to its patches alone
+        first = initial if vit.cls is None else np.zeros_like(rows[0])
+        steps.append(
+            "the class token's row kept" if vit.cls is None else "none for the class token"
+        )
+    return np.concatenate([first[None], rows]), ", ".join(steps)
