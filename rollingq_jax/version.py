@@ -1,3 +1,0 @@
-"""The package's version (semantic versioning); the build reads it from here."""
-
-__version__ = "0.1.0"

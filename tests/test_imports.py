@@ -1,0 +1,177 @@
+"""The map of the code in README.md holds, and the core stays light.
+
+The map lists the modules in order: a module may import those above it and none below.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "rollingq_jax"
+CORE = ("errors", "rotation", "imbalance", "rolling", "folding", "attention", "models")
+CORE_REQUIREMENTS = {"jax", "flax", "optax", "chex", "numpy"}
+NOT_IN_CORE = (
+    "absl",
+    "av",
+    "espeakng_loader",
+    "grain",
+    "matplotlib",
+    "ml_collections",
+    "orbax",
+    "PIL",
+    "safetensors",
+    "scipy",
+    "sklearn",
+    "tensorboardX",
+    "tensorflow",
+    "tensorflow_datasets",
+    "torch",
+    "tqdm",
+)
+# Packages that the core's own requirements may load by themselves, so that blocking them proves
+# nothing about our code.
+LOADED_BY_REQUIREMENTS = {"absl", "scipy"}
+
+
+def read_map() -> list[str]:
+    """Dotted module names (without the package) in the order of README's map of the code."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"^rollingq_jax/\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    assert block, "README.md has no map of the code"
+    modules, packages = [], []
+    for line in block.group(1).splitlines():
+        found = re.match(r"( {2,})(\w+)(\.py|/)", line)
+        if not found:
+            continue
+        indent, name, kind = found.groups()
+        packages = packages[: len(indent) // 2 - 1]
+        if kind == "/":
+            packages.append(name)
+        else:
+            modules.append(".".join([*packages, name]))
+    return modules
+
+
+def source_modules() -> dict[str, Path]:
+    """Every module but the packages' ``__init__``, by its dotted name within the package."""
+    top = ROOT / PACKAGE
+    files = (path for path in sorted(top.rglob("*.py")) if path.name != "__init__.py")
+    return {".".join(path.relative_to(top).with_suffix("").parts): path for path in files}
+
+
+def absolute(node: ast.ImportFrom, module: str, is_package: bool) -> str:
+    """The module that ``from ... import`` names, relative imports resolved."""
+    if not node.level:
+        return node.module or ""
+    parts = f"{PACKAGE}.{module}".split(".") if module else [PACKAGE]
+    base = parts[: len(parts) - node.level + (1 if is_package else 0)]
+    return ".".join(base + ([node.module] if node.module else []))
+
+
+def imported(path: Path, module: str, known: set[str]) -> set[str]:
+    """Names of the package's own modules (or subpackages) that a file imports, lazily too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = absolute(node, module, path.name == "__init__.py")
+            names |= {
+                f"{base}.{alias.name}" if is_known(f"{base}.{alias.name}", known) else base
+                for alias in node.names
+            }
+    prefix = f"{PACKAGE}."
+    own = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    return own | ({""} if PACKAGE in names else set())
+
+
+def is_known(name: str, known: set[str]) -> bool:
+    """Whether a dotted name is one of our modules or a package that holds some."""
+    short = name.removeprefix(f"{PACKAGE}.")
+    return any(module == short or module.startswith(f"{short}.") for module in known)
+
+
+def position(name: str, order: list[str]) -> int:
+    """Place on the map; a package counts as its last module, the root as the last core module."""
+    if name in order:
+        return order.index(name)
+    inside = [
+        index
+        for index, module in enumerate(order)
+        if (module.startswith(f"{name}.") if name else module.split(".")[0] in CORE)
+    ]
+    assert inside, f"{name} is not on README's map of the code"
+    return max(inside)
+
+
+def third_party(path: Path) -> set[str]:
+    """Top-level names that a file imports, less ours and the standard library's."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add((node.module or "").split(".")[0])
+    return found - set(sys.stdlib_module_names) - {PACKAGE}
+
+
+def test_the_map_lists_every_module():
+    order = read_map()
+    assert len(order) == len(set(order))
+    assert sorted(order) == sorted(source_modules())
+
+
+@pytest.mark.parametrize("module", sorted(source_modules()))
+def test_modules_import_only_from_those_above(module):
+    order = read_map()
+    here = position(module, order)
+    below = {
+        name
+        for name in imported(source_modules()[module], module, set(order))
+        if position(name, order) >= here
+    }
+    assert not below, f"{module} imports {sorted(below)}, which README's map puts below it"
+
+
+@pytest.mark.parametrize(
+    "module", sorted(name for name in source_modules() if name.split(".")[0] in CORE)
+)
+def test_core_modules_need_only_the_core_requirements(module):
+    assert third_party(source_modules()[module]) <= CORE_REQUIREMENTS
+
+
+def run_python(code: str) -> str:
+    """Standard output of a fresh interpreter that runs the code in the repository's root."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_loads_no_heavy_package():
+    code = f"import sys, {PACKAGE}; print(*sorted({{m.split('.')[0] for m in sys.modules}}))"
+    loaded = set(run_python(code).split())
+    assert not loaded & (set(NOT_IN_CORE) - LOADED_BY_REQUIREMENTS)
+
+
+def test_core_works_where_nothing_else_is_installed():
+    blocked = sorted(set(NOT_IN_CORE) - LOADED_BY_REQUIREMENTS)
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({blocked!r}))  # importing one of these now raises ImportError
+import jax, jax.numpy as jnp
+import {PACKAGE} as rq
+config = {{"fusion": "attention", "num_classes": 3, "dim": 16, "depth": 1, "num_heads": 2,
+          "encoders": {{"audio": {{"kind": "vector"}}, "visual": {{"kind": "vector"}}}}}}
+model = rq.build_model(config)
+batch = {{"audio": jnp.ones((2, 5)), "visual": jnp.ones((2, 7)), "label": jnp.zeros(2, jnp.int32)}}
+logits, out = model.apply(model.init(jax.random.key(0), batch), batch)
+print(logits.shape, sorted(out["mean_keys"]))
+"""
+    assert run_python(code).strip() == "(2, 3) ['audio', 'visual']"

@@ -1,0 +1,61 @@
+"""The README's examples run, its links exist and its commands name real files."""
+
+import re
+import shlex
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def name_of(path: Path) -> str:
+    """Path within the repository, for messages."""
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """Fenced code blocks of a page in one language."""
+    fence = rf"^```{language}\n(.*?)^```"
+    return re.findall(fence, path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(path: Path) -> list[list[str]]:
+    """Every ``python ...`` command of a page's shell blocks, continuation lines joined."""
+    text = "\n".join(blocks(path, "bash")).replace("\\\n", " ")
+    words = [shlex.split(part, comments=True) for part in re.split(r"&&|\n", text)]
+    return [line for line in words if line and line[0] == "python"]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_python_examples_run(path, tmp_path, monkeypatch):
+    """The blocks of one page share their names, and run under jax's defaults, as a reader's do."""
+    monkeypatch.chdir(tmp_path)
+    scope = {"__name__": "example"}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for number, block in enumerate(blocks(path, "python")):
+            exec(compile(block, f"{path.name} block {number}", "exec"), scope)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_commands_name_files_and_modules_that_exist(path):
+    for words in commands(path):
+        if words[1] == "-m":
+            module = words[2]
+            if module.split(".")[0] in ("rollingq_jax", "benchmarks"):
+                assert (ROOT / f"{module.replace('.', '/')}.py").exists(), " ".join(words)
+        else:
+            assert (ROOT / words[1]).exists(), " ".join(words)
+        for flag, value in zip(words, words[1:], strict=False):
+            if flag in ("--config", "-r") and value.startswith(("configs/", "requirements")):
+                assert (ROOT / value).exists(), " ".join(words)
+
+
+def test_readme_links_and_pictures_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text)
+    local = [target for target in targets if "://" not in target]
+    missing = [target for target in local if not (ROOT / target).exists()]
+    assert not missing
