@@ -1,0 +1,180 @@
+"""The whole model: encoders, an optional bottleneck, final norms, probes and the fusion."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from rollingq_jax.errors import ConfigError, DataError
+from rollingq_jax.models.bottleneck import Bottleneck
+from rollingq_jax.models.embeddings import Presence, read_mask
+from rollingq_jax.models.encoders import Encoder
+from rollingq_jax.models.fusion import STATIC_FUSIONS, AttentionFusion
+from rollingq_jax.models.layers import Dense, LayerNorm
+from rollingq_jax.models.self_attention import AttentionFn
+from rollingq_jax.models.spec import DTYPES, ModelSpec
+
+
+def _fusion_mask(presence: Presence, tokens: Array) -> Array | None:
+    """`[B, 1 + L]`, True at real tokens, none without the modality; None where all are real."""
+    positions, present = presence
+    if present is None:
+        return None
+    if positions is None:
+        return jnp.broadcast_to(present[:, None], tokens.shape[:2])
+    return jnp.concatenate([present[:, None], positions], axis=1)
+
+
+class MultimodalTransformer(nn.Module):
+    """Multimodal Transformer of the paper (upstream's `models/basic_model.py`), for M modalities.
+
+    Each modality has an encoder, a final LayerNorm, and a probe: a linear head on its class token
+    with the gradient stopped, which shows what the modality knows on its own. A unimodal model's
+    head is its probe.
+
+    Attributes:
+      spec: the fields of `config.model`.
+      attention_fn: self-attention of the encoders, see `self_attention`; None chooses by backend
+        and length.
+    """
+
+    spec: ModelSpec
+    attention_fn: AttentionFn | None = None
+
+    def setup(self) -> None:
+        """Declares the submodules, whose names are those of the parameter tree."""
+        spec = self.spec
+        block = {
+            "mlp_ratio": spec.mlp_ratio,
+            "dropout": spec.encoder_dropout,
+            "gelu": spec.gelu,
+            "dtype": DTYPES[spec.dtype],
+            "attention_fn": self.attention_fn,
+            "remat": spec.remat,
+        }
+        self.encoder = {
+            e.name: Encoder(e, spec.dim, scan_layers=spec.scan_layers, **block)
+            for e in spec.encoders
+        }
+        if spec.fusion == "mbt":
+            self.bottleneck = Bottleneck(spec.mbt_layers, spec.mbt_tokens, **block)
+        self.norm = {m: LayerNorm(DTYPES[spec.dtype]) for m in spec.modalities}
+        if spec.fusion != "unimodal":
+            self.probe = {m: Dense(spec.num_classes) for m in spec.modalities}
+        if spec.scores_attention:
+            self.fusion = AttentionFusion(
+                spec.num_classes,
+                spec.dim,
+                spec.fusion_heads,
+                spec.dropout,
+                spec.fusion_token_scale,
+            )
+        else:
+            self.fusion = STATIC_FUSIONS[spec.head](spec.num_classes)
+
+    def __call__(
+        self,
+        batch: Mapping[str, Array],
+        rotation: Array | None = None,
+        train: bool = False,
+        return_attention: bool = False,
+        example_index: Array | None = None,
+    ) -> tuple[Array, dict[str, Any]]:
+        """Logits, and every intermediate that is worth looking at.
+
+        Args:
+          batch: `"<m>"` `[B, ...]` for each modality, channels last (see `embeddings`);
+            optionally `"<m>_mask"`, bool `[B, L_m]` (True at real tokens, the class token not
+            counted) or `[B]` (True where the example has the modality). Other keys are not read.
+          rotation: `[H, d_h, d_h]` for the class query, or None for the identity.
+          train: whether dropout applies; it needs an rng "dropout".
+          return_attention: whether `out` gets the class token's attention weights.
+          example_index: `[B]` int32, positions in the global batch (default 0, 1, ...): dropout
+            depends on these, not on the layout of the batch.
+
+        Returns:
+          logits `[B, C]` float32 and a dict:
+            `probe_logits` `{m: [B, C]}` float32, no gradient to the encoders;
+            `tokens` `{m: [B, 1 + L_m, d]}` after the final LayerNorm, class token first;
+            `present` `{m: [B]}` bool;
+          with attention fusion also (float32)
+            `query` `[B, H, d_h]`, rotated; `mean_keys` `{m: [B, H, d_h]}`;
+            `attention_share` `{m: [B, H]}`; `attention` `[B, H, 1 + sum L]` if asked for.
+          An absent modality takes no attention, adds nothing to the bottleneck, and in the static
+          fusions its class token counts as zeros; its own probe and mean keys mean nothing.
+
+        Raises:
+          DataError: the batch lacks a modality, or an array does not fit its kind.
+          ConfigError: a rotation is given and the fusion has no class query, or does not fit it.
+        """
+        inputs = {m: self._input(batch, m) for m in self.spec.modalities}
+        presences = {
+            e.name: read_mask(e, inputs[e.name], batch.get(f"{e.name}_mask"))
+            for e in self.spec.encoders
+        }
+        batch_size = next(iter(inputs.values())).shape[0]
+        if example_index is None:
+            example_index = jnp.arange(batch_size, dtype=jnp.int32)
+        randomness = {"train": train, "example_index": example_index}
+        tokens = {
+            m: self.encoder[m](inputs[m], presences[m], **randomness) for m in self.spec.modalities
+        }
+        if self.spec.fusion == "mbt":
+            tokens = self.bottleneck(tokens, presences, **randomness)
+        tokens = {m: self.norm[m](tokens[m]) for m in tokens}
+        masks = {m: _fusion_mask(presences[m], tokens[m]) for m in tokens}
+        if self.spec.scores_attention:
+            logits, out = self.fusion(
+                tokens, masks, rotation, return_attention=return_attention, **randomness
+            )
+        else:
+            self._require_query(rotation is None)
+            logits, out = self.fusion(tokens, masks)
+        ones = jnp.ones(batch_size, jnp.bool_)
+        out["present"] = {m: ones if p.present is None else p.present for m, p in presences.items()}
+        out["tokens"] = tokens
+        out["probe_logits"] = self._probe(tokens, logits)
+        return logits, out
+
+    def class_query(self, rotation: Array | None = None) -> Array:
+        """The class query R (cls W_q + b_q), `[H, d_h]` float32, from the parameters alone.
+
+        Raises:
+          ConfigError: the fusion has no class query, or the rotation does not fit it.
+        """
+        self._require_query(self.spec.scores_attention)
+        return self.fusion.class_query(rotation)
+
+    def _probe(self, tokens: Mapping[str, Array], logits: Array) -> dict[str, Array]:
+        if self.spec.fusion == "unimodal":
+            return {m: jax.lax.stop_gradient(logits) for m in tokens}
+        return {m: self.probe[m](jax.lax.stop_gradient(x[:, 0])) for m, x in tokens.items()}
+
+    def _input(self, batch: Mapping[str, Array], modality: str) -> Array:
+        if modality not in batch:
+            raise DataError(f"the batch has no {modality!r}; it has: {', '.join(sorted(batch))}")
+        return jnp.asarray(batch[modality])
+
+    def _require_query(self, holds: bool) -> None:
+        if not holds:
+            raise ConfigError(
+                f"a class query or its rotation is asked for, and model.fusion is "
+                f"{self.spec.fusion!r} with head {self.spec.head!r}; allowed: attention"
+            )
+
+
+def build_model(config: Any, attention_fn: AttentionFn | None = None) -> MultimodalTransformer:
+    """The model that `config.model` describes.
+
+    Args:
+      config: `ModelSpec`, or its fields as a mapping, `ml_collections.ConfigDict` or namespace.
+      attention_fn: self-attention of the encoders, see `self_attention`; None chooses by backend
+        and length when the model is traced.
+
+    Raises:
+      ConfigError: a field is unknown, ill-typed or out of range; names field, value and allowed.
+    """
+    return MultimodalTransformer(ModelSpec.from_config(config), attention_fn)
