@@ -1,0 +1,214 @@
+"""Arrays of a user's own, checked and standardised, as a source of examples.
+
+Each modality is one stored array per split, in memory or memory-mapped. Nothing is copied when a
+split is opened: an example is converted when it is read. The checks read every value once, in
+blocks, and the same pass over the training split gives the mean and standard deviation.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from rollingq_jax.data.infer import infer_kind
+from rollingq_jax.data.types import Example, ModalityInfo
+from rollingq_jax.errors import DataError
+
+BLOCK_BYTES = 32 * 2**20
+MAX_VOCABULARY = 1_000_000
+# Standardised features are cut off here: a feature that is almost constant in training and not so
+# later would otherwise reach hundreds of standard deviations.
+CLIP = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """How a modality's stored arrays become what the model reads.
+
+    Attributes:
+      info: the modality as the model sees it.
+      add_axis: whether a last axis of size 1 is added.
+      mean, std: float64, broadcast against an example; None leaves the values as they are.
+    """
+
+    info: ModalityInfo
+    add_axis: bool
+    mean: np.ndarray | None = None
+    std: np.ndarray | None = None
+
+    def convert(self, stored: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+        """One stored example -> the array that goes into the batch; 0 where the mask is False."""
+        value = np.asarray(stored)[..., None] if self.add_axis else np.asarray(stored)
+        if self.mean is not None:
+            with np.errstate(invalid="ignore", over="ignore"):  # masked positions may hold anything
+                value = np.clip((value - self.mean) / self.std, -CLIP, CLIP)
+        if mask is not None:
+            value = np.where(mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim)), value, 0)
+        return np.ascontiguousarray(value, dtype=self.info.dtype)
+
+
+class ColumnSource:
+    """The examples of one split: a :class:`Column` and a stored array for each modality."""
+
+    def __init__(
+        self,
+        columns: Mapping[str, Column],
+        arrays: Mapping[str, np.ndarray],
+        labels: np.ndarray,
+        masks: Mapping[str, np.ndarray],
+        qualities: Mapping[str, np.ndarray],
+    ) -> None:
+        self.columns, self.arrays, self.labels = dict(columns), dict(arrays), labels
+        self.masks, self.qualities = dict(masks), dict(qualities)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Example:
+        example: Example = {"label": self.labels[index]}
+        for name, column in self.columns.items():
+            mask = self.masks[name][index] if name in self.masks else None
+            example[name] = column.convert(self.arrays[name][index], mask)
+            if mask is not None:
+                example[f"{name}_mask"] = np.asarray(mask)
+        for name, quality in self.qualities.items():
+            example[f"quality_{name}"] = quality[index]
+        return example
+
+
+def make_column(
+    name: str,
+    arrays: Mapping[str, np.ndarray],
+    masks: Mapping[str, np.ndarray],
+    kind: str | None,
+    standardize: bool,
+) -> Column:
+    """The column of one modality, after every value in every split has been checked.
+
+    Args:
+      name: of the modality.
+      arrays: {split: [N, ...]}.
+      masks: {split: bool [N, L] or [N]}, or empty; False positions are not looked at.
+      kind: what the user says it is, or None to go by shape and dtype.
+      standardize: whether float modalities get mean 0 and standard deviation 1 over the training
+        split: each feature of a sequence or vector, each channel of the other kinds.
+
+    Raises:
+      DataError: shapes differ between splits or do not fit the kind, a dtype is not numeric, a
+        value is NaN or infinite, or a token id is out of range.
+    """
+    train = arrays["train"]
+    kind = kind or infer_kind(train.shape[1:], train.dtype, f"train/{name}")
+    for split, array in arrays.items():
+        _check_array(f"{split}/{name}", array, train.shape[1:], f"train/{name}")
+    shape, add_axis = _fit_shape(name, train.shape[1:], kind)
+    if kind == "tokens":
+        largest = max(_largest_token(f"{split}/{name}", array) for split, array in arrays.items())
+        size = max(1 + largest, 2)  # the least that a table of embeddings may have
+        return Column(ModalityInfo(name, kind, shape, "int32", vocab_size=size), add_axis)
+
+    moments = _Moments(shape[-1])
+    for split, array in arrays.items():
+        for values in _checked_blocks(f"{split}/{name}", array, masks.get(split)):
+            if split == "train":
+                moments.add(values.reshape(-1, shape[-1]))
+    if kind in ("image", "video") and all(a.dtype == np.uint8 for a in arrays.values()):
+        mean, std = moments.mean_and_std(scale=255.0)
+        pixels = ModalityInfo(
+            name, kind, shape, "uint8", mean=tuple(mean.tolist()), std=tuple(std.tolist())
+        )
+        return Column(pixels, add_axis)
+    mean, std = moments.mean_and_std() if standardize else (None, None)
+    return Column(ModalityInfo(name, kind, shape, "float32"), add_axis, mean, std)
+
+
+def _check_array(key: str, array: np.ndarray, shape: tuple[int, ...], reference: str) -> None:
+    """Shape as in the training split, no empty axis, a numeric dtype."""
+    if array.dtype.kind not in "biuf":
+        raise DataError(f"{key}: dtype {array.dtype}; must be integer, float or boolean")
+    if array.shape[1:] != shape:
+        raise DataError(
+            f"{key}: examples of shape {list(array.shape[1:])}, but {list(shape)} in {reference}; "
+            "all splits need the same shape (pad or crop them)"
+        )
+    if 0 in array.shape:
+        raise DataError(f"{key}: shape {list(array.shape)} has an axis of length 0")
+
+
+def _fit_shape(name: str, shape: tuple[int, ...], kind: str) -> tuple[tuple[int, ...], bool]:
+    """The example shape that the kind needs, and whether a last axis of size 1 is added for it."""
+    try:
+        return ModalityInfo(name, kind, shape).shape, False
+    except DataError as error:
+        try:
+            return ModalityInfo(name, kind, (*shape, 1)).shape, True
+        except DataError:
+            raise error from None
+
+
+def _blocks(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(number of the first example, examples) in pieces of about BLOCK_BYTES."""
+    step = max(1, BLOCK_BYTES // max(1, array.nbytes // len(array)))
+    for start in range(0, len(array), step):
+        yield start, np.asarray(array[start : start + step])
+
+
+def _checked_blocks(key: str, array: np.ndarray, mask: np.ndarray | None) -> Iterator[np.ndarray]:
+    """The real values of each block, which must be finite as float32."""
+    for start, block in _blocks(array):
+        real = None if mask is None else mask[start : start + len(block)]
+        if block.dtype.kind == "f":
+            with np.errstate(over="ignore"):
+                bad = ~np.isfinite(block.astype(np.float32))
+            if real is not None:
+                bad &= real.reshape(real.shape + (1,) * (bad.ndim - real.ndim))
+            if bad.any():
+                first = start + int(np.flatnonzero(bad.reshape(len(bad), -1).any(axis=1))[0])
+                split, name = key.split("/")
+                raise DataError(
+                    f"{key}: NaN or infinite values, first in example {first}; replace them, or "
+                    f"mark positions that are not real in {split}/mask_{name}"
+                )
+        yield block if real is None else block[real]
+
+
+def _largest_token(key: str, array: np.ndarray) -> int:
+    """The largest token id, after the range has been checked."""
+    if array.dtype.kind not in "iu":
+        raise DataError(f"{key}: dtype {array.dtype}; token ids must be integers")
+    low = min(int(block.min()) for _, block in _blocks(array))
+    high = max(int(block.max()) for _, block in _blocks(array))
+    if low < 0 or high >= MAX_VOCABULARY:
+        raise DataError(
+            f"{key}: integers from {low} to {high} cannot be token ids (0 to {MAX_VOCABULARY - 1}, "
+            "0 pads); store measurements as float32"
+        )
+    return high
+
+
+class _Moments:
+    """Running mean and variance of rows in float64, merged block by block (Chan et al. 1979)."""
+
+    def __init__(self, width: int) -> None:
+        self._count = 0
+        self._mean = np.zeros(width)
+        self._squares = np.zeros(width)
+
+    def add(self, rows: np.ndarray) -> None:
+        """Takes in rows [n, width]."""
+        if len(rows) == 0:
+            return
+        mean = rows.mean(axis=0, dtype=np.float64)
+        squares = np.square(rows - mean).sum(axis=0)
+        total = self._count + len(rows)
+        delta = mean - self._mean
+        self._squares += squares + np.square(delta) * (self._count * len(rows) / total)
+        self._mean += delta * (len(rows) / total)
+        self._count = total
+
+    def mean_and_std(self, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+        """Both divided by ``scale``; 1 takes the place of the deviation of a constant feature."""
+        mean = self._mean / scale
+        std = np.sqrt(self._squares / max(self._count, 1)) / scale
+        constant = std <= 1e-6 * np.abs(mean)  # nothing but rounding; holds for 0 and 0 too
+        return mean, np.where(constant, 1.0, std)

@@ -1,0 +1,52 @@
+"""Fields of ``config.data`` that a loader reads for itself, checked when they are read."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from rollingq_jax.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def option(config_data: Any, name: str, default: T, *, minimum: float | None = None) -> T:
+    """The field ``name``, or the default where the field is absent or None.
+
+    Args:
+      config_data: a ConfigDict, a mapping or an object with attributes.
+      name: of the field.
+      default: its type is the type that the field must have (an int counts as a float).
+      minimum: the least value allowed.
+
+    Raises:
+      ConfigError: the value has another type or is below the minimum.
+    """
+    if isinstance(config_data, Mapping):
+        value = config_data.get(name)
+    else:
+        value = getattr(config_data, name, None)
+    if value is None:
+        return default
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if isinstance(default, Mapping) and hasattr(value, "items"):
+        value = dict(value.items())
+    if isinstance(default, tuple) and isinstance(value, list):
+        value = tuple(value)
+    wanted = dict if isinstance(default, Mapping) else type(default)
+    if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool):
+        raise ConfigError(f"data.{name}: {value!r}; must be of type {wanted.__name__}")
+    if minimum is not None and value < minimum:
+        raise ConfigError(f"data.{name}: {value!r}; must be at least {minimum:g}")
+    return value
+
+
+def choice(config_data: Any, name: str, allowed: tuple[str, ...]) -> str:
+    """The field ``name``, one of ``allowed``; the first of them where it is absent.
+
+    Raises:
+      ConfigError: the value is not allowed.
+    """
+    value = option(config_data, name, allowed[0])
+    if value not in allowed:
+        raise ConfigError(f"data.{name}: {value!r}; must be one of {', '.join(allowed)}")
+    return value

@@ -1,0 +1,411 @@
+"""Own arrays: values against NumPy, each mistake one clear line, any bytes a DataError."""
+
+import io
+import pickle
+import types
+import zipfile
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rollingq_jax.data.arrays import from_arrays, load
+from rollingq_jax.data.labels import labels_of
+from rollingq_jax.data.pipeline import eval_batches
+from rollingq_jax.data.types import ArraySource
+from rollingq_jax.errors import ConfigError, DataError
+
+
+def make_arrays(num_train=60, num_test=20, num_classes=3, seed=0, **modalities):
+    """{"train/<m>": ..., ...} with the shapes given as modality=(shape, dtype)."""
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    modalities = modalities or {"audio": ((7, 4), "float32"), "visual": ((6, 5, 3), "uint8")}
+    for split, count in (("train", num_train), ("test", num_test)):
+        arrays[f"{split}/label"] = np.arange(count) % num_classes
+        for name, (shape, dtype) in modalities.items():
+            if np.dtype(dtype).kind == "f":
+                values = rng.normal(3.0, 2.0, (count, *shape))
+            else:
+                values = rng.integers(0, 2 if dtype == "bool" else 9, (count, *shape))
+            arrays[f"{split}/{name}"] = values.astype(dtype)
+    return arrays
+
+
+def save(path, arrays):
+    np.savez(path, **arrays)
+    return types.SimpleNamespace(name="arrays", path=str(path))
+
+
+def fails_clearly(call, *words, error=DataError):
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 700
+    for word in words:
+        assert str(word) in message, message
+
+
+def test_a_file_and_a_folder_give_the_same(tmp_path):
+    arrays = make_arrays()
+    config = save(tmp_path / "d.npz", arrays)
+    for key, array in arrays.items():
+        (tmp_path / "d" / key).parent.mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "d" / f"{key}.npy", array)
+    from_file = load(config, seed=1)
+    from_folder = load({"path": str(tmp_path / "d")}, seed=1)
+    assert from_file.modalities == from_folder.modalities
+    assert isinstance(from_folder.splits["test"].arrays["audio"], np.memmap)
+    for split in ("train", "valid", "test"):
+        a, b = from_file.splits[split], from_folder.splits[split]
+        assert len(a) == len(b)
+        for index in range(len(a)):
+            for key, value in a[index].items():
+                np.testing.assert_array_equal(value, b[index][key])
+                assert type(b[index][key]) is not np.memmap
+    assert [len(from_file.splits[s]) for s in ("train", "valid", "test")] == [54, 6, 20]
+    assert from_file.num_classes == 3 and list(from_file.modalities) == ["audio", "visual"]
+
+
+KINDS = [
+    ((2, 4, 5, 3), "uint8", "video", (2, 4, 5, 3), "uint8"),
+    ((2, 4, 5, 3), "float64", "video", (2, 4, 5, 3), "float32"),
+    ((4, 5, 3), "uint8", "image", (4, 5, 3), "uint8"),
+    ((4, 5, 1), "uint8", "image", (4, 5, 1), "uint8"),
+    ((4, 5), "uint8", "image", (4, 5, 1), "uint8"),
+    ((4, 5, 1), "float32", "spectrogram", (4, 5, 1), "float32"),
+    ((4, 5, 3), "float32", "image", (4, 5, 3), "float32"),
+    ((4, 5), "float16", "sequence", (4, 5), "float32"),
+    ((4, 5), "int64", "sequence", (4, 5), "float32"),
+    ((9,), "int64", "tokens", (9,), "int32"),
+    ((9,), "uint8", "tokens", (9,), "int32"),
+    ((9,), "float64", "vector", (9,), "float32"),
+    ((9,), "bool", "vector", (9,), "float32"),
+    ((), "float32", "vector", (1,), "float32"),
+    ((), "int32", "tokens", (1,), "int32"),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "kind", "example_shape", "example_dtype"), KINDS)
+def test_kinds_follow_from_shapes(shape, dtype, kind, example_shape, example_dtype):
+    dataset = from_arrays(make_arrays(m=(shape, dtype)))
+    info = dataset.modalities["m"]
+    assert (info.kind, info.shape, info.dtype) == (kind, example_shape, example_dtype)
+    example = dataset.splits["train"][0]
+    assert (example["m"].shape, str(example["m"].dtype)) == (example_shape, example_dtype)
+    assert example["label"].dtype == np.int32
+    next(iter(eval_batches(dataset.splits["test"], batch_size=8)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "kind", "example_shape"),
+    [
+        ((4, 5), "float32", "spectrogram", (4, 5, 1)),
+        ((4, 5), "float32", "image", (4, 5, 1)),
+        ((4, 5), "uint8", "sequence", (4, 5)),
+        ((3, 4, 5), "uint8", "video", (3, 4, 5, 1)),
+        ((9,), "float32", "sequence", (9, 1)),
+        ((9,), "int32", "vector", (9,)),
+        ((4, 5, 1), "float32", "image", (4, 5, 1)),
+    ],
+)
+def test_a_kind_can_be_stated(tmp_path, shape, dtype, kind, example_shape):
+    arrays = make_arrays(m=(shape, dtype))
+    config = save(tmp_path / "d.npz", {**arrays, "kind/m": np.array(kind)})
+    assert load(config, seed=0).modalities["m"].shape == example_shape
+    by_argument = from_arrays({**arrays, "kind/m": np.array("vector")}, kinds={"m": kind})
+    assert by_argument.modalities["m"].kind == kind
+
+
+def test_standardisation_matches_numpy_and_covers_all_splits():
+    arrays = make_arrays(m=((7, 4), "float64"), v=((5,), "float64"), s=((6, 3, 1), "float64"))
+    arrays["train/m"] *= np.array([1e-6, 1.0, 1e6, 1.0])
+    arrays["train/v"][:, 2] = 8.0  # constant
+    arrays["valid/label"] = arrays["test/label"]
+    for name in "mvs":
+        arrays[f"valid/{name}"] = arrays[f"test/{name}"]
+    dataset = from_arrays(arrays)
+    source = dataset.splits["train"]
+    for name, axes in (("m", (0, 1)), ("v", (0,)), ("s", (0, 1, 2))):
+        got = np.stack([source[i][name] for i in range(len(source))])
+        train = arrays[f"train/{name}"]
+        std = train.std(axis=axes)
+        expected = (train - train.mean(axis=axes)) / np.where(std == 0, 1, std)
+        np.testing.assert_allclose(got, expected, atol=2e-5)
+        test = arrays[f"test/{name}"][3]
+        expected = (test - train.mean(axis=axes)) / np.where(std == 0, 1, std)
+        got = dataset.splits["test"][3][name]
+        np.testing.assert_allclose(got, np.clip(expected, -10, 10), atol=2e-5)
+    raw = from_arrays(arrays, standardize=False).splits["test"][3]["v"]
+    np.testing.assert_array_equal(raw, arrays["test/v"][3].astype(np.float32))
+
+
+def test_pixels_stay_and_their_statistics_go_to_the_model():
+    arrays = make_arrays(visual=((6, 5, 3), "uint8"))
+    dataset = from_arrays(arrays)
+    info, train = dataset.modalities["visual"], arrays["train/visual"] / 255
+    np.testing.assert_allclose(info.mean, train.mean(axis=(0, 1, 2)))
+    np.testing.assert_allclose(info.std, train.std(axis=(0, 1, 2)))
+    np.testing.assert_array_equal(dataset.splits["test"][2]["visual"], arrays["test/visual"][2])
+
+
+def test_large_arrays_are_read_in_blocks(monkeypatch):
+    from rollingq_jax.data import columns
+
+    arrays = make_arrays(m=((7, 4), "float32"))
+    whole = from_arrays(arrays).splits["test"][0]["m"]
+    monkeypatch.setattr(columns, "BLOCK_BYTES", 400)
+    np.testing.assert_allclose(from_arrays(arrays).splits["test"][0]["m"], whole, atol=1e-6)
+
+
+def test_masked_positions_do_not_count():
+    arrays = make_arrays(m=((7, 4), "float32"))
+    for split in ("train", "test"):
+        mask = (
+            np.arange(7)
+            < np.random.default_rng(1).integers(1, 8, len(arrays[f"{split}/m"]))[:, None]
+        )
+        arrays[f"{split}/mask_m"] = mask.astype(np.int64)
+        arrays[f"{split}/m"][~mask] = np.nan
+    dataset = from_arrays(arrays)
+    real = arrays["train/m"][arrays["train/mask_m"] == 1].astype(np.float64)
+    example, stored = dataset.splits["test"][4], arrays["test/m"][4]
+    mask = example["m_mask"]
+    assert mask.dtype == np.bool_ and mask.sum() == arrays["test/mask_m"][4].sum()
+    assert not example["m"][~mask].any()
+    expected = (stored[mask] - real.mean(axis=0)) / real.std(axis=0)
+    np.testing.assert_allclose(example["m"][mask], expected, atol=1e-5)
+
+
+def test_a_mask_of_examples_marks_a_missing_modality():
+    arrays = make_arrays(m=((4, 5, 3), "float32"), n=((3,), "float32"))
+    for split in ("train", "test"):
+        arrays[f"{split}/mask_m"] = np.arange(len(arrays[f"{split}/m"])) % 4 > 0
+        arrays[f"{split}/m"][::4] = np.inf
+    example = from_arrays(arrays).splits["test"][0]
+    assert example["m_mask"].shape == () and not example["m_mask"] and not example["m"].any()
+
+
+def test_quality_and_class_names_pass_through(tmp_path):
+    arrays = make_arrays()
+    arrays["test/quality_audio"] = -np.arange(20)
+    arrays["class_names"] = np.array(["a", "b", "c"])
+    dataset = load(save(tmp_path / "d.npz", arrays), seed=0)
+    assert dataset.splits["test"][7]["quality_audio"] == np.float32(-7)
+    assert "quality_audio" not in dataset.splits["train"][0]
+    assert dataset.class_names == ("a", "b", "c")
+
+
+def test_valid_is_stratified_seeded_and_disjoint():
+    arrays = make_arrays(num_train=203, num_classes=4)
+    a, b = (from_arrays(arrays, seed=seed).splits for seed in (1, 1))
+    other = from_arrays(arrays, seed=2).splits
+    np.testing.assert_array_equal(a["valid"].indices, b["valid"].indices)
+    assert a["valid"].indices.tolist() != other["valid"].indices.tolist()
+    assert sorted([*a["valid"].indices, *a["train"].indices]) == list(range(203))
+    assert np.bincount(labels_of(a["valid"])).tolist() == [5, 5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("labels", "valid"),
+    [([0] * 40 + [1] * 40 + [2], [4, 4, 0]), ([0, 0, 1, 1, 2], [1, 1, 0])],
+)
+def test_valid_with_classes_of_one_example(labels, valid):
+    arrays = {
+        "train/m": np.random.default_rng(0).normal(size=(len(labels), 2)),
+        "train/label": np.array(labels),
+        "test/m": np.zeros((1, 2)),
+        "test/label": [0],
+    }
+    arrays = {key: np.asarray(value) for key, value in arrays.items()}
+    splits = from_arrays(arrays).splits
+    assert np.bincount(labels_of(splits["valid"]), minlength=3).tolist() == valid
+    assert set(labels_of(splits["train"]).tolist()) == set(labels)
+    single = arrays | {"train/m": np.zeros((2, 2)), "train/label": np.array([0, 1])}
+    fails_clearly(lambda: from_arrays(single), "single example", "valid/*")
+
+
+def test_modalities_can_be_picked():
+    arrays = make_arrays(a=((3,), "f4"), b=((4,), "f4"), c=((5,), "f4"))
+    assert list(from_arrays(arrays, modalities=("c", "a")).modalities) == ["a", "c"]
+    fails_clearly(lambda: from_arrays(arrays, modalities=("d",)), "'d'", "a, b, c")
+
+
+def changed(**changes):
+    """Arrays with some keys (written with __ for /) replaced, or dropped where None."""
+    arrays = make_arrays(audio=((7, 4), "float32"), ids=((5,), "int64"))
+    for key, value in changes.items():
+        key = key.replace("__", "/")
+        if value is None:
+            del arrays[key]
+        else:
+            arrays[key] = value(arrays.get(key)) if callable(value) else value
+    return arrays
+
+
+def put(index, value):
+    def edit(array):
+        array = array.copy()
+        array[index] = value
+        return array
+
+    return edit
+
+
+BAD = [
+    (dict(test__label=None), "test/label", "missing"),
+    (dict(test__audio=None), "test/audio", "missing"),
+    (dict(test__audio=None, test__label=None, test__ids=None), "no test/*", "train/<modality>"),
+    (dict(test__audio=lambda a: a[:-1]), "test/audio: 19 examples", "test/label has 20"),
+    (dict(train__audio=put((5, 0, 1), np.nan)), "train/audio", "NaN", "example 5", "mask_audio"),
+    (dict(test__audio=put((3, 0, 1), np.inf)), "test/audio", "infinite", "example 3"),
+    (dict(train__audio=lambda a: a.astype("f8") * 1e300), "train/audio", "infinite"),
+    (dict(train__label=put(3, -1)), "train/label", "-1"),
+    (dict(train__label=put(3, 10**9)), "train/label", "1000000000"),
+    (dict(test__label=put(3, 3)), "test/label", "3 never occurs in train/label"),
+    (dict(train__label=lambda a: a.astype("f4")), "train/label", "float32", "astype(int)"),
+    (dict(train__label=lambda a: a.astype("U3")), "train/label", "<U3", "names"),
+    (dict(train__label=lambda a: np.eye(3)[a]), "train/label", "[60, 3]", "argmax"),
+    (dict(train__label=lambda a: a * 0, test__label=lambda a: a * 0), "only the label 0"),
+    (dict(test__audio=lambda a: a[:, :6]), "test/audio", "[6, 4]", "[7, 4]"),
+    (dict(train__audio=lambda a: a.astype("c8")), "complex64"),
+    (dict(train__audio=lambda a: a.astype("U4")), "<U4"),
+    (dict(train__ids=put((0, 0), -4)), "train/ids", "-4", "float32"),
+    (dict(test__ids=put((0, 0), 2 * 10**6)), "test/ids", "2000000"),
+    (dict(train__audio=np.zeros((60, 2, 2, 2, 2, 2))), "at most 4 axes"),
+    (dict(train__audio=np.zeros((60, 0, 2)), test__audio=np.zeros((20, 0, 2))), "length 0"),
+    (dict(train__audio=np.float32(1)), "train/audio", "single number"),
+    (dict(x_train=np.zeros(3)), "'x_train'", "train/<modality>"),
+    (dict(tarin__audio=np.zeros(3)), "'tarin/audio'", "not known"),
+    (dict(kind__audio=np.array("sound")), "'sound'", "spectrogram"),
+    (dict(kind__audio=np.array("video")), "audio", "'video'", "4 axes"),
+    (dict(kind__audio=np.array(3)), "kind/audio"),
+    (dict(kind__text=np.array("tokens")), "'text'", "audio, ids"),
+    (dict(kind__audio=np.array("tokens")), "audio"),
+    (dict(train__mask_audio=np.ones((60, 7), bool)), "mask_audio", "all splits"),
+    (dict(train__mask_audio=np.ones((60, 9), bool)), "train/mask_audio", "[60, 9]", "[60, 7]"),
+    (dict(train__mask_audio=np.full((60, 7), 2)), "train/mask_audio", "0 and 1"),
+    (dict(train__mask_text=np.ones((60, 7))), "train/mask_text", "no modality 'text'"),
+    (dict(train__quality_audio=np.ones((60, 2))), "train/quality_audio", "one number"),
+    (dict(train__quality_audio=np.full(60, np.nan)), "train/quality_audio", "NaN"),
+    (dict(train__example=np.ones((60, 2))), "'example'"),
+    (dict(class_names=np.array(["a", "b"])), "class_names", "2 names"),
+    ({"train/bad name": np.ones((60, 2))}, "'bad name'", "letters"),
+    (dict(train__a_mask=np.ones((60, 2))), "'a_mask'", "rename"),
+]
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda case: ",".join(case[0]))
+def test_mistakes_are_named(tmp_path, case):
+    changes, *words = case
+    config = save(tmp_path / "d.npz", changed(**changes))
+    fails_clearly(lambda: load(config, seed=0), *words)
+
+
+def test_a_mask_of_positions_needs_positions():
+    arrays = make_arrays(m=((4, 5, 3), "float32"))
+    for split in ("train", "test"):
+        arrays[f"{split}/mask_m"] = np.ones(arrays[f"{split}/m"].shape[:2], bool)
+    fails_clearly(lambda: from_arrays(arrays), "mask_m", "'image'", "[N]")
+
+
+def test_missing_and_foreign_files(tmp_path):
+    fails_clearly(lambda: load({"path": ""}, seed=0), "data.path: not given")
+    fails_clearly(lambda: load({"path": str(tmp_path / "a.npz")}, seed=0), "no such file")
+    fails_clearly(lambda: load({"path": str(tmp_path)}, seed=0), "no .npy files")
+    fails_clearly(lambda: load({"path": 3}, seed=0), "data.path", "3", error=ConfigError)
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    fails_clearly(lambda: load({"path": str(tmp_path / "one.npy")}, seed=0), "a single array")
+    (tmp_path / "empty.npz").write_bytes(b"")
+    fails_clearly(lambda: load({"path": str(tmp_path / "empty.npz")}, seed=0), "damaged")
+    good = tmp_path / "good.npz"
+    save(good, make_arrays())
+    (tmp_path / "cut.npz").write_bytes(good.read_bytes()[:-200])
+    fails_clearly(lambda: load({"path": str(tmp_path / "cut.npz")}, seed=0), "cut.npz", "damaged")
+
+
+class Hostile:
+    """Unpickling it would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_pickles_are_refused_and_not_run(tmp_path):
+    bomb = tmp_path / "bomb"
+    objects = make_arrays() | {"train/audio": np.array([Hostile(bomb)] * 60, object)}
+    config = save(tmp_path / "d.npz", objects)
+    fails_clearly(lambda: load(config, seed=0), "train/audio", "Python objects", "refused")
+    plain = tmp_path / "p.npz"
+    plain.write_bytes(pickle.dumps(Hostile(bomb)))
+    fails_clearly(lambda: load({"path": str(plain)}, seed=0), "p.npz", "refused")
+    (tmp_path / "f" / "train").mkdir(parents=True)
+    np.save(tmp_path / "f" / "train" / "audio.npy", objects["train/audio"], allow_pickle=True)
+    fails_clearly(lambda: load({"path": str(tmp_path / "f")}, seed=0), "train/audio", "refused")
+    assert not bomb.exists()
+
+
+def test_member_names_cannot_leave_anything_behind(tmp_path):
+    path = tmp_path / "inner" / "d.npz"
+    path.parent.mkdir()
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros((60, 2)))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("../train/audio.npy", buffer.getvalue())
+    fails_clearly(lambda: load({"path": str(path)}, seed=0), "'../train/audio'", "not known")
+    assert [p.name for p in tmp_path.rglob("*")] == ["inner", "d.npz"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    data=st.binary(max_size=200),
+    start=st.sampled_from([b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00", b"\x80\x04"]),
+)
+def test_any_bytes_raise_only_data_errors(tmp_path_factory, data, start):
+    path = tmp_path_factory.getbasetemp() / "fuzzed.npz"
+    path.write_bytes(start + data)
+    with pytest.raises(DataError):
+        load({"path": str(path)}, seed=0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_damaged_archive_raises_only_data_errors(tmp_path_factory, data):
+    """Bytes flipped anywhere: the checksum of the zip finds it, or the checks here, or it reads."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **make_arrays(num_train=12, num_test=6, a=((2,), "float32")))
+    content = bytearray(buffer.getvalue())
+    for _ in range(data.draw(st.integers(1, 4))):
+        where = data.draw(st.integers(0, len(content) - 1))
+        content[where] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / "flipped.npz"
+    path.write_bytes(bytes(content))
+    try:
+        load({"path": str(path)}, seed=0)
+    except DataError as error:
+        assert "\n" not in str(error)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    header=st.text(max_size=80),
+    body=st.binary(max_size=40),
+)
+def test_any_array_header_raises_only_data_errors(tmp_path_factory, header, body):
+    text = header.encode("latin1", "replace")
+    member = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + body
+    path = tmp_path_factory.getbasetemp() / "header.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("train/audio.npy", member)
+    with pytest.raises(DataError):
+        load({"path": str(path)}, seed=0)
+
+
+def test_labels_of_any_source():
+    source = ArraySource({"m": np.zeros((3, 2)), "label": np.array([2, 0, 1])})
+    assert labels_of(source).tolist() == [2, 0, 1]
+    assert labels_of([{"label": np.int32(4)}, {"label": np.int32(1)}]).tolist() == [4, 1]
