@@ -1,0 +1,171 @@
+"""Upstream's own choices in training, for reproducing its trajectories and for nothing else.
+
+`docs/upstream.md` says why each differs from what this project does by default, and which option
+(`config.upstream_compat.*`) puts it back. Upstream's loop is `train_func.py` and `method.py`; its
+schedule is `get_cosine_schedule_with_warmup` of the transformers library.
+"""
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax import Array
+
+from rollingq_jax.errors import UserError
+from rollingq_jax.imbalance import cosine_scores
+from rollingq_jax.rolling import RollInfo, RollingState, compose, roll
+
+
+def upstream_schedule(
+    learning_rate: float,
+    steps_per_epoch: int,
+    epochs: int,
+    *,
+    warmup_epochs: float = 2.5,
+    extra_step: bool = True,
+    clip: bool = False,
+) -> optax.Schedule:
+    """Learning rate of optimiser step t = 0, 1, ...: linear warm-up, then one cosine.
+
+    With W = int(warmup_epochs * steps_per_epoch) and T = epochs * steps_per_epoch,
+
+        lr(s) = learning_rate s / W                                      for s < W
+        lr(s) = learning_rate (1 + cos(pi (s - W) / (T - W))) / 2        after that.
+
+    Args:
+      learning_rate: the highest.
+      steps_per_epoch: optimiser steps in an epoch.
+      epochs: their number.
+      warmup_epochs: epochs of warm-up; upstream's 2.5 may end inside an epoch.
+      extra_step: upstream steps its schedule once more at each epoch's end, so that
+        s = t + floor(t / steps_per_epoch); otherwise s = t.
+      clip: whether the rate stays at 0 from s = T. Upstream's extra steps go beyond T, where its
+        cosine rises again.
+    """
+    warmup, total = int(warmup_epochs * steps_per_epoch), steps_per_epoch * epochs
+
+    def schedule(count: Any) -> Array:
+        step = jnp.asarray(count, jnp.int32)
+        if extra_step:
+            step = step + step // steps_per_epoch
+        step = step.astype(jnp.float32)
+        progress = (step - warmup) / max(1, total - warmup)
+        if clip:
+            progress = jnp.minimum(progress, 1.0)
+        cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        return learning_rate * jnp.where(step < warmup, step / max(1, warmup), cosine)
+
+    return schedule
+
+
+def upstream_scores(out: Mapping[str, Any], weight: Array | None = None) -> Array:
+    """Cosine scores `[H, M]` of one batch, from the model's second output.
+
+    Upstream's AIR, and so its trigger and its alpha, come from an epoch's last batch alone, in the
+    forward pass before that batch's update.
+
+    Args:
+      out: holds `query` `[B, H, d]` and `mean_keys` `{m: [B, H, d]}`.
+      weight: `[B]`; 0 leaves an example (padding) out.
+    """
+    mean_keys = _stack(out["mean_keys"])  # [M, B, H, d]
+    heads = jax.vmap(functools.partial(cosine_scores, weight=weight), in_axes=(1, 2))
+    return jax.lax.stop_gradient(heads(out["query"], mean_keys))
+
+
+def upstream_statistics(
+    model: nn.Module, params: Any, rotation: Array | None, batches: Iterable[Mapping[str, Array]]
+) -> tuple[Array, Array]:
+    """Mean query and mean keys from a whole extra pass, in evaluation mode.
+
+    Upstream averages each batch, then the batches, so that a smaller last batch weighs as much as
+    the others. Rows whose `example_mask` is False (padding) are left out of their batch's mean.
+
+    Args:
+      model: with attention fusion.
+      params: its parameters, after the epoch's last update.
+      rotation: `[H, d, d]`, or None for the identity.
+      batches: an epoch of training batches.
+
+    Returns:
+      query `[H, d]`, already rotated, and mean keys `[M, H, d]`; modalities in alphabetical order.
+
+    Raises:
+      UserError: there is no batch.
+    """
+    means = [_batch_means(model, params, rotation, _arrays(batch)) for batch in batches]
+    if not means:
+        raise UserError("batches is empty; allowed: at least one batch")
+    query, mean_keys = jax.tree.map(lambda *parts: jnp.mean(jnp.stack(parts), axis=0), *means)
+    return query, mean_keys
+
+
+def upstream_roll(
+    rolling_state: RollingState,
+    query: Array,
+    mean_keys: Array,
+    last_scores: Array,
+    *,
+    beta: float,
+    rho: float,
+    max_rotations: int,
+    rotation: Array | None = None,
+) -> tuple[RollingState, RollInfo]:
+    """Upstream's decision at an epoch's end: rolls where |AIR| > beta and rotations are left.
+
+    Args:
+      rolling_state: the state; its running sums are neither read nor changed.
+      query: `[H, d]`, q_bar of `upstream_statistics`.
+      mean_keys: `[M, H, d]`, mu^m of `upstream_statistics`.
+      last_scores: `[H, M]`, `upstream_scores` of the epoch's last batch.
+      beta: the trigger's threshold.
+      rho: sharpness of the rebalance weights; upstream's `sigma`.
+      max_rotations: the most a head rolls; upstream's `r_time`.
+      rotation: `[H, d, d]`, R_new from outside, such as upstream's own SVD (whose directions off
+        one line are arbitrary); None makes the geodesic one.
+
+    Returns:
+      The state with R <- R_new R and the count of the heads that rolled, and what was decided.
+    """
+    state, info = roll(
+        rolling_state,
+        query,
+        jnp.swapaxes(mean_keys, 0, 1),
+        last_scores,
+        beta=beta,
+        rho=rho,
+        max_rotations=max_rotations,
+    )
+    if rotation is None:
+        return state, info
+    new = compose(jnp.asarray(rotation, jnp.float32), rolling_state.rotation)
+    turned = jnp.where(info.rolled[:, None, None], new, rolling_state.rotation)
+    return state._replace(rotation=turned), info
+
+
+def _stack(by_modality: Mapping[str, Array]) -> Array:
+    return jnp.stack([by_modality[m] for m in sorted(by_modality)])
+
+
+def _arrays(batch: Mapping[str, Any]) -> dict[str, Array]:
+    return {name: jnp.asarray(value) for name, value in batch.items()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _batch_means(
+    model: nn.Module, params: Any, rotation: Array | None, batch: Mapping[str, Array]
+) -> tuple[Array, Array]:
+    _, out = model.apply({"params": params}, batch, rotation=rotation)
+    query, mean_keys = out["query"], _stack(out["mean_keys"])
+    real = batch.get("example_mask", jnp.ones(query.shape[0], jnp.bool_))[:, None, None]
+    count = jnp.maximum(jnp.sum(real), 1).astype(query.dtype)
+
+    def mean(values: Array, axis: int) -> Array:
+        mask = real if axis == 0 else real[None]
+        return jnp.sum(jnp.where(mask, values, 0.0), axis=axis) / count
+
+    return mean(query, 0), mean(mean_keys, 1)
