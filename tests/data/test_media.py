@@ -33,7 +33,7 @@ def test_sound_reads_back(tmp_path, suffix, channels):
     assert (rate, waveform.shape, waveform.dtype) == (8000, (2000,), np.float32)
     expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(2000) / 8000)
     np.testing.assert_allclose(waveform, expected, atol=1e-4)
-    assert media.audio_seconds(path) == pytest.approx(0.25)
+    assert media.sound_seconds(path) == pytest.approx(0.25)
 
 
 def test_truncated_wav(tmp_path):
@@ -159,6 +159,7 @@ def test_video_sound(tmp_path):
     path = tmp_path / "v.mp4"
     media_files.write_video(path, num_frames=25, audio_rate=22050)
     waveform, rate = media.read_video_audio(path)
+    assert media.video_seconds(path) == pytest.approx(1.0, abs=0.1)
     assert rate == 22050 and waveform.dtype == np.float32 and waveform.shape[0] >= 22050
     spectrum = np.abs(np.fft.rfft(waveform[:22050]))
     assert abs(int(spectrum.argmax()) - 440) <= 1
@@ -208,7 +209,7 @@ def test_any_bytes_raise_only_data_errors(tmp_path_factory, data, prefix):
     path.write_bytes(start + data)
     readers = (
         media.read_audio,
-        media.audio_seconds,
+        media.sound_seconds,
         media.read_image,
         media.read_video_frames,
         media.read_video_audio,
