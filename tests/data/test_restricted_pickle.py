@@ -1,4 +1,4 @@
-"""The unpickler gives back arrays and containers exactly, and refuses everything else unexecuted."""
+"""The unpickler gives back arrays and containers exactly; the rest is refused unexecuted."""
 
 import io
 import os
