@@ -107,7 +107,7 @@ def make_column(
         size = max(1 + largest, 2)  # the least that a table of embeddings may have
         return Column(ModalityInfo(name, kind, shape, "int32", vocab_size=size), add_axis)
 
-    moments = _Moments(shape[-1])
+    moments = Moments(shape[-1])
     for split, array in arrays.items():
         for values in _checked_blocks(f"{split}/{name}", array, masks.get(split)):
             if split == "train":
@@ -186,7 +186,7 @@ def _largest_token(key: str, array: np.ndarray) -> int:
     return high
 
 
-class _Moments:
+class Moments:
     """Running mean and variance of rows in float64, merged block by block (Chan et al. 1979)."""
 
     def __init__(self, width: int) -> None:

@@ -1,0 +1,330 @@
+"""Manifests and media files: what is read, and one clear line for each mistake."""
+
+import csv
+import json
+import os
+
+import media_files
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rollingq_jax.data.arrays import load as load_arrays
+from rollingq_jax.data.folder import load
+from rollingq_jax.data.infer import infer_model
+from rollingq_jax.data.manifest import read_manifest
+from rollingq_jax.data.media_arrays import MediaSizes, sound_features
+from rollingq_jax.data.pipeline import eval_batches
+from rollingq_jax.errors import ConfigError, DataError
+
+SMALL = {"image_size": 16, "audio_bins": 8, "audio_frames": 10, "video_frames": 3}
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A folder of media files of each type; and rows that name them."""
+    folder = tmp_path_factory.mktemp("tree")
+    (folder / "media").mkdir()
+    rows = []
+    for number in range(12):
+        name = f"media/{number}"
+        media_files.write_wav(folder / f"{name}.wav", 0.1 + 0.02 * number, 8000, 300 + 100 * number)
+        media_files.write_jpeg(
+            folder / f"{name}.jpg", (20, 30), "L" if number % 3 == 0 else "RGB", 20 * number
+        )
+        (folder / f"{name}.txt").write_text("ab" * (1 + number % 4))
+        if number < 4:
+            media_files.write_video(folder / f"{name}.mp4", 2 + number, audio_rate=8000)
+        rows.append(
+            {
+                "split": "train" if number < 8 else "test",
+                "label": ["dog", "cat"][number % 2],
+                "sound": f"{name}.wav",
+                "picture": f"{name}.jpg",
+                "words": f"{name}.txt",
+                "clip": f"media/{number % 4}.mp4",
+            }
+        )
+    return folder, rows
+
+
+def fails_clearly(call, *words, error=DataError):
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 700
+    for word in words:
+        assert str(word) in message, message
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_every_type_of_file(tree, form):
+    folder, rows = tree
+    path = folder / f"manifest.{form}"
+    (write_csv if form == "csv" else write_jsonl)(path, rows)
+    dataset = load({"path": str(path), **SMALL}, seed=0)
+    kinds = {name: (info.kind, info.shape) for name, info in dataset.modalities.items()}
+    assert kinds == {
+        "clip": ("video", (3, 16, 16, 3)),
+        "picture": ("image", (16, 16, 3)),
+        "sound": ("spectrogram", (8, 10, 1)),
+        "words": ("tokens", (8,)),
+    }
+    assert dataset.class_names == ("cat", "dog")
+    assert [len(dataset.splits[s]) for s in ("train", "valid", "test")] == [6, 2, 4]
+    example = dataset.splits["test"][1]  # number 9
+    assert example["label"] == 0
+    assert np.abs(example["picture"].astype(int) - 180).max() <= 1
+    assert example["words"].tolist() == [98, 99, 98, 99, 0, 0, 0, 0]
+    assert [round(frame.mean() / 20) for frame in example["clip"]] == [0, 1, 2]
+    batch = next(iter(eval_batches(dataset.splits["test"], batch_size=4)))
+    assert batch["sound"].dtype == np.float32 and np.isfinite(batch["sound"]).all()
+    assert infer_model(dataset)["encoders"]["words"] == {"kind": "tokens", "vocab_size": 257}
+    # A manifest can be given where arrays are expected, and by its folder.
+    assert load_arrays({"path": str(path), **SMALL}, seed=0).modalities == dataset.modalities
+    assert load({"path": str(folder), **SMALL}, seed=0).num_classes == 2
+
+
+def test_standardisation_and_its_switch(tree, tmp_path):
+    folder, rows = tree
+    write_csv(folder / "sound.csv", [{k: r[k] for k in ("split", "label", "sound")} for r in rows])
+    config = {"path": str(folder / "sound.csv"), **SMALL}
+    train = load(config, seed=0).splits["train"]
+    values = np.stack([train[index]["sound"] for index in range(len(train))])
+    assert values.mean() == pytest.approx(0, abs=1e-5)
+    assert values.std() == pytest.approx(1, abs=1e-5)
+    raw = load(config | {"standardize": False}, seed=0).splits["train"][0]["sound"]
+    assert raw.max() == 0 and raw.min() >= -80
+    stft = load(config | {"audio_features": "stft"}, seed=0).splits["train"][0]["sound"]
+    assert stft.shape == (8, 10, 1)
+    fails_clearly(
+        lambda: load(config | {"audio_features": "mfcc"}, seed=0), "mel, stft", error=ConfigError
+    )
+    fails_clearly(lambda: load(config | {"audio_bins": 1}, seed=0), "at least 2", error=ConfigError)
+
+
+def test_a_tone_is_where_it_should_be():
+    time = np.arange(16000) / 16000
+    tone = np.sin(2 * np.pi * 2000 * time).astype(np.float32)
+    sizes = MediaSizes(audio_features="stft", audio_seconds=1.0, audio_bins=65, audio_frames=20)
+    features = sound_features(tone, 16000, sizes)
+    assert features.shape == (65, 20, 1)
+    assert set(features[:, 1:-1, 0].argmax(axis=0).tolist()) == {16}  # 2000 / 8000 * 64
+    half = sound_features(tone[:8000], 16000, sizes)  # padded with silence
+    assert half[:, -1, 0].max() == -80
+    silence = sound_features(np.zeros(10, np.float32), 16000, sizes)
+    assert (silence == -80).all()
+
+
+def test_text_in_the_cell_and_sound_of_a_video(tree):
+    folder, rows = tree
+    rows = [
+        {"split": r["split"], "label": n % 2, "sound:audio": r["clip"], "title:string": "héé" * n}
+        for n, r in enumerate(rows)
+    ]
+    write_jsonl(folder / "typed.jsonl", rows)
+    dataset = load({"path": str(folder / "typed.jsonl"), **SMALL}, seed=0)
+    assert dataset.class_names == () and dataset.num_classes == 2
+    assert dataset.modalities["sound"].kind == "spectrogram"
+    assert dataset.modalities["title"].shape == (35,)  # 5 bytes, 7 times
+    ids = dataset.splits["test"][0]["title"]
+    assert bytes((ids[ids > 0] - 1).astype(np.uint8)) == ("héé" * 8).encode()[:35]
+
+
+def test_missing_modalities_and_quality(tree):
+    folder, rows = tree
+    rows = [{k: row[k] for k in ("split", "label", "sound", "picture")} for row in rows]
+    for number, row in enumerate(rows):
+        row["quality_picture"] = -0.5 * number
+        row["sound"] = "" if number in (2, 9) else row["sound"]
+    write_csv(folder / "holes.csv", rows)
+    dataset = load({"path": str(folder / "holes.csv"), **SMALL}, seed=0)
+    missing, whole = dataset.splits["test"][1], dataset.splits["test"][2]
+    assert not missing["sound_mask"] and not missing["sound"].any()
+    assert whole["sound_mask"] and whole["sound"].any() and "picture_mask" not in whole
+    assert whole["quality_picture"] == np.float32(-5)
+
+
+def row(**changes):
+    return {"split": "train", "label": "0", "picture": "a.png"} | changes
+
+
+def write_rows(folder, *rows):
+    media_files.write_jpeg(folder / "a.png")
+    path = folder / "m.csv"
+    write_csv(path, list(rows) or [row()])
+    return {"path": str(path), **SMALL}
+
+
+def test_paths_may_not_leave_the_folder(tmp_path):
+    secret = tmp_path / "secret.png"
+    media_files.write_jpeg(secret)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "link.png").symlink_to(secret)
+    (folder / "out").symlink_to(tmp_path)
+    (folder / "inner.png").symlink_to("a.png")
+    outside = ["../secret.png", "x/../../secret.png", str(secret), "C:\\secret.png", "..\\s.png"]
+    for name in outside:
+        config = write_rows(folder, row(picture=name))
+        fails_clearly(lambda c=config: load(c, seed=0), "m.csv line 2", "refused", "picture")
+    for name in ("link.png", "out/secret.png"):
+        config = write_rows(folder, row(picture=name))
+        fails_clearly(lambda c=config: load(c, seed=0), repr(name), "link", "refused")
+    config = write_rows(folder, row(picture="inner.png"))
+    assert read_manifest(folder / "m.csv").missing == ()
+
+
+def test_a_manifest_reached_through_a_link_is_fine(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_rows(folder)
+    (tmp_path / "alias").symlink_to(folder)
+    assert len(read_manifest(tmp_path / "alias" / "m.csv").rows) == 1
+
+
+def test_missing_files_are_listed(tmp_path):
+    rows = [row(picture=f"{number}.png") for number in range(5)]
+    config = write_rows(tmp_path, *rows)
+    fails_clearly(
+        lambda: load(config, seed=0), "5 missing files: '0.png', '1.png', '2.png', ..."
+    )
+
+
+GOOD = [row(), row(label="1"), row(split="test"), row(), row(label="1")]
+BAD = [
+    ([*GOOD, row(split="dev")], "line 7", "split 'dev'", "valid"),
+    ([*GOOD, row(label="")], "line 7", "label"),
+    ([*GOOD, row(label="-1")], "train/label", "-1"),
+    ([*GOOD, row(split="test", label="7")], "test/label", "7 never occurs"),
+    ([*GOOD, row(split="test", label="dog")], "test/label", "'dog' never occurs"),
+    ([row(), row(), row(split="test")], "only the label 0"),
+    (GOOD[:2], "no rows of split 'test'"),
+    ([row(picture="a.xyz")], "line 2", "no known suffix", "picture:string"),
+    ([{"split": "train", "label": "0"}], "wanted split, label and one column"),
+    ([{"split": "train", "picture": "a.png"}], "wanted split, label"),
+    ([row(**{"bad name": "a.png"})], "'bad name'"),
+    ([row(**{"p:movie": "a.png"})], "'movie'", "audio, image"),
+    ([row(**{"picture:image": "a.png"})], "two columns", "picture"),
+    ([row(quality_sound="1")], "quality_sound"),
+    ([row(quality_picture="good")], "line 2", "quality_picture", "number"),
+    ([row(quality_picture="nan")], "line 2", "quality_picture", "number"),
+    ([row(picture="")], "'picture' is empty in every row"),
+]
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda case: case[1])
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_mistakes_are_named(tmp_path, case, form):
+    rows, *words = case
+    media_files.write_jpeg(tmp_path / "a.png")
+    path = tmp_path / f"m.{form}"
+    (write_csv if form == "csv" else write_jsonl)(path, rows)
+    words = [word.replace("line 7", "line 6").replace("line 2", "line 1") if form == "jsonl"
+             else word for word in words]  # fmt: skip
+    fails_clearly(lambda: load({"path": str(path), **SMALL}, seed=0), *words)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("m.csv", b"", "no rows"),
+        ("m.csv", b"split,label,p\n", "no rows"),
+        ("m.csv", b"split,label,label,p\n", "same name"),
+        ("m.csv", b"split,label,p\ntrain,0\n", "line 2: 2 cells"),
+        ("m.csv", b'split,label,p\ntrain,0,"a', "not CSV"),
+        ("m.csv", b"\xff\xfe", "not UTF-8"),
+        ("m.jsonl", b"{\n", "line 1: not JSON"),
+        ("m.jsonl", b"\n[1]\n", "line 2: must be an object"),
+        ("m.jsonl", b"[" * 100_000, "not JSON"),
+        ("m.jsonl", b'{"split": "train", "label": true, "p": "a.png"}', "label 'True'"),
+        ("m.jsonl", b'{"split": "train", "label": 0, "p": 3}', "p: '3'; must be a string"),
+        ("m.jsonl", b'{"split": "train", "label": 0, "p": "a\\u0000.png"}', "refused"),
+    ],
+)
+def test_malformed_manifests(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    fails_clearly(lambda: load({"path": str(tmp_path / name)}, seed=0), words, name)
+
+
+def test_no_manifest(tmp_path):
+    fails_clearly(lambda: load({}, seed=0), "data.path: not given")
+    fails_clearly(lambda: load({"path": str(tmp_path)}, seed=0), "manifest.csv", "no such")
+    fails_clearly(lambda: load({"path": str(tmp_path / "m.csv")}, seed=0), "no such")
+
+
+def test_a_file_that_breaks_later_is_named(tmp_path):
+    config = write_rows(tmp_path, *GOOD)
+    dataset = load(config, seed=0)
+    (tmp_path / "a.png").write_bytes(b"not an image")
+    fails_clearly(lambda: dataset.splits["test"][0], "a.png", "damaged")
+    fails_clearly(lambda: load(config, seed=0), "a.png", "damaged")
+    os.remove(tmp_path / "a.png")
+    fails_clearly(lambda: dataset.splits["test"][0], "a.png", "no such file")
+
+
+def test_modalities_can_be_picked(tree):
+    folder, rows = tree
+    write_csv(folder / "picked.csv", rows)
+    config = {"path": str(folder / "picked.csv"), **SMALL}
+    picked = load(config | {"modalities": ("words", "sound")}, seed=0)
+    assert list(picked.modalities) == ["sound", "words"]
+    fails_clearly(lambda: load(config | {"modalities": ("smell",)}, seed=0), "'smell'", "picture")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    data=st.binary(max_size=200),
+    start=st.sampled_from(
+        [b"", b"split,label,p\n", b"split,label,p\ntrain,0,", b'{"split": "train", "label": 0, ']
+    ),
+    suffix=st.sampled_from(["csv", "jsonl"]),
+)
+def test_any_bytes_raise_only_data_errors(tmp_path_factory, data, start, suffix):
+    folder = tmp_path_factory.getbasetemp() / "fuzz"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"m.{suffix}"
+    path.write_bytes(start + data)
+    with pytest.raises(DataError) as caught:
+        load({"path": str(path)}, seed=0)
+    assert "\n" not in str(caught.value)
+
+
+CELLS = st.one_of(
+    st.text(max_size=12),
+    st.sampled_from(["a.png", "../a.png", "train", "test", "0", "/etc/passwd"]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.lists(
+        st.dictionaries(
+            st.sampled_from(["split", "label", "p", "q:string", "r:audio", "quality_p"]),
+            st.one_of(CELLS, st.integers(), st.floats(), st.none(), st.lists(CELLS, max_size=2)),
+        ),
+        max_size=6,
+    )
+)
+def test_any_rows_raise_only_data_errors(tmp_path_factory, rows):
+    folder = tmp_path_factory.getbasetemp() / "rows"
+    folder.mkdir(exist_ok=True)
+    write_jsonl(folder / "m.jsonl", rows)
+    try:
+        manifest = read_manifest(folder / "m.jsonl")
+    except DataError as error:
+        assert "\n" not in str(error)
+    else:
+        assert len(manifest.rows) == len(rows)
