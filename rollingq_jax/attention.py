@@ -1,8 +1,8 @@
 """Attention of a class token alone, without the matrices K, V and L x L.
 
 Only the class token's output is used and its query does not depend on the other tokens, so the key
-projection moves to the query and the value projection behind the weighted sum: O(L D + D^2) a sample
-in place of O(L D^2 + L^2 D), with the same values and the same gradients.
+projection moves to the query and the value projection behind the weighted sum: O(L D + D^2) for a
+sample in place of O(L D^2 + L^2 D), with the same values and the same gradients.
 """
 
 import jax
@@ -28,7 +28,7 @@ def masked_softmax(logits: Array, mask: Array | None) -> Array:
 
 
 def per_example_keep(rng: Array, rate: float, shape: tuple[int, ...]) -> Array:
-    """Bernoulli(1 - rate) of `shape` = `(B, ...)`; `rng` is one key, or one key an example `[B]`."""
+    """Bernoulli(1 - rate) of `shape` = `(B, ...)`; `rng` is one key, or keys `[B]`."""
     if rng.ndim == 0 or (rng.ndim == 1 and not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)):
         return jax.random.bernoulli(rng, 1.0 - rate, shape)
     return jax.vmap(lambda one: jax.random.bernoulli(one, 1.0 - rate, shape[1:]))(rng)
@@ -68,7 +68,7 @@ def class_token_attention(
 ) -> tuple[Array, Array]:
     """softmax(T (W_k q) / sqrt(d_h)), and (sum_l w_l T_l) W_v + b_v sum_l w_l, a head at a time.
 
-    b_k . q is the same for every token and cancels in the softmax; sum_l w_l is 1 but under dropout.
+    b_k . q is the same for every token and cancels in the softmax; sum_l w_l is 1 without dropout.
 
     Args:
       tokens: `[B, L, D]` T, float32 or bfloat16; the two products over L run in its dtype and

@@ -42,8 +42,8 @@ def _check(projection: Any, rotation: Array, path: Sequence[str]) -> None:
     shape, (heads, width) = projection["kernel"].shape, rotation.shape[:2]
     if shape[1:] not in ((heads, width), (heads * width,)):
         raise UserError(
-            f"the kernel at {where!r} has shape {shape}, which does not end in {heads} heads of width "
-            f"{width}: a projection that makes keys or values as well, or serves other queries, "
+            f"the kernel at {where!r} has shape {shape}, which does not end in {heads} heads of "
+            f"width {width}: a projection that makes keys or values as well, or serves other queries, "
             "cannot take the rotation without changing them"
         )
 

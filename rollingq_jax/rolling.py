@@ -145,6 +145,12 @@ def scores_and_means(state: RollingState) -> tuple[Array, Array, Array]:
     return scores, mean_keys, state.query_sum / total
 
 
+def reset_sums(state: RollingState) -> RollingState:
+    """The state with empty running sums; rotation and count as they were."""
+    sums = ("key_sum", "cosine_sum", "weight_sum", "query_sum", "query_weight")
+    return state._replace(**{name: jnp.zeros_like(getattr(state, name)) for name in sums})
+
+
 def compose(new: Array, rotation: Array) -> Array:
     """R_new R, mended where rounding has drifted from orthogonal: `[..., d, d]` twice."""
     product = jnp.matmul(new, rotation, precision=HIGHEST)
@@ -245,23 +251,27 @@ def rolling_query(
     if method not in ("geodesic", "svd"):
         raise ValueError(f"method is {method!r}; allowed: geodesic, svd")
 
-    def update(state: RollingState, query: Array | None = None) -> tuple[RollingState, RollInfo]:
-        """Rolls where due and resets the sums; `query` `[H, d]` is the one in use now, rotated."""
-        scores, mean_keys, mean_query = scores_and_means(state)
+    def update(
+        state: RollingState, query: Array | None = None, scores: Array | None = None
+    ) -> tuple[RollingState, RollInfo]:
+        """Rolls where due and resets the sums.
+
+        `query` `[H, d]` is the one in use now, rotated; None takes the observed mean. `scores`
+        `[H, M]` are used in place of the observed ones.
+        """
+        seen_scores, mean_keys, mean_query = scores_and_means(state)
         query = mean_query if query is None else jax.lax.stop_gradient(query)
         state, info = roll(
             state,
             query,
             mean_keys,
-            scores,
+            seen_scores if scores is None else jax.lax.stop_gradient(scores),
             beta=beta,
             rho=rho,
             max_rotations=max_rotations,
             method=method,
             joint=joint,
         )
-        sums = ("key_sum", "cosine_sum", "weight_sum", "query_sum", "query_weight")
-        zeros = {name: jnp.zeros_like(getattr(state, name)) for name in sums}
-        return state._replace(**zeros), info
+        return reset_sums(state), info
 
     return RollingQuery(init=init_state, observe=observe, update=update)

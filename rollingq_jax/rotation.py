@@ -1,8 +1,8 @@
 """The rotation that takes one vector's direction to another's, and its application.
 
 Paper section 4 and upstream `models/fusion_modules.py` build it from an SVD of the rank-one matrix
-`target source^T`, which fixes one direction and leaves all others to the linear algebra library. The
-geodesic rotation here moves nothing outside the plane of the two vectors.
+`target source^T`, which fixes one direction and leaves all others to the linear algebra library.
+The geodesic rotation here moves nothing outside the plane of the two vectors.
 """
 
 import jax
@@ -110,7 +110,7 @@ def rotation_between(source: Array, target: Array, method: str = "geodesic") -> 
     and for a wider one `R = G(-x, y) (I - 2 x x^T - 2 z z^T)`: first the half turn of the plane,
     z being its unit vector orthogonal to x, then on from -x to y. Both are the same rotation in
     exact arithmetic; used alone, G's error near 180 degrees is that of the norms divided by |s|. At
-    180 degrees, where the plane is not defined, z comes from the basis vector of the smallest |x_k|.
+    180 degrees, where there is no plane, z comes from the basis vector of the smallest |x_k|.
 
     Args:
       source: `[..., d]`, d >= 2; converted to float32 unless wider.

@@ -1,0 +1,18 @@
+"""Training: pure steps, their layout over devices, checkpoints and the loop."""
+
+import importlib
+from typing import Any
+
+__all__ = ["default_config", "load_run", "train_and_evaluate"]
+
+_HOME = {
+    "default_config": "rollingq_jax.train.config",
+    "load_run": "rollingq_jax.train.restore",
+    "train_and_evaluate": "rollingq_jax.train.loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:  # on first use: the loop needs Orbax and Grain, the configuration does not
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'rollingq_jax.train' has no attribute {name!r}")

@@ -17,7 +17,16 @@ from jax import Array
 
 from rollingq_jax.errors import UserError
 from rollingq_jax.imbalance import cosine_scores
-from rollingq_jax.rolling import RollInfo, RollingState, compose, roll
+from rollingq_jax.rolling import (
+    RollInfo,
+    RollingState,
+    compose,
+    reset_sums,
+    roll,
+    scores_and_means,
+)
+from rollingq_jax.train.state import TrainState
+from rollingq_jax.train.steps import Roll, batch_imbalance, batch_scores
 
 
 def upstream_schedule(
@@ -145,6 +154,41 @@ def upstream_roll(
     new = compose(jnp.asarray(rotation, jnp.float32), rolling_state.rotation)
     turned = jnp.where(info.rolled[:, None, None], new, rolling_state.rotation)
     return state._replace(rotation=turned), info
+
+
+def roll_after_epoch(
+    run: Any, state: TrainState, last_sums: Mapping[str, Any]
+) -> tuple[TrainState, Roll]:
+    """Upstream's epoch end in the training loop: the extra pass, the trigger, the rotation.
+
+    Args:
+      run: the training loop's `Run`; its batches of the epoch just done are read once more.
+      state: after the epoch's last update, on one device.
+      last_sums: what the epoch's last step returned, for the scores of its batch.
+
+    Returns:
+      The state with its rotation, and empty running sums; and what was decided.
+    """
+    step, rolling, model = int(state.step), state.rolling, run.setup.model
+    batches = run.batches(step - run.setup.epoch_steps, step)
+    query, mean_keys = upstream_statistics(model, state.params, rolling.rotation, batches)
+    scores = scores_and_means(rolling)[0]
+    if run.config.upstream_compat.last_batch_air:
+        scores = batch_scores(jax.tree.map(jnp.asarray, dict(last_sums)))
+    settings = run.config.rolling
+    rolled, info = upstream_roll(
+        rolling,
+        query,
+        mean_keys,
+        scores,
+        beta=settings.beta,
+        rho=settings.rho,
+        max_rotations=settings.max_rotations,
+    )
+    turned = jnp.where(info.rolled[:, None], info.anchor, query)
+    ones = jnp.ones([len(mean_keys), 1], jnp.float32)
+    before, after = (batch_imbalance(q, mean_keys[:, None], ones, None) for q in (query, turned))
+    return state.replace(rolling=reset_sums(rolled)), Roll(info, query, before, after)
 
 
 def _stack(by_modality: Mapping[str, Array]) -> Array:

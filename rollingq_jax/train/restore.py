@@ -1,0 +1,82 @@
+"""A finished or stopped run, read back from its folder."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from rollingq_jax.data.load import load_dataset
+from rollingq_jax.data.types import Dataset
+from rollingq_jax.errors import CheckpointError
+from rollingq_jax.train.checkpoint import Checkpoints
+from rollingq_jax.train.config import check_config
+from rollingq_jax.train.setup import build
+from rollingq_jax.train.workdir import read_config
+
+
+class LoadedRun(NamedTuple):
+    """What a run has learned, and on what.
+
+    Attributes:
+      model: from `build_model`.
+      params: of the best checkpoint by validation accuracy.
+      rotation: `[H, d_h, d_h]`, or None for a fusion without a class query.
+      config: the run's configuration, complete.
+      dataset: its data.
+      step: of the checkpoint.
+    """
+
+    model: Any
+    params: Any
+    rotation: jax.Array | None
+    config: ConfigDict
+    dataset: Dataset
+    step: int
+
+
+def as_config(config: Any) -> ConfigDict:
+    """A configuration from JSON: lists become tuples, as configurations have them."""
+
+    def tuples(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: tuples(item) for name, item in value.items()}
+        return tuple(tuples(item) for item in value) if isinstance(value, list) else value
+
+    return ConfigDict(tuples(config))
+
+
+def load_run(workdir: epath.PathLike) -> LoadedRun:
+    """Reads back the best checkpoint of a run.
+
+    Args:
+      workdir: the run's folder.
+
+    Raises:
+      CheckpointError: there is no run or no intact checkpoint in the folder.
+      ConfigError, DataError: its configuration or its data cannot be used any more.
+    """
+    path = epath.Path(workdir).expanduser()
+    path = path if "://" in str(workdir) else path.resolve()
+    stored = read_config(path) if path.exists() else None
+    if stored is None or not (path / "checkpoints").exists():
+        raise CheckpointError(
+            f"workdir is {str(workdir)!r}; allowed: the folder of a run, with config.json and "
+            "checkpoints"
+        )
+    config = as_config(stored)
+    check_config(config)
+    dataset = load_dataset(config.data, seed=config.seed)
+    setup = build(config, dataset)
+    like = setup.initial_state(config, dataset)
+    with Checkpoints(path / "checkpoints", config.checkpoint.keep) as checkpoints:
+        newest = checkpoints.restore_newest(like)
+        if newest is None:
+            raise CheckpointError(f"workdir {path} holds no checkpoint yet")
+        state, record = newest
+        if record["best"]["step"] not in (-1, int(state.step)):
+            state, _ = checkpoints.restore(record["best"]["step"], like)
+    return LoadedRun(
+        setup.model, state.params, state.rotation, config, dataset, int(np.asarray(state.step))
+    )

@@ -1,0 +1,101 @@
+"""From a configuration to the parts of a run."""
+
+import copy
+from typing import Any, NamedTuple
+
+import numpy as np
+import optax
+
+from rollingq_jax.data.infer import infer_model
+from rollingq_jax.data.pipeline import collate, steps_per_epoch
+from rollingq_jax.data.types import Dataset
+from rollingq_jax.errors import ConfigError
+from rollingq_jax.models import build_model
+from rollingq_jax.rolling import RollingQuery, rolling_query
+from rollingq_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from rollingq_jax.train.state import TrainState, create_state
+from rollingq_jax.train.steps import RollSchedule
+
+
+class Setup(NamedTuple):
+    """The parts of a run, and its lengths in steps."""
+
+    model: Any
+    tx: optax.GradientTransformation
+    roller: RollingQuery
+    roll_schedule: RollSchedule | None  # None: nothing rolls
+    learning_rate: optax.Schedule
+    epoch_steps: int
+    total_steps: int
+
+    def initial_state(self, config: Any, dataset: Dataset) -> TrainState:
+        """The state at step 0; encoders start from `config.vit_weights` where that is set."""
+        state = create_state(
+            self.model, self.tx, self.roller, seed=config.seed, batch=example_batch(dataset)
+        )
+        if config.vit_weights:
+            from rollingq_jax.convert import load_vit
+
+            params, report = load_vit(config.vit_weights, state.params)
+            print(f"{config.vit_weights}: {report}")
+            state = state.replace(params=params, opt_state=self.tx.init(params))
+        return state
+
+
+def example_batch(dataset: Dataset, size: int = 2) -> dict[str, np.ndarray]:
+    """A small batch of the training data, for shapes."""
+    source = dataset.splits["train"]
+    example = source[0]
+    for transform in dataset.eval_transforms:
+        example = transform.map(example)
+    return collate([example] * size)
+
+
+def resolve_config(config: Any, dataset: Dataset) -> Any:
+    """A copy of the configuration in which `config.model` is complete: as the data have it.
+
+    Raises:
+      ConfigError: `config.model` does not fit the data.
+    """
+    resolved = copy.deepcopy(config)
+    given = resolved.model.to_dict()
+    with resolved.unlocked():
+        resolved.model = infer_model(dataset, given)
+    return resolved
+
+
+def build(config: Any, dataset: Dataset) -> Setup:
+    """Builds the parts of a run from a resolved configuration.
+
+    Raises:
+      ConfigError: a field of `config.model` is not allowed, or a size does not fit the data.
+    """
+    model = build_model(config.model)
+    examples = len(dataset.splits["train"])
+    if config.batch_size > examples:
+        raise ConfigError(
+            f"config.batch_size is {config.batch_size}; "
+            f"allowed: at most the number of training examples, which is {examples}"
+        )
+    epoch_steps = steps_per_epoch(examples, config.batch_size)
+    total_steps = epoch_steps * config.epochs
+    warmup_steps = int(config.optimizer.warmup_epochs * epoch_steps)
+    learning_rate = learning_rate_schedule(
+        config.optimizer.learning_rate, warmup_steps=warmup_steps, total_steps=total_steps
+    )
+    rolling = config.rolling
+    roll_schedule = None
+    if rolling.enabled and model.spec.scores_attention and len(model.spec.modalities) > 1:
+        period = rolling.check_every or epoch_steps
+        roll_schedule = RollSchedule.from_fraction(period, rolling.window)
+    return Setup(
+        model=model,
+        tx=make_optimizer(config.optimizer, learning_rate),
+        roller=rolling_query(
+            rolling.beta, rolling.rho, rolling.max_rotations, rolling.method, rolling.joint
+        ),
+        roll_schedule=roll_schedule,
+        learning_rate=learning_rate,
+        epoch_steps=epoch_steps,
+        total_steps=total_steps,
+    )

@@ -1,0 +1,67 @@
+"""What a training run carries from step to step."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from rollingq_jax.rolling import RollingQuery, RollingState
+
+
+@flax.struct.dataclass
+class TrainState:
+    """The whole of a run: with the data, which follow from `step`, it determines all that comes.
+
+    Attributes:
+      step: `[]` int32, updates done; also the position in the data.
+      params: the model's parameters, float32.
+      opt_state: the optimiser's.
+      rolling: rotations, counts and running sums; None for a fusion without a class query.
+      rng: PRNG key `[]`, the same for the whole run; a step folds its number in.
+    """
+
+    step: Array
+    params: Any
+    opt_state: Any
+    rolling: RollingState | None
+    rng: Array
+
+    @property
+    def rotation(self) -> Array | None:
+        """`[H, d_h, d_h]`, or None for a fusion without a class query."""
+        return None if self.rolling is None else self.rolling.rotation
+
+
+def create_state(
+    model: Any, tx: optax.GradientTransformation, roller: RollingQuery, *, seed: int, batch: Any
+) -> TrainState:
+    """Initial state: parameters drawn from `seed`, R = I.
+
+    Args:
+      model: from `build_model`.
+      tx: the optimiser.
+      roller: from `rolling_query`.
+      seed: of parameters and dropout.
+      batch: one batch, for its shapes.
+    """
+    init_rng, step_rng = jax.random.split(jax.random.key(seed))
+    params = jax.jit(model.init)(init_rng, batch)["params"]
+    return TrainState(
+        step=jnp.zeros([], jnp.int32),
+        params=params,
+        opt_state=tx.init(params),
+        rolling=init_rolling(model, params, roller),
+        rng=step_rng,
+    )
+
+
+def init_rolling(model: Any, params: Any, roller: RollingQuery) -> RollingState | None:
+    """The rolling state that fits the model's class query; None where it has none."""
+    if not model.spec.scores_attention or len(model.spec.modalities) < 2:
+        return None
+    query = jax.eval_shape(lambda p: model.apply({"params": p}, None, method="class_query"), params)
+    num_heads, head_dim = query.shape
+    return roller.init(len(model.spec.modalities), head_dim, num_heads)

@@ -1,0 +1,212 @@
+"""One training step and one evaluation step, as pure functions of state and batch.
+
+They run under jit over sharded arrays, where `axis_name` is None, and under pmap, where it names
+the mapped axis; `parallel.py` wraps them either way.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from rollingq_jax.imbalance import imbalance
+from rollingq_jax.rolling import RollInfo, RollingQuery, RollingState
+from rollingq_jax.rotation import dot, unit
+from rollingq_jax.train.metrics import (
+    Sums,
+    batch_sums,
+    cross_entropy,
+    example_weight,
+    modality_weight,
+    psum,
+)
+from rollingq_jax.train.state import TrainState
+
+Batch = dict[str, Array]
+
+
+class RollSchedule(NamedTuple):
+    """When sums are taken and when the trigger is checked, in steps.
+
+    Attributes:
+      period: the trigger is checked after every `period` steps.
+      window: sums are taken in the last `window` steps of a period.
+    """
+
+    period: int
+    window: int
+
+    @classmethod
+    def from_fraction(cls, period: int, fraction: float) -> "RollSchedule":
+        """The last `fraction` of the period, at least one step."""
+        return cls(period, min(period, max(1, round(fraction * period))))
+
+    def observes(self, step: Array) -> Array:
+        """Whether step number `step` (from 0) lies in a window."""
+        return step % self.period >= self.period - self.window
+
+    def checks(self, step: Array) -> Array:
+        """Whether the trigger is checked after step number `step`."""
+        return step % self.period == self.period - 1
+
+
+class Roll(NamedTuple):
+    """What a check of the trigger saw; all zeros, `rolled` too, where there was none."""
+
+    info: RollInfo
+    query: Array  # [H, d_h] before the rotation
+    imbalance_before: Array  # [H], over this step's batch, under the old rotation
+    imbalance_after: Array  # [H], over the same keys, under the new one
+
+
+def example_positions(batch: Batch, axis_name: str | None) -> Array:
+    """`[B]` int32, each row's position in the global batch, whatever the layout over devices."""
+    size = batch["label"].shape[0]
+    positions = jnp.arange(size, dtype=jnp.int32)
+    return positions if axis_name is None else positions + size * jax.lax.axis_index(axis_name)
+
+
+def loss_sums(
+    model: Any, params: Any, state: TrainState, batch: Batch, axis_name: str | None
+) -> tuple[Array, tuple[Array, dict[str, Any]]]:
+    """Cross-entropy of the main head plus that of each probe, divided by the global weight.
+
+    The probes see stopped gradients, so they add nothing to the encoders' gradient.
+    """
+    weight = example_weight(batch)
+    logits, out = model.apply(
+        {"params": params},
+        batch,
+        rotation=state.rotation,
+        train=True,
+        example_index=example_positions(batch, axis_name),
+        rngs={"dropout": jax.random.fold_in(state.rng, state.step)},
+    )
+    losses = cross_entropy(logits, batch["label"])
+    if model.spec.fusion != "unimodal":  # there the probe is the main head
+        for probe in out["probe_logits"].values():
+            losses = losses + cross_entropy(probe, batch["label"])
+    total = psum(jnp.sum(weight), axis_name)
+    return jnp.sum(losses * weight) / total, (logits, out)
+
+
+def stacked_keys(out: dict[str, Any]) -> Array:
+    """`[M, B, H, d_h]`, the mean keys in the order of the modalities."""
+    return jnp.stack([out["mean_keys"][m] for m in sorted(out["mean_keys"])])
+
+
+def batch_imbalance(query: Array, mean_keys: Array, weight: Array, axis_name: str | None) -> Array:
+    """Imbalance of the class query `[H, d_h]` over one global batch -> `[H]`.
+
+    `mean_keys` is `[M, B, H, d_h]`, `weight` `[M, B]`.
+    """
+    cosines = dot(unit(query)[None, None], unit(mean_keys))
+    sums = jnp.sum(jnp.where(weight[..., None] > 0, cosines, 0.0) * weight[..., None], axis=1)
+    sums, total = psum((sums, jnp.sum(weight, axis=1)), axis_name)
+    return imbalance((sums / jnp.maximum(total, 1.0)[:, None]).T)
+
+
+def batch_scores(sums: Sums) -> Array:
+    """c^m of one batch, `[H, M]`, from its sums."""
+    names = sorted(name for name in sums if name.startswith("cosine/"))
+    columns = [sums[n] / jnp.maximum(sums[n.replace("cosine", "weight")], 1.0) for n in names]
+    return jnp.stack(columns, axis=-1)
+
+
+def make_train_step(
+    model: Any,
+    tx: optax.GradientTransformation,
+    roller: RollingQuery,
+    schedule: RollSchedule | None,
+    *,
+    check: bool = True,
+    last_batch_scores: bool = False,
+) -> Callable[..., tuple[TrainState, Sums, Roll | None]]:
+    """The training step of a model.
+
+    Args:
+      model: from `build_model`.
+      tx: the optimiser.
+      roller: from `rolling_query`.
+      schedule: when to observe and to roll; None leaves the rolling state as it is.
+      check: whether the step checks the trigger; False leaves that to the caller (`upstream.py`).
+      last_batch_scores: the trigger and the weights use this batch's scores, not the window's.
+
+    Returns:
+      `train_step(state, batch, axis_name=None) -> (state, sums, roll)`: the sums are the global
+      batch's, from the parameters before the update; `roll` is None where the step does not check.
+    """
+
+    def trigger(
+        rolling: RollingState, params: Any, out: dict[str, Any], sums: Sums, weight, axis_name
+    ):
+        """The check, with the query as it is now: after the update, under the old rotation."""
+        query = model.apply({"params": params}, rolling.rotation, method="class_query")
+        keys = stacked_keys(out)
+        scores = batch_scores(sums) if last_batch_scores else None
+        rolled, info = roller.update(rolling, query, scores)
+        turned = jnp.where(info.rolled[:, None], info.anchor, query)
+        before, after = (batch_imbalance(q, keys, weight, axis_name) for q in (query, turned))
+        return rolled, Roll(info, query, before, after)
+
+    def train_step(state: TrainState, batch: Batch, axis_name: str | None = None):
+        def loss_fn(params):
+            return loss_sums(model, params, state, batch, axis_name)
+
+        gradient, (logits, out) = jax.grad(loss_fn, has_aux=True)(state.params)
+        gradient = psum(gradient, axis_name)
+        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        sums = psum(batch_sums(logits, out, batch), axis_name)
+        rolling, roll = state.rolling, None
+        if schedule is not None:
+            weight = modality_weight(out, example_weight(batch))
+            seen = weight * schedule.observes(state.step).astype(weight.dtype)
+            rolling = roller.observe(rolling, out["query"], stacked_keys(out), seen, axis_name)
+        if schedule is not None and check:
+
+            def due(rolling):
+                return trigger(rolling, params, out, sums, weight, axis_name)
+
+            nothing = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(due, rolling)[1]
+            )
+            rolling, roll = jax.lax.cond(
+                schedule.checks(state.step), due, lambda rolling: (rolling, nothing), rolling
+            )
+        state = state.replace(
+            step=state.step + 1, params=params, opt_state=opt_state, rolling=rolling
+        )
+        return state, sums, roll
+
+    return train_step
+
+
+def make_eval_step(model: Any) -> Callable[..., tuple[Sums, dict[str, Array]]]:
+    """The evaluation step of a model.
+
+    Returns:
+      `eval_step(params, rotation, batch, axis_name=None) -> (sums, examples)`: the global batch's
+      sums, and row by row `probabilities` `[B, C]` and, with a class query, `attention_share` and
+      `mean_keys/<m>` (first head, `[B, M]` and `[B, d_h]`).
+    """
+
+    def eval_step(params: Any, rotation: Array | None, batch: Batch, axis_name: str | None = None):
+        logits, out = model.apply({"params": params}, batch, rotation=rotation)
+        sums = psum(batch_sums(logits, out, batch), axis_name)
+        examples = {"probabilities": jax.nn.softmax(logits, axis=-1)}
+        if "attention_share" in out:
+            shares = [jnp.mean(out["attention_share"][m], axis=1) for m in sorted(out["mean_keys"])]
+            examples["attention_share"] = jnp.stack(shares, axis=-1)
+            examples |= {f"mean_keys/{m}": out["mean_keys"][m][:, 0] for m in out["mean_keys"]}
+        return sums, examples
+
+    return eval_step
+
+
+def current_query(model: Any, state: TrainState) -> Array:
+    """`[H, d_h]`, the class query as it is now, rotated."""
+    return model.apply({"params": state.params}, state.rotation, method="class_query")

@@ -1,0 +1,143 @@
+"""The end of a run: the test set, read once, then `summary.json`, figures and the report."""
+
+import importlib.metadata
+import json
+import platform
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from rollingq_jax.analysis import statistics
+from rollingq_jax.train.checkpoint import Checkpoints
+from rollingq_jax.train.console import count, device_line
+from rollingq_jax.train.evaluation import Columns
+from rollingq_jax.train.run import Run
+from rollingq_jax.train.writer import MetricsWriter, table, write_whole
+
+PACKAGES = ("rollingq-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what produced the result; a package that is run from its source has none."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def read_summary(workdir: epath.Path) -> dict[str, Any] | None:
+    """The summary of a finished run; None if the run has not finished."""
+    path = workdir / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def class_names(run: Run) -> tuple[str, ...]:
+    """Names of the classes; their numbers where they have none."""
+    numbers = tuple(str(label) for label in range(run.config.model.num_classes))
+    return run.dataset.class_names or numbers
+
+
+def by_modality(run: Run, columns: Columns, name: str) -> dict[str, np.ndarray]:
+    """Columns of `attention_share` or `quality` as `{modality: [N]}`; empty if absent."""
+    modalities = run.setup.model.spec.modalities
+    if name == "attention_share":
+        shares = columns.get(name)
+        return {} if shares is None else {m: shares[:, i] for i, m in enumerate(modalities)}
+    found = {m: columns[f"quality_{m}"] for m in modalities if f"quality_{m}" in columns}
+    return found if len(found) == len(modalities) else {}
+
+
+def test_scores(run: Run, columns: Columns) -> dict[str, Any]:
+    """Accuracy, F1, calibration, and whether attention follows quality, over one split."""
+    label, probabilities = columns["label"], columns["probabilities"]
+    confusion = statistics.confusion_matrix(
+        probabilities.argmax(-1), label, run.config.model.num_classes
+    )
+    accuracy = statistics.per_class_accuracy(confusion).tolist()
+    f1 = statistics.per_class_f1(confusion).tolist()
+    scores = {
+        "test_accuracy": float(np.trace(confusion) / confusion.sum()),
+        "test_macro_f1": statistics.macro_f1(confusion),
+        "test_weighted_f1": statistics.weighted_f1(confusion),
+        "test_calibration_error": statistics.expected_calibration_error(probabilities, label),
+        "per_class": {
+            name: {"accuracy": accuracy[i], "f1": f1[i], "examples": int(confusion[i].sum())}
+            for i, name in enumerate(class_names(run))
+        },
+    }
+    share = by_modality(run, columns, "attention_share")
+    quality = by_modality(run, columns, "quality")
+    if share:
+        scores["attention_share"] = {m: float(v.mean()) for m, v in share.items()}
+    if share and quality:
+        scores["quality_correlation"] = statistics.quality_contrast_correlation(share, quality)
+    return scores
+
+
+def finish_run(run: Run, checkpoints: Checkpoints, best_step: int) -> dict[str, Any]:
+    """Tests the best checkpoint and leaves the summary, the figures and the report.
+
+    The summary is written last: as long as it is missing, the same command does this again.
+    """
+    from rollingq_jax.train.pictures import draw
+
+    checkpoints.wait()
+    state, record = checkpoints.restore(best_step, run.initial_state())
+    means, columns = run.evaluate(run.parallel.put_state(state), "test")
+    rotations = None if state.rolling is None else np.asarray(state.rolling.count).tolist()
+    summary = test_scores(run, columns) | {
+        "test_loss": means["loss"],
+        "probe_accuracy": {
+            name.partition("/")[2]: value
+            for name, value in means.items()
+            if name.startswith("probe_accuracy/")
+        },
+        "best": record["best"],
+        "rotations": rotations,
+        "num_parameters": count(state.params),
+        "seed": run.config.seed,
+        "device": device_line(),
+        "versions": versions(),
+        "command": sys.argv,
+        "data": run.dataset.description,
+        "config": run.config.to_dict(),
+    }
+    if jax.process_index() == 0:
+        writer = MetricsWriter(run.workdir, run.setup.total_steps)
+        writer.remove("test")
+        epoch = run.config.epochs
+        writer.write([{"step": run.setup.total_steps, "epoch": epoch, "split": "test"} | means])
+        writer.close()
+        draw(run, state, summary, columns, writer.rows)
+        write_whole(run.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def print_summary(summary: dict[str, Any], workdir: epath.Path) -> None:
+    """The table at the end of a run."""
+    best = summary["best"]
+    rows = [
+        ("best epoch by validation", f"{best['epoch']} ({best['accuracy']:.3f})"),
+        ("test accuracy", f"{summary['test_accuracy']:.3f}"),
+        ("test macro F1", f"{summary['test_macro_f1']:.3f}"),
+    ]
+    rows += [
+        (f"test accuracy, {m} alone", f"{v:.3f}") for m, v in summary["probe_accuracy"].items()
+    ]
+    rows += [
+        (f"attention share, {m}", f"{v:.3f}") for m, v in summary.get("attention_share", {}).items()
+    ]
+    if "quality_correlation" in summary:
+        value = summary["quality_correlation"]
+        rows.append(("correlation of share and quality", f"{value:+.3f}"))
+    if summary["rotations"] is not None:
+        rows.append(("rotations in the best checkpoint", str(sum(summary["rotations"]))))
+    if jax.process_index() == 0:
+        print(table(rows))
+        print(f"figures, report.html and summary.json are in {workdir}")
