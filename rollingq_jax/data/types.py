@@ -1,9 +1,10 @@
 """What a data set is: examples by number, and what each modality of an example looks like.
 
-An example is a dict of NumPy arrays without a batch axis: ``"<m>"`` for each modality m, ``"label"``
-(an int32 scalar), and where they apply ``"<m>_mask"`` (bool, True = real position, or a bool scalar,
-False = the modality is missing) and ``"quality_<m>"`` (float32 scalar, minus the standard deviation
-of the noise in the modality, in training-set standard deviations). Layouts are channels last.
+An example is a dict of NumPy arrays without a batch axis: ``"<m>"`` for each modality m,
+``"label"`` (an int32 scalar), and where they apply ``"<m>_mask"`` (bool, True = real position, or a
+bool scalar, False = the modality is missing) and ``"quality_<m>"`` (float32 scalar, minus the
+standard deviation of the noise in the modality, in training-set standard deviations). Layouts are
+channels last.
 """
 
 import dataclasses
