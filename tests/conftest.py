@@ -29,3 +29,17 @@ def _no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session")
+def av_digits_cache(tmp_path_factory):
+    """A cache directory that holds the demo's data of seed 0, built once for all test processes."""
+    from types import SimpleNamespace
+
+    from rollingq_jax.data import av_digits
+
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    folder = str(shared / "av_digits_cache")
+    av_digits.load(SimpleNamespace(cache_dir=folder), seed=0)
+    return folder
