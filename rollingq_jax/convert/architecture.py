@@ -56,6 +56,8 @@ def upstream_model(
       ConfigError: an argument has no meaning for upstream.
     """
     dataset = _dataset(dataset)
+    if use_video_frames < 1:
+        raise ConfigError(f"use_video_frames is {use_video_frames}; allowed: 1 or more")
     if backbone not in ("vit", "mbt"):
         raise ConfigError(f"backbone is {backbone!r}; allowed: vit, mbt")
     if fusion_method not in ("attention", *STATIC, *UNIMODAL):

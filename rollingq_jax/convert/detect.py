@@ -13,13 +13,12 @@ def detect(names: Collection[str], modality: str | None) -> Arm:
 
     Raises:
       DataError: the fusion module is of no known kind, or no arm fits.
-      UserError: both streams of a unimodal model are there and `modality` does not choose, or it is
-        given for a model that has both by design.
+      UserError: `modality` is no modality, or is given for a model that fuses both.
     """
     fusion = _detect_fusion(names)
     depth = max(1, *(_depth(names, f"{stream}_blocks") for stream in STREAM.values()))
     if fusion == "unimodal":
-        return Arm(fusion, (_detect_modality(names, modality),), depth)
+        return Arm(fusion, _detect_modalities(names, modality), depth)
     if modality is not None:
         raise UserError(
             f"modality is {modality!r}; allowed: None, for these tensors have {fusion} fusion"
@@ -44,24 +43,20 @@ def _detect_fusion(names: Collection[str]) -> str:
     return "unimodal"
 
 
-def _detect_modality(names: Collection[str], modality: str | None) -> str:
-    """The modality of a unimodal model; upstream's class may store both streams and both heads."""
+def _detect_modalities(names: Collection[str], modality: str | None) -> tuple[str, ...]:
+    """The streams of a unimodal model: upstream's class stores both, and names do not tell."""
     if modality is not None:
         chosen = {"uni_A": "audio", "uni_V": "visual"}.get(modality, modality)
         if chosen not in MODALITIES:
             raise UserError(f"modality is {modality!r}; allowed: audio, visual, uni_A, uni_V")
-        return chosen
-    streams = [m for m in MODALITIES if f"encoder.norm_{STREAM[m]}.weight" in names]
-    heads = [m for m in MODALITIES if f"{LETTER[m]}_head.weight" in names]
-    both = [m for m in streams if m in heads] or streams or heads
-    if len(both) == 1:
-        return both[0]
-    if not both:
+        return (chosen,)
+    words = {word for name in names for word in re.split(r"[._]", name) if name[:8] == "encoder."}
+    streams = [m for m in MODALITIES if STREAM[m] in words]
+    heads = [m for m in MODALITIES if any(n.startswith(f"{LETTER[m]}_head.") for n in names)]
+    found = [m for m in streams if m in heads] or streams or heads
+    if not found:
         raise DataError("no tensor has a name of upstream's, such as encoder.norm_audio.weight")
-    raise UserError(
-        "no fusion_module tensors, and both streams are there: say which one a unimodal model was "
-        "trained on with modality='audio' or modality='visual'"
-    )
+    return tuple(found)
 
 
 def _depth(names: Collection[str], stack: str) -> int:
@@ -79,13 +74,14 @@ def detect_in_params(params: Mapping[str, Any]) -> Arm:
         sorted(k.removeprefix("encoder_") for k in params if k.startswith("encoder_"))
     )
     fusion = params.get("fusion", {})
-    by_name = {"cls": "attention", "film": "film", "in_audio": "gated", "head_audio": "sum"}
+    by_name = {"cls": "attention", "film": "film", "in_audio": "gated", "head": "concat"}
     kind = next((arm for name, arm in by_name.items() if name in fusion), None)
-    kind = kind or ("unimodal" if len(modalities) == 1 else "concat")
-    allowed = (("audio",), ("visual",)) if kind == "unimodal" else (("audio", "visual"),)
-    if modalities not in allowed:
+    if kind is None:  # heads named by modality
+        kind = "sum" if any(name.startswith("probe_") for name in params) else "unimodal"
+    if not modalities or not set(modalities) <= set(MODALITIES):
         raise DataError(
-            f"the parameters have encoders for {modalities}; upstream has audio, visual"
+            f"the parameters have encoders for {', '.join(modalities) or 'nothing'}; upstream has "
+            + ", ".join(MODALITIES)
         )
 
     def depth(tree: Mapping[str, Any], prefix: str) -> int:

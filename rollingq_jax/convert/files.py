@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,10 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     library = _library(path.suffix)
     try:
         tensors = read(path, library)
+    except pickle.UnpicklingError as error:  # its own message advises to load without safety
+        raise DataError(
+            f"{path} is damaged, or holds more than tensors, which is not read"
+        ) from error
     except Exception as error:  # what a parser raises on damaged or hostile bytes is open-ended
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(f"{path} cannot be read as {path.suffix}: {reason}") from error

@@ -24,7 +24,7 @@ class Arm(NamedTuple):
     """What decides the names of a model's tensors."""
 
     fusion: str  # attention, concat, sum, film, gated or unimodal
-    modalities: tuple[str, ...]
+    modalities: tuple[str, ...]  # of a unimodal arm, those whose stream is wanted
     depth: int
     multi_depth: int = 0  # bottleneck layers
 
@@ -145,7 +145,8 @@ def _fusion(arm: Arm) -> Iterator[Tensor]:
             yield from _linear(name, ("fusion", f"in_{modality}"), "d", "d")
         yield from _linear("fusion_module.fc_out", head, "d", "C")
     else:  # unimodal: upstream trains the probe head itself
-        yield from _linear(f"{LETTER[arm.modalities[0]]}_head", head, "d", "C")
+        for modality in arm.modalities:
+            yield from _linear(f"{LETTER[modality]}_head", ("fusion", f"head_{modality}"), "d", "C")
 
 
 def tensors(arm: Arm) -> list[Tensor]:

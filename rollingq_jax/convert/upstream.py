@@ -41,8 +41,9 @@ def from_upstream(
       state_dict: upstream's names to NumPy arrays, or anything `np.asarray` takes (PyTorch tensors
         too). A `module.` before every name (`DataParallel`) and a `{'model': state_dict}` around
         them (upstream's checkpoints) are accepted.
-      modality: "audio" or "visual" ("uni_A", "uni_V") for a unimodal model whose file holds both
-        streams, as upstream's class does; otherwise it follows from the names.
+      modality: "audio" or "visual" ("uni_A", "uni_V"), which stream of a unimodal model to take.
+        Upstream's class stores both, with both heads, and does not say which was trained. Without
+        it both are returned where both are there, and the model reads its own.
       audio_shape: `(F, T)` of the spectrograms as stored, where they are neither CREMA-D's nor
         Kinetics-Sounds' (the position table has to fit).
 
@@ -53,7 +54,7 @@ def from_upstream(
     Raises:
       DataError: a tensor is missing, unknown or not numeric, or its shape does not fit; the message
         names it, with both shapes.
-      UserError: `modality` is needed and not given, or given and not needed.
+      UserError: `modality` is no modality, or is given for a model that fuses both.
     """
     found = _names(state_dict)
     arm, table, dropped = _select(found, modality)
@@ -231,5 +232,5 @@ def _check_shape(
 
 
 def _head(arm: Arm) -> str:
-    head = "head_audio" if arm.fusion == "sum" else "head"
-    return f"fusion/{head}/kernel"
+    named = arm.fusion in ("sum", "unimodal")
+    return f"fusion/head_{arm.modalities[0]}/kernel" if named else "fusion/head/kernel"

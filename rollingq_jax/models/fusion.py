@@ -36,7 +36,7 @@ def class_tokens(tokens: Tokens, masks: Masks) -> dict[str, Array]:
 
 
 class ConcatFusion(nn.Module):
-    """z = [x_1; ...; x_M] W + b. With one modality, the unimodal model's head."""
+    """z = [x_1; ...; x_M] W + b."""
 
     num_classes: int
 
@@ -48,7 +48,7 @@ class ConcatFusion(nn.Module):
 
 
 class SumFusion(nn.Module):
-    """z = sum_m (x_m W_m + b_m)."""
+    """z = sum_m (x_m W_m + b_m). With one modality, the unimodal model's head."""
 
     num_classes: int
 
@@ -217,7 +217,7 @@ class AttentionFusion(nn.Module):
 
 
 STATIC_FUSIONS: Mapping[str, type[nn.Module]] = {
-    "unimodal": ConcatFusion,
+    "unimodal": SumFusion,  # named by modality, so that one tree can hold several such models
     "concat": ConcatFusion,
     "sum": SumFusion,
     "film": FilmFusion,
