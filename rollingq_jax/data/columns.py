@@ -11,14 +11,12 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from rollingq_jax.data.infer import infer_kind
+from rollingq_jax.data.measure import CLIP, Moments, zero_masked
 from rollingq_jax.data.types import Example, ModalityInfo
 from rollingq_jax.errors import DataError
 
 BLOCK_BYTES = 32 * 2**20
 MAX_VOCABULARY = 1_000_000
-# Standardised features are cut off here: a feature that is almost constant in training and not so
-# later would otherwise reach hundreds of standard deviations.
-CLIP = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +40,7 @@ class Column:
         if self.mean is not None:
             with np.errstate(invalid="ignore", over="ignore"):  # masked positions may hold anything
                 value = np.clip((value - self.mean) / self.std, -CLIP, CLIP)
-        if mask is not None:
-            value = np.where(mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim)), value, 0)
-        return np.ascontiguousarray(value, dtype=self.info.dtype)
+        return np.ascontiguousarray(zero_masked(value, mask), dtype=self.info.dtype)
 
 
 class ColumnSource:
@@ -184,31 +180,3 @@ def _largest_token(key: str, array: np.ndarray) -> int:
             "0 pads); store measurements as float32"
         )
     return high
-
-
-class Moments:
-    """Running mean and variance of rows in float64, merged block by block (Chan et al. 1979)."""
-
-    def __init__(self, width: int) -> None:
-        self._count = 0
-        self._mean = np.zeros(width)
-        self._squares = np.zeros(width)
-
-    def add(self, rows: np.ndarray) -> None:
-        """Takes in rows [n, width]."""
-        if len(rows) == 0:
-            return
-        mean = rows.mean(axis=0, dtype=np.float64)
-        squares = np.square(rows - mean).sum(axis=0)
-        total = self._count + len(rows)
-        delta = mean - self._mean
-        self._squares += squares + np.square(delta) * (self._count * len(rows) / total)
-        self._mean += delta * (len(rows) / total)
-        self._count = total
-
-    def mean_and_std(self, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-        """Both divided by ``scale``; 1 takes the place of the deviation of a constant feature."""
-        mean = self._mean / scale
-        std = np.sqrt(self._squares / max(self._count, 1)) / scale
-        constant = std <= 1e-6 * np.abs(mean)  # nothing but rounding; holds for 0 and 0 too
-        return mean, np.where(constant, 1.0, std)

@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 
 from rollingq_jax.data import media
-from rollingq_jax.data.columns import Moments
 from rollingq_jax.data.labels import check_labels, count_classes, with_valid
 from rollingq_jax.data.manifest import Manifest, Row, is_class_number, read_manifest
+from rollingq_jax.data.measure import Standardized, evenly, measure
 from rollingq_jax.data.media_arrays import (
     BYTE_VOCABULARY,
     MediaSizes,
@@ -95,15 +95,22 @@ def load(config_data: Any, *, seed: int) -> Dataset:
         for split, found in rows.items()
     }
     splits = with_valid(sources, labels["train"], seed=seed)
-    infos, scales = _measure(splits["train"], types, sizes)
+    infos, scales = measure(splits["train"], _infos(types, sizes), sizes.stats_examples)
     if option(config_data, "standardize", True):
-        for source in sources.values():
-            source.scales = scales
+        splits = {split: Standardized(source, scales) for split, source in splits.items()}
     return Dataset(splits, infos, num_classes, class_names, f"files of {manifest.path.name}")
 
 
+def _infos(types: Mapping[str, str], sizes: MediaSizes) -> dict[str, ModalityInfo]:
+    infos = {}
+    for name, type_ in types.items():
+        vocab_size = BYTE_VOCABULARY if KINDS[type_] == "tokens" else None
+        infos[name] = ModalityInfo(name, KINDS[type_], *example_form(type_, sizes), vocab_size)
+    return infos
+
+
 class FolderSource:
-    """The examples of one split; see the module's docstring for what is in them."""
+    """The examples of one split, not standardised; the module's docstring says what is in them."""
 
     def __init__(
         self,
@@ -115,7 +122,6 @@ class FolderSource:
     ) -> None:
         self.rows, self.labels, self.types = tuple(rows), labels, dict(types)
         self.sizes, self.optional = sizes, optional
-        self.scales: dict[str, tuple[float, float]] = {}
         rated = [set(row.qualities) for row in rows]
         self.rated = set.intersection(*rated) & set(types)
 
@@ -126,29 +132,16 @@ class FolderSource:
         row = self.rows[index]
         example: Example = {"label": self.labels[index]}
         for name in self.types:
-            value = self.read(index, name)
-            present = value is not None
-            if value is None:
-                shape, dtype = example_form(self.types[name], self.sizes)
-                value = np.zeros(shape, dtype)
-            elif name in self.scales:
-                mean, std = self.scales[name]
-                value = (value - np.float32(mean)) / np.float32(std)
-            example[name] = value
+            cell = row.values[name]
+            if cell is None:
+                example[name] = np.zeros(*example_form(self.types[name], self.sizes))
+            else:
+                example[name] = read_value(cell, self.types[name], self.sizes)
             if name in self.optional:
-                example[f"{name}_mask"] = np.asarray(present)
+                example[f"{name}_mask"] = np.asarray(cell is not None)
         for name in self.rated:
             example[f"quality_{name}"] = np.float32(row.qualities[name])
         return example
-
-    def read(self, index: int, name: str) -> np.ndarray | None:
-        """One modality of one example before standardisation; None where it is missing.
-
-        Raises:
-          DataError: the file cannot be read.
-        """
-        value = self.rows[index].values[name]
-        return None if value is None else read_value(value, self.types[name], self.sizes)
 
 
 def describe_missing(manifest: Manifest) -> str:
@@ -195,7 +188,7 @@ def _read_sizes(config_data: Any, types: Mapping[str, str], train: Sequence[Row]
         if field.name != "audio_features"
     }
     sizes = MediaSizes(choice(config_data, "audio_features", ("mel", "stft")), **fields)
-    sample = [train[i] for i in _evenly(len(train), sizes.stats_examples)]
+    sample = [train[i] for i in evenly(len(train), sizes.stats_examples)]
 
     def longest(kinds: tuple[str, ...], length: Any) -> float:
         cells = [row.values[n] for row in sample for n, type_ in types.items() if type_ in kinds]
@@ -216,35 +209,3 @@ def _sound_seconds(file: Path) -> float:
 
 def _text_bytes(cell: Path | str) -> int:
     return cell.stat().st_size if isinstance(cell, Path) else len(cell.encode("utf-8", "replace"))
-
-
-def _evenly(count: int, most: int) -> list[int]:
-    """At most ``most`` numbers, evenly spaced in ``range(count)``."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)).tolist()
-
-
-def _measure(
-    source: Any, types: Mapping[str, str], sizes: MediaSizes
-) -> tuple[dict[str, ModalityInfo], dict[str, tuple[float, float]]]:
-    """What the modalities look like, and (mean, standard deviation) of the float ones."""
-    infos, scales = {}, {}
-    sample = _evenly(len(source), sizes.stats_examples)
-    for name, type_ in types.items():
-        shape, dtype = example_form(type_, sizes)
-        if dtype == "int32":
-            infos[name] = ModalityInfo(name, "tokens", shape, dtype, vocab_size=BYTE_VOCABULARY)
-            continue
-        moments = Moments(shape[-1])
-        for index in sample:
-            example = source[index]
-            if example.get(f"{name}_mask", True):
-                moments.add(example[name].reshape(-1, shape[-1]))
-        if dtype == "uint8":
-            mean, std = moments.mean_and_std(scale=255.0)
-            infos[name] = ModalityInfo(
-                name, KINDS[type_], shape, dtype, mean=tuple(mean.tolist()), std=tuple(std.tolist())
-            )
-        else:
-            mean, std = moments.mean_and_std()
-            infos[name], scales[name] = ModalityInfo(name, KINDS[type_], shape), (mean[0], std[0])
-    return infos, scales
