@@ -1,0 +1,301 @@
+"""Making record sets, so that an interruption costs a few clips and never leaves half a set.
+
+A set is written beside its final place, shard by shard; a shard counts once its report lies next to
+it. The folder gets its name when everything is there, so a folder of that name is always whole.
+
+The shards are not written by a ``GeneratorBasedBuilder``, because TFDS needs TensorFlow to shuffle
+more than 1 GB, and because its preparation starts from nothing after an interruption.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rollingq_jax.data.records import (
+    FORMAT_VERSION,
+    SPLIT,
+    RecordSet,
+    open_records,
+    partial_folder,
+    read_json,
+)
+from rollingq_jax.errors import DataError
+
+SHARD_SIZE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a record set is made.
+
+    Attributes:
+      name: of the set, used in file names.
+      items: name of each clip, in the order of the records.
+      features: {field: TFDS feature} of a record.
+      make: item -> (record, row): the fields of the record, and the JSON-able row of the index. A
+        DataError means that the clip is unreadable. Called from several threads.
+      settings: what else the records depend on; JSON-able.
+      description: of the set.
+    """
+
+    name: str
+    items: tuple[str, ...]
+    features: Mapping[str, Any]
+    make: Callable[[str], tuple[dict[str, Any], dict[str, Any]]]
+    settings: Mapping[str, Any]
+    description: str
+
+
+def write_records(
+    folder: str | os.PathLike,
+    recipe: Recipe,
+    *,
+    strict: bool = False,
+    workers: int = 1,
+    shard_size: int = SHARD_SIZE,
+    log: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> RecordSet:
+    """Makes a record set, going on from where an earlier call was interrupted.
+
+    Args:
+      folder: the set's own folder; made here. Another folder beside it, ``<folder>.partial``, holds
+        what is there until everything is.
+      recipe: what to make. Clips that turn out unreadable are left out and listed.
+      strict: raise at the first unreadable clip instead.
+      workers: clips made at a time.
+      shard_size: records in a shard, and the most that an interruption costs.
+      log: called with each line for the user.
+
+    Returns:
+      The set; if it was there already, with the same settings, nothing is done.
+
+    Raises:
+      DataError: a set with other settings is there, no clip is readable, ``strict`` and one is not,
+        or the files cannot be written.
+    """
+    folder = Path(folder)
+    settings = json.loads(json.dumps({**recipe.settings, "items": _digest(recipe.items)}))
+    if folder.exists():
+        return _existing(folder, settings, log)
+    if not recipe.items:
+        raise DataError(f"{recipe.name}: there are no clips to prepare")
+    partial = partial_folder(folder)
+    names = shard_names(recipe.name, len(recipe.items), shard_size)
+    try:
+        _begin(partial, settings, log)
+        reports = _write_shards(partial, recipe, names, strict, workers, shard_size)
+        _finish(partial, recipe, names, reports, settings)
+        partial.rename(folder)
+        for leftover in [folder / "settings.json", *folder.glob("*.array_record-*.json")]:
+            leftover.unlink()
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error.strerror or error})") from None
+    return open_records(folder, "prepare it again")
+
+
+def _existing(folder: Path, settings: dict[str, Any], log: Callable[[str], None]) -> RecordSet:
+    """The set that is there already, if it is the one asked for."""
+    records = open_records(folder, "it is not a record set; give another folder")
+    if records.settings != settings:
+        changed = sorted(
+            key
+            for key in records.settings.keys() | settings.keys()
+            if records.settings.get(key) != settings.get(key)
+        )
+        values = ", ".join(
+            "the clips" if key == "items" else f"{key} {records.settings.get(key)}"
+            for key in changed
+        )
+        raise DataError(
+            f"{folder}: holds records made from other settings ({values}); remove it to prepare "
+            "it again, or give another folder"
+        )
+    log(f"{folder}: already prepared, {len(records.rows)} clips")
+    return records
+
+
+def shard_names(name: str, count: int, shard_size: int) -> list[str]:
+    """File names of the shards, as TFDS expects them."""
+    total = -(-count // shard_size)
+    return [f"{name}-{SPLIT}.array_record-{i:05d}-of-{total:05d}" for i in range(total)]
+
+
+def _digest(items: tuple[str, ...]) -> str:
+    return hashlib.sha256("\n".join(items).encode()).hexdigest()
+
+
+def _begin(partial: Path, settings: dict[str, Any], log: Callable[[str], None]) -> None:
+    """An unfinished folder for these settings: the one that is there, or an empty one."""
+    partial.mkdir(parents=True, exist_ok=True)
+    for leftover in partial.glob("*.tmp"):
+        leftover.unlink()
+    begun = read_json(partial / "settings.json")
+    if begun is None and any(partial.iterdir()):
+        raise DataError(f"{partial}: not an unfinished record set; move it away")
+    if begun not in (None, settings):
+        log(f"{partial}: begun with other settings or other clips; starting anew")
+        shutil.rmtree(partial)
+        partial.mkdir()
+    _write_json(partial / "settings.json", settings)
+
+
+def _write_shards(
+    partial: Path,
+    recipe: Recipe,
+    names: list[str],
+    strict: bool,
+    workers: int,
+    shard_size: int,
+) -> list[dict[str, Any]]:
+    """Every shard that is not there yet; the reports of all, in order."""
+    import tensorflow_datasets as tfds
+    from tqdm import tqdm
+
+    features = tfds.features.FeaturesDict(dict(recipe.features))
+    reports = []
+    with (
+        tqdm(total=len(recipe.items), desc=recipe.name, unit="clip", mininterval=1.0) as progress,
+        concurrent.futures.ThreadPoolExecutor(max_workers=workers) as pool,
+    ):
+        for number, name in enumerate(names):
+            items = recipe.items[number * shard_size : (number + 1) * shard_size]
+            report = _finished_shard(partial / name)
+            if report is None or (strict and report["unreadable"]):
+                results = _make_all(pool, recipe, items, strict, progress)
+                report = _write_shard(partial / name, results, features.serialize_example)
+            else:
+                progress.update(len(items))
+            reports.append(report)
+    return reports
+
+
+def _finished_shard(path: Path) -> dict[str, Any] | None:
+    """The report of a shard that an earlier run finished."""
+    report = read_json(path.with_name(f"{path.name}.json"))
+    whole = report is not None and path.exists() and path.stat().st_size == report["bytes"]
+    return report if whole else None
+
+
+def _make_all(
+    pool: concurrent.futures.Executor,
+    recipe: Recipe,
+    items: tuple[str, ...],
+    strict: bool,
+    progress: Any,
+) -> list[tuple[str, Any]]:
+    """(item, (record, row) or the reason why there is none) for the items of one shard."""
+
+    def make(item: str) -> Any:
+        try:
+            return recipe.make(item)
+        except DataError as error:
+            return str(error)
+
+    futures = [pool.submit(make, item) for item in items]
+    results = []
+    try:
+        for item, future in zip(items, futures, strict=True):
+            result = future.result()
+            if isinstance(result, str):
+                if strict:
+                    raise DataError(result)
+                progress.write(f"unreadable: {result}", file=sys.stderr)
+            results.append((item, result))
+            progress.update()
+    finally:
+        for future in futures:
+            future.cancel()
+    return results
+
+
+def _write_shard(
+    path: Path, results: list[tuple[str, Any]], serialize: Callable[[Any], bytes]
+) -> dict[str, Any]:
+    """One shard and its report, each under its name only when it is whole."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    rows = [result[1] for _, result in results if not isinstance(result, str)]
+    records = [serialize(result[0]) for _, result in results if not isinstance(result, str)]
+    try:
+        writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1")  # one record at a time
+        for record in records:
+            writer.write(record)
+        writer.close()
+    except Exception as error:  # the writer raises RuntimeError and others, with no errno
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}: cannot be written ({reason})") from None
+    size = temporary.stat().st_size
+    _put(temporary, path)
+    report = {
+        "bytes": size,
+        "payload": sum(map(len, records)),
+        "rows": rows,
+        "unreadable": {item: why for item, why in results if isinstance(why, str)},
+    }
+    _write_json(path.with_name(f"{path.name}.json"), report)
+    return report
+
+
+def _finish(
+    partial: Path,
+    recipe: Recipe,
+    names: list[str],
+    reports: list[dict[str, Any]],
+    settings: dict[str, Any],
+) -> None:
+    """TFDS's metadata and the index; the reports have served."""
+    import tensorflow_datasets as tfds
+
+    rows = [row for report in reports for row in report["rows"]]
+    unreadable = {item: why for report in reports for item, why in report["unreadable"].items()}
+    if not rows:
+        raise DataError(
+            f"{recipe.name}: none of {len(recipe.items)} clips is readable; the first: "
+            f"{next(iter(unreadable.values()))}"
+        )
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=partial, dataset_name=recipe.name, split=SPLIT, filetype_suffix="array_record"
+    )
+    split = tfds.core.SplitInfo(
+        name=SPLIT,
+        shard_lengths=[len(report["rows"]) for report in reports],
+        num_bytes=sum(report["payload"] for report in reports),
+        filename_template=template,
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=partial,
+        features=tfds.features.FeaturesDict(dict(recipe.features)),
+        split_infos=[split],
+        description=recipe.description,
+        check_data=False,
+    )
+    index = {
+        "format_version": FORMAT_VERSION,
+        "settings": settings,
+        "files": {name: report["bytes"] for name, report in zip(names, reports, strict=True)},
+        "rows": rows,
+        "unreadable": unreadable,
+    }
+    _write_json(partial / "index.json", index)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Writes a file that is either absent or whole."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value), encoding="utf-8")
+    _put(temporary, path)
+
+
+def _put(temporary: Path, path: Path) -> None:
+    """Renames a file once its content is on the disk."""
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)

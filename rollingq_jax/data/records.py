@@ -1,0 +1,106 @@
+"""Record sets: clips prepared once from media files, then read at random.
+
+A record set is a folder that TFDS reads (``tfds.builder_from_directory``): ArrayRecord shards with
+TFDS's metadata, one split "clips", and ``index.json`` with a row for each record, so that splits
+can be chosen without reading the records. :mod:`rollingq_jax.data.record_writer` makes them.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rollingq_jax.errors import DataError
+
+FORMAT_VERSION = 1
+SPLIT = "clips"
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordSet:
+    """A whole record set.
+
+    Attributes:
+      folder: where it lies.
+      rows: one dict for each record, in their order.
+      unreadable: {item: why it has no record}.
+      settings: what they were made with.
+    """
+
+    folder: Path
+    rows: list[dict[str, Any]]
+    unreadable: dict[str, str]
+    settings: dict[str, Any]
+
+    def source(self) -> "RecordSource":
+        """Random access to the records."""
+        return RecordSource(self.folder)
+
+
+class RecordSource:
+    """The records of a set as TFDS decodes them: dicts of NumPy arrays and lists of bytes.
+
+    Raises:
+      DataError: from ``[]``, if a record is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        import tensorflow_datasets as tfds
+
+        self._folder = folder
+        self._data = tfds.builder_from_directory(folder).as_data_source(split=SPLIT)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            return self._data[index]
+        except Exception as error:  # the reader raises whatever the damage leads to
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"record {index} of {self._folder}: damaged ({reason})") from None
+
+
+def open_records(folder: str | os.PathLike, hint: str) -> RecordSet:
+    """The record set in a folder.
+
+    Args:
+      folder: the set's own.
+      hint: what to do if it is not there, for the error message.
+
+    Raises:
+      DataError: there is none, it was made by another version, or a shard is missing or cut short.
+    """
+    folder = Path(folder)
+    index = read_json(folder / "index.json")
+    if index is None:
+        state = (
+            "its preparation was not finished" if partial_folder(folder).exists() else "no records"
+        )
+        raise DataError(f"{folder}: {state}; {hint}")
+    if index.get("format_version") != FORMAT_VERSION:
+        raise DataError(
+            f"{folder}: records of format {index.get('format_version')}, this version reads "
+            f"{FORMAT_VERSION}; remove the folder and prepare it again"
+        )
+    for name, size in index["files"].items():
+        path = folder / name
+        found = path.stat().st_size if path.exists() else -1
+        if found != size:
+            what = "is missing" if found < 0 else f"has {found} bytes instead of {size}"
+            raise DataError(f"{path}: {what}; remove {folder} and prepare it again")
+    return RecordSet(folder, index["rows"], index["unreadable"], index["settings"])
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where a record set is built before it gets its name."""
+    return folder.with_name(folder.name + ".partial")
+
+
+def read_json(path: Path) -> Any:
+    """The file's content, or None where it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
