@@ -97,7 +97,7 @@ def make_column(
     kind = kind or infer_kind(train.shape[1:], train.dtype, f"train/{name}")
     for split, array in arrays.items():
         _check_array(f"{split}/{name}", array, train.shape[1:], f"train/{name}")
-    shape, add_axis = _fit_shape(name, train.shape[1:], kind)
+    shape, add_axis = fit_shape(name, train.shape[1:], kind)
     if kind == "tokens":
         largest = max(_largest_token(f"{split}/{name}", array) for split, array in arrays.items())
         size = max(1 + largest, 2)  # the least that a table of embeddings may have
@@ -131,8 +131,12 @@ def _check_array(key: str, array: np.ndarray, shape: tuple[int, ...], reference:
         raise DataError(f"{key}: shape {list(array.shape)} has an axis of length 0")
 
 
-def _fit_shape(name: str, shape: tuple[int, ...], kind: str) -> tuple[tuple[int, ...], bool]:
-    """The example shape that the kind needs, and whether a last axis of size 1 is added for it."""
+def fit_shape(name: str, shape: tuple[int, ...], kind: str) -> tuple[tuple[int, ...], bool]:
+    """The example shape that the kind needs, and whether a last axis of size 1 is added for it.
+
+    Raises:
+      DataError: the kind is unknown, or does not fit with one more axis either.
+    """
     try:
         return ModalityInfo(name, kind, shape).shape, False
     except DataError as error:

@@ -68,8 +68,14 @@ def read_value(value: Path | str, type_: str, sizes: MediaSizes) -> np.ndarray:
         except OSError as error:
             raise DataError(f"text {value}: cannot be read ({error.strerror})") from None
     else:
-        data = value.encode("utf-8", "replace")[: sizes.text_length]
-    ids = np.zeros(sizes.text_length, np.int32)
+        data = value.encode("utf-8", "replace")
+    return byte_tokens(data, sizes.text_length)
+
+
+def byte_tokens(data: bytes, length: int) -> np.ndarray:
+    """Bytes as token ids, int32 [length]: 1 + the value of each; cut off or padded with 0."""
+    data = data[:length]
+    ids = np.zeros(length, np.int32)
     ids[: len(data)] = np.frombuffer(data, np.uint8).astype(np.int32) + 1
     return ids
 
