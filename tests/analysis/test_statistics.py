@@ -146,7 +146,9 @@ def test_class_scores_match_sklearn(pairs):
         confusion, metrics.confusion_matrix(label, prediction, labels=range(5))
     )
     arguments = {"y_true": label, "y_pred": prediction, "zero_division": 0}
-    assert stats.macro_f1(confusion) == pytest.approx(metrics.f1_score(**arguments, average="macro"))
+    assert stats.macro_f1(confusion) == pytest.approx(
+        metrics.f1_score(**arguments, average="macro")
+    )
     assert stats.weighted_f1(confusion) == pytest.approx(
         metrics.f1_score(**arguments, average="weighted")
     )

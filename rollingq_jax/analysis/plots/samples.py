@@ -1,0 +1,154 @@
+"""Pictures of how attention and accuracy answer to noise."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rollingq_jax.analysis import statistics
+from rollingq_jax.analysis.plots import style
+
+Array = np.ndarray
+Shares = Mapping[str, Array]
+
+
+def share_quality_figure(
+    arms: Mapping[str, tuple[Shares, Shares]], *, modality: str | None = None
+) -> Figure:
+    """Attention share of a modality against how much better its quality is, a point a sample.
+
+    Args:
+      arms: name -> (share {m: [N]}, quality {m: [N]}); a panel each, one arm for a single run
+        (its name may be empty).
+      modality: the one to show; the first in alphabetical order by default. With two modalities
+        the other is the same picture turned by half.
+
+    Returns:
+      A figure whose panels give Pearson's and Spearman's correlation and the mean share of each
+      tenth of the samples, from lowest to highest quality.
+    """
+    columns = min(len(arms), 3)
+    rows = -(-len(arms) // columns)
+    width = 7.2 if columns == 1 else 4.0 * columns
+    figure = style.new_figure(width, 4.1 * rows + 0.4)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    panels = grid.flat
+    for (name, (share, quality)), axes in zip(arms.items(), panels, strict=False):
+        shown = sorted(share)[0] if modality is None else modality
+        contrast = statistics.quality_contrast(quality)[shown]
+        _scatter(axes, contrast, np.asarray(share[shown], np.float64), len(share))
+        label = style.plain(shown)
+        other = style.plain(next(m for m in sorted(share) if m != shown))
+        minus = other if len(share) == 2 else "mean of the others"
+        heading = _correlations(contrast, share[shown])
+        style.style_axes(
+            axes,
+            title=f"{style.plain(style.shorten(name))}\n{heading}" if name else heading,
+            xlabel=f"quality of {label} minus that of {minus}\n(training-set standard deviations)",
+            ylabel=f"attention share of {label} (0 to 1)" if axes in grid[:, 0] else "",
+        )
+    for axes in list(panels):
+        axes.set_visible(False)
+    figure.suptitle(
+        "Does attention follow quality? A point is a sample, the line the mean of each tenth",
+        fontsize=11.5,
+        x=0.01,
+        ha="left",
+    )
+    return figure
+
+
+def noise_figure(
+    arms: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], *, metric: str = "accuracy"
+) -> Figure:
+    """Accuracy, and the noised modality's attention share, while one modality turns to noise.
+
+    Args:
+      arms: name -> runs (one for each seed) -> points {"modality", "level", "accuracy",
+        "attention_share": {m: mean}} as `probes.corruption_curve` gives them.
+      metric: the field of a point for the upper row, a fraction that is shown in percent.
+
+    Returns:
+      A column for each modality; lines are means over runs, bands one standard deviation. The row
+      of shares is left out if no arm has attention.
+    """
+    points = [point for runs in arms.values() for run in runs for point in run]
+    names = sorted({point["modality"] for point in points})
+    with_share = any(point.get("attention_share") for point in points)
+    figure = style.new_figure(4.4 * len(names) + 0.2, 3.2 * (1 + with_share) + 0.7)
+    grid = figure.subplots(
+        1 + with_share, len(names), squeeze=False, sharex="col", sharey="row"
+    )  # fmt: skip
+    for column, name in enumerate(names):
+        label = style.plain(name)
+        for i, runs in enumerate(arms.values()):
+            _noise_line(grid[0, column], runs, name, i, lambda p: 100 * p[metric])
+            if with_share:
+                share = lambda p, m=name: p.get("attention_share", {}).get(m)  # noqa: E731
+                _noise_line(grid[1, column], runs, name, i, share)
+        style.style_axes(grid[0, column], title=f"{label} noised")
+        style.style_axes(grid[-1, column])
+        grid[-1, column].set_xlabel(f"noise in {label} (training-set std)", fontsize=10.5)
+    grid[0, 0].set_ylabel(f"{metric.replace('_', ' ')} (%)", fontsize=10.5)
+    if with_share:
+        grid[1, 0].set_ylabel("attention share of the\nnoised modality (0 to 1)", fontsize=10.5)
+        grid[1, 0].set_ylim(0, 1)
+        for axes in grid[1]:
+            style.reference_line(axes, 1 / max(len(names), 2), "even share")
+    figure.suptitle(
+        "What noise in one modality does" + _seeds(arms), fontsize=11.5, x=0.01, ha="left"
+    )
+    labels = [style.plain(style.shorten(name)) for name in arms]
+    if any(labels):
+        style.legend_below(figure, grid[0, 0].lines, labels)
+    return figure
+
+
+def _scatter(axes: Axes, contrast: Array, share: Array, num_modalities: int) -> None:
+    axes.scatter(
+        contrast, share, s=12, color=style.color(0), alpha=0.35, linewidths=0, rasterized=True
+    )
+    edges = np.unique(np.quantile(contrast, np.linspace(0, 1, 11)))
+    if len(edges) > 2:
+        where = np.clip(np.searchsorted(edges, contrast, side="right") - 1, 0, len(edges) - 2)
+        counts = np.bincount(where, minlength=len(edges) - 1)
+        keep = counts > 0
+        x, y = (
+            np.bincount(where, v, len(edges) - 1)[keep] / counts[keep] for v in (contrast, share)
+        )
+        axes.plot(x, y, color=style.color(1), marker="s", markersize=5, linewidth=2)
+    axes.set_ylim(-0.02, 1.02)
+    style.reference_line(axes, 1 / num_modalities, "even share")
+
+
+def _noise_line(axes: Axes, runs: Sequence, modality: str, index: int, value: Any) -> None:
+    by_level: dict[float, list[float]] = {}
+    for run in runs:
+        for point in run:
+            if point["modality"] == modality and value(point) is not None:
+                by_level.setdefault(float(point["level"]), []).append(float(value(point)))
+    levels = sorted(by_level)
+    mean = np.array([np.mean(by_level[level]) for level in levels])
+    look = style.line_style(index)
+    axes.plot(levels, mean, linewidth=2, markersize=5, **look)
+    if levels and min(len(by_level[level]) for level in levels) > 1:
+        deviation = np.array([np.std(by_level[level], ddof=1) for level in levels])
+        axes.fill_between(
+            levels, mean - deviation, mean + deviation, color=look["color"], alpha=0.16, linewidth=0
+        )
+
+
+def _seeds(arms: Mapping[str, Sequence]) -> str:
+    count = max((len(runs) for runs in arms.values()), default=0)
+    return f": mean of {count} seeds, band ± 1 standard deviation" if count > 1 else ""
+
+
+def _correlations(contrast: Array, share: Array) -> str:
+    r, rho = statistics.pearson(contrast, share), statistics.spearman(contrast, share)
+    return f"Pearson r = {_signed(r)}, Spearman ρ = {_signed(rho)}"
+
+
+def _signed(value: float) -> str:
+    return "undefined" if not np.isfinite(value) else f"{value:+.2f}".replace("-", "−")

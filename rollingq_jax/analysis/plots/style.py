@@ -1,0 +1,152 @@
+"""One look for all figures: colours that colour-blind readers can tell apart, quiet axes.
+
+Figures are matplotlib ``Figure`` objects drawn with Agg; pyplot and its global state are never
+used, so figures can be made in threads and in a process that has its own pyplot session.
+"""
+
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+# Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), strongest contrasts first; yellow is
+# left out, as it cannot be read on white.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Lines differ in dashes and markers too, for print in grey.
+DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
+MARKERS = ("o", "s", "^", "D", "v", "P")
+INK, MUTED, GRID = "#1a1a1a", "#5c5c5c", "#e3e3e3"
+DPI = 140
+# Above this a picture is stored with a palette of 256 colours.
+MAX_BYTES = 110_000
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of width x height inches with its own Agg canvas and automatic layout."""
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def style_axes(axes: Axes, *, title: str = "", xlabel: str = "", ylabel: str = "") -> None:
+    """Quiet frame and grid, readable sizes, a left-aligned title."""
+    if axes.name != "polar":
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(MUTED)
+    axes.grid(True, color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=10, colors=MUTED, labelcolor=INK, length=3)
+    axes.set_xlabel(xlabel, fontsize=10.5, color=INK)
+    axes.set_ylabel(ylabel, fontsize=10.5, color=INK)
+    if title:
+        axes.set_title(title, fontsize=11.5, color=INK, loc="left")
+
+
+def color(index: int) -> str:
+    """The palette's colour of that number, again from the start when it is used up."""
+    return PALETTE[index % len(PALETTE)]
+
+
+def line_style(index: int) -> dict[str, Any]:
+    """Colour, dashes and marker of curve number ``index``: 12 differ before any repeats."""
+    return {
+        "color": color(index),
+        "linestyle": DASHES[(index + index // len(PALETTE)) % len(DASHES)],
+        "marker": MARKERS[index % len(MARKERS)],
+    }
+
+
+def plain(text: Any) -> str:
+    """Text that matplotlib shows as it is: no mathematics from dollar signs, no hidden labels."""
+    shown = (c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+    text = "".join(shown)
+    text = text.replace("$", r"\$")
+    return " " + text if text.startswith("_") else text
+
+
+def shorten(text: Any, limit: int = 28) -> str:
+    """Text of at most ``limit`` characters, with an ellipsis where something was cut."""
+    text = str(text)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def reference_line(axes: Axes, value: float, label: str) -> None:
+    """A thin dotted horizontal line with its name at the right end."""
+    axes.axhline(value, color=MUTED, linewidth=1, linestyle=(0, (1, 2)), zorder=1.2)
+    axes.annotate(
+        label,
+        (1, value),
+        xycoords=("axes fraction", "data"),
+        xytext=(-2, 3),
+        textcoords="offset points",
+        ha="right",
+        fontsize=9.5,
+        color=MUTED,
+        bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8},
+    )
+
+
+def empty_note(axes: Axes, text: str) -> None:
+    """Says why a picture is empty instead of showing bare axes."""
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=MUTED)
+
+
+def legend(axes: Axes, **kwargs: Any) -> None:
+    """A legend without a frame, if there is anything to explain."""
+    if axes.get_legend_handles_labels()[1]:
+        options: dict[str, Any] = {"fontsize": 10, "frameon": False, "handlelength": 2.2}
+        axes.legend(**{**options, **kwargs})
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """The figure as a PNG, the same bytes for the same content; 256 colours where it is large."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # A name in a script that the font lacks shows as boxes; that is no reason to fail.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    buffer.seek(0)
+    with Image.open(buffer) as image:
+        picture = image.convert("RGB")
+    small = io.BytesIO()
+    picture.save(small, format="png", optimize=True)
+    if small.tell() > MAX_BYTES:
+        small = io.BytesIO()
+        picture.quantize(256, method=Image.Quantize.MEDIANCUT).save(
+            small, format="png", optimize=True
+        )
+    return small.getvalue()
+
+
+def save_png(figure: Figure, path: str | Path | epath.Path) -> None:
+    """Writes `png_bytes` to path (local or gs://), making its folder if there is none."""
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png_bytes(figure))
+
+
+def legend_below(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
+    """One legend for all panels under them, in as many columns as the figure's width holds."""
+    if not labels:
+        return
+    # About .08 inches for a character at this size, and .85 for the line and the gaps.
+    entry = 0.85 + 0.08 * max(len(label) for label in labels)
+    fitting = max(1, int(figure.get_figwidth() / entry))
+    rows = -(-len(labels) // fitting)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=-(-len(labels) // rows),
+        frameon=False,
+        fontsize=10,
+        handlelength=2.8,
+    )
