@@ -1,0 +1,173 @@
+"""The report is one safe file, and a real browser shows it."""
+
+import base64
+import html.parser
+import io
+import shutil
+import subprocess
+
+import analysis_examples as examples
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+from PIL import Image
+
+from rollingq_jax.analysis import narrative, plots, report
+
+HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>\'"&'
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+class Page(html.parser.HTMLParser):
+    """Tags with their attributes, and the text, as a browser would read them."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.tags, self.text, self.open = [], "", []
+        self.feed(source)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def make_report(path, name="audio", **kwargs):
+    rows = examples.run_rows()
+    options = {
+        "title": f"A run on {name}",
+        "lead": f"{name}: {narrative.describe_accuracy(rows)}",
+        "key_numbers": {"test accuracy": 0.611, "rotations": 2, name: None},
+        "figures": [
+            report.ReportFigure("Dynamics", plots.dynamics_figure(rows), f"alt {name}", "how"),
+            report.ReportFigure(name, plots.png_bytes(plots.accuracy_figure(rows)), "alt", name),
+        ],
+        "tables": [
+            report.Table(name, ("class", name), [(name, 0.5), ("b", float("nan"))], name),
+            report.Table("Rotations", ("epoch", "angle"), [(6, 55.04), (12, -3)]),
+        ],
+        "config": {"data": {"name": name, "options": {}}, "seed": 0},
+        "versions": {"jax": "0.10", name: name},
+    }
+    return report.write_report(path, **{**options, **kwargs})
+
+
+def test_the_file_stands_alone(tmp_path):
+    path = make_report(tmp_path / "new" / "report.html")
+    page = Page(path.read_text())
+    assert not page.open, "every tag is closed"
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == 2
+    for attributes in images:
+        assert attributes["alt"].startswith("alt")
+        prefix, data = attributes["src"].split(",", 1)
+        assert prefix == "data:image/png;base64"
+        with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+            image.verify()
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "link", "iframe", "a", "object", "base")
+        assert not attributes.keys() & {"href", "srcset", "action", "style"}
+    assert "url(" not in path.read_text() and "@import" not in path.read_text()
+    assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+
+
+def test_what_it_shows_is_escaped_everywhere(tmp_path):
+    page = Page(make_report(tmp_path / "report.html", HOSTILE).read_text())
+    plain = Page(make_report(tmp_path / "plain.html", "audio").read_text())
+    assert [tag for tag, _ in page.tags] == [tag for tag, _ in plain.tags]
+    for _, attributes in page.tags:
+        assert not any(name.startswith("on") for name in attributes)
+    # Once for each place where the name stands, title and headings included.
+    assert page.text.count(HOSTILE) == plain.text.count("audio") - page.text.count("audio")
+    assert page.text.count(HOSTILE) >= 12
+    assert f"alt {HOSTILE}" in {a.get("alt") for _, a in page.tags}
+
+
+def test_a_policy_forbids_scripts_and_requests(tmp_path):
+    page = Page(make_report(tmp_path / "report.html").read_text())
+    policy = next(a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a)
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+def test_escaping_survives_any_text(text):
+    escaped = report.escape(text)
+    escaped.encode("utf-8")
+    page = Page(f'<p title="{escaped}">{escaped}</p>')
+    assert [tag for tag, _ in page.tags] == ["p"]
+    kept = "".join(c for c in text if c.isprintable() or c in "\n\xa0")
+    assert page.text.replace("\N{REPLACEMENT CHARACTER}", "") == kept.replace("\ufffd", "")
+    assert page.tags[0][1]["title"] == page.text
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (None, "–"), (float("nan"), "–"), ("", "–"), ([], "–"), (True, "yes"), (0.61123, "0.6112"),
+        (0.5, "0.5"), (4.0, "4.0"), (-0.25, "−0.25"), (1e-4, "0.0001"), (1e-5, "1e−05"),
+        (0.0, "0.0"), (123456, "123,456"), (2024, "2024"), (np.float32(0.25), "0.25"),
+        ((8, 8), "8, 8"), ("text", "text"), (2.5e7, "2.5e+07"),
+    ],
+)  # fmt: skip
+def test_values_as_text(value, text):
+    assert report.shown(value) == text
+
+
+def test_nested_configuration_is_shown_flat():
+    config = ConfigDict({"a": {"b": 1, "c": {"d": (1, 2)}}, "e": {}, "f": None})
+    flat = report.flatten(config)
+    assert flat.pop("e") == ConfigDict()
+    assert flat == {"a.b": 1, "a.c.d": (1, 2), "f": None}
+
+
+def test_columns_of_numbers_are_flush_right(tmp_path):
+    path = make_report(tmp_path / "report.html")
+    heads = [a for tag, a in Page(path.read_text()).tags if tag == "th"]
+    assert [a.get("class") for a in heads] == [None, "number", "number", "number"]
+
+
+def test_a_report_without_anything_but_a_title(tmp_path):
+    path = report.write_report(tmp_path / "report.html", title="Nothing yet")
+    assert Page(path.read_text()).text.count("Nothing yet") == 2
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed (apt-get install chromium)")
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_a_browser_shows_the_report(tmp_path, dark):
+    path = make_report(tmp_path / "report.html", HOSTILE)
+    profile, shot = tmp_path / "profile", tmp_path / "shot.png"
+    profile.mkdir()
+    command = [
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={profile}", "--window-size=1000,3000", "--hide-scrollbars",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--screenshot={shot}",
+        path.as_uri(),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, timeout=120, capture_output=True)
+    with Image.open(shot) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    assert pixels.shape == (3000, 1000, 3)
+    ground = pixels[5, 5].mean()
+    assert ground < 40 if dark else ground > 250
+    # Both pictures are there: their lines in the palette's blue and vermilion.
+    for colour in (style_colour(0), style_colour(1)):
+        where = np.flatnonzero((np.abs(pixels - colour).max(axis=-1) < 12).any(axis=1))
+        assert np.ptp(where) > 600
+
+
+def style_colour(index):
+    text = plots.style.color(index).lstrip("#")
+    return np.array([int(text[i : i + 2], 16) for i in (0, 2, 4)])
