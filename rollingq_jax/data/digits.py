@@ -160,4 +160,4 @@ def _add_noise(
     deviation = np.sqrt(noise.always**2 + extra**2)
     scale = deviation.reshape((count,) + (1,) * (clean.ndim - 1))
     noised = clean + scale * rng.standard_normal(clean.shape)
-    return noised.astype(np.float32), (-deviation).astype(np.float32)
+    return noised.astype(np.float32), (0.0 - deviation).astype(np.float32)  # 0.0, not -0.0
