@@ -45,15 +45,17 @@ def read_map() -> list[str]:
     assert block, "README.md has no map of the code"
     modules, packages = [], []
     for line in block.group(1).splitlines():
-        found = re.match(r"( {2,})(\w+)(\.py|/)", line)
-        if not found:
-            continue
-        indent, name, kind = found.groups()
+        indent, listed = re.match(r"( *)(\S*(?: \S+)*)", line).groups()  # two spaces end the names
         packages = packages[: len(indent) // 2 - 1]
-        if kind == "/":
-            packages.append(name)
-        else:
-            modules.append(".".join([*packages, name]))
+        if not indent:  # the files beside the package
+            break
+        if listed.endswith("/"):
+            packages.append(listed[:-1])
+        modules += [
+            ".".join([*packages, name.removesuffix(".py")])
+            for name in listed.split()
+            if name.endswith(".py")
+        ]
     return modules
 
 
