@@ -23,6 +23,7 @@ from rollingq_jax.models.spec import ModelSpec
 
 #: Patches of the paper's spectrograms, (time, frequency): CREMA-D, Kinetics-Sounds.
 SPECTROGRAM_GRIDS = {176: (11, 16), 512: (8, 64)}
+FRAME_SIZE = 224  # of the paper's frames, in pixels
 
 Grid = tuple[int, int]
 
@@ -60,8 +61,8 @@ def load_vit(
     The first layers of the file fill an encoder's layers, and the final norm its `norm_<m>`. A
     spectrogram's kernel is the sum of the file's over red, green and blue (a grey image through it
     gives what it gave through the file's); a video's gets a time axis of 1. Position embeddings are
-    resized bilinearly to the encoder's grid and repeated over frames. Fusion, probes, bottleneck
-    layers and encoders without patches keep their values.
+    resized to the encoder's grid, bilinearly between patch centres, and repeated over frames.
+    Fusion, probes, bottleneck layers and encoders without patches keep their values.
 
     Args:
       path: AugReg or big_vision `.npz`, or timm `.safetensors`.
@@ -69,7 +70,7 @@ def load_vit(
       grids: (rows, columns) of an encoder's patches, in the order in which they become tokens, and
         None for an encoder that is to be left alone; `patch_grids` makes it from a batch. Encoders
         not in it are read as the paper's: spectrograms of 11 x 16 or 8 x 64 patches, images and
-        videos with frames of the file's own grid (14 x 14 at 224 x 224).
+        videos with frames of 224 x 224 (14 x 14 patches), or of the file's own grid.
 
     Returns:
       New parameters, and a report.
@@ -78,24 +79,18 @@ def load_vit(
       DataError: the file cannot be used, a shape does not fit, or no encoder takes its patches.
       UserError: a grid is ambiguous or does not fit; the message names the encoder.
     """
-    vit = read_vit(path)
     leaves = traverse_util.flatten_dict(params, sep="/")
-    names = sorted({path.split("/")[0] for path in leaves if path.startswith("encoder_")})
-    modalities = [name.removeprefix("encoder_") for name in names]
+    encoders = _encoder_shapes(leaves)
     grids = {} if grids is None else grids
-    if unknown := sorted(set(grids) - set(modalities)):
-        raise UserError(f"grids has {', '.join(unknown)}; allowed: {', '.join(modalities)}")
+    if unknown := sorted(set(grids) - set(encoders)):
+        raise UserError(f"grids has {', '.join(unknown)}; allowed: {', '.join(encoders)}")
+    vit = read_vit(path, max(map(_depth, encoders.values()), default=0))
     new: dict[str, np.ndarray] = {}
     reshaped: dict[str, str] = {}
-    for modality in modalities:
-        encoder = {
-            name.removeprefix(f"encoder_{modality}/"): leaf.shape
-            for name, leaf in leaves.items()
-            if name.startswith(f"encoder_{modality}/")
-        }
+    for modality, encoder in encoders.items():
         plan = _plan(modality, encoder, vit, grids)
         if plan is not None:
-            _fill(modality, encoder, vit, plan, leaves, new, reshaped)
+            _fill(modality, _depth(encoder), vit, plan, leaves, new, reshaped)
     if not new:
         patch = "x".join(map(str, vit.kernel.shape[:3]))
         raise DataError(f"{path} has patches of {patch}; no encoder of the model takes these")
@@ -131,6 +126,21 @@ def patch_grids(config_model: Any, batch: Mapping[str, Any]) -> dict[str, Grid |
     return grids
 
 
+def _encoder_shapes(leaves: Mapping[str, Any]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """`{m: {path within encoder_<m>: shape}}`, in alphabetical order."""
+    encoders: dict[str, dict[str, tuple[int, ...]]] = {}
+    for path in sorted(leaves):
+        name, _, rest = path.partition("/")
+        if name.startswith("encoder_"):
+            shapes = encoders.setdefault(name.removeprefix("encoder_"), {})
+            shapes[rest] = leaves[path].shape
+    return encoders
+
+
+def _depth(encoder: Mapping[str, Any]) -> int:
+    return len({name.split("/")[0] for name in encoder if name.startswith("block_")})
+
+
 def _plan(
     modality: str,
     encoder: Mapping[str, tuple[int, ...]],
@@ -152,7 +162,7 @@ def _plan(
             )
         return None
     if chosen is None:
-        chosen = _paper_grid(modality, channels, length, vit.position.shape[0])
+        chosen = _paper_grid(modality, channels, length, vit)
     frames, rest = divmod(length, math.prod(chosen))
     if rest or frames < 1 or (channels == 1 and frames != 1):
         raise UserError(f"grids[{modality!r}] is {chosen}; the encoder has {length} patches")
@@ -164,13 +174,16 @@ def _plan(
     return _Plan(channels, frames, chosen)
 
 
-def _paper_grid(modality: str, channels: int, length: int, side: int) -> Grid:
+def _paper_grid(modality: str, channels: int, length: int, vit: Vit) -> Grid:
+    """The grid that an encoder has if it is one of the paper's, or of the file's own size."""
     if channels == 1 and length in SPECTROGRAM_GRIDS:
         return SPECTROGRAM_GRIDS[length]
-    frames, rest = divmod(length, side * side)
-    square = frames > 1 and math.isqrt(frames) ** 2 == frames  # or one frame with a finer grid
-    if channels == 3 and frames and not rest and not square:
-        return (side, side)
+    paper = (FRAME_SIZE // vit.kernel.shape[0], FRAME_SIZE // vit.kernel.shape[1])
+    for grid in (paper, vit.position.shape[:2]) if channels == 3 else ():
+        frames, rest = divmod(length, math.prod(grid))
+        # A square number of frames might as well be one frame with a finer grid.
+        if frames and not rest and (frames == 1 or math.isqrt(frames) ** 2 != frames):
+            return grid
     raise UserError(
         f"the {length} patches of encoder_{modality} can be arranged in more than one way: pass "
         f"grids={{{modality!r}: (rows, columns)}}, or {{{modality!r}: None}} if they are no patches"
@@ -179,7 +192,7 @@ def _paper_grid(modality: str, channels: int, length: int, side: int) -> Grid:
 
 def _fill(
     modality: str,
-    encoder: Mapping[str, tuple[int, ...]],
+    depth: int,
     vit: Vit,
     plan: _Plan,
     leaves: Mapping[str, Any],
@@ -200,7 +213,6 @@ def _fill(
     new[f"{base}/position"] = position
     if how:
         reshaped[f"{base}/position"] = how
-    depth = len({name.split("/")[0] for name in encoder if name.startswith("block_")})
     for i, block in enumerate(vit.blocks[:depth]):
         new |= {f"{base}/block_{i}/{name}": value for name, value in block.items()}
     if f"{base}/project/kernel" not in leaves:  # otherwise the norm stands behind the projection
@@ -213,7 +225,8 @@ def _positions(vit: Vit, plan: _Plan, initial: np.ndarray) -> tuple[np.ndarray, 
     table, side = vit.position, vit.position.shape[0]
     if plan.grid != (side, side):
         shape = (*plan.grid, table.shape[-1])
-        table = np.asarray(jax.image.resize(jnp.asarray(table), shape, "bilinear"))
+        resized = jax.image.resize(jnp.asarray(table), shape, "bilinear", antialias=False)
+        table = np.asarray(resized)
         steps.append(f"grid {side} x {side} resized to {plan.grid[0]} x {plan.grid[1]}")
     if plan.frames > 1:
         steps.append(f"repeated over {plan.frames} frames")

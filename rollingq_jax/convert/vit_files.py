@@ -36,11 +36,15 @@ class Vit(NamedTuple):
     position: np.ndarray  # [side, side, d]
     blocks: list[Block]  # "norm1/scale", "attention/qkv/kernel", ... as in a block of ours
     norm: Block  # scale, bias
-    unused: tuple[str, ...]  # tensors of the file with no counterpart: classification heads
+    unused: tuple[str, ...]  # tensors of the file that were not read: heads, further blocks
 
 
-def read_vit(path: str | os.PathLike[str]) -> Vit:
+def read_vit(path: str | os.PathLike[str], depth: int) -> Vit:
     """Reads a file of either layout, whatever its names say about variant and prefix.
+
+    Args:
+      path: `.npz` or `.safetensors`.
+      depth: the most blocks that are wanted, from the first on.
 
     Raises:
       DataError: the file cannot be read, has neither layout, or lacks a tensor (which is named).
@@ -61,7 +65,10 @@ def read_vit(path: str | os.PathLike[str]) -> Vit:
             f"{PATCH_TIMM} (timm)"
         )
     try:
-        vit = _from_timm(tensors, take) if prefix is None else _from_npz(tensors, take, prefix)
+        if prefix is None:
+            vit = _from_timm(tensors, take, depth)
+        else:
+            vit = _from_npz(tensors, take, depth, prefix)
     except (ValueError, IndexError) as error:
         if isinstance(error, DataError):
             raise
@@ -69,17 +76,17 @@ def read_vit(path: str | os.PathLike[str]) -> Vit:
     return vit._replace(unused=tuple(sorted(set(tensors) - used)))
 
 
-def _from_npz(tensors: Mapping[str, np.ndarray], take: Take, prefix: str) -> Vit:
+def _from_npz(tensors: Mapping[str, np.ndarray], take: Take, depth: int, prefix: str) -> Vit:
     base = f"{prefix}Transformer/"
     position = f"{base}posembed_input/pos_embedding"
     if position not in tensors:
         position = f"{prefix}pos_embedding"
     stacked = f"{base}encoderblock/LayerNorm_0/scale"
     if stacked in tensors:
-        depth = tensors[stacked].shape[0]
+        depth = min(depth, tensors[stacked].shape[0])
         blocks = [_npz_block(tensors, take, f"{base}encoderblock/", i) for i in range(depth)]
     else:
-        depth = _count(tensors, rf"{re.escape(base)}encoderblock_(\d+)/")
+        depth = min(depth, _count(tensors, rf"{re.escape(base)}encoderblock_(\d+)/"))
         blocks = [_npz_block(tensors, take, f"{base}encoderblock_{i}/") for i in range(depth)]
     cls, position_table = f"{prefix}cls", take(position)
     return _vit(
@@ -127,7 +134,7 @@ def _npz_block(
     }
 
 
-def _from_timm(tensors: Mapping[str, np.ndarray], take: Take) -> Vit:
+def _from_timm(tensors: Mapping[str, np.ndarray], take: Take, depth: int) -> Vit:
     linear = {
         "attention/qkv": "attn.qkv",
         "attention/out": "attn.proj",
@@ -139,7 +146,7 @@ def _from_timm(tensors: Mapping[str, np.ndarray], take: Take) -> Vit:
         return {f"{ours}scale": take(f"{theirs}.weight"), f"{ours}bias": take(f"{theirs}.bias")}
 
     blocks = []
-    for i in range(_count(tensors, r"blocks\.(\d+)\.")):
+    for i in range(min(depth, _count(tensors, r"blocks\.(\d+)\."))):
         block = norm("norm1/", f"blocks.{i}.norm1") | norm("norm2/", f"blocks.{i}.norm2")
         for ours, theirs in linear.items():
             block[f"{ours}/kernel"] = take(f"blocks.{i}.{theirs}.weight").T
