@@ -29,21 +29,22 @@ import numpy as np
 from rollingq_jax.data.columns import Column, ColumnSource, make_column
 from rollingq_jax.data.labels import check_labels, check_name, count_classes, with_valid
 from rollingq_jax.data.npz import FORM, read_arrays
-from rollingq_jax.data.options import option
+from rollingq_jax.data.options import mapping_option, option
 from rollingq_jax.data.types import Dataset
 from rollingq_jax.errors import DataError
 
 SPLITS = ("train", "valid", "test")
 
 
-def load(config_data: Any, *, seed: int) -> Dataset:
+def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None) -> Dataset:
     """The data set at ``config_data.path``.
 
     Args:
-      config_data: ``path``; optional ``kinds`` {modality: kind}, ``modalities`` (those to use;
-        empty for all), ``standardize`` (True). A path of a manifest (.csv, .jsonl) is read as by
-        :mod:`rollingq_jax.data.folder`.
+      config_data: ``path``; optional ``kinds`` ("audio=spectrogram, visual=image", or a mapping),
+        ``modalities`` (those to use; empty for all), ``standardize`` (True). A path of a manifest
+        (.csv, .jsonl) is read as by :mod:`rollingq_jax.data.folder`.
       seed: of the validation split, where the file has none.
+      kinds: {modality: kind}, before ``config_data.kinds``, ``kind/<m>`` and the shape.
 
     Raises:
       DataError: the file is missing, damaged or not of this form; the message names the key.
@@ -59,7 +60,7 @@ def load(config_data: Any, *, seed: int) -> Dataset:
     return from_arrays(
         read_arrays(path),
         seed=seed,
-        kinds=option(config_data, "kinds", {}),
+        kinds=mapping_option(config_data, "kinds") | dict(kinds or {}),
         modalities=option(config_data, "modalities", ()),
         standardize=option(config_data, "standardize", True),
         description=f"arrays from {path.name}",

@@ -133,8 +133,8 @@ def load(config_data: Any, *, seed: int) -> Dataset:
     return Dataset(
         splits=splits,
         modalities={
-            "audio": ModalityInfo("audio", "spectrogram", (32, 32, 1)),
-            "visual": ModalityInfo("visual", "image", (8, 8, 1)),
+            "audio": ModalityInfo("audio", "spectrogram", (32, 32, 1), unit=1.0),
+            "visual": ModalityInfo("visual", "image", (8, 8, 1), unit=1.0),
         },
         num_classes=len(WORDS),
         class_names=WORDS,

@@ -114,8 +114,10 @@ def make_column(
             name, kind, shape, "uint8", mean=tuple(mean.tolist()), std=tuple(std.tolist())
         )
         return Column(pixels, add_axis)
-    mean, std = moments.mean_and_std() if standardize else (None, None)
-    return Column(ModalityInfo(name, kind, shape, "float32"), add_axis, mean, std)
+    if not standardize:
+        return Column(ModalityInfo(name, kind, shape, "float32"), add_axis)
+    standard = ModalityInfo(name, kind, shape, "float32", unit=1.0)
+    return Column(standard, add_axis, *moments.mean_and_std())
 
 
 def _check_array(key: str, array: np.ndarray, shape: tuple[int, ...], reference: str) -> None:

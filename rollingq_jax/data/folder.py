@@ -28,7 +28,7 @@ import numpy as np
 from rollingq_jax.data import media
 from rollingq_jax.data.labels import check_labels, count_classes, with_valid
 from rollingq_jax.data.manifest import Manifest, Row, is_class_number, read_manifest
-from rollingq_jax.data.measure import Standardized, evenly, measure
+from rollingq_jax.data.measure import evenly, standardize
 from rollingq_jax.data.media_arrays import (
     BYTE_VOCABULARY,
     MediaSizes,
@@ -95,9 +95,10 @@ def load(config_data: Any, *, seed: int) -> Dataset:
         for split, found in rows.items()
     }
     splits = with_valid(sources, labels["train"], seed=seed)
-    infos, scales = measure(splits["train"], _infos(types, sizes), sizes.stats_examples)
-    if option(config_data, "standardize", True):
-        splits = {split: Standardized(source, scales) for split, source in splits.items()}
+    floats = option(config_data, "standardize", True)
+    splits, infos = standardize(
+        splits, _infos(types, sizes), most=sizes.stats_examples, floats=floats
+    )
     return Dataset(splits, infos, num_classes, class_names, f"files of {manifest.path.name}")
 
 

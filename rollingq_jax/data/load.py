@@ -1,8 +1,10 @@
 """From a configuration to a data set."""
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
+from rollingq_jax.data.corruption import corrupt
 from rollingq_jax.data.options import option
 from rollingq_jax.data.types import Dataset
 
@@ -19,18 +21,33 @@ LOADERS = {
 ANY_TFDS_NAME = "rollingq_jax.data.tfds_source"
 
 
-def load_dataset(config_data: Any, *, seed: int) -> Dataset:
+# Loaders of data whose kinds of modality the user may state.
+OPEN_KINDS = ("rollingq_jax.data.arrays", ANY_TFDS_NAME)
+
+
+def load_dataset(
+    config_data: Any, *, seed: int, encoders: Mapping[str, Any] | None = None
+) -> Dataset:
     """The data set that ``config_data.name`` names.
 
     Args:
       config_data: ``config.data``: ``name`` ("av_digits") is a key of :data:`LOADERS` or any TFDS
         name; ``path``, ``cache_dir`` and the data set's own fields are its loader's to read.
+        ``corruptions`` (see :mod:`rollingq_jax.data.corruption`) are put onto the training split.
       seed: of whatever the loader draws (generated data, a validation split).
+      encoders: ``config.model.encoders``, whose ``kind``, ``mean`` and ``std`` say how own data are
+        meant.
 
     Raises:
       DataError: the data are missing, damaged or not of the expected form.
       ConfigError: a field of ``config_data`` has a value that the loader does not allow.
     """
     name = option(config_data, "name", "av_digits")
-    module = importlib.import_module(LOADERS.get(name, ANY_TFDS_NAME))
-    return module.load(config_data, seed=seed)
+    place = LOADERS.get(name, ANY_TFDS_NAME)
+    fields: dict[str, Any] = {"seed": seed}
+    if place in OPEN_KINDS and encoders:
+        specs = dict(encoders.items())
+        fields["kinds"] = {m: spec["kind"] for m, spec in specs.items() if spec.get("kind")}
+    dataset = importlib.import_module(place).load(config_data, **fields)
+    corruptions = option(config_data, "corruptions", "")
+    return corrupt(dataset, corruptions, train=True, seed=seed, encoders=encoders)

@@ -48,38 +48,47 @@ def evenly(count: int, most: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)).tolist()
 
 
-def measure(
-    source: Source, modalities: Mapping[str, ModalityInfo], most: int
-) -> tuple[dict[str, ModalityInfo], dict[str, Scale]]:
-    """Mean and standard deviation of every modality but tokens, along the last axis.
+def standardize(
+    splits: Mapping[str, Source],
+    modalities: Mapping[str, ModalityInfo],
+    *,
+    most: int,
+    floats: bool = True,
+) -> tuple[dict[str, Source], dict[str, ModalityInfo]]:
+    """Gives every modality but tokens mean 0 and standard deviation 1 along its last axis.
 
     Args:
-      source: the training split, not standardised.
-      modalities: what it holds.
-      most: how many examples are read at most, evenly spaced.
+      splits: sources that are not standardised.
+      modalities: what they hold.
+      most: how many training examples are read at most, evenly spaced, to measure.
+      floats: whether float modalities are standardised; if not, they stay as they are.
 
     Returns:
-      The modalities, with ``mean`` and ``std`` where they are uint8, and {modality: (mean, std)} of
-      the float ones.
+      The splits, float modalities standardised, and the modalities, with ``mean`` and ``std`` where
+      they are uint8 (the model normalises those) and ``unit`` where they are standardised.
     """
+    train = splits["train"]
     moments = {
-        name: Moments(info.shape[-1]) for name, info in modalities.items() if info.kind != "tokens"
+        name: Moments(info.shape[-1])
+        for name, info in modalities.items()
+        if info.kind != "tokens" and (floats or info.dtype == "uint8")
     }
-    for index in evenly(len(source), most):
-        example = source[index]
+    for index in evenly(len(train), most):
+        example = train[index]
         for name, of_modality in moments.items():
             values, mask = example[name], example.get(f"{name}_mask", np.True_)
             of_modality.add(values[mask].reshape(-1, values.shape[-1]))
     infos, scales = dict(modalities), {}
     for name, of_modality in moments.items():
         if infos[name].dtype == "uint8":
-            mean, std = of_modality.mean_and_std(scale=255.0)
-            infos[name] = dataclasses.replace(
-                infos[name], mean=tuple(mean.tolist()), std=tuple(std.tolist())
-            )
+            mean, std = (tuple(v.tolist()) for v in of_modality.mean_and_std(scale=255.0))
+            infos[name] = dataclasses.replace(infos[name], mean=mean, std=std)
         else:
+            infos[name] = dataclasses.replace(infos[name], unit=1.0)
             scales[name] = of_modality.mean_and_std()
-    return infos, scales
+    if not scales:
+        return dict(splits), infos
+    return {split: Standardized(source, scales) for split, source in splits.items()}, infos
 
 
 def zero_masked(value: np.ndarray, mask: np.ndarray | None) -> np.ndarray:

@@ -50,3 +50,21 @@ def choice(config_data: Any, name: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise ConfigError(f"data.{name}: {value!r}; must be one of {', '.join(allowed)}")
     return value
+
+
+def mapping_option(config_data: Any, name: str) -> dict[str, str]:
+    """The field ``name``, a mapping of strings or a string "a=b, c=d"; empty where it is absent.
+
+    Raises:
+      ConfigError: the value is neither.
+    """
+    if isinstance(config_data, Mapping):
+        value = config_data.get(name)
+    else:
+        value = getattr(config_data, name, None)
+    if not isinstance(value, str):
+        return {str(key): str(item) for key, item in option(config_data, name, {}).items()}
+    pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+    if not all(left.strip() and right.strip() for left, _, right in pairs):
+        raise ConfigError(f"data.{name}: {value!r}; must be of the form 'name=value, name=value'")
+    return {left.strip(): right.strip() for left, _, right in pairs}

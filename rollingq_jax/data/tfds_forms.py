@@ -33,12 +33,13 @@ class Form(NamedTuple):
     convert: Callable[[Any], Example]
 
 
-def make_form(name: str, feature: Any, config_data: Any) -> Form:
+def make_form(name: str, feature: Any, kind: str | None, config_data: Any) -> Form:
     """How a TFDS feature becomes a modality.
 
     Args:
       name: of the modality.
       feature: TFDS's description of the feature.
+      kind: what the user says it is, or None to go by shape; images and text are what they are.
       config_data: see :func:`rollingq_jax.data.tfds_source.load`.
 
     Raises:
@@ -47,7 +48,6 @@ def make_form(name: str, feature: Any, config_data: Any) -> Form:
     """
     import tensorflow_datasets as tfds
 
-    kind = option(config_data, "kinds", {}).get(name)
     if isinstance(feature, tfds.features.Image):
         return _image_form(name, feature, option(config_data, "image_size", 64, minimum=1))
     if isinstance(feature, tfds.features.Text):

@@ -14,8 +14,8 @@ import numpy as np
 
 from rollingq_jax.data.labels import check_name
 from rollingq_jax.data.load import LOADERS
-from rollingq_jax.data.measure import Standardized, measure
-from rollingq_jax.data.options import option
+from rollingq_jax.data.measure import standardize
+from rollingq_jax.data.options import mapping_option, option
 from rollingq_jax.data.reading import reading
 from rollingq_jax.data.tfds_forms import Form, make_form
 from rollingq_jax.data.types import Dataset, Example, Source
@@ -25,16 +25,17 @@ VALID_NAMES = ("valid", "validation", "val", "dev")
 HELD_OUT = "train[90%:]"
 
 
-def load(config_data: Any, *, seed: int) -> Dataset:
+def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None) -> Dataset:
     """The prepared TFDS data set ``config_data.name``.
 
     Args:
       config_data: ``name``, ``path`` (data directory; else ``cache_dir``, else TFDS's default),
         ``features``; optional ``tfds_splits`` ("train=train[:80%], valid=..., test=..."; without it
-        train, test, and validation or the last 10 % of train), ``kinds``, ``image_size`` (64),
-        ``text_length`` (128), ``sequence_length`` (128), ``vocab_size`` (needed for integers),
-        ``standardize`` (True), ``stats_examples`` (256).
+        train, test, and validation or the last 10 % of train), ``kinds`` ("m=kind, m=kind"),
+        ``image_size`` (64), ``text_length`` (128), ``sequence_length`` (128), ``vocab_size``
+        (needed for integers), ``standardize`` (True), ``stats_examples`` (256).
       seed: not used; TFDS's own order decides what the last 10 % are.
+      kinds: {modality: kind}, before ``config_data.kinds`` and the shape.
 
     Raises:
       DataError: TFDS does not know the name, the data are not prepared, or need TensorFlow; a
@@ -43,7 +44,7 @@ def load(config_data: Any, *, seed: int) -> Dataset:
     """
     del seed
     builder = _open_builder(config_data)
-    chosen = _mapping(config_data, "features")
+    chosen = mapping_option(config_data, "features")
     available = _flatten(builder.info.features)
     if "label" not in chosen or len(chosen) < 2:
         raise ConfigError(
@@ -62,8 +63,11 @@ def load(config_data: Any, *, seed: int) -> Dataset:
             f"data.features: label={label_feature}; must be a ClassLabel with a known number of "
             "classes"
         )
+    kind_of = mapping_option(config_data, "kinds") | dict(kinds or {})
     forms = {
-        check_name(name, "data.features"): make_form(name, available[feature], config_data)
+        check_name(name, "data.features"): make_form(
+            name, available[feature], kind_of.get(name), config_data
+        )
         for name, feature in sorted(chosen.items())
     }
     splits: dict[str, Source] = {
@@ -72,10 +76,12 @@ def load(config_data: Any, *, seed: int) -> Dataset:
         )
         for split, instruction in _splits(config_data, builder).items()
     }
-    infos = {name: form.info for name, form in forms.items()}
-    infos, scales = measure(splits["train"], infos, option(config_data, "stats_examples", 256))
-    if option(config_data, "standardize", True):
-        splits = {split: Standardized(source, scales) for split, source in splits.items()}
+    splits, infos = standardize(
+        splits,
+        {name: form.info for name, form in forms.items()},
+        most=option(config_data, "stats_examples", 256, minimum=1),
+        floats=option(config_data, "standardize", True),
+    )
     class_names = tuple(available[label_feature].names)
     return Dataset(splits, infos, num_classes, class_names, f"TFDS {builder.info.full_name}")
 
@@ -157,7 +163,7 @@ def _open_split(builder: Any, instruction: str) -> Any:
 
 def _splits(config_data: Any, builder: Any) -> dict[str, str]:
     """{split of ours: TFDS's name or slice}."""
-    if given := _mapping(config_data, "tfds_splits"):
+    if given := mapping_option(config_data, "tfds_splits"):
         if not {"train", "test"} <= given.keys() <= {"train", "valid", "test"}:
             raise ConfigError(f"data.tfds_splits: {given!r}; train, test and optionally valid")
         return given
@@ -171,19 +177,6 @@ def _splits(config_data: Any, builder: Any) -> dict[str, str]:
     if valid:
         return {"train": "train", "valid": valid, "test": "test"}
     return {"train": "train[:90%]", "valid": HELD_OUT, "test": "test"}
-
-
-def _mapping(config_data: Any, field: str) -> dict[str, str]:
-    """A field "a=b, c=d", or a mapping."""
-    value = config_data.get(field) if isinstance(config_data, Mapping) else getattr(
-        config_data, field, None
-    )  # fmt: skip
-    if not isinstance(value, str):
-        return {str(k): str(v) for k, v in option(config_data, field, {}).items()}
-    pairs = [part.partition("=") for part in value.split(",") if part.strip()]
-    if not all(left.strip() and right.strip() for left, _, right in pairs):
-        raise ConfigError(f"data.{field}: {value!r}; must be of the form 'name=value, name=value'")
-    return {left.strip(): right.strip() for left, _, right in pairs}
 
 
 def _flatten(features: Any, prefix: str = "") -> dict[str, Any]:

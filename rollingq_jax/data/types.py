@@ -47,6 +47,8 @@ class ModalityInfo:
       vocab_size: for tokens, the number of ids, padding (0) included.
       mean, std: for uint8, the channels' mean and standard deviation on the scale [0, 1]; the model
         normalises on the device.
+      unit: for float32, one standard deviation of the training split (before any noise that the
+        data set adds), in the array's units; None where that is not known.
 
     Raises:
       DataError: the kind is unknown, or the shape does not fit it.
@@ -59,6 +61,7 @@ class ModalityInfo:
     vocab_size: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    unit: float | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
