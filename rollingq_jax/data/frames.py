@@ -8,11 +8,18 @@ import dataclasses
 import io
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import grain
 import numpy as np
 
-from rollingq_jax.data.media import decode_image, encode_jpeg, evenly_spaced, resize_short_side
+from rollingq_jax.data.media import (
+    decode_image,
+    encode_jpeg,
+    evenly_spaced,
+    read_video_frames,
+    resize_short_side,
+)
 from rollingq_jax.data.types import Example
 from rollingq_jax.errors import DataError
 
@@ -217,3 +224,29 @@ class EvalFrames(grain.transforms.Map):
         frames = element[self.name]
         indices = self.pick(len(frames), self.num)
         return {**element, self.name: decode_frames(frames, indices, self.size)}
+
+
+def clip_from_folder(folder: Path, short_side: int = SHORT_SIDE) -> list[bytes]:
+    """The extracted frames of a clip, in the order of their names, as the JPEGs to store.
+
+    Raises:
+      DataError: the folder is missing or holds no JPEG, or as in :func:`stored_clip`.
+    """
+    if not folder.is_dir():
+        raise DataError(f"frames {folder}: no such folder")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
+    if not paths:
+        raise DataError(f"frames {folder}: holds no .jpg file")
+    return stored_clip([(str(path), path.read_bytes()) for path in paths], short_side)
+
+
+def clip_from_video(path: Path, fps: float, short_side: int = SHORT_SIDE) -> list[bytes]:
+    """``fps`` frames of each second of a video as the JPEGs to store, the first frame among them.
+
+    Raises:
+      DataError: the file is missing or damaged, or holds no frame.
+    """
+    video = read_video_frames(path, fps=fps)
+    if min(video.shape[1:3]) <= short_side:
+        return [encode_jpeg(frame) for frame in video]
+    return [encode_jpeg(resize_short_side(frame, short_side)) for frame in video]

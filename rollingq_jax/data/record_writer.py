@@ -8,19 +8,18 @@ more than 1 GB, and because its preparation starts from nothing after an interru
 """
 
 import concurrent.futures
-import dataclasses
-import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rollingq_jax.data.records import (
     FORMAT_VERSION,
     SPLIT,
+    Recipe,
     RecordSet,
     open_records,
     partial_folder,
@@ -29,28 +28,6 @@ from rollingq_jax.data.records import (
 from rollingq_jax.errors import DataError
 
 SHARD_SIZE = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How a record set is made.
-
-    Attributes:
-      name: of the set, used in file names.
-      items: name of each clip, in the order of the records.
-      features: {field: TFDS feature} of a record.
-      make: item -> (record, row): the fields of the record, and the JSON-able row of the index. A
-        DataError means that the clip is unreadable. Called from several threads.
-      settings: what else the records depend on; JSON-able.
-      description: of the set.
-    """
-
-    name: str
-    items: tuple[str, ...]
-    features: Mapping[str, Any]
-    make: Callable[[str], tuple[dict[str, Any], dict[str, Any]]]
-    settings: Mapping[str, Any]
-    description: str
 
 
 def write_records(
@@ -81,7 +58,7 @@ def write_records(
         or the files cannot be written.
     """
     folder = Path(folder)
-    settings = json.loads(json.dumps({**recipe.settings, "items": _digest(recipe.items)}))
+    settings = recipe.all_settings()
     if folder.exists():
         return _existing(folder, settings, log)
     if not recipe.items:
@@ -104,18 +81,14 @@ def _existing(folder: Path, settings: dict[str, Any], log: Callable[[str], None]
     """The set that is there already, if it is the one asked for."""
     records = open_records(folder, "it is not a record set; give another folder")
     if records.settings != settings:
-        changed = sorted(
-            key
-            for key in records.settings.keys() | settings.keys()
+        changed = ", ".join(
+            "another list of clips" if key == "items" else f"another {key}"
+            for key in sorted(records.settings.keys() | settings.keys())
             if records.settings.get(key) != settings.get(key)
         )
-        values = ", ".join(
-            "the clips" if key == "items" else f"{key} {records.settings.get(key)}"
-            for key in changed
-        )
         raise DataError(
-            f"{folder}: holds records made from other settings ({values}); remove it to prepare "
-            "it again, or give another folder"
+            f"{folder}: holds records made with {changed}; remove it to prepare it again, or give "
+            "another folder"
         )
     log(f"{folder}: already prepared, {len(records.rows)} clips")
     return records
@@ -125,10 +98,6 @@ def shard_names(name: str, count: int, shard_size: int) -> list[str]:
     """File names of the shards, as TFDS expects them."""
     total = -(-count // shard_size)
     return [f"{name}-{SPLIT}.array_record-{i:05d}-of-{total:05d}" for i in range(total)]
-
-
-def _digest(items: tuple[str, ...]) -> str:
-    return hashlib.sha256("\n".join(items).encode()).hexdigest()
 
 
 def _begin(partial: Path, settings: dict[str, Any], log: Callable[[str], None]) -> None:
@@ -284,6 +253,8 @@ def _finish(
         "rows": rows,
         "unreadable": unreadable,
     }
+    for name, text in recipe.attachments.items():
+        (partial / name).write_text(text, encoding="utf-8")
     _write_json(partial / "index.json", index)
 
 

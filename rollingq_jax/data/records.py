@@ -6,8 +6,10 @@ can be chosen without reading the records. :mod:`rollingq_jax.data.record_writer
 """
 
 import dataclasses
+import hashlib
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,36 @@ from rollingq_jax.errors import DataError
 
 FORMAT_VERSION = 1
 SPLIT = "clips"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a record set is made.
+
+    Attributes:
+      name: of the set, used in file names.
+      items: name of each clip, in the order of the records.
+      features: {field: TFDS feature} of a record.
+      make: item -> (record, row): the fields of the record, and the JSON-able row of the index. A
+        DataError means that the clip is unreadable. Called from several threads.
+      settings: what else the records depend on; JSON-able.
+      description: of the set.
+      attachments: {file name: content} to keep with the records.
+    """
+
+    name: str
+    items: tuple[str, ...]
+    features: Mapping[str, Any]
+    make: Callable[[str], tuple[dict[str, Any], dict[str, Any]]]
+    settings: Mapping[str, Any]
+    description: str
+    attachments: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def all_settings(self) -> dict[str, Any]:
+        """The settings with digests of items and attachments, as JSON gives them back."""
+        digests = {"items": _digest("\n".join(self.items))}
+        digests |= {name: _digest(text) for name, text in self.attachments.items()}
+        return json.loads(json.dumps({**self.settings, **digests}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +64,10 @@ class RecordSet:
     rows: list[dict[str, Any]]
     unreadable: dict[str, str]
     settings: dict[str, Any]
+
+    def summary(self) -> str:
+        """One line."""
+        return f"{len(self.rows)} clips in {self.folder}, {len(self.unreadable)} unreadable"
 
     def source(self) -> "RecordSource":
         """Random access to the records."""
@@ -104,3 +140,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def _digest(text: str) -> str:
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()

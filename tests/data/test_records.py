@@ -1,5 +1,6 @@
 """Record sets: exact bytes, interruption at any point, never half a set taken for a whole one."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from rollingq_jax.data.record_writer import Recipe, write_records
-from rollingq_jax.data.records import open_records
+from rollingq_jax.data.record_writer import write_records
+from rollingq_jax.data.records import Recipe, open_records
 from rollingq_jax.errors import DataError
 
 FEATURES = {
@@ -164,10 +165,21 @@ def test_a_finished_set_is_left_alone(tmp_path):
     records, lines = write(tmp_path / "toy", second)
     assert second.made == [] and len(records.rows) == 10
     assert lines == [f"{tmp_path / 'toy'}: already prepared, 10 clips"]
-    with pytest.raises(DataError, match=r"other settings \(version 1\); remove it"):
+    with pytest.raises(DataError, match="made with another version; remove it"):
         write(tmp_path / "toy", second, settings={"version": 2})
-    with pytest.raises(DataError, match=r"other settings \(the clips\)"):
+    with pytest.raises(DataError, match="made with another list of clips; remove"):
         write(tmp_path / "toy", second, count=11)
+
+
+def test_attachments_are_kept_and_belong_to_the_settings(tmp_path):
+    def with_note(note):
+        return dataclasses.replace(recipe(Maker()), attachments={"note.txt": note})
+
+    records = write_records(tmp_path / "toy", with_note("first"))
+    assert (records.folder / "note.txt").read_text() == "first"
+    write_records(tmp_path / "toy", with_note("first"))
+    with pytest.raises(DataError, match="another note.txt"):
+        write_records(tmp_path / "toy", with_note("second"))
 
 
 def test_unreadable_clips_are_left_out_and_listed(tmp_path, capfd):
