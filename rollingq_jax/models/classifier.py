@@ -64,6 +64,7 @@ class MultimodalTransformer(nn.Module):
         self.norm = {m: LayerNorm(DTYPES[spec.dtype]) for m in spec.modalities}
         if spec.fusion != "unimodal":
             self.probe = {m: Dense(spec.num_classes) for m in spec.modalities}
+        self.fusion: Any
         if spec.scores_attention:
             self.fusion = AttentionFusion(
                 spec.num_classes,
@@ -118,7 +119,7 @@ class MultimodalTransformer(nn.Module):
         batch_size = next(iter(inputs.values())).shape[0]
         if example_index is None:
             example_index = jnp.arange(batch_size, dtype=jnp.int32)
-        randomness = {"train": train, "example_index": example_index}
+        randomness: dict[str, Any] = {"train": train, "example_index": example_index}
         tokens = {
             m: self.encoder[m](inputs[m], presences[m], **randomness) for m in self.spec.modalities
         }

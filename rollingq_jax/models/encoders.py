@@ -4,7 +4,7 @@ As upstream's `models/vit.py`, after Dosovitskiy et al., "An Image is Worth 16x1
 final LayerNorm is the classifier's, since bottleneck layers may come before it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,14 +23,14 @@ CLASS_TOKEN_STD = 1e-6
 POSITION_STD = 0.02
 
 
-def block_function(block: Block, remat: bool = False):
+def block_function(block: Block, remat: bool = False) -> Callable[..., Array]:
     """`(params, x, mask, rng, example_index) -> x` of a block, its parameters an argument.
 
     With `remat`, what the block computes is not kept for the backward pass but computed again.
     """
     unbound = block.clone(parent=None, name=None)
 
-    def apply(params: Any, *args: Array | None) -> Array:
+    def apply(params: Any, *args: Array | None) -> Any:
         return unbound.apply({"params": params}, *args)
 
     return jax.checkpoint(apply) if remat else apply
@@ -112,7 +112,7 @@ class Encoder(nn.Module):
         """[cls, tokens] + position: `[B, L, width] -> [B, 1 + L, width]`."""
         length, width = 1 + tokens.shape[1], tokens.shape[2]
         if self.has_variable("params", "position"):
-            learned = self.get_variable("params", "position").shape[0]
+            learned = jnp.shape(self.get_variable("params", "position"))[0]
             if learned != length:
                 raise DataError(
                     f"{self.spec.name} has {length - 1} tokens; allowed: {learned - 1}, the number "

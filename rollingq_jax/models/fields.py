@@ -1,5 +1,6 @@
 """Reading the fields of a configuration: unknown, ill-typed and out-of-range ones are refused."""
 
+import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -21,8 +22,8 @@ def is_integer(value: Any) -> bool:
 
 
 def is_real(value: Any) -> bool:
-    """Python's or NumPy's integer or float; True and False are not."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    """Python's or NumPy's finite integer or float; True and False are not."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def integer(low: int) -> Rule:

@@ -53,7 +53,7 @@ def mapped_attention(q: Array, k: Array, v: Array, mask: Array | None = None) ->
         weights = _scores(logits, head_dim, real[0][None] if real else None)
         return jnp.matmul(weights.astype(v.dtype), v)
 
-    inputs = (by_head(q), by_head(k), by_head(v))
+    inputs: tuple[Array, ...] = (by_head(q), by_head(k), by_head(v))
     if mask is not None:
         inputs += (jnp.repeat(mask, num_heads, axis=0),)
     out = jax.lax.map(one_head, inputs)
@@ -75,18 +75,17 @@ def _cudnn_applies(q: Array, mask: Array | None) -> bool:
 
 
 def fused_attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
-    """`jax.nn.dot_product_attention`: cuDNN's kernel on a GPU where it applies, else XLA's.
+    """cuDNN's flash attention where it applies, else the textbook form, which XLA fuses.
 
     cuDNN takes 16-bit floats, head widths that are multiples of 8 up to 128, and under a mask even
     lengths alone. Arguments as this module says.
     """
-    return jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        mask=None if mask is None else mask[:, None, None],
-        implementation="cudnn" if _cudnn_applies(q, mask) else "xla",
-    )
+    if not _cudnn_applies(q, mask):
+        return dense_attention(q, k, v, mask)
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own code relies on it
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=None if mask is None else mask[:, None, None], implementation="cudnn"
+        )
 
 
 def default_attention(length: int, backend: str | None = None) -> AttentionFn:
