@@ -31,8 +31,8 @@ from rollingq_jax.data.labels import with_valid
 from rollingq_jax.data.media import read_audio, resample
 from rollingq_jax.data.options import option
 from rollingq_jax.data.record_writer import write_records
-from rollingq_jax.data.records import Recipe, RecordSet, RecordSource, open_records
-from rollingq_jax.data.types import Dataset, Example, ModalityInfo, Subset
+from rollingq_jax.data.records import ClipSource, Recipe, RecordSet, open_records
+from rollingq_jax.data.types import Dataset, ModalityInfo, Subset
 from rollingq_jax.errors import DataError
 
 NAME = "crema_d"
@@ -184,30 +184,6 @@ def _ratings(source: Path) -> dict[str, tuple[float | None, float | None]] | Non
         if path.is_file():
             return tables.read_ratings(path)
     return None
-
-
-class ClipSource:
-    """Records as examples; "visual" is the list of JPEG frames that the transformations decode."""
-
-    def __init__(
-        self, records: RecordSource, labels: np.ndarray, qualities: dict[str, np.ndarray]
-    ) -> None:
-        self._records, self._qualities = records, qualities
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> Example:
-        record = self._records[index]
-        example = {
-            "audio": record["audio"],
-            "visual": list(record["frames"]),
-            "label": self.labels[index],
-        }
-        for name, quality in self._qualities.items():
-            example[f"quality_{name}"] = quality[index]
-        return example
 
 
 def load(config_data: Any, *, seed: int) -> Dataset:

@@ -7,6 +7,7 @@ for the ``transforms`` of :mod:`rollingq_jax.data.pipeline`.
 import dataclasses
 import io
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -227,14 +228,15 @@ class EvalFrames(grain.transforms.Map):
 
 
 def clip_from_folder(folder: Path, short_side: int = SHORT_SIDE) -> list[bytes]:
-    """The extracted frames of a clip, in the order of their names, as the JPEGs to store.
+    """The extracted frames of a clip, in the order of their numbers, as the JPEGs to store.
 
     Raises:
       DataError: the folder is missing or holds no JPEG, or as in :func:`stored_clip`.
     """
     if not folder.is_dir():
         raise DataError(f"frames {folder}: no such folder")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
+    paths = [path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg")]
+    paths.sort(key=lambda path: ([int(n) for n in re.findall(r"\d+", path.stem)], path.name))
     if not paths:
         raise DataError(f"frames {folder}: holds no .jpg file")
     return stored_clip([(str(path), path.read_bytes()) for path in paths], short_side)

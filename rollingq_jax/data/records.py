@@ -13,6 +13,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from rollingq_jax.data.types import Example
 from rollingq_jax.errors import DataError
 
 FORMAT_VERSION = 1
@@ -96,6 +99,33 @@ class RecordSource:
         except Exception as error:  # the reader raises whatever the damage leads to
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"record {index} of {self._folder}: damaged ({reason})") from None
+
+
+class ClipSource:
+    """Records of sound and frames as examples.
+
+    "visual" is the list of JPEG frames; the data set's transformations decode some of them.
+    """
+
+    def __init__(
+        self, records: RecordSource, labels: np.ndarray, qualities: dict[str, np.ndarray]
+    ) -> None:
+        self._records, self._qualities = records, qualities
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self._records[index]
+        example = {
+            "audio": record["audio"],
+            "visual": list(record["frames"]),
+            "label": self.labels[index],
+        }
+        for name, quality in self._qualities.items():
+            example[f"quality_{name}"] = quality[index]
+        return example
 
 
 def open_records(folder: str | os.PathLike, hint: str) -> RecordSet:

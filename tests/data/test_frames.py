@@ -219,5 +219,14 @@ def test_damaged_frames_are_named():
         frames.stored_clip([])
 
 
+def test_frames_of_a_folder_come_in_the_order_of_their_numbers(tmp_path):
+    for number in (10, 9, 100, 1):
+        (tmp_path / f"frame_{number}.jpg").write_bytes(jpeg(gradient(offset=2 * number)))
+    (tmp_path / "notes.txt").write_text("x")
+    stored = frames.clip_from_folder(tmp_path)
+    blues = [decode_image(data)[:, :, 2].mean() for data in stored]
+    np.testing.assert_allclose(blues, [2, 18, 20, 200], atol=1)
+
+
 def test_evenly_spaced_is_the_evaluation_default():
     assert frames.EvalFrames("visual", 3, 8).pick is evenly_spaced

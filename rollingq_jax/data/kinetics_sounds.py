@@ -1,0 +1,233 @@
+"""Kinetics-Sounds: 31 kinds of action that can be seen and heard, ten-second clips from YouTube.
+
+The media cannot be passed on. ``python -m rollingq_jax.prepare kinetics_sounds`` makes records from
+a folder of videos and the published lists, or from the preprocessed tree that upstream reads
+(train_spec/<name>.npy and train-frames-1fps/train/<name>/frame_00001.jpg ...); :func:`load` reads
+them. Audio is a Kaldi filter bank of 1,024 frames; see :func:`~rollingq_jax.data.features.
+kinetics_fbank`. Of the frames, one second apart, each third of the clip gives one; see
+:func:`~rollingq_jax.data.frames.segment_frames`.
+
+Upstream leaves out clips with three frames or fewer; here every clip with a frame is kept. Sound
+from a video is averaged over its channels and resampled to 16 kHz; upstream takes the first channel
+at whatever rate its WAV files had.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rollingq_jax.data.features import FBANK_BINS, FBANK_FRAMES, FBANK_RATE, kinetics_fbank
+from rollingq_jax.data.frames import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    SHORT_SIDE,
+    EvalFrames,
+    TrainFrames,
+    clip_from_folder,
+    clip_from_video,
+    segment_frames,
+)
+from rollingq_jax.data.kinetics_lists import (
+    NUM_CLASSES,
+    VideoIndex,
+    read_class_names,
+    read_list,
+)
+from rollingq_jax.data.labels import with_valid
+from rollingq_jax.data.media import read_video_audio, resample
+from rollingq_jax.data.options import option
+from rollingq_jax.data.record_writer import write_records
+from rollingq_jax.data.records import ClipSource, Recipe, RecordSet, open_records
+from rollingq_jax.data.types import Dataset, ModalityInfo, Subset
+from rollingq_jax.errors import DataError
+
+NAME = "kinetics_sounds"
+FBANK_SHAPE = (FBANK_FRAMES, FBANK_BINS, 1)
+# (train, test) of the two published formats, the one preferred first.
+LISTS = (("ks_train_overlap.txt", "ks_test_overlap.txt"), ("my_train.txt", "my_test.txt"))
+SPECTROGRAMS = {"train": "train_spec", "test": "test_spec"}
+FRAMES = {"train": "train-frames-1fps/train", "test": "val-frames-1fps/test"}
+CLASS_FILE = "classes.txt"
+DOWNLOAD = (
+    "get the lists ks_train_overlap.txt and ks_test_overlap.txt from data/ of "
+    "github.com/GeWu-Lab/Certifiable-Robust-Multi-modal-Training (or my_train.txt and my_test.txt "
+    "from data/KineticSound/ of github.com/GeWu-Lab/OGM-GE_CVPR2022) and the videos with "
+    "github.com/cvdfoundation/kinetics-dataset; put the lists into the folder that holds the "
+    "videos, or train_spec/ and train-frames-1fps/, and pass it as --source"
+)
+
+
+def prepare(
+    source: str | Path,
+    data_dir: str | Path,
+    *,
+    strict: bool = False,
+    workers: int = 1,
+    fps: int = 1,
+) -> RecordSet:
+    """Makes the records in ``data_dir/kinetics_sounds``, going on from where a call stopped.
+
+    Args:
+      source: the folder with the lists, and videos at any depth or upstream's preprocessed tree.
+        If it holds classes.txt, 31 lines, these are the classes' names (which the lists lack).
+      data_dir: where prepared data sets are kept.
+      strict: raise at the first clip that is missing or unreadable instead of leaving it out.
+      workers: clips read at a time.
+      fps: frames stored for each second of a video.
+
+    Raises:
+      DataError: the folder is missing or holds something else, or as in
+        :func:`~rollingq_jax.data.record_writer.write_records`.
+    """
+    recipe = make_recipe(Path(source), fps)
+    return write_records(Path(data_dir) / NAME, recipe, strict=strict, workers=workers)
+
+
+def make_recipe(source: Path, fps: int) -> Recipe:
+    """How the records are made from the folder ``source``."""
+    import tensorflow_datasets as tfds
+
+    if not source.is_dir():
+        raise DataError(f"Kinetics-Sounds, --source {source}: no such folder; {DOWNLOAD}")
+    files = next((pair for pair in LISTS if all((source / n).is_file() for n in pair)), None)
+    if files is None:
+        raise DataError(f"Kinetics-Sounds, --source {source}: holds no lists; {DOWNLOAD}")
+    lists = dict(zip(("train", "test"), (read_list(source / name) for name in files), strict=True))
+    if both := sorted(lists["train"].keys() & lists["test"].keys()):
+        raise DataError(f"{source}: duplicate clip {both[0]!r}, in {files[0]} and {files[1]}")
+    named = (source / CLASS_FILE).is_file()
+    class_names = read_class_names(source / CLASS_FILE) if named else ()
+    preprocessed = (source / SPECTROGRAMS["train"]).is_dir()
+    read = _tree_reader(source) if preprocessed else _video_reader(source, fps)
+    clips = {f"{split}/{name}": (split, name) for split in lists for name in sorted(lists[split])}
+
+    def make(item: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        split, name = clips[item]
+        label = lists[split][name]
+        fbank, frames = read(split, name)
+        record = {"clip": name, "audio": fbank[..., None], "frames": frames, "label": label}
+        return record, {"clip": name, "split": split, "label": label}
+
+    return Recipe(
+        name=NAME,
+        items=tuple(clips),
+        features={
+            "clip": tfds.features.Text(),
+            "audio": tfds.features.Tensor(shape=FBANK_SHAPE, dtype=np.float32, encoding="bytes"),
+            "frames": tfds.features.Sequence(tfds.features.Text()),
+            "label": tfds.features.Scalar(np.int64),
+        },
+        make=make,
+        settings={
+            "fps": 1 if preprocessed else fps,
+            "short_side": SHORT_SIDE,
+            "preprocessed": preprocessed,
+            "lists": list(files),
+        },
+        description="Kinetics-Sounds: Kaldi filter banks and JPEG frames",
+        attachments={CLASS_FILE: "\n".join(class_names)} if class_names else {},
+    )
+
+
+Reader = Callable[[str, str], tuple[np.ndarray, list[bytes]]]
+
+
+def _tree_reader(source: Path) -> Reader:
+    """(split, name) -> filter bank and frames, from upstream's preprocessed tree."""
+
+    def read(split: str, name: str) -> tuple[np.ndarray, list[bytes]]:
+        frames = clip_from_folder(source / FRAMES[split] / name)
+        return _read_fbank(source / SPECTROGRAMS[split] / f"{name}.npy"), frames
+
+    return read
+
+
+def _read_fbank(path: Path) -> np.ndarray:
+    """float32 [1024, 128] from a file of upstream's preparation."""
+    try:
+        fbank = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: damaged or not an array ({str(error)[:100]})") from None
+    if fbank.shape != FBANK_SHAPE[:2] or fbank.dtype.kind != "f":
+        raise DataError(f"{path}: {fbank.dtype}{list(fbank.shape)}; must be float32[1024, 128]")
+    if not np.isfinite(fbank).all():
+        raise DataError(f"{path}: holds NaN or infinite values")
+    return fbank.astype(np.float32)
+
+
+def _video_reader(source: Path, fps: int) -> Reader:
+    """(split, name) -> filter bank and frames, from a video found by its name."""
+    index = VideoIndex.of_folder(source, DOWNLOAD)
+
+    def read(split: str, name: str) -> tuple[np.ndarray, list[bytes]]:
+        path = index.find(name)
+        waveform, rate = read_video_audio(path)
+        fbank = kinetics_fbank(resample(waveform, rate, FBANK_RATE))
+        return fbank, clip_from_video(path, fps)
+
+    return read
+
+
+def load(config_data: Any, *, seed: int) -> Dataset:
+    """The prepared records under ``config_data.path``.
+
+    Args:
+      config_data: ``path``, the --data_dir of the preparation; optional ``split_seed`` (0) of the
+        tenth of train that becomes "valid", ``num_frames`` (3), ``frame_size`` (224).
+      seed: not used: the splits are the same for every run, so that runs can be compared.
+
+    Raises:
+      DataError: the records are missing or damaged, or a list has no readable clip.
+      ConfigError: a field has the wrong type or value.
+    """
+    del seed
+    path = option(config_data, "path", "")
+    if not path:
+        raise DataError("data.path: not given; the --data_dir that the data were prepared into")
+    records = open_records(
+        Path(path).expanduser() / NAME,
+        "prepare it: python -m rollingq_jax.prepare kinetics_sounds --source KINETICS --data_dir "
+        f"{path}",
+    )
+    labels = np.array([row["label"] for row in records.rows], np.int32)
+    parts = np.array([row["split"] for row in records.rows])
+    source = ClipSource(records.source(), labels, {})
+    splits = {}
+    for split in ("train", "test"):
+        numbers = np.flatnonzero(parts == split)
+        if len(numbers) == 0:
+            raise DataError(f"{records.folder}: no clip of {split} is readable")
+        splits[split] = Subset(source, numbers)
+    split_seed = option(config_data, "split_seed", 0, minimum=0)
+    splits = with_valid(splits, labels[parts == "train"], seed=split_seed)
+    num_frames = option(config_data, "num_frames", 3, minimum=1)
+    size = option(config_data, "frame_size", 224, minimum=1)
+    counts = ", ".join(f"{len(splits[split])} {split}" for split in ("train", "valid", "test"))
+    names = records.folder / CLASS_FILE
+    return Dataset(
+        splits=splits,
+        modalities={
+            "audio": ModalityInfo("audio", "spectrogram", FBANK_SHAPE),
+            "visual": ModalityInfo(
+                "visual",
+                "video",
+                (num_frames, size, size, 3),
+                "uint8",
+                mean=IMAGENET_MEAN,
+                std=IMAGENET_STD,
+            ),
+        },
+        num_classes=NUM_CLASSES,
+        class_names=read_class_names(names) if names.exists() else (),
+        description=(
+            f"Kinetics-Sounds, {counts}; split: published lists "
+            f"{', '.join(records.settings['lists'])}, valid a tenth of train, seed {split_seed}; "
+            f"{len(records.unreadable)} listed clips missing or unreadable"
+        ),
+        train_transforms=(TrainFrames("visual", num_frames, size, segment_frames),),
+        eval_transforms=(EvalFrames("visual", num_frames, size, segment_frames),),
+    )
