@@ -110,7 +110,8 @@ def with_valid(
             "validation; give valid/*"
         )
     source = splits["train"]
-    return {**splits, "train": Subset(source, train), "valid": Subset(source, valid)}
+    others = {name: other for name, other in splits.items() if name != "train"}
+    return {"train": Subset(source, train), "valid": Subset(source, valid), **others}
 
 
 def labels_of(source: Source) -> np.ndarray:

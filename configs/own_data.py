@@ -1,0 +1,31 @@
+"""Data of your own: kinds, sizes, number of classes and a small model follow from the file.
+
+python train.py --config configs/own_data.py --config.data.path=FILE --workdir runs/own
+
+FILE is an .npz (or a folder of .npy files) with the keys train/<modality>, train/label,
+test/<modality>, test/label, or a manifest of media files (.csv, .jsonl).
+See what was found first: python -m rollingq_jax.data.check --path FILE
+"""
+
+from ml_collections import ConfigDict
+
+from rollingq_jax.train.config import default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    config.epochs = 30
+    config.batch_size = 32
+    config.optimizer.name = "adam"
+    config.optimizer.learning_rate = 1e-3
+    config.data = ConfigDict(
+        {
+            **config.data,
+            "name": "arrays",
+            "kinds": "",  # "audio=spectrogram, visual=image": where the shape says otherwise
+            "modalities": (),  # empty: all
+            "standardize": True,  # float modalities, with the training split's statistics
+            "corruptions": "",  # in training: "audio=0..2, visual=drop:0.2"
+        }
+    )
+    return config

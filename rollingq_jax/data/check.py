@@ -1,0 +1,174 @@
+"""What a data set holds, printed before anything is trained on it.
+
+    python -m rollingq_jax.data.check --path FILE
+    python -m rollingq_jax.data.check --config configs/own_data.py --config.data.path=FILE
+
+Reads every example (``--quick``: the first 100 of each split) and prints counts by split and class,
+kinds, shapes, quality and files that cannot be read. Leaves with code 2 where something is wrong.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import grain
+import numpy as np
+
+from rollingq_jax.data.infer import infer_model, num_tokens
+from rollingq_jax.data.labels import labels_of
+from rollingq_jax.data.load import load_dataset
+from rollingq_jax.data.manifest import read_manifest
+from rollingq_jax.data.types import Dataset
+from rollingq_jax.errors import ConfigError, DataError
+
+QUICK = 100
+SHOWN = 20
+
+
+def describe(dataset: Dataset, encoders: Any = None) -> Iterator[str]:
+    """Lines on splits, classes and modalities, from labels and descriptions alone.
+
+    Args:
+      dataset: to describe.
+      encoders: ``config.model.encoders``, for the number of tokens.
+
+    Raises:
+      ConfigError: the encoders do not fit the data.
+    """
+    yield f"data: {dataset.description or 'no description'}"
+    counts = {
+        split: np.bincount(labels_of(source), minlength=dataset.num_classes)
+        for split, source in dataset.splits.items()
+    }
+    for split, of_split in counts.items():
+        yield f"{split}: {of_split.sum()} examples"
+    yield f"classes: {dataset.num_classes}"
+    names = dataset.class_names or tuple(map(str, range(dataset.num_classes)))
+    for number in range(min(SHOWN, dataset.num_classes)):
+        parts = ", ".join(f"{split} {of_split[number]}" for split, of_split in counts.items())
+        yield f"  {names[number]}: {parts}"
+    if dataset.num_classes > SHOWN:
+        yield f"  ... and {dataset.num_classes - SHOWN} more classes"
+    specs = infer_model(dataset, {"encoders": encoders or {}})["encoders"]
+    for name, info in dataset.modalities.items():
+        patch = specs[name].get("patch")
+        tokens = num_tokens(info, patch)
+        yield (
+            f"{name}: {info.kind} {list(info.shape)} {info.dtype}"
+            + (f", {info.vocab_size} ids" if info.vocab_size else "")
+            + (f", patch {'x'.join(map(str, patch))}" if patch else "")
+            + f", {tokens} token{'s' if tokens != 1 else ''}"
+        )
+
+
+def read_examples(dataset: Dataset, most: int | None = None) -> Iterator[str]:
+    """Reads examples; lines on ranges of quality, missing modalities and unreadable files.
+
+    Args:
+      dataset: to read.
+      most: how many examples of each split; None for all.
+
+    Raises:
+      DataError: after the last line, if any example could not be read.
+    """
+    unreadable = 0
+    for split, source in dataset.splits.items():
+        count = len(source) if most is None else min(most, len(source))
+        qualities: dict[str, list[float]] = {}
+        absent = dict.fromkeys(dataset.modalities, 0)
+        for index in range(count):
+            try:
+                example = _example(dataset, source, index)
+            except DataError as error:
+                unreadable += 1
+                if unreadable <= SHOWN:
+                    yield f"{split}: example {index} cannot be read: {error}"
+                continue
+            for name in dataset.modalities:
+                absent[name] += not np.any(example.get(f"{name}_mask", True))
+                if f"quality_{name}" in example:
+                    qualities.setdefault(name, []).append(float(example[f"quality_{name}"]))
+        yield f"{split}: {count} of {len(source)} examples read"
+        for name, values in qualities.items():
+            yield f"  quality of {name}: {min(values):.3g} to {max(values):.3g}"
+        for name, number in absent.items():
+            if number:
+                yield f"  {name} is missing in {number} examples"
+    if unreadable:
+        raise DataError(f"{unreadable} examples cannot be read")
+
+
+def _example(dataset: Dataset, source: Any, index: int) -> Any:
+    """One example as it goes into a batch, its shapes checked."""
+    example = source[index]
+    for transform in dataset.eval_transforms:
+        if isinstance(transform, grain.transforms.Map):
+            example = transform.map(example)
+    for name, info in dataset.modalities.items():
+        value = np.asarray(example[name])
+        if value.shape != tuple(info.shape) or str(value.dtype) != info.dtype:
+            raise DataError(
+                f"{name}: {value.dtype}{list(value.shape)}; must be {info.dtype}{list(info.shape)}"
+            )
+    return example
+
+
+def _missing_files(path: str) -> Iterator[str]:
+    """The files that a manifest names and that are not there, if the path is of a manifest."""
+    place = Path(path).expanduser()
+    is_manifest = place.suffix.lower() in (".csv", ".jsonl") or any(
+        (place / name).is_file() for name in ("manifest.csv", "manifest.jsonl")
+    )
+    if path and is_manifest:
+        missing = read_manifest(place).missing
+        yield from (f"missing: {name!r}" for name in missing[:SHOWN])
+        if len(missing) > SHOWN:
+            yield f"... and {len(missing) - SHOWN} more missing files"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing the usage and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def command(argv: Sequence[str]) -> None:
+    """The command line; see the module's docstring.
+
+    Raises:
+      UserError: the data or the arguments cannot be used.
+    """
+    parser = _Parser(
+        prog="python -m rollingq_jax.data.check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--path", help="an .npz file, a folder of .npy files or a manifest")
+    parser.add_argument("--quick", action="store_true", help=f"read {QUICK} examples of each split")
+    options, rest = parser.parse_known_args(argv[1:])
+    if options.path is not None and not rest:
+        config_data, encoders, seed = SimpleNamespace(name="arrays", path=options.path), None, 0
+    else:
+        from rollingq_jax.train.cli import parse  # only where a configuration is given
+
+        extra = [f"--config.data.path={options.path}"] if options.path is not None else []
+        config = parse([argv[0], *rest, *extra, "--workdir=."]).config
+        config_data, encoders, seed = config.data, config.model.encoders, config.seed
+    for line in _missing_files(getattr(config_data, "path", "")):
+        print(line)
+    dataset = load_dataset(config_data, seed=seed, encoders=encoders)
+    for line in describe(dataset, encoders):
+        print(line)
+    for line in read_examples(dataset, QUICK if options.quick else None):
+        print(line)
+
+
+if __name__ == "__main__":
+    from rollingq_jax.train.cli import run_command
+
+    sys.exit(run_command(command, sys.argv))
