@@ -10,7 +10,7 @@ FILE is a manifest (.csv or .jsonl) with the columns split, label, image (a path
     test,soup,images/2.jpg,served hot
 
 Paths are relative to the manifest. See what was found first:
-python -m rollingq_jax.data.check --config configs/image_text.py --path FILE
+python -m rollingq_jax.check --config configs/image_text.py --path FILE
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ python train.py --config configs/own_data.py --config.data.path=FILE --workdir r
 
 FILE is an .npz (or a folder of .npy files) with the keys train/<modality>, train/label,
 test/<modality>, test/label, or a manifest of media files (.csv, .jsonl).
-See what was found first: python -m rollingq_jax.data.check --path FILE
+See what was found first: python -m rollingq_jax.check --path FILE
 """
 
 from ml_collections import ConfigDict

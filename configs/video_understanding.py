@@ -10,7 +10,7 @@ both paths of videos with sound (the same file twice), or audio a .wav or .flac 
     test,cat,clips/2.mp4,clips/2.mp4
 
 Paths are relative to the manifest. See what was found first:
-python -m rollingq_jax.data.check --config configs/video_understanding.py --path FILE
+python -m rollingq_jax.check --config configs/video_understanding.py --path FILE
 """
 
 import dataclasses

@@ -10,7 +10,7 @@ import media_files
 import numpy as np
 import pytest
 
-from rollingq_jax.data.check import command, describe, read_examples
+from rollingq_jax.check import command, describe, read_examples
 from rollingq_jax.data.infer import infer_model
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.pipeline import eval_batches
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 def run(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "rollingq_jax.data.check", *map(str, arguments)],
+        [sys.executable, "-m", "rollingq_jax.check", *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -1,7 +1,7 @@
 """What a data set holds, printed before anything is trained on it.
 
-    python -m rollingq_jax.data.check --path FILE
-    python -m rollingq_jax.data.check --config configs/own_data.py --config.data.path=FILE
+    python -m rollingq_jax.check --path FILE
+    python -m rollingq_jax.check --config configs/own_data.py --config.data.path=FILE
 
 Reads every example (``--quick``: the first 100 of each split) and prints counts by split and class,
 kinds, shapes, quality and files that cannot be read. Leaves with code 2 where something is wrong.
@@ -143,7 +143,7 @@ def command(argv: Sequence[str]) -> None:
       UserError: the data or the arguments cannot be used.
     """
     parser = _Parser(
-        prog="python -m rollingq_jax.data.check",
+        prog="python -m rollingq_jax.check",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
