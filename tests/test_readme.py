@@ -7,6 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 
+import rollingq_jax as rq
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -59,3 +61,12 @@ def test_readme_links_and_pictures_exist():
     local = [target for target in targets if "://" not in target]
     missing = [target for target in local if not (ROOT / target).exists()]
     assert not missing
+
+
+def test_api_page_has_every_public_name():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    entries = {line.removeprefix("::: ").split(".")[-1] for line in page.splitlines()}
+    subpackages = {"convert", "models"}  # documented by what they hold
+    assert set(rq.__all__) - subpackages - entries == set()
+    assert all(f"`rq.{name}`" in page for name in subpackages)
+    assert len(rq.__all__) <= 40
