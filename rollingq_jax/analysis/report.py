@@ -52,6 +52,7 @@ def write_report(
     key_numbers: Mapping[str, Any] | None = None,
     figures: Sequence[ReportFigure] = (),
     tables: Sequence[Table] = (),
+    data: str = "",
     config: Mapping[str, Any] | None = None,
     versions: Mapping[str, Any] | None = None,
 ) -> epath.Path:
@@ -64,11 +65,12 @@ def write_report(
       key_numbers: name -> value, shown large at the top.
       figures: in the order they are shown.
       tables: after the figures.
+      data: what the data are, after the tables.
       config: nested configuration (a mapping or ConfigDict), shown flat.
       versions: package -> version, device and the like.
     """
     path = epath.Path(path)
-    page = "\n".join(_page(title, lead, key_numbers or {}, figures, tables, config, versions))
+    page = "\n".join(_page(title, lead, key_numbers or {}, figures, tables, data, config, versions))
     path.parent.mkdir(parents=True, exist_ok=True)
     # A reader never sees half a page: the old report stays until the new one is complete.
     part = path.with_name(path.name + ".part")
@@ -89,20 +91,29 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """A value as text: numbers to four decimals, a dash for None, NaN and an empty list."""
+    """A measured value as text: three decimals (one from 100 on), a dash for None, NaN and ""."""
+    if isinstance(value, (float, np.floating)) and not math.isnan(value):
+        size = abs(value)
+        if size < 1e-3 or size >= 1e6:
+            text = f"{value:.3g}"
+        else:
+            text = f"{value:.3f}" if size < 100 else f"{value:.1f}"
+        return text.replace("-", "−")
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return (f"{value:,}" if abs(value) >= 10_000 else str(value)).replace("-", "−")
+    return exact(value)
+
+
+def exact(value: Any) -> str:
+    """A setting as text, digits as they are; a dash for None, NaN and what is empty."""
     if value is None or (isinstance(value, (float, np.floating)) and math.isnan(value)):
         return "–"
     if isinstance(value, (bool, np.bool_)):
         return "yes" if value else "no"
-    if isinstance(value, (float, np.floating)):
-        if value != 0 and not 1e-3 <= abs(value) < 1e6:
-            return f"{value:.3g}".replace("-", "−")
-        text = f"{value:.4f}".rstrip("0")
-        return (text + "0" if text.endswith(".") else text).replace("-", "−")
-    if isinstance(value, (int, np.integer)):
-        return (f"{value:,}" if abs(value) >= 10_000 else str(value)).replace("-", "−")
     if isinstance(value, (list, tuple)):
-        return ", ".join(shown(item) for item in value) or "–"
+        return ", ".join(exact(item) for item in value) or "–"
+    if _is_mapping(value) and not len(value):
+        return "–"
     return str(value) or "–"
 
 
@@ -121,6 +132,7 @@ def _page(
     key_numbers: Mapping[str, Any],
     figures: Sequence[ReportFigure],
     tables: Sequence[Table],
+    data: str,
     config: Mapping[str, Any] | None,
     versions: Mapping[str, Any] | None,
 ) -> Iterator[str]:
@@ -150,7 +162,7 @@ def _page(
         if pairs:
             yield f'<section><h2>{heading}</h2><dl class="pairs">'
             for name, value in pairs.items():
-                yield f"<div><dt>{escape(name)}</dt><dd>{escape(shown(value))}</dd></div>"
+                yield f"<div><dt>{escape(name)}</dt><dd>{escape(exact(value))}</dd></div>"
             yield "</dl></section>"
     yield "</main></body></html>"
 

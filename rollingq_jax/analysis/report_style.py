@@ -23,6 +23,7 @@ h2 {
 }
 p { margin: 0 0 .75rem; max-width: 44rem; }
 .lead { font-size: 1.06rem; white-space: pre-line; }
+.small { font-size: .88rem; color: var(--muted); white-space: pre-line; max-width: none; }
 .numbers { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1.5rem 0 0; }
 .numbers div {
   flex: 1 1 8.5rem; background: var(--raised); border: 1px solid var(--line); border-radius: 8px;

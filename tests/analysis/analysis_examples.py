@@ -1,6 +1,15 @@
 """Made-up runs that look like real ones, for figures and reports."""
 
+import functools
+
+import jax
 import numpy as np
+
+from rollingq_jax.analysis.predictions import model_input
+from rollingq_jax.data.types import ArraySource, Dataset, ModalityInfo
+from rollingq_jax.models import build_model
+
+CLASSES = 4
 
 
 def run_rows(
@@ -126,3 +135,39 @@ def looking_examples(seed=0):
         label = digits.target[i]
         examples.append(AttentionExample(f"true {label}\npredicted {label}\nnoise 0, 1.3", views))
     return examples
+
+
+@functools.cache
+def small_model(fusion="attention"):
+    """An untrained model, its parameters, a data set of 9 examples, and those as columns."""
+    config = {
+        "fusion": fusion,
+        "num_classes": CLASSES,
+        "dim": 8,
+        "depth": 1,
+        "num_heads": 2,
+        "fusion_heads": 2 if fusion == "attention" else 1,
+        "fusion_token_scale": 1.0,
+        "encoders": {
+            "audio": {"kind": "spectrogram", "patch": (2, 3)},
+            "visual": {"kind": "image", "patch": (2, 2)},
+        },
+    }
+    model = build_model(config)
+    rng = np.random.default_rng(0)
+    columns = {
+        "audio": rng.normal(size=(9, 6, 8, 1)).astype(np.float32),
+        "visual": rng.normal(size=(9, 4, 4, 1)).astype(np.float32),
+        "label": (np.arange(9) % CLASSES).astype(np.int32),
+        "quality_audio": -np.arange(9, dtype=np.float32),
+        "quality_visual": np.zeros(9, np.float32),
+    }
+    modalities = {
+        "audio": ModalityInfo("audio", "spectrogram", (6, 8, 1)),
+        "visual": ModalityInfo("visual", "image", (4, 4, 1)),
+    }
+    source = ArraySource(columns)
+    dataset = Dataset({"train": source, "test": source}, modalities, CLASSES)
+    init = jax.jit(model.init)
+    params = init(jax.random.key(0), model_input(columns))["params"]
+    return model, params, dataset, columns

@@ -57,6 +57,7 @@ def make_report(path, name="audio", **kwargs):
             report.Table(name, ("class", name), [(name, 0.5), ("b", float("nan"))], name),
             report.Table("Rotations", ("epoch", "angle"), [(6, 55.04), (12, -3)]),
         ],
+        "data": f"{name}\nsecond line",
         "config": {"data": {"name": name, "options": {}}, "seed": 0},
         "versions": {"jax": "0.10", name: name},
     }
@@ -115,14 +116,21 @@ def test_escaping_survives_any_text(text):
 @pytest.mark.parametrize(
     "value, text",
     [
-        (None, "–"), (float("nan"), "–"), ("", "–"), ([], "–"), (True, "yes"), (0.61123, "0.6112"),
-        (0.5, "0.5"), (4.0, "4.0"), (-0.25, "−0.25"), (1e-4, "0.0001"), (1e-5, "1e−05"),
-        (0.0, "0.0"), (123456, "123,456"), (2024, "2024"), (np.float32(0.25), "0.25"),
+        (None, "–"), (float("nan"), "–"), ("", "–"), ([], "–"), ({}, "–"), (True, "yes"),
+        (0.61123, "0.611"), (0.5, "0.500"), (-0.25, "−0.250"), (134.08, "134.1"), (1e-5, "1e−05"),
+        (0.0, "0"), (123456, "123,456"), (-2024, "−2024"), (np.float32(0.25), "0.250"),
         ((8, 8), "8, 8"), ("text", "text"), (2.5e7, "2.5e+07"),
     ],
 )  # fmt: skip
-def test_values_as_text(value, text):
+def test_measured_values_as_text(value, text):
     assert report.shown(value) == text
+
+
+@pytest.mark.parametrize(
+    "value, text", [(0.0125, "0.0125"), (1e-4, "0.0001"), (65536, "65536"), (False, "no")]
+)
+def test_settings_are_shown_exactly(value, text):
+    assert report.exact(value) == text
 
 
 def test_nested_configuration_is_shown_flat():

@@ -115,9 +115,11 @@ def _draw_weights(axes: Axes, view: ModalityView, weights: Array, norm: Normaliz
         axes.bar(np.arange(len(heat)), heat, color=colours, width=1.0)
         axes.set_ylim(0, max(norm.vmax, float(np.nanmax(heat))))
         return
-    axes.imshow(_picture(view), cmap="gray", **_placing(view))
+    # The input in low contrast: it shows through, and colours still match the bar.
+    faint = 0.25 + 0.5 * _picture(view)
+    axes.imshow(faint, cmap="gray", vmin=0, vmax=1, **_placing(view))
     heat = _tile(heat) if view.kind == "video" else heat
-    axes.imshow(heat, cmap=_HEAT, norm=norm, alpha=0.72, **_placing(view))
+    axes.imshow(heat, cmap=_HEAT, norm=norm, alpha=0.75, **_placing(view))
 
 
 def _placing(view: ModalityView) -> dict:

@@ -38,7 +38,9 @@ def share_quality_figure(
     for (name, (share, quality)), axes in zip(arms.items(), panels, strict=False):
         shown = sorted(share)[0] if modality is None else modality
         contrast = statistics.quality_contrast(quality)[shown]
-        _scatter(axes, contrast, np.asarray(share[shown], np.float64), len(share))
+        _scatter(axes, contrast, np.asarray(share[shown], np.float64))
+        last = axes in grid[:, -1] or axes is list(grid.flat)[len(arms) - 1]
+        style.reference_line(axes, 1 / len(share), "even\nshare" if last else "")
         label = style.plain(shown)
         other = style.plain(next(m for m in sorted(share) if m != shown))
         minus = other if len(share) == 2 else "mean of the others"
@@ -95,8 +97,9 @@ def noise_figure(
     if with_share:
         grid[1, 0].set_ylabel("attention share of the\nnoised modality (0 to 1)", fontsize=10.5)
         grid[1, 0].set_ylim(0, 1)
+        even = 1 / max(len(point["attention_share"]) for point in points)
         for axes in grid[1]:
-            style.reference_line(axes, 1 / max(len(names), 2), "even share")
+            style.reference_line(axes, even, "even\nshare" if axes is grid[1, -1] else "")
     figure.suptitle(
         "What noise in one modality does" + _seeds(arms), fontsize=11.5, x=0.01, ha="left"
     )
@@ -106,7 +109,7 @@ def noise_figure(
     return figure
 
 
-def _scatter(axes: Axes, contrast: Array, share: Array, num_modalities: int) -> None:
+def _scatter(axes: Axes, contrast: Array, share: Array) -> None:
     axes.scatter(
         contrast, share, s=12, color=style.color(0), alpha=0.35, linewidths=0, rasterized=True
     )
@@ -120,7 +123,6 @@ def _scatter(axes: Axes, contrast: Array, share: Array, num_modalities: int) -> 
         )
         axes.plot(x, y, color=style.color(1), marker="s", markersize=5, linewidth=2)
     axes.set_ylim(-0.02, 1.02)
-    style.reference_line(axes, 1 / num_modalities, "even share")
 
 
 def _noise_line(axes: Axes, runs: Sequence, modality: str, index: int, value: Any) -> None:

@@ -26,7 +26,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 INK, MUTED, GRID = "#1a1a1a", "#5c5c5c", "#e3e3e3"
 DPI = 140
 # Above this a picture is stored with a palette of 256 colours.
-MAX_BYTES = 110_000
+MAX_BYTES = 140_000
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -78,19 +78,18 @@ def shorten(text: Any, limit: int = 28) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def reference_line(axes: Axes, value: float, label: str) -> None:
-    """A thin dotted horizontal line with its name at the right end."""
+def reference_line(axes: Axes, value: float, label: str = "") -> None:
+    """A thin dotted horizontal line, its name in the margin where it cannot cover any data."""
     axes.axhline(value, color=MUTED, linewidth=1, linestyle=(0, (1, 2)), zorder=1.2)
     axes.annotate(
         label,
         (1, value),
         xycoords=("axes fraction", "data"),
-        xytext=(-2, 3),
+        xytext=(4, 0),
         textcoords="offset points",
-        ha="right",
+        va="center",
         fontsize=9.5,
         color=MUTED,
-        bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8},
     )
 
 

@@ -31,7 +31,7 @@ def dynamics_figure(rows: Sequence[Row], *, beta: float | None = None) -> Figure
     for i, name in enumerate(names):
         _train_and_valid(top, rows, f"attention_share/{name}", style.plain(name), i)
     if names:
-        style.reference_line(top, 1 / len(names), "even share")
+        style.reference_line(top, 1 / len(names), "even\nshare")
         top.set_ylim(-0.02, 1.02)
     else:
         style.empty_note(top, "this fusion has no attention")
@@ -39,7 +39,7 @@ def dynamics_figure(rows: Sequence[Row], *, beta: float | None = None) -> Figure
     if not bottom.lines:
         style.empty_note(bottom, "no imbalance was recorded")
     elif beta is not None:
-        style.reference_line(bottom, beta, f"threshold β = {beta:g}")
+        style.reference_line(bottom, beta, f"β = {beta:g}")
     bottom.set_ylim(bottom=min(0.0, bottom.get_ylim()[0]))
     _mark_rolls(top, bottom, curves.rolls(rows))
     style.style_axes(top, ylabel="attention share\n(sums to 1)")
@@ -126,12 +126,16 @@ def _mark_test_values(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> Non
     left, right = axes.get_xlim()
     at = right + 0.02 * (right - left)
     axes.axvspan(right, right + 0.14 * (right - left), color="#f1f1f1", linewidth=0, zorder=0)
-    low, high = axes.get_ylim()
     values = np.array([value for value, _, _ in ends])
+    low, high = axes.get_ylim()
+    low, high = min(low, values.min()), max(high, values.max())
     texts = _spread(values, 0.062 * (high - low))
+    # Room for the numbers where they were pushed beyond the curves' range.
+    margin = 0.05 * (high - low)
+    low, high = min(low, texts.min() - margin), max(high, texts.max() + margin)
     for (value, colour, marker), text in zip(ends, texts, strict=True):
         axes.plot(
-            [at], [value], marker=marker, markersize=9, color=colour, markerfacecolor="white",
+            [at], [value], marker=marker, markersize=9, color=colour, markerfacecolor="none",
             markeredgewidth=2, linestyle="none", clip_on=False,
         )  # fmt: skip
         axes.text(

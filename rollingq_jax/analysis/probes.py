@@ -1,0 +1,166 @@
+"""What a trained model does when a modality gets worse, is exchanged or is taken away."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rollingq_jax.analysis.predictions import Predict, Predictions, collect, mean_shares
+from rollingq_jax.data.corruption import corrupt
+from rollingq_jax.data.labels import labels_of
+from rollingq_jax.data.pipeline import eval_batches
+from rollingq_jax.data.types import Dataset, Example, Source
+
+Array = np.ndarray
+
+NOISE_LEVELS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+class Probe(NamedTuple):
+    """A model and how a split of its data is read.
+
+    Attributes:
+      predict: see `predictions`.
+      dataset: its training split is where the units of noise come from.
+      split: the one to read, with the data set's transformations for evaluation.
+      batch_size: of the passes.
+      seed: of the noise and of which examples are exchanged.
+      encoders: ``config.model.encoders``, as `rollingq_jax.data.corruption.corrupt` takes it.
+    """
+
+    predict: Predict
+    dataset: Dataset
+    split: str = "test"
+    batch_size: int = 64
+    seed: int = 0
+    encoders: Mapping[str, Any] | None = None
+
+
+def answers(probe: Probe, corruption: str = "") -> Predictions:
+    """Predictions for the split, corrupted as ``corruption`` says (`rollingq_jax.data.corruption`).
+
+    Raises:
+      ConfigError: the corruption is malformed or does not fit the modality.
+    """
+    source = probe.dataset.splits[probe.split]
+    if not corruption:
+        return _read(probe, probe.dataset, source)
+    # Under a name of its own, so that probing the training split corrupts it as any other.
+    splits = {"train": probe.dataset.splits["train"], "probed": source}
+    corrupted = corrupt(
+        dataclasses.replace(probe.dataset, splits=splits),
+        corruption,
+        seed=probe.seed,
+        encoders=probe.encoders,
+    )
+    return _read(probe, corrupted, corrupted.splits["probed"])
+
+
+def corruption_curve(
+    probe: Probe,
+    modality: str,
+    levels: Sequence[float] = NOISE_LEVELS,
+    *,
+    clean: Predictions | None = None,
+) -> list[dict[str, Any]]:
+    """Accuracy and attention share while Gaussian noise in one modality grows.
+
+    Args:
+      probe: the model and the split.
+      modality: the one that is noised; it may not hold token ids.
+      levels: standard deviations of the noise, in training-set standard deviations.
+      clean: predictions without noise, where they have been made already, for level 0.
+
+    Returns:
+      A point for each level: "modality", "level", "accuracy" and "attention_share" {m: mean}.
+    """
+    points = []
+    for level in levels:
+        if level == 0 and clean is not None:
+            predictions = clean
+        else:
+            predictions = answers(probe, f"{modality}={float(level)!r}")
+        point = {"modality": modality, "level": float(level), "accuracy": predictions.accuracy}
+        points.append(point | {"attention_share": mean_shares(predictions)})
+    return points
+
+
+def reliance(probe: Probe, modality: str, clean: Predictions) -> dict[str, dict[str, Any]]:
+    """How much the prediction rests on one modality.
+
+    Three ways to take its information away: "shuffled", the modality of another example, chosen at
+    random; "swapped", the modality of an example of another class, so that the modalities
+    contradict each other; "replaced", noise in its place.
+
+    Returns:
+      For each way "accuracy" (against the example's own label), "unchanged" (predictions that are
+      as in ``clean``), "attention_share"; for "swapped" also "follows", the share of predictions
+      of the class that the swapped modality shows. "swapped" needs two classes, else it is absent.
+    """
+    source = probe.dataset.splits[probe.split]
+    labels = labels_of(source)
+    rng = np.random.default_rng((probe.seed, 1))
+    others = other_class_partners(labels, rng)
+    partners = {"shuffled": rng.permutation(len(source)), "swapped": others}
+    found = {
+        way: _read(probe, probe.dataset, Exchanged(source, modality, chosen))
+        for way, chosen in partners.items()
+        if chosen is not None
+    }
+    found["replaced"] = answers(probe, f"{modality}=replace")
+    result = {
+        way: {
+            "accuracy": predictions.accuracy,
+            "unchanged": float((predictions.predicted == clean.predicted).mean()),
+            "attention_share": mean_shares(predictions),
+        }
+        for way, predictions in found.items()
+    }
+    if others is not None:
+        shown = labels[others]
+        result["swapped"]["follows"] = float((found["swapped"].predicted == shown).mean())
+    return result
+
+
+class Exchanged:
+    """A source in which one modality of example i is that of example ``partners[i]``.
+
+    Its mask and quality come along; everything else, the label included, stays.
+    """
+
+    def __init__(self, source: Source, modality: str, partners: Array) -> None:
+        self.source, self.modality, self.partners = source, modality, partners
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        example = dict(self.source[index])
+        partner = self.source[int(self.partners[index])]
+        for key in (self.modality, f"{self.modality}_mask", f"quality_{self.modality}"):
+            if key in example:
+                example[key] = partner[key]
+        return example
+
+
+def other_class_partners(labels: Array, rng: np.random.Generator) -> Array | None:
+    """For each example the number of one of another class, [N]; None if there is one class."""
+    classes = np.unique(labels)
+    if len(classes) < 2:
+        return None
+    partners = np.empty(len(labels), np.int64)
+    for label in classes:
+        here = labels == label
+        partners[here] = rng.choice(np.flatnonzero(~here), here.sum())
+    return partners
+
+
+def _read(probe: Probe, dataset: Dataset, source: Source) -> Predictions:
+    batches = eval_batches(
+        source,
+        batch_size=probe.batch_size,
+        seed=probe.seed,
+        transforms=dataset.eval_transforms,
+    )
+    return collect(probe.predict, batches)

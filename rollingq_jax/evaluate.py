@@ -1,0 +1,214 @@
+"""Evaluates a trained run: accuracy and calibration, and what its attention follows.
+
+    python -m rollingq_jax.evaluate --workdir runs/demo
+    python -m rollingq_jax.evaluate --workdir runs/demo --corrupt audio=1.0
+    python -m rollingq_jax.evaluate --workdir runs/demo --probes
+
+Writes ``evaluation.json``, ``evaluation.html`` and ``figures/evaluation_*.png`` into the workdir.
+The parameters are those of the best checkpoint by validation accuracy.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+from etils import epath
+
+from rollingq_jax.analysis import predictions, probes
+from rollingq_jax.analysis.evaluation_report import summary_rows, write_pictures
+from rollingq_jax.analysis.probes import Probe
+from rollingq_jax.data.corruption import parse_corruptions
+from rollingq_jax.errors import ConfigError
+from rollingq_jax.train.cli import run_command
+from rollingq_jax.train.console import device_line
+from rollingq_jax.train.restore import load_run
+from rollingq_jax.train.summary import versions
+from rollingq_jax.train.workdir import check_workdir
+from rollingq_jax.train.writer import table, write_whole
+
+
+def evaluate(
+    workdir: epath.PathLike,
+    *,
+    split: str = "test",
+    corrupt: Sequence[str] = (),
+    full_probes: bool = False,
+    levels: Sequence[float] = probes.NOISE_LEVELS,
+    batch_size: int | None = None,
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """Evaluates the run in a folder and writes the result there.
+
+    Args:
+      workdir: the run's folder.
+      split: of its data set.
+      corrupt: conditions, each a specification as in `rollingq_jax.data.corruption`; several
+        corruptions in one specification are applied together.
+      full_probes: whether each modality is noised at every level, shuffled, swapped and replaced.
+      levels: of that noise, in training-set standard deviations; the clean split is always there.
+      batch_size, seed: of the passes; the run's own where they are None.
+
+    Returns:
+      What ``evaluation.json`` holds.
+
+    Raises:
+      CheckpointError: the folder holds no run that can be restored.
+      ConfigError, DataError: the split, a corruption or the folder cannot be used as asked.
+    """
+    folder = check_workdir(workdir)
+    run = load_run(folder)
+    if split not in run.dataset.splits:
+        raise ConfigError(f"split: {split!r}; one of {', '.join(run.dataset.splits)}")
+    for text in corrupt:  # a mistake is told before the first pass
+        parse_corruptions(text, run.dataset.modalities)
+    probe = Probe(
+        predictions.predictor(run.model, run.params, run.rotation),
+        run.dataset,
+        split,
+        batch_size=batch_size or run.config.batch_size,
+        seed=run.config.seed if seed is None else seed,
+        encoders=run.config.model.encoders,
+    )
+    clean = probes.answers(probe)
+    result = {
+        "workdir": str(folder),
+        "split": split,
+        "step": run.step,
+        "seed": probe.seed,
+        "num_examples": len(clean.label),
+        **predictions.scores(clean, run.config.model.num_classes, run.dataset.class_names),
+        "corrupted": [condition(probe, text, clean, run.config) for text in corrupt],
+    }
+    if full_probes:
+        result |= all_probes(probe, clean, levels)
+    result |= {"versions": versions(), "device": device_line()}
+    write_whole(folder / "evaluation.json", json.dumps(json_ready(result), indent=2) + "\n")
+    write_pictures(folder, run, probe, clean, result)
+    return result
+
+
+def condition(
+    probe: Probe, text: str, clean: predictions.Predictions, config: Any
+) -> dict[str, Any]:
+    """Scores of the split under one corruption, without those of each class."""
+    found = probes.answers(probe, text)
+    scores = predictions.scores(found, config.model.num_classes)
+    del scores["per_class"]
+    unchanged = float((found.predicted == clean.predicted).mean())
+    return {"corrupt": text, **scores, "unchanged": unchanged}
+
+
+def all_probes(
+    probe: Probe, clean: predictions.Predictions, levels: Sequence[float]
+) -> dict[str, Any]:
+    """Noise curves (not of token ids, which cannot take noise) and reliance, for each modality."""
+    modalities = probe.dataset.modalities
+    curves = [
+        probes.corruption_curve(probe, m, sorted({0.0, *levels}), clean=clean)
+        for m, info in modalities.items()
+        if info.kind != "tokens"
+    ]
+    return {
+        "noise": [point for curve in curves for point in curve],
+        "reliance": {m: probes.reliance(probe, m, clean) for m in modalities},
+    }
+
+
+def json_ready(value: Any) -> Any:
+    """The same with Python's own numbers; NaN and infinity become null, as JSON has neither."""
+    if isinstance(value, Mapping):
+        return {str(name): json_ready(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_ready(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes become a `ConfigError`, which is printed as one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = _Parser(
+        prog="python -m rollingq_jax.evaluate",
+        description="Evaluates a trained run and probes what its attention follows.",
+    )
+    parser.add_argument("--workdir", required=True, help="the run's folder")
+    parser.add_argument("--split", default="test", help="train, valid or test (default: test)")
+    parser.add_argument(
+        "--corrupt",
+        action="append",
+        default=[],
+        metavar="MODALITY=CORRUPTION",
+        help="evaluate under this too, e.g. audio=1.0 (noise in training-set standard deviations), "
+        "audio=drop, audio=replace, audio=misalign; can be given several times",
+    )
+    parser.add_argument(
+        "--probes",
+        action="store_true",
+        help="noise each modality at every level, shuffle, swap and replace it",
+    )
+    parser.add_argument(
+        "--levels",
+        type=_levels,
+        default=probes.NOISE_LEVELS,
+        metavar="A,B,...",
+        help="levels of noise of --probes (default: "
+        + ",".join(f"{level:g}" for level in probes.NOISE_LEVELS)
+        + ")",
+    )
+    parser.add_argument("--batch_size", type=_integer(1), help="default: the run's")
+    parser.add_argument(
+        "--seed", type=_integer(0), help="of noise and exchange (default: the run's)"
+    )
+    return parser
+
+
+def _levels(text: str) -> tuple[float, ...]:
+    try:
+        levels = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        levels = (math.nan,)
+    if not all(0 <= level < math.inf for level in levels):
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: numbers >= 0 with commas between")
+    return levels
+
+
+def _integer(low: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r}; allowed: an integer >= {low}")
+        return int(text)
+
+    return read
+
+
+def command(argv: Sequence[str]) -> None:
+    """`python -m rollingq_jax.evaluate`; ``argv`` begins with the program's name."""
+    arguments = make_parser().parse_args(list(argv[1:]))
+    result = evaluate(
+        arguments.workdir,
+        split=arguments.split,
+        corrupt=arguments.corrupt,
+        full_probes=arguments.probes,
+        levels=arguments.levels,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+    )
+    print(table(summary_rows(result)))
+    print(f"evaluation.json, evaluation.html and figures are in {arguments.workdir}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command, sys.argv))

@@ -1,0 +1,130 @@
+"""The evaluate command: what it writes, and one line for each mistake."""
+
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import analysis_examples
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from rollingq_jax import evaluate
+from rollingq_jax.analysis import predictions
+from rollingq_jax.errors import CheckpointError
+from rollingq_jax.train.cli import run_command
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+    """A folder whose run is a small untrained model; any other folder holds none."""
+
+    def load_run(workdir, fusion="attention"):
+        if str(workdir) not in (str(tmp_path), f"{tmp_path}/concat"):
+            raise CheckpointError(f"workdir is {str(workdir)!r}; allowed: the folder of a run")
+        model, params, dataset, _ = analysis_examples.small_model(
+            "concat" if str(workdir).endswith("concat") else fusion
+        )
+        config = ConfigDict(
+            {
+                "seed": 0,
+                "batch_size": 4,
+                "data": {"name": "noise"},
+                "model": {"num_classes": 4, "fusion": "attention", "encoders": {}},
+            }
+        )
+        return SimpleNamespace(
+            model=model, params=params, rotation=None, config=config, dataset=dataset, step=12
+        )
+
+    monkeypatch.setattr(evaluate, "load_run", load_run)
+    return tmp_path
+
+
+def run(capsys, *arguments):
+    code = run_command(evaluate.command, ["evaluate", *arguments])
+    return code, *capsys.readouterr()
+
+
+def test_it_writes_numbers_pictures_and_a_report(workdir, capsys):
+    code, out, err = run(
+        capsys, "--workdir", str(workdir), "--probes", "--levels", "0.5,2",
+        "--corrupt", "audio=1.0", "--corrupt", "audio=drop,visual=0.5",
+    )  # fmt: skip
+    assert code == 0 and not err
+    result = json.loads((workdir / "evaluation.json").read_text())
+    assert result["split"] == "test" and result["num_examples"] == 9 and result["step"] == 12
+    model, params, _, columns = analysis_examples.small_model()
+    logits, shares = jax.jit(model.apply)({"params": params}, predictions.model_input(columns))
+    right = (np.argmax(logits, -1) == columns["label"]).mean()
+    assert result["accuracy"] == pytest.approx(right)
+    share = np.asarray(shares["attention_share"]["audio"]).mean()
+    assert result["attention_share"]["audio"] == pytest.approx(share, abs=1e-6)
+    assert [found["corrupt"] for found in result["corrupted"]] == [
+        "audio=1.0",
+        "audio=drop,visual=0.5",
+    ]
+    assert result["corrupted"][1]["attention_share"]["audio"] == 0.0
+    levels = [(p["modality"], p["level"]) for p in result["noise"]]
+    assert levels == [(m, v) for m in ("audio", "visual") for v in (0.0, 0.5, 2.0)]
+    assert set(result["reliance"]["audio"]) == {"shuffled", "swapped", "replaced"}
+    assert result["versions"]["jax"]
+    assert {path.name for path in (workdir / "figures").iterdir()} == {
+        "evaluation_attention.png",
+        "evaluation_noise.png",
+        "evaluation_share_quality.png",
+    }
+    assert "Reliance on each modality" in (workdir / "evaluation.html").read_text()
+    assert "audio=1.0" in out and "quality correlation" in out
+
+
+def test_a_fusion_without_attention_is_evaluated_too(workdir, capsys):
+    (workdir / "concat").mkdir()
+    assert run(capsys, "--workdir", str(workdir / "concat"))[0] == 0
+    result = json.loads((workdir / "concat" / "evaluation.json").read_text())
+    assert "attention_share" not in result and result["corrupted"] == []
+    assert not (workdir / "concat" / "figures").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--split", "tset"], ["split", "'tset'", "train, test"]),
+        (["--corrupt", "smell=1"], ["smell", "audio, visual"]),
+        (["--corrupt", "audio"], ["audio", "NUMBER"]),
+        (["--corrupt", "audio=-1"], ["audio", "-1"]),
+        (["--levels", "1,x"], ["--levels", "'1,x'", ">= 0"]),
+        (["--levels", "1,-2"], ["--levels", ">= 0"]),
+        (["--levels", "nan"], ["--levels", ">= 0"]),
+        (["--batch_size", "0"], ["--batch_size", "'0'", ">= 1"]),
+        (["--seed", "-3"], ["--seed"]),
+        (["--sed", "3"], ["--sed"]),
+        (["--workdir", "nowhere"], ["nowhere", "folder of a run"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_changes_nothing(workdir, capsys, arguments, words):
+    code, out, err = run(capsys, "--workdir", str(workdir), *arguments)
+    assert code == 2
+    assert err.count("\n") == 1 and "Traceback" not in err
+    for word in words:
+        assert word in err
+    assert not list(workdir.iterdir()) and not out
+
+
+def test_the_workdir_is_asked_for(capsys):
+    code, _, err = run(capsys)
+    assert code == 2 and "--workdir" in err and err.count("\n") == 1
+
+
+def test_numbers_that_are_not_defined_become_null():
+    value = {"a": (math.nan, np.float32(0.5)), 1: np.int64(3), "inf": math.inf, "flag": np.True_}
+    assert evaluate.json_ready(value) == {"a": [None, 0.5], "1": 3, "inf": None, "flag": True}
+
+
+def test_help_explains_the_corruptions(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.command(sys.argv)
+    assert stopped.value.code == 0 and "audio=replace" in capsys.readouterr().out

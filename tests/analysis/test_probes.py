@@ -1,0 +1,208 @@
+"""Probes on models whose answers are known by construction."""
+
+import analysis_examples
+import jax
+import numpy as np
+import pytest
+
+from rollingq_jax.analysis import looking, predictions, probes
+from rollingq_jax.analysis.predictions import Predictions
+from rollingq_jax.data.types import ArraySource, Dataset, ModalityInfo
+from rollingq_jax.errors import ConfigError
+
+CLASSES = analysis_examples.CLASSES
+
+
+def make_dataset(count=50, quality=True):
+    """Two vectors that both show the class; the train split has standard deviation 1."""
+    rng = np.random.default_rng(0)
+    splits = {}
+    for name, size in (("train", 40), ("test", count)):
+        label = rng.integers(0, CLASSES, size).astype(np.int32)
+        code = np.eye(CLASSES, dtype=np.float32)[label]
+        code = (code - 1 / CLASSES) / code.std()
+        columns = {"audio": code, "visual": code.copy(), "label": label}
+        if quality:
+            columns |= {f"quality_{m}": np.zeros(size, np.float32) for m in ("audio", "visual")}
+        splits[name] = ArraySource(columns)
+    modalities = {m: ModalityInfo(m, "vector", (CLASSES,)) for m in ("audio", "visual")}
+    return Dataset(splits, modalities, CLASSES, ("a", "b", "c", "d"))
+
+
+def looks_at_audio(batch):
+    """Reads the class from the audio alone, and says that it attends by its norm."""
+    audio = np.asarray(batch["audio"])
+    share = np.stack([np.abs(audio).sum(-1)] * 2, axis=-1) / 100  # two heads
+    return {
+        "probabilities": np.asarray(jax.nn.softmax(8 * audio)),
+        "attention_share": {"audio": share, "visual": 1 - share},
+    }
+
+
+def make_probe(**kwargs):
+    return probes.Probe(looks_at_audio, make_dataset(**kwargs), batch_size=16)
+
+
+def test_every_example_counts_once_and_padding_never():
+    probe = make_probe(count=37)
+    found = probes.answers(probe)
+    labels = probe.dataset.splits["test"].columns["label"]
+    np.testing.assert_array_equal(found.label, labels)
+    assert found.accuracy == 1.0
+    assert found.attention_share["audio"].shape == (37,)
+    assert sorted(found.quality) == ["audio", "visual"]
+
+
+def test_quality_counts_only_where_all_of_it_is_known():
+    def one_quality(batch):
+        return looks_at_audio(batch)
+
+    batch = {
+        "audio": np.ones((2, CLASSES), np.float32),
+        "label": np.zeros(2, np.int32),
+        "quality_audio": np.zeros(2, np.float32),
+    }
+    assert predictions.collect(one_quality, [batch]).quality == {}
+    with pytest.raises(ValueError, match="nothing to evaluate"):
+        predictions.collect(one_quality, [])
+
+
+def test_noise_curve_falls_from_the_clean_value_to_chance_for_the_used_modality_alone():
+    probe = make_probe(count=400)
+    clean = probes.answers(probe)
+    curve = probes.corruption_curve(probe, "audio", (0.0, 0.5, 50.0), clean=clean)
+    accuracy = [point["accuracy"] for point in curve]
+    assert accuracy[0] == 1.0 > accuracy[1] > accuracy[2]
+    assert accuracy[2] == pytest.approx(1 / CLASSES, abs=0.08)
+    assert [point["level"] for point in curve] == [0.0, 0.5, 50.0]
+    assert curve[0]["attention_share"] == predictions.mean_shares(clean)
+    assert curve[2]["attention_share"]["audio"] > 10 * curve[0]["attention_share"]["audio"]
+    for point in probes.corruption_curve(probe, "visual", (50.0,)):
+        assert point["accuracy"] == 1.0
+
+
+def test_a_noised_split_has_lower_quality():
+    found = probes.answers(make_probe(), "audio=2.0")
+    np.testing.assert_allclose(found.quality["audio"], -2.0)
+    np.testing.assert_allclose(found.quality["visual"], 0.0)
+
+
+def test_reliance_tells_the_used_modality_from_the_unused():
+    probe = make_probe(count=200)
+    clean = probes.answers(probe)
+    used = probes.reliance(probe, "audio", clean)
+    assert used["swapped"]["accuracy"] == 0.0
+    assert used["swapped"]["follows"] == 1.0
+    assert used["shuffled"]["accuracy"] == pytest.approx(1 / CLASSES, abs=0.1)
+    assert used["shuffled"]["unchanged"] == used["shuffled"]["accuracy"]
+    assert used["replaced"]["accuracy"] == pytest.approx(1 / CLASSES, abs=0.1)
+    unused = probes.reliance(probe, "visual", clean)
+    assert unused["swapped"]["follows"] == 0.0
+    for found in unused.values():
+        assert found["accuracy"] == found["unchanged"] == 1.0
+
+
+def test_probes_of_the_training_split_corrupt_it_too():
+    probe = make_probe()._replace(split="train")
+    assert probes.answers(probe).accuracy == 1.0
+    assert probes.answers(probe, "audio=misalign").accuracy == 0.0
+    assert probes.answers(probe, "audio=40").accuracy < 0.6
+
+
+def test_probes_are_seeded():
+    probe = make_probe()
+    first, again = (probes.answers(probe, "audio=1.0").probabilities for _ in range(2))
+    other = probes.answers(probe._replace(seed=1), "audio=1.0").probabilities
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_partners_are_of_another_class():
+    labels = np.array([0, 0, 0, 1, 2, 2])
+    partners = probes.other_class_partners(labels, np.random.default_rng(0))
+    assert (labels[partners] != labels).all()
+    assert probes.other_class_partners(np.zeros(3, int), np.random.default_rng(0)) is None
+
+
+def test_an_unknown_modality_is_one_clear_line():
+    with pytest.raises(ConfigError, match="no modality 'smell'; there are audio, visual"):
+        probes.answers(make_probe(), "smell=1.0")
+
+
+def test_scores_by_hand():
+    quality = {"audio": np.array([0.0, -1.0, -2.0, 0.0]), "visual": np.array([0.0, 0.0, 0.0, -1.0])}
+    share = {"audio": np.array([0.5, 0.4, 0.3, 0.6])}
+    share["visual"] = 1 - share["audio"]
+    probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.4, 0.6]])
+    found = predictions.scores(
+        Predictions(probabilities, np.array([0, 0, 1, 1]), share, quality), 2, ("cat", "dog")
+    )
+    assert found["accuracy"] == 0.75
+    assert found["per_class"]["cat"] == {"accuracy": 1.0, "f1": pytest.approx(0.8), "examples": 2}
+    assert found["per_class"]["dog"] == {
+        "accuracy": 0.5,
+        "f1": pytest.approx(2 / 3),
+        "examples": 2,
+    }
+    assert found["macro_f1"] == pytest.approx((0.8 + 2 / 3) / 2)
+    assert found["quality_correlation"] == pytest.approx(1.0)
+    assert found["attention_share"] == {"audio": pytest.approx(0.45), "visual": pytest.approx(0.55)}
+    assert found["pearson"]["audio"] == pytest.approx(
+        np.corrcoef(share["audio"], quality["audio"])[0, 1]
+    )
+
+
+def test_scores_without_attention_or_quality_leave_them_out():
+    bare = Predictions(np.eye(2), np.array([0, 1]), {}, {})
+    found = predictions.scores(bare, 2)
+    assert found["accuracy"] == 1.0 and list(found["per_class"]) == ["0", "1"]
+    assert not found.keys() & {"attention_share", "quality_correlation", "pearson"}
+
+
+def test_predictor_gives_what_the_model_gives():
+    model, params, dataset, columns = analysis_examples.small_model()
+    rotation = np.stack([np.eye(4, dtype=np.float32)[::-1]] * 2)
+    probe = probes.Probe(predictions.predictor(model, params, rotation), dataset, batch_size=4)
+    found = probes.answers(probe)
+    logits, out = jax.jit(model.apply)(
+        {"params": params}, predictions.model_input(columns), rotation=rotation
+    )
+    np.testing.assert_allclose(found.probabilities, jax.nn.softmax(logits), atol=1e-6)
+    for name, share in out["attention_share"].items():
+        np.testing.assert_allclose(found.attention_share[name], share.mean(-1), atol=1e-6)
+
+
+def test_predictor_of_a_static_fusion_has_no_shares():
+    model, params, dataset, _ = analysis_examples.small_model("concat")
+    found = probes.answers(probes.Probe(predictions.predictor(model, params), dataset))
+    assert found.attention_share == {} and found.probabilities.shape == (9, CLASSES)
+
+
+def test_examples_carry_the_models_attention():
+    model, params, dataset, columns = analysis_examples.small_model()
+    chosen = [4, 1]
+    shown = looking.attention_examples(model, params, None, dataset, "test", chosen)
+    _, out = jax.jit(model.apply)({"params": params}, predictions.model_input(columns))
+    for example, index in zip(shown, chosen, strict=True):
+        assert example.caption.startswith(f"true {index % CLASSES}\npredicted ")
+        assert f"audio noise {index}.0" in example.caption
+        total = sum(view.weights.sum() for view in example.views)
+        for view in example.views:
+            np.testing.assert_array_equal(view.values, columns[view.name][index])
+            share = np.asarray(out["attention_share"][view.name]).mean(-1)[index]
+            assert view.weights.sum() / total == pytest.approx(share, abs=1e-6)
+        assert total == pytest.approx(1.0)
+        assert [len(view.weights) for view in example.views] == [1 + 4 * 2, 1 + 2 * 2]
+
+
+def test_chosen_examples_span_the_quality_contrast():
+    rng = np.random.default_rng(0)
+    quality = {"audio": -rng.uniform(size=20), "visual": -rng.uniform(size=20)}
+    found = Predictions(np.ones((20, 2)), np.zeros(20, int), {}, quality)
+    chosen = looking.choose_examples(found, 3)
+    contrast = quality["audio"] - quality["visual"]
+    assert chosen[0] == contrast.argmin() and chosen[-1] == contrast.argmax()
+    np.testing.assert_array_equal(
+        looking.choose_examples(found._replace(quality={}), 4), [0, 6, 13, 19]
+    )
+    assert len(looking.choose_examples(found._replace(label=np.zeros(2), quality={}), 4)) == 2
