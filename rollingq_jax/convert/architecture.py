@@ -22,7 +22,19 @@ UNIMODAL = {"uni_A": "audio", "audio": "audio", "uni_V": "visual", "visual": "vi
 STATIC = ("sum", "concat", "film", "gated")
 MBT_HEADS = ("attention", "concat", "sum")
 FRAME_SIZE = 224
-ENCODER_HEADS = 12
+ENCODERS = {
+    "audio": {"kind": "spectrogram", "patch": (16, 16)},
+    "visual": {"kind": "video", "patch": (1, 16, 16)},
+}
+FIXED = {  # what upstream's arguments do not reach
+    "num_heads": 12,
+    "fusion_heads": 1,
+    "mlp_ratio": 4.0,
+    "mbt_tokens": 4,
+    "dropout": 0.2,
+    "encoder_dropout": 0.0,
+    "gelu": "exact",
+}
 
 
 def upstream_model(
@@ -63,38 +75,23 @@ def upstream_model(
     if fusion_method not in ("attention", *STATIC, *UNIMODAL):
         allowed = ", ".join(("attention", *STATIC, *UNIMODAL))
         raise ConfigError(f"fusion_method is {fusion_method!r}; allowed: {allowed}")
-    kinds = {
-        "audio": {"kind": "spectrogram", "patch": (16, 16)},
-        "visual": {"kind": "video", "patch": (1, 16, 16)},
-    }
     config: dict[str, Any] = {
         "fusion": fusion_method,
         "num_classes": NUM_CLASSES[dataset] if n_classes is None else n_classes,
         "dim": edim,
         "depth": depth,
-        "num_heads": ENCODER_HEADS,
-        "fusion_heads": 1,
-        "mlp_ratio": 4,
-        "dropout": 0.2,
-        "encoder_dropout": 0.0,
-        "gelu": "exact",
-        "encoders": kinds,
+        "encoders": ENCODERS,
+        **FIXED,
     }
     if fusion_method in UNIMODAL:
-        modality = UNIMODAL[fusion_method]
-        config |= {
-            "fusion": "unimodal",
-            "modality": modality,
-            "encoders": {modality: kinds[modality]},
-        }
+        config |= {"fusion": "unimodal", "modality": UNIMODAL[fusion_method]}
     elif backbone == "mbt" and multi_depth:
         if fusion_method not in MBT_HEADS:
+            allowed = ", ".join(MBT_HEADS)
             raise ConfigError(
-                f"fusion_method is {fusion_method!r}; allowed with bottleneck layers: "
-                + ", ".join(MBT_HEADS)
+                f"fusion_method is {fusion_method!r}; allowed with bottleneck layers: {allowed}"
             )
-        config |= {"fusion": "mbt", "mbt_layers": multi_depth, "mbt_tokens": 4}
-        config |= {"mbt_head": fusion_method}
+        config |= {"fusion": "mbt", "mbt_layers": multi_depth, "mbt_head": fusion_method}
     return build_model(config)
 
 

@@ -101,7 +101,8 @@ def _encoder(modality: str, depth: int) -> Iterator[Tensor]:
     yield Tensor(f"encoder.cls_token_{stream}", (*path, "cls"), "token", (1, 1, "d"))
     length = f"L_{modality}"
     yield Tensor(f"encoder.pos_embed_{stream}", (*path, "position"), "table", (1, length, "d"))
-    embed, kernel = f"encoder.patch_embed_{stream}.proj", ("d", *PATCH[modality])
+    embed = f"encoder.patch_embed_{stream}.proj"
+    kernel: Template = ("d", *PATCH[modality])
     yield Tensor(f"{embed}.weight", (*path, "embed", "kernel"), "patch", kernel)
     yield Tensor(f"{embed}.bias", (*path, "embed", "bias"), "plain", ("d",))
     for i in range(depth):
