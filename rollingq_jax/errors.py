@@ -19,3 +19,7 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint or working directory cannot be used as asked."""
+
+
+class NonFiniteError(UserError):
+    """A loss, a gradient or a state is NaN or infinite."""

@@ -51,6 +51,7 @@ class RollInfo(NamedTuple):
     anchor: Array  # [H, d], q_b; the query itself where the anchor is not defined
     angle: Array  # [H], between query and anchor, in radians
     rolled: Array  # [H] bool
+    mended: Array  # [H] bool, whether R had drifted from orthogonal and was mended
 
 
 class RollingQuery(NamedTuple):
@@ -153,9 +154,16 @@ def reset_sums(state: RollingState) -> RollingState:
 
 def compose(new: Array, rotation: Array) -> Array:
     """R_new R, mended where rounding has drifted from orthogonal: `[..., d, d]` twice."""
-    product = jnp.matmul(new, rotation, precision=HIGHEST)
-    drifted = orthogonality_error(product)[..., None, None] > MAX_DRIFT
-    return jnp.where(drifted, orthonormalise(product), product)
+    return mend(jnp.matmul(new, rotation, precision=HIGHEST))[0]
+
+
+def mend(rotation: Array) -> tuple[Array, Array]:
+    """R, orthonormal again where R^T R is further than `MAX_DRIFT` from I; and where that was.
+
+    `[..., d, d] -> [..., d, d], [...]` bool.
+    """
+    drifted = orthogonality_error(rotation) > MAX_DRIFT
+    return jnp.where(drifted[..., None, None], orthonormalise(rotation), rotation), drifted
 
 
 def roll(
@@ -194,11 +202,14 @@ def roll(
         rolled = jnp.broadcast_to(jnp.all(rolled), rolled.shape)
 
     def rotated():
-        new = compose(rotation_between(query, anchor, method), state.rotation)
-        return jnp.where(rolled[:, None, None], new, state.rotation)
+        new = rotation_between(query, anchor, method)
+        new, mended = mend(jnp.matmul(new, state.rotation, precision=HIGHEST))
+        return jnp.where(rolled[:, None, None], new, state.rotation), mended & rolled
 
     # The condition keeps O(d^2) products, and the SVD, out of the steps that do not roll.
-    rotation = jax.lax.cond(jnp.any(rolled), rotated, lambda: state.rotation)
+    rotation, mended = jax.lax.cond(
+        jnp.any(rolled), rotated, lambda: (state.rotation, jnp.zeros_like(rolled))
+    )
     x, y = unit(query), unit(anchor)
     info = RollInfo(
         scores=scores,
@@ -207,6 +218,7 @@ def roll(
         anchor=anchor,
         angle=2.0 * jnp.arctan2(safe_norm(x - y), safe_norm(x + y)),
         rolled=rolled,
+        mended=mended,
     )
     return state._replace(rotation=rotation, count=state.count + rolled.astype(jnp.int32)), info
 

@@ -4,56 +4,53 @@ Orbax writes to a temporary folder and renames it, so a checkpoint exists comple
 It does not notice a byte that changed later; the checksum stored beside the state does.
 """
 
-import hashlib
-import json
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax.serialization
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy
+from etils import epath
+from jax.experimental import multihost_utils
 
 from rollingq_jax.errors import CheckpointError
+from rollingq_jax.train.packing import (
+    as_tree,
+    check_finite,
+    checksum,
+    describe,
+    from_host,
+    seal,
+    to_host,
+)
 from rollingq_jax.train.state import TrainState
 
 FORMAT_VERSION = 1
 log = logging.getLogger(__name__)
 
 
-def to_host(state: TrainState) -> dict[str, Any]:
-    """Nested dict of NumPy arrays, a PRNG key as its bits; a rolling state of None is left out."""
-    tree = flax.serialization.to_state_dict(
-        state.replace(rng=jax.random.key_data(state.rng), rolling=state.rolling or ())
-    )
-    return jax.tree.map(np.asarray, jax.device_get(tree))
+class DamagedError(CheckpointError):
+    """A checkpoint is not as it was saved."""
 
 
-def from_host(tree: Mapping[str, Any], like: TrainState) -> TrainState:
-    """The state that `to_host` took apart; `like` gives the structure."""
-    target = like.replace(rng=jax.random.key_data(like.rng), rolling=like.rolling or ())
-    state = flax.serialization.from_state_dict(target, tree)
-    state = jax.tree.map(jax.numpy.asarray, state)
-    rng = jax.random.wrap_key_data(state.rng, impl=jax.random.key_impl(like.rng))
-    return state.replace(rng=rng, rolling=state.rolling or None)
+def found_steps(directory: epath.Path) -> list[int]:
+    """Steps of the checkpoints in a folder, damaged ones too, newest first."""
+    names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    return sorted((int(name) for name in names if re.fullmatch(r"\d+", name)), reverse=True)
 
 
-def checksum(tree: Any) -> str:
-    """SHA-256 over paths, dtypes, shapes and bytes of every leaf, in a fixed order."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.ascontiguousarray(leaf)
-        head = f"{jax.tree_util.keystr(path)} {array.dtype} {np.shape(leaf)}\n"
-        digest.update(head.encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
+class _Preserve:
+    """Orbax's policy of deletion: the newest `keep` stay, and the best."""
 
+    def __init__(self, keep: int) -> None:
+        self.keep, self.best = keep, -1
 
-def _sealed(record: Mapping[str, Any]) -> str:
-    """SHA-256 of a JSON record."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Which of the checkpoints, oldest first, stay."""
+        newest = len(checkpoints) - self.keep
+        return [i >= newest or info.step == self.best for i, info in enumerate(checkpoints)]
 
 
 class Checkpoints:
@@ -61,112 +58,175 @@ class Checkpoints:
 
     Keeps the newest `keep` and the best by validation. A context manager: leaving it waits for the
     save that is under way.
+
+    Args:
+      directory: the folder.
+      keep: how many of the newest stay.
+      read_only: leave the folder as it is, since a live run may be writing there. Otherwise what
+        an interrupted save has left is removed.
     """
 
-    def __init__(self, directory: Any, keep: int) -> None:
-        policy = preservation_policy.AnyPreservationPolicy(
-            [
-                preservation_policy.LatestN(keep),
-                preservation_policy.BestN(get_metric_fn=lambda m: m["improved_to"], n=1),
-            ]
-        )
-        self._directory = directory
+    def __init__(self, directory: epath.Path, keep: int = 1, *, read_only: bool = False) -> None:
+        self._directory, self._read_only = directory, read_only
+        self._preserve = _Preserve(keep)
         self._manager = ocp.CheckpointManager(
             directory,
             item_names=("state", "record"),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, best_fn=lambda m: m["improved_to"], create=True
+                create=not read_only,
+                read_only=read_only,
+                cleanup_tmp_directories=not read_only,
+                preservation_policy=None if read_only else self._preserve,
             ),
         )
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._manager.close()
+        except Exception:
+            if error is None:  # otherwise what ended the run says more
+                raise
 
     def wait(self) -> None:
         """Waits until the save that is under way is committed."""
         self._manager.wait_until_finished()
 
-    def save(
-        self, state: TrainState, record: Mapping[str, Any], improved_to: float | None = None
-    ) -> None:
+    def check(self) -> None:
+        """Raises what has gone wrong in the background."""
+        self._manager.check_for_errors()
+
+    @property
+    def newest(self) -> int | None:
+        """Step of the newest checkpoint that is committed."""
+        return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints there are, damaged ones too, newest first."""
+        return found_steps(self._directory)
+
+    def save(self, state: TrainState, record: Mapping[str, Any]) -> None:
         """Begins to save the state, with a JSON record, under its step number.
 
         Args:
           state: one copy of it, on any device.
-          record: what else a continuation needs.
-          improved_to: the validation accuracy, where it is the best so far.
+          record: what else a continuation needs; `record["best"]["step"]` is kept.
+
+        Raises:
+          NonFiniteError: the state holds NaN or infinity. Nothing is saved.
         """
         tree = to_host(state)
         step = int(tree["step"])
+        self._preserve.best = record["best"]["step"]
         if step in self._manager.all_steps():
             return
+        check_finite(tree, step)
         record = {**record, "format_version": FORMAT_VERSION, "checksum": checksum(tree)}
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(tree),
-                record=ocp.args.JsonSave({"record": record, "sha256": _sealed(record)}),
+                record=ocp.args.JsonSave({"record": record, "sha256": seal(record)}),
             ),
-            metrics={"improved_to": -1.0 if improved_to is None else float(improved_to)},
         )
 
-    def steps(self) -> list[int]:
-        """Steps of the checkpoints there are, newest first."""
-        return sorted(self._manager.all_steps(read=True), reverse=True)
-
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def restore(
+        self,
+        step: int,
+        like: TrainState,
+        check: Callable[[Mapping[str, Any]], None] = lambda record: None,
+    ) -> tuple[TrainState, dict[str, Any]]:
         """The state and record saved at a step.
 
         Args:
           step: one of `steps()`.
           like: a state of the same structure, shapes and dtypes.
+          check: raises `CheckpointError` for the record of a checkpoint that is not the run's.
 
         Raises:
-          CheckpointError: something in it is missing or not as it was saved.
+          DamagedError: something in it is missing or not as it was saved.
+          CheckpointError: it is another run's, or of another format.
         """
-        target = to_host(like)
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore()
-                ),
-            )
-            record, seal = restored["record"]["record"], restored["record"]["sha256"]
-            tree = jax.tree.map(np.asarray, restored["state"])
-            intact = _sealed(record) == seal and checksum(tree) == record["checksum"]
-        except Exception as error:  # Orbax raises many types on a damaged folder
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"checkpoint {step} cannot be read: {reason}") from error
-        if not intact:
-            raise CheckpointError(f"checkpoint {step} is damaged: its checksum does not fit")
+        record = self._read_record(step)
         if record["format_version"] != FORMAT_VERSION:
             raise CheckpointError(
-                f"checkpoint {step} has format version {record['format_version']}; "
+                f"checkpoint {step} has format version {record['format_version']!r}; "
                 f"allowed: {FORMAT_VERSION}"
             )
+        check(record)
+        tree = self._read(step, "state", ocp.args.StandardRestore())
+        tree = jax.tree.map(np.asarray, tree)
+        if checksum(tree) != record["checksum"]:
+            raise DamagedError(f"checkpoint {step} is damaged: its checksum does not fit")
+        theirs, ours = describe(tree), describe(jax.eval_shape(as_tree, like))
+        for name in sorted(theirs.keys() | ours.keys()):
+            if theirs.get(name) != ours.get(name):
+                raise CheckpointError(
+                    f"checkpoint {step} is of another model: {name} is "
+                    f"{theirs.get(name, 'absent')}; allowed: {ours.get(name, 'absent')}"
+                )
         return from_host(tree, like), record
 
-    def restore_newest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore_newest(
+        self,
+        like: TrainState,
+        check: Callable[[Mapping[str, Any]], None] = lambda record: None,
+    ) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest checkpoint that is intact; None if there is no checkpoint.
 
-        A damaged one is named in a warning and left where it is.
+        Damaged ones are named in warnings. They are not deleted: unless the folder is read only,
+        they are renamed, so that the run can save the same step again.
 
         Raises:
-          CheckpointError: there are checkpoints, and none is intact.
+          CheckpointError: there are checkpoints, and none is intact; or one is not the run's.
         """
-        steps = self.steps()
-        for step in steps:
+        damaged: list[int] = []
+        for step in self.steps():
             try:
-                return self.restore(step, like)
-            except CheckpointError as error:
+                found = self.restore(step, like, check)
+            except DamagedError as error:
                 log.warning("%s; trying the one before", error)
-        if steps:
+                damaged.append(step)
+                continue
+            self._preserve.best = found[1]["best"]["step"]
+            if damaged and not self._read_only:
+                self._set_aside(damaged)
+            return found
+        if damaged:
             raise CheckpointError(
-                f"none of the checkpoints in {self._directory} is intact: {steps}"
+                f"none of the checkpoints in {self._directory} is intact: {damaged}; "
+                "allowed: another workdir, for a new run"
             )
         return None
+
+    def _read(self, step: int, item: str, args: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+        except Exception as error:  # Orbax raises many types on a damaged folder
+            reason = " ".join(str(error).split())[:200]
+            raise DamagedError(f"checkpoint {step} cannot be read: {reason}") from error
+
+    def _read_record(self, step: int) -> dict[str, Any]:
+        content = self._read(step, "record", ocp.args.JsonRestore())
+        try:
+            record, sealed = content["record"], content["sha256"]
+            intact = seal(record) == sealed
+        except (KeyError, TypeError):
+            intact = False
+        if not intact:
+            raise DamagedError(f"checkpoint {step} is damaged: its record is not as it was saved")
+        return record
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        if jax.process_index() == 0:
+            for step in steps:
+                source = self._directory / str(step)
+                names = (f"{step}.damaged" + (f"-{n}" if n else "") for n in range(10_000))
+                free = next(name for name in names if not (self._directory / name).exists())
+                source.rename(self._directory / free)
+                log.warning("checkpoint %d is kept as %s", step, self._directory / free)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints set aside")
+        self._manager.reload()

@@ -1,88 +1,54 @@
-"""The command line of `train.py`: reads flags, calls the loop, turns mistakes into one line."""
+"""Command lines: what a command raises becomes one line on standard error and an exit code."""
 
-import argparse
 import logging
-import runpy
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from absl import flags
-from ml_collections import config_flags
-
-from rollingq_jax.errors import ConfigError, UserError
-from rollingq_jax.train.interrupt import EXIT_CODE, Interrupted
+from rollingq_jax.errors import UserError
+from rollingq_jax.train.arguments import USAGE, parse
+from rollingq_jax.train.interrupt import EXIT_CODE, Interrupted, Interruption
 
 USER_ERROR = 2
-
-
-def define_flags(values: flags.FlagValues) -> None:
-    """Adds `--config` (with `--config.FIELD=VALUE`) and `--workdir`."""
-    config_flags.DEFINE_config_file(
-        "config", None, "A file with get_config(), which is run as Python.", flag_values=values
-    )
-    flags.DEFINE_string("workdir", None, "The run's folder, local or gs://.", flag_values=values)
-
-
-def parse(argv: Sequence[str], values: flags.FlagValues | None = None) -> flags.FlagValues:
-    """Flags from a command line.
-
-    Raises:
-      ConfigError: a flag or a field is unknown, ill-typed or missing.
-    """
-    values = flags.FlagValues() if values is None else values
-    define_flags(values)
-    try:
-        rest = values(list(argv))
-    except AttributeError as error:
-        raise ConfigError(unknown_field(argv, error)) from None
-    except (flags.Error, OSError, TypeError, ValueError, SyntaxError, ImportError) as error:
-        raise ConfigError(" ".join(str(error).split())) from None
-    if len(rest) > 1:
-        raise ConfigError(f"argument {rest[1]!r} is not known; allowed: flags that begin with --")
-    for name in ("config", "workdir"):
-        if values[name].value is None:
-            raise ConfigError(f"--{name} is missing; allowed: --config FILE --workdir FOLDER")
-    return values
-
-
-def unknown_field(argv: Sequence[str], error: AttributeError) -> str:
-    """The line for a field that the configuration does not have."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config", "-config")
-    path = parser.parse_known_args(list(argv))[0].config
-    overrides = [a.split("=")[0].lstrip("-") for a in argv if a.lstrip("-").startswith("config.")]
-    for override in overrides:
-        node = runpy.run_path(path)["get_config"]()
-        for name in override.split(".")[1:]:
-            if not hasattr(node, "keys") or name not in node:
-                allowed = ", ".join(sorted(node.keys())) if hasattr(node, "keys") else "no fields"
-                return f"{override} is not a field of the configuration; allowed there: {allowed}"
-            node = node[name]
-    return str(error)
+IO_ERROR = 74  # EX_IOERR of sysexits.h
+KILLED_BY_SIGINT = 130
 
 
 def run_command(command: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> int:
-    """Runs a command and returns its exit code: 0, 2 for a user's mistake, 75 when interrupted.
+    """Runs a command and returns its exit code.
 
-    A mistake becomes one line on standard error, without a traceback.
+    0, or 2 for a user's mistake, 74 where reading or writing failed, 75 when interrupted with the
+    state saved, 130 for SIGINT elsewhere. All but 0 come with one line on standard error, without a
+    traceback.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         command(argv)
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        return EXIT_CODE
+        return _fail(str(stopped), EXIT_CODE)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_ERROR
+        return _fail(f"error: {error}", USER_ERROR)
+    except OSError as error:
+        return _fail(f"error: {error}", IO_ERROR)
+    except KeyboardInterrupt:
+        return _fail("interrupted", KILLED_BY_SIGINT)
     return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(" ".join(message.split()), file=sys.stderr)
+    return code
 
 
 def train_command(argv: Sequence[str]) -> None:
     """`train.py`."""
-    values = parse(argv)
-    from rollingq_jax.train.loop import train_and_evaluate
+    if {"-h", "--help"} & set(argv):
+        print(f"usage: {os.path.basename(argv[0])} {USAGE}")
+        return
+    with Interruption(ends_process=True) as interruption:
+        values = parse(argv)
+        from rollingq_jax.train.loop import train_and_evaluate
 
-    train_and_evaluate(values.config, values.workdir)
+        train_and_evaluate(values.config, values.workdir, interruption=interruption)

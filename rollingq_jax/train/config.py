@@ -1,14 +1,17 @@
 """The configuration of a run: its fields, their defaults and what they may hold."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.models.fields import FLAG, Rule, as_mapping, integer, one_of, read_fields, real
+from rollingq_jax.models.spec import ENCODER_RULES, MODEL_RULES
 
 OPTIMIZERS = ("sgd", "adam")
 PARALLEL = ("jit", "pmap")
+NONFINITE = ("stop", "skip")
 
 
 def _at_least(low: float) -> Rule:
@@ -25,6 +28,7 @@ RULES = {
         "log_every": integer(1),
         "parallel": one_of(PARALLEL),
         "vit_weights": TEXT,
+        "nonfinite": one_of(NONFINITE),
     },
     "optimizer": {
         "name": one_of(OPTIMIZERS),
@@ -44,7 +48,12 @@ RULES = {
         "method": one_of(("geodesic", "svd")),
         "joint": FLAG,
     },
-    "checkpoint": {"every_epochs": integer(1), "keep": integer(1)},
+    "checkpoint": {
+        "every_epochs": integer(1),
+        "every_steps": integer(0),
+        "every_minutes": _at_least(0),
+        "keep": integer(1),
+    },
     "upstream_compat": {
         "last_batch_air": FLAG,
         "statistics_pass": FLAG,
@@ -57,6 +66,7 @@ RULES = {
 FREE_FIELDS = (
     "log_every",
     "parallel",
+    "nonfinite",
     "checkpoint.",
     "data.cache_dir",
     "data.path",
@@ -77,6 +87,7 @@ def default_config() -> ConfigDict:
             "log_every": 10,  # steps between rows of metrics.jsonl
             "parallel": "jit",
             "vit_weights": "",  # file of an ImageNet-21k ViT-B/16 from which the encoders start
+            "nonfinite": "stop",  # at a loss or gradient that is NaN or infinite; "skip": no update
             "optimizer": {
                 "name": "sgd",
                 "learning_rate": 1e-3,
@@ -95,7 +106,12 @@ def default_config() -> ConfigDict:
                 "method": "geodesic",
                 "joint": False,  # all heads decide together
             },
-            "checkpoint": {"every_epochs": 1, "keep": 2},
+            "checkpoint": {
+                "every_epochs": 1,
+                "every_steps": 0,  # also within an epoch; 0: not by steps
+                "every_minutes": 0.0,  # likewise, by the clock
+                "keep": 2,  # of the newest, beside the best
+            },
             "upstream_compat": {
                 "last_batch_air": False,
                 "statistics_pass": False,
@@ -132,7 +148,7 @@ def check_config(config: Any) -> None:
     """Checks the fields that the training loop reads; the model and the data check their own.
 
     Raises:
-      ConfigError: a field is unknown or missing, or its value is not allowed; the message says which.
+      ConfigError: a field is unknown or missing, or its value is not allowed; says which.
     """
     fields = as_mapping(config, "config")
     sections = [name for name in RULES if name] + ["data", "model"]
@@ -159,6 +175,50 @@ def _complete(fields: dict[str, Any], rules: dict[str, Rule], where: str) -> Non
             raise ConfigError(f"{where}.{name} is missing; allowed: {rules[name].allowed}")
 
 
+def allowed_in(field: str, config: Any) -> str:
+    """What a field may hold, in words: by its rule, or else by the type of its value."""
+    section, _, name = field.rpartition(".")
+    rules = RULES.get(section, {})
+    if section == "model":
+        rules = MODEL_RULES
+    elif section.startswith("model.encoders."):
+        rules = ENCODER_RULES
+    if name in rules:
+        return rules[name].allowed
+    value = config
+    for part in field.split("."):
+        value = value[part] if hasattr(value, "keys") and part in value else None
+    return "a mapping of fields" if hasattr(value, "keys") else f"a {type(value).__name__}"
+
+
+def from_json(content: Mapping[str, Any]) -> ConfigDict:
+    """A configuration from JSON: lists become tuples, as configurations have them.
+
+    A field that is missing, as in the file of an older version, gets its default.
+
+    Raises:
+      ConfigError: a name cannot be a field's.
+    """
+
+    def fields(section: Mapping[str, Any]) -> dict[str, Any]:
+        return {n: fields(v) if isinstance(v, Mapping) else _tuples(v) for n, v in section.items()}
+
+    try:
+        return ConfigDict(with_defaults(fields(content), default_config().to_dict()))
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"config is not a mapping of fields ({reason})") from None
+
+
+def with_defaults(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`given`, with the fields that only `defaults` has, in every section that both have."""
+    filled = {**defaults, **given}
+    for name, value in defaults.items():
+        if isinstance(value, Mapping) and isinstance(filled[name], Mapping):
+            filled[name] = with_defaults(filled[name], value)
+    return filled
+
+
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """`{"a": {"b": 1}} -> {"a.b": 1}`, with lists as tuples so that JSON compares equal."""
     flat: dict[str, Any] = {}
@@ -166,8 +226,12 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         if hasattr(value, "items"):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = tuple(value) if isinstance(value, list | tuple) else value
+            flat[prefix + name] = _tuples(value)
     return flat
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def differing_fields(ours: Any, theirs: Any) -> dict[str, tuple[Any, Any]]:

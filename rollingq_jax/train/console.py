@@ -78,11 +78,18 @@ class Console:
             if row["split"] == "train":
                 names = ("loss", "accuracy", "imbalance")
                 self._bar.set_postfix({n: f"{row[n]:.3f}" for n in names if n in row})
+                if row.get("skipped"):
+                    self._print(
+                        f"epoch {row['epoch']}, step {row['step']}: skipped {row['skipped']} "
+                        "updates whose loss or gradient was NaN or infinite"
+                    )
             elif row["split"] == "roll":
+                mended = "; R had drifted from orthogonal and is mended"
                 self._print(
                     f"epoch {row['epoch']}, head {row['head']}: rotated the query by "
                     f"{row['angle_degrees']:.1f} degrees; imbalance "
                     f"{row['imbalance_before']:.3f} -> {row['imbalance_after']:.3f}"
+                    f"{mended if row.get('mended') else ''}"
                 )
             else:
                 self._print(epoch_line(row))

@@ -1,6 +1,6 @@
 """A pass over one split: means over its examples, and each example's own outputs."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,10 @@ Columns = dict[str, np.ndarray]
 
 
 def evaluate(
-    parallel: Parallel, state: TrainState, batches: Iterable[dict[str, np.ndarray]]
+    parallel: Parallel,
+    state: TrainState,
+    batches: Iterable[dict[str, np.ndarray]],
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, float], Columns]:
     """Evaluates a state on every example of a split.
 
@@ -21,6 +24,7 @@ def evaluate(
       parallel: the evaluation step over all devices.
       state: parameters and rotation.
       batches: from `eval_batches`; padding rows are left out of both results.
+      check: called before each batch; may end the pass by raising.
 
     Returns:
       The row for `metrics.jsonl`, and columns `[N, ...]`: `probabilities`, `label`, `quality_*`
@@ -29,6 +33,7 @@ def evaluate(
     sums: dict[str, Any] = {}
     columns: dict[str, list[np.ndarray]] = {}
     for batch in batches:
+        check()
         placed = parallel.put_batch(batch)
         batch_sums, examples = parallel.eval_step(state, placed)
         sums = add_sums(sums, batch_sums_on_host(parallel, batch_sums))

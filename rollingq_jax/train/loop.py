@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,14 +14,16 @@ from rollingq_jax.train.checkpoint import Checkpoints
 from rollingq_jax.train.config import check_config
 from rollingq_jax.train.console import Console
 from rollingq_jax.train.interrupt import Interrupted, Interruption
+from rollingq_jax.train.lock import locked
 from rollingq_jax.train.meter import Meter
 from rollingq_jax.train.run import Run
+from rollingq_jax.train.saving import SaveSchedule, explained
 from rollingq_jax.train.snapshot import save_snapshot
 from rollingq_jax.train.state import TrainState
 from rollingq_jax.train.summary import finish_run, print_summary, read_summary
 from rollingq_jax.train.upstream import roll_after_epoch
-from rollingq_jax.train.workdir import claim, open_workdir
-from rollingq_jax.train.writer import MetricsWriter
+from rollingq_jax.train.workdir import check_free, check_workdir, claim
+from rollingq_jax.train.writer import MetricsWriter, Row
 
 log = logging.getLogger(__name__)
 
@@ -34,16 +37,27 @@ class Best(NamedTuple):
 
 
 class Tools(NamedTuple):
-    """Where a run's numbers and states go."""
+    """Where a run's numbers and states go, and what may stop it."""
 
     checkpoints: Checkpoints
+    saves: SaveSchedule
     meter: Meter
     writer: MetricsWriter
     console: Console
+    interruption: Interruption
+
+    def report(self, rows: list[Row]) -> None:
+        """Writes and shows rows."""
+        self.writer.write(rows)
+        self.console.show(rows)
 
 
 def train_and_evaluate(
-    config: Any, workdir: epath.PathLike, *, max_steps: int | None = None
+    config: Any,
+    workdir: epath.PathLike,
+    *,
+    max_steps: int | None = None,
+    interruption: Interruption | None = None,
 ) -> dict[str, Any]:
     """Trains as the configuration says, going on from what the folder holds, and tests at the end.
 
@@ -51,99 +65,149 @@ def train_and_evaluate(
       config: an `ml_collections.ConfigDict` with the fields of `default_config()`.
       workdir: the run's folder, local or gs://. The README says what is left in it.
       max_steps: stop at this step as an interruption would, with a checkpoint.
+      interruption: what may stop the run, if the caller has entered one already.
 
     Returns:
       The summary, as `summary.json` holds it.
 
     Raises:
-      ConfigError, DataError, CheckpointError: what the user gave cannot be used; what was in the
-        folder is as it was.
+      ConfigError, DataError, CheckpointError: what the user gave cannot be used, and what was in
+        the folder is as it was; or data or folder failed in the middle, and the last checkpoint is
+        intact.
+      NonFiniteError: a loss or gradient was NaN or infinite; the last checkpoint is from before.
       Interrupted: SIGINT, SIGTERM or `max_steps` ended the run early; its state is saved.
     """
+    if interruption is None:
+        with Interruption() as interruption:
+            return train_and_evaluate(
+                config, workdir, max_steps=max_steps, interruption=interruption
+            )
     check_config(config)
-    workdir = open_workdir(workdir)
+    workdir = check_workdir(workdir)
     run = Run(config, load_dataset(config.data, seed=config.seed), workdir)
-    claim(workdir, run.config)
+    check_free(workdir, run.config)
     summary = read_summary(workdir)
     if summary is None:
-        with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
-            state, record = checkpoints.restore_newest(run.initial_state()) or (None, {})
-            state = run.initial_state() if state is None else state
-            best = train(run, checkpoints, state, record, max_steps)
-            summary = finish_run(run, checkpoints, best.step)
+        workdir.mkdir(parents=True, exist_ok=True)
+        with locked(workdir):
+            claim(workdir, run.config)
+            with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
+                summary = complete(run, checkpoints, interruption, max_steps)
     print_summary(summary, workdir)
     return summary
+
+
+def complete(
+    run: Run, checkpoints: Checkpoints, interruption: Interruption, max_steps: int | None
+) -> dict[str, Any]:
+    """From the newest checkpoint to the summary."""
+    state = run.initial_state()
+    found = checkpoints.restore_newest(state, run.check_record)
+    state, record = found or (state, {})
+    with explained(run.workdir, checkpoints):
+        best = train(run, checkpoints, state, record, interruption, max_steps)
+        checkpoints.wait()
+        interruption.unsaved = False
+        return finish_run(run, checkpoints, best._asdict())
 
 
 def train(
     run: Run,
     checkpoints: Checkpoints,
     state: TrainState,
-    record: dict[str, Any],
+    record: Mapping[str, Any],
+    interruption: Interruption,
     max_steps: int | None,
 ) -> Best:
     """Steps from the given state to the last; returns the best checkpoint."""
-    setup, parallel, start_step = run.setup, run.parallel, int(state.step)
-    best = Best(**record.get("best", {}))
+    config, setup, parallel, start_step = run.config, run.setup, run.parallel, int(state.step)
+    best, validate_first = Best(**record.get("best", {})), record.get("validate", False)
     with contextlib.ExitStack() as stack:
+        writer = MetricsWriter(run.workdir, start_step, validate=validate_first)
         tools = Tools(
             checkpoints,
-            Meter(parallel, setup, record.get("sums", {})),
-            stack.enter_context(contextlib.closing(MetricsWriter(run.workdir, start_step))),
+            SaveSchedule(
+                config.checkpoint.every_steps, config.checkpoint.every_minutes, config.log_every
+            ),
+            Meter(parallel, setup, state.params, record, skip=config.nonfinite == "skip"),
+            stack.enter_context(contextlib.closing(writer)),
             stack.enter_context(Console(setup, state, run.dataset)),
+            interruption,
         )
-        interruption = stack.enter_context(Interruption())
         state = parallel.put_state(state)
+        if validate_first:
+            best = validate(run, state, best, tools)
         batches = run.batches(start_step, setup.total_steps)
-        stack.callback(batches.close)
+        stack.enter_context(contextlib.closing(batches))
         for step in range(start_step + 1, setup.total_steps + 1):
             with tools.meter.waiting():
                 batch = next(batches)
             state, sums, roll = parallel.train_step(state, parallel.put_batch(batch))
+            interruption.unsaved = True
             tools.meter.add(step, sums, roll if run.checks_after(step) else None)
             tools.console.advance()
             epoch_ends = step % setup.epoch_steps == 0
-            if epoch_ends or step % run.config.log_every == 0:
-                rows = tools.meter.rows(step)
-                tools.writer.write(rows)
-                tools.console.show(rows)
+            if epoch_ends or step % config.log_every == 0:
+                tools.report(tools.meter.rows(step))
+                checkpoints.check()
             if epoch_ends:
-                state, best = end_epoch(run, state, best, sums, tools)
-            stop = interruption.requested or step == max_steps
-            if stop and step < setup.total_steps:
-                sums = tools.meter.flush()
-                checkpoints.save(parallel.get(state), run.record(best._asdict(), sums))
+                if run.rolls_after_epoch:
+                    state = roll_between_epochs(run, state, sums, tools)
+                best = validate(run, state, best, tools)
+            stop = (interruption.reached(step) or step == max_steps) and step < setup.total_steps
+            if stop or (not epoch_ends and tools.saves.due(step)):
+                save(run, state, best, tools)
+            if stop:
                 checkpoints.wait()
                 raise Interrupted(step)
     return best
 
 
-def end_epoch(
-    run: Run, state: TrainState, best: Best, last_sums: Any, tools: Tools
-) -> tuple[TrainState, Best]:
-    """Validation, its rows, the picture of a rotation, and a checkpoint where one is due."""
+def save(run: Run, state: TrainState, best: Best, tools: Tools, *, validate: bool = False) -> None:
+    """A checkpoint, and what has to be on disk before it.
+
+    `validate` marks one at an epoch's end whose validation is still to come.
+    """
+    rows, pending = tools.meter.pending()
+    tools.report(rows)
+    record = run.record(best._asdict(), validate=validate, **pending)
+    tools.checkpoints.save(run.parallel.get(state), record)
+    tools.saves.saved()
+
+
+def roll_between_epochs(run: Run, state: TrainState, last_sums: Any, tools: Tools) -> TrainState:
+    """Upstream's roll, which is made between two epochs and not in a step."""
+    one, roll = roll_after_epoch(run, run.parallel.get(state), run.parallel.get(last_sums))
+    tools.report(tools.meter.roll_rows(int(one.step), jax.device_get(roll)))
+    return run.parallel.put_state(one)
+
+
+def validate(run: Run, state: TrainState, best: Best, tools: Tools) -> Best:
+    """An epoch's end: validation, its row, the picture of a rotation, a checkpoint if one is due.
+
+    Raises:
+      Interrupted: the run shall stop; its state is saved, its validation is still to come.
+    """
     one = run.parallel.get(state)
     step = int(one.step)
     epoch = step // run.setup.epoch_steps
-    roll = tools.meter.take_roll()
-    if run.rolls_after_epoch:
-        one, roll = roll_after_epoch(run, one, run.parallel.get(last_sums))
-        state = run.parallel.put_state(one)
-        rows = tools.meter.roll_rows(step, jax.device_get(roll))
-        tools.writer.write(rows)
-        tools.console.show(rows)
-    means, columns = run.evaluate(state, run.selection_split)
+    try:
+        means, columns = run.evaluate(state, run.selection_split, tools.interruption.check)
+    except Interrupted:
+        save(run, state, best, tools, validate=True)
+        tools.checkpoints.wait()
+        raise Interrupted(step) from None
     counts = {} if one.rolling is None else {"rotations": int(np.sum(one.rolling.count))}
     row = {"step": step, "epoch": epoch, "split": "valid"} | means | counts | tools.meter.timing()
-    tools.writer.write([row])
-    tools.console.show([row])
-    if roll is not None:
-        save_snapshot(run.workdir, step, epoch, roll, columns)
+    tools.report([row])
+    turn = tools.meter.take_turn()
+    if turn is not None and jax.process_index() == 0:
+        save_snapshot(run.workdir, step, epoch, turn, columns)
     improved = means["accuracy"] > best.accuracy
     if improved:
         best = Best(step, epoch, means["accuracy"])
     last = step == run.setup.total_steps
-    if improved or last or epoch % run.config.checkpoint.every_epochs == 0:
-        record = run.record(best._asdict(), {})
-        tools.checkpoints.save(one, record, best.accuracy if improved else None)
-    return state, best
+    due = epoch % run.config.checkpoint.every_epochs == 0 or tools.saves.due(step)
+    if improved or last or due:
+        save(run, state, best, tools)
+    return best

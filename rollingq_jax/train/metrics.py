@@ -87,9 +87,9 @@ def finish(sums: Mapping[str, Any]) -> dict[str, float]:
     """Means from sums: the row of `metrics.jsonl`.
 
     Adds `imbalance`, the mean over heads of max_m c^m - min_m c^m, and, for two modalities, `air`,
-    the mean over heads of c^1 - c^2.
+    the mean over heads of c^1 - c^2. Means over no example are NaN; `skipped` stays a count.
     """
-    weight = max(float(sums["weight"]), 1.0)
+    weight = float(sums["weight"]) or float("nan")
     row, scores = {}, []
     for name, value in sums.items():
         kind, _, modality = name.partition("/")
@@ -99,6 +99,8 @@ def finish(sums: Mapping[str, Any]) -> dict[str, float]:
             score = np.asarray(value) / max(float(sums[f"weight/{modality}"]), 1.0)
             scores.append(score)
             row[name] = float(np.mean(score))
+        elif kind == "skipped":
+            row[name] = int(value)
         else:
             row[name] = float(value) / weight
     if scores:

@@ -70,8 +70,8 @@ def report_figures(
             geometry,
             "Polar plots of the mean keys of each modality around the class query.",
             "Angles are those between the query and each validation example's mean keys, in the "
-            "plane of the query and of the difference of the modalities; the rotation takes the query to "
-            "the anchor.",
+            "plane of the query and of the difference of the modalities; the rotation takes the "
+            "query to the anchor.",
         )
     share, quality = (
         by_modality(run, columns, "attention_share"),

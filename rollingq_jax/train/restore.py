@@ -1,5 +1,6 @@
 """A finished or stopped run, read back from its folder."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +12,10 @@ from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.types import Dataset
 from rollingq_jax.errors import CheckpointError
 from rollingq_jax.train.checkpoint import Checkpoints
-from rollingq_jax.train.config import check_config
+from rollingq_jax.train.config import check_config, from_json
 from rollingq_jax.train.setup import build
-from rollingq_jax.train.workdir import read_config
+from rollingq_jax.train.summary import read_summary
+from rollingq_jax.train.workdir import check_same_run, read_config
 
 
 class LoadedRun(NamedTuple):
@@ -36,17 +38,6 @@ class LoadedRun(NamedTuple):
     step: int
 
 
-def as_config(config: Any) -> ConfigDict:
-    """A configuration from JSON: lists become tuples, as configurations have them."""
-
-    def tuples(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: tuples(item) for name, item in value.items()}
-        return tuple(tuples(item) for item in value) if isinstance(value, list) else value
-
-    return ConfigDict(tuples(config))
-
-
 def load_run(workdir: epath.PathLike) -> LoadedRun:
     """Reads back the best checkpoint of a run.
 
@@ -65,18 +56,24 @@ def load_run(workdir: epath.PathLike) -> LoadedRun:
             f"workdir is {str(workdir)!r}; allowed: the folder of a run, with config.json and "
             "checkpoints"
         )
-    config = as_config(stored)
+    config = from_json(stored)
     check_config(config)
     dataset = load_dataset(config.data, seed=config.seed)
     setup = build(config, dataset)
     like = setup.initial_state(config, dataset)
-    with Checkpoints(path / "checkpoints", config.checkpoint.keep) as checkpoints:
-        newest = checkpoints.restore_newest(like)
+    summary = read_summary(path)
+
+    def check(record: Mapping[str, Any]) -> None:
+        check_same_run(config, from_json(record["config"]), f"a checkpoint in {path}")
+
+    with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
+        newest = checkpoints.restore_newest(like, check)
         if newest is None:
             raise CheckpointError(f"workdir {path} holds no checkpoint yet")
         state, record = newest
-        if record["best"]["step"] not in (-1, int(state.step)):
-            state, _ = checkpoints.restore(record["best"]["step"], like)
+        best = (summary or record)["best"]["step"]
+        if best not in (-1, int(state.step)):
+            state, _ = checkpoints.restore(best, like, check)
     return LoadedRun(
         setup.model, state.params, state.rotation, config, dataset, int(np.asarray(state.step))
     )

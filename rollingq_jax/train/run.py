@@ -1,19 +1,22 @@
 """The parts of one run put together: data, steps over all devices, evaluation."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from rollingq_jax.data.pipeline import eval_batches, train_batches
 from rollingq_jax.data.types import Dataset
+from rollingq_jax.errors import CheckpointError
 from rollingq_jax.train import parallel as parallel_lib
+from rollingq_jax.train.config import default_config, with_defaults
 from rollingq_jax.train.evaluation import Columns, evaluate
+from rollingq_jax.train.feed import Feed
 from rollingq_jax.train.setup import Setup, build, resolve_config
 from rollingq_jax.train.state import TrainState
 from rollingq_jax.train.steps import make_eval_step, make_train_step
+from rollingq_jax.train.workdir import check_same_run
 
 
 class Run:
@@ -66,34 +69,65 @@ class Run:
         """The state at step 0, on one device."""
         return self.setup.initial_state(self.config, self.dataset)
 
-    def batches(self, start_step: int, num_steps: int) -> Iterator[dict[str, np.ndarray]]:
+    def batches(self, start_step: int, num_steps: int) -> Feed:
         """Training batches of the steps `start_step .. num_steps - 1`, this process's rows."""
-        return train_batches(
-            self.dataset.splits["train"],
-            batch_size=self.config.batch_size,
-            seed=self.config.seed,
-            start_step=start_step,
-            num_steps=num_steps,
-            transforms=self.dataset.train_transforms,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            prefetch=self.config.data.prefetch,
+        options = self._reading() | {"start_step": start_step, "num_steps": num_steps}
+        return self._checked(
+            train_batches(
+                self.dataset.splits["train"],
+                transforms=self.dataset.train_transforms,
+                **options,
+            )
         )
 
-    def evaluate(self, state: TrainState, split: str) -> tuple[dict[str, float], Columns]:
-        """Means over a split, and each of its examples' outputs (see `evaluation.evaluate`)."""
+    def evaluate(
+        self, state: TrainState, split: str, check: Callable[[], None] = lambda: None
+    ) -> tuple[dict[str, float], Columns]:
+        """Means over a split, and each of its examples' outputs (see `evaluation.evaluate`).
+
+        `check` is called before each batch, and may end the pass by raising.
+        """
         batches = eval_batches(
-            self.dataset.splits[split],
-            batch_size=self.config.batch_size,
-            seed=self.config.seed,
-            transforms=self.dataset.eval_transforms,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            prefetch=self.config.data.prefetch,
+            self.dataset.splits[split], transforms=self.dataset.eval_transforms, **self._reading()
         )
-        return evaluate(self.parallel, state, batches)
+        return evaluate(self.parallel, state, self._checked(batches), check)
 
-    def record(self, best: dict[str, Any], sums: dict[str, Any]) -> dict[str, Any]:
-        """What a checkpoint holds beside the state, as JSON: the best so far, the sums of the row
-        of `metrics.jsonl` under way, and the configuration."""
-        return {"best": best, "sums": sums, "config": self.config.to_dict()}
+    def _reading(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.config.batch_size,
+            "seed": self.config.seed,
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+            "prefetch": self.config.data.prefetch,
+        }
+
+    def _checked(self, batches: Any) -> Feed:
+        rows = self.config.batch_size // jax.process_count()
+        return Feed(batches, self.dataset, self.setup.model.spec.modalities, rows)
+
+    def record(self, best: Mapping[str, Any], **rest: Any) -> dict[str, Any]:
+        """What a checkpoint holds beside the state, as JSON: the best so far, what else the loop
+        needs to go on from there, the configuration, and how much data there was."""
+        examples = {split: len(source) for split, source in self.dataset.splits.items()}
+        return {
+            "best": best,
+            "config": self.config.to_dict(),
+            "examples": examples,
+            **rest,
+        }
+
+    def check_record(self, record: Mapping[str, Any]) -> None:
+        """A checkpoint is this run's.
+
+        Raises:
+          CheckpointError: its configuration or its data are others; says in which fields.
+        """
+        theirs = with_defaults(record["config"], default_config().to_dict())
+        check_same_run(self.config, theirs, f"a checkpoint in {self.workdir}")
+        for split, source in self.dataset.splits.items():
+            before = record["examples"].get(split)
+            if before != len(source):
+                raise CheckpointError(
+                    f"the data's split {split!r} has {len(source)} examples and had {before} when "
+                    f"the checkpoint in {self.workdir} was saved; allowed: the same data"
+                )

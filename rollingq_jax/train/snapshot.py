@@ -11,6 +11,7 @@ from etils import epath
 from rollingq_jax.train.steps import Roll
 
 MAX_EXAMPLES = 300
+Turn = dict[str, list[float]]
 
 
 class Snapshot(NamedTuple):
@@ -30,20 +31,28 @@ class Snapshot(NamedTuple):
     anchor: np.ndarray
 
 
-def save_snapshot(
-    workdir: epath.Path, step: int, epoch: int, roll: Roll, columns: Mapping[str, np.ndarray]
-) -> None:
-    """Writes `rotations/<step>.npz`; a rotation of other heads than the first is not drawn."""
+def turn_of(roll: Roll) -> Turn | None:
+    """Query and anchor of the first head, as JSON has them; None if that head did not roll."""
     if not roll.info.rolled[0]:
-        return
+        return None
+    return {
+        "query": np.asarray(roll.query[0]).tolist(),
+        "anchor": np.asarray(roll.info.anchor[0]).tolist(),
+    }
+
+
+def save_snapshot(
+    workdir: epath.Path, step: int, epoch: int, turn: Turn, columns: Mapping[str, np.ndarray]
+) -> None:
+    """Writes `rotations/<step>.npz`: the last rotation of the epoch that ends with the step."""
     keys = {n: v[:MAX_EXAMPLES] for n, v in columns.items() if n.startswith("mean_keys/")}
     buffer = io.BytesIO()
     np.savez_compressed(
         buffer,
         step=step,
         epoch=epoch,
-        query=np.asarray(roll.query[0]),
-        anchor=np.asarray(roll.info.anchor[0]),
+        query=np.asarray(turn["query"], np.float32),
+        anchor=np.asarray(turn["anchor"], np.float32),
         **keys,
     )
     folder = workdir / "rotations"

@@ -23,6 +23,7 @@ from rollingq_jax.train.metrics import (
     modality_weight,
     psum,
 )
+from rollingq_jax.train.numerics import NONFINITE, choose_finite, nonfinite_flags
 from rollingq_jax.train.state import TrainState
 
 Batch = dict[str, Array]
@@ -138,6 +139,8 @@ def make_train_step(
     Returns:
       `train_step(state, batch, axis_name=None) -> (state, sums, roll)`: the sums are the global
       batch's, from the parameters before the update; `roll` is None where the step does not check.
+      A step whose loss or gradient is not finite changes the step number alone, adds nothing to the
+      sums, and says so in `sums["nonfinite"]` (see `numerics.py`).
     """
 
     def trigger(
@@ -156,15 +159,21 @@ def make_train_step(
         def loss_fn(params):
             return loss_sums(model, params, state, batch, axis_name)
 
-        gradient, (logits, out) = jax.grad(loss_fn, has_aux=True)(state.params)
-        gradient = psum(gradient, axis_name)
+        (loss, (logits, out)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        loss, gradient = psum((loss, gradient), axis_name)
+        flags = nonfinite_flags(loss, gradient)
+        finite = ~jnp.any(flags)
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        params, opt_state = choose_finite(
+            finite, (params, opt_state), (state.params, state.opt_state)
+        )
         sums = psum(batch_sums(logits, out, batch), axis_name)
+        sums = choose_finite(finite, sums, jax.tree.map(jnp.zeros_like, sums))
         rolling, roll = state.rolling, None
         if schedule is not None:
             weight = modality_weight(out, example_weight(batch))
-            seen = weight * schedule.observes(state.step).astype(weight.dtype)
+            seen = weight * (schedule.observes(state.step) & finite).astype(weight.dtype)
             rolling = roller.observe(rolling, out["query"], stacked_keys(out), seen, axis_name)
         if schedule is not None and check:
 
@@ -177,6 +186,7 @@ def make_train_step(
             rolling, roll = jax.lax.cond(
                 schedule.checks(state.step), due, lambda rolling: (rolling, nothing), rolling
             )
+        sums[NONFINITE] = flags
         state = state.replace(
             step=state.step + 1, params=params, opt_state=opt_state, rolling=rolling
         )

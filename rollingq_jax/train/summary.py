@@ -2,8 +2,10 @@
 
 import importlib.metadata
 import json
+import logging
 import platform
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,11 +13,15 @@ import numpy as np
 from etils import epath
 
 from rollingq_jax.analysis import statistics
-from rollingq_jax.train.checkpoint import Checkpoints
+from rollingq_jax.errors import CheckpointError
+from rollingq_jax.train.checkpoint import Checkpoints, DamagedError
 from rollingq_jax.train.console import count, device_line
 from rollingq_jax.train.evaluation import Columns
 from rollingq_jax.train.run import Run
-from rollingq_jax.train.writer import MetricsWriter, table, write_whole
+from rollingq_jax.train.state import TrainState
+from rollingq_jax.train.writer import MetricsWriter, read_rows, table, write_whole
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("rollingq-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -34,7 +40,16 @@ def versions() -> dict[str, str]:
 def read_summary(workdir: epath.Path) -> dict[str, Any] | None:
     """The summary of a finished run; None if the run has not finished."""
     path = workdir / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        summary = json.loads(path.read_text())
+        summary["best"]["step"], summary["test_accuracy"]
+    except (ValueError, TypeError, KeyError):
+        raise CheckpointError(
+            f"{path} is damaged; allowed: the summary of a run, or none, to make it anew"
+        ) from None
+    return summary
 
 
 def class_names(run: Run) -> tuple[str, ...]:
@@ -80,15 +95,33 @@ def test_scores(run: Run, columns: Columns) -> dict[str, Any]:
     return scores
 
 
-def finish_run(run: Run, checkpoints: Checkpoints, best_step: int) -> dict[str, Any]:
+def restore_best(
+    run: Run, checkpoints: Checkpoints, best: Mapping[str, Any]
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state of the best checkpoint; where that is damaged, of the newest that is not."""
+    like = run.initial_state()
+    try:
+        return checkpoints.restore(best["step"], like, run.check_record)[0], dict(best)
+    except DamagedError as error:
+        found = checkpoints.restore_newest(like, run.check_record)
+        if found is None:
+            raise
+        log.warning("the best %s; the newest is tested in its place", error)
+    state, step = found[0], int(found[0].step)
+    rows = read_rows(run.workdir / "metrics.jsonl")
+    accuracy = [r["accuracy"] for r in rows if (r["split"], r["step"]) == ("valid", step)]
+    epoch = step // run.setup.epoch_steps
+    return state, {"step": step, "epoch": epoch, "accuracy": accuracy[0] if accuracy else None}
+
+
+def finish_run(run: Run, checkpoints: Checkpoints, best: Mapping[str, Any]) -> dict[str, Any]:
     """Tests the best checkpoint and leaves the summary, the figures and the report.
 
     The summary is written last: as long as it is missing, the same command does this again.
     """
     from rollingq_jax.train.pictures import draw
 
-    checkpoints.wait()
-    state, record = checkpoints.restore(best_step, run.initial_state())
+    state, best = restore_best(run, checkpoints, best)
     means, columns = run.evaluate(run.parallel.put_state(state), "test")
     rotations = None if state.rolling is None else np.asarray(state.rolling.count).tolist()
     summary = test_scores(run, columns) | {
@@ -98,7 +131,7 @@ def finish_run(run: Run, checkpoints: Checkpoints, best_step: int) -> dict[str, 
             for name, value in means.items()
             if name.startswith("probe_accuracy/")
         },
-        "best": record["best"],
+        "best": best,
         "rotations": rotations,
         "num_parameters": count(state.params),
         "seed": run.config.seed,

@@ -1,18 +1,21 @@
-"""The folder of a run: made, checked and claimed before anything is written into it."""
+"""The folder of a run: checked before anything is written, made, and claimed."""
 
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 from etils import epath
+from jax.experimental import multihost_utils
 
 from rollingq_jax.errors import CheckpointError, ConfigError
-from rollingq_jax.train.config import differing_fields
+from rollingq_jax.train.config import default_config, differing_fields, with_defaults
 from rollingq_jax.train.writer import write_whole
 
 
-def open_workdir(workdir: epath.PathLike) -> epath.Path:
-    """The folder, made if need be.
+def check_workdir(workdir: epath.PathLike) -> epath.Path:
+    """The folder as an absolute path; it need not exist yet, and nothing is left in it.
 
     Raises:
       ConfigError: the name is empty, names a file, or the folder cannot be written.
@@ -20,9 +23,13 @@ def open_workdir(workdir: epath.PathLike) -> epath.Path:
     if not os.fspath(workdir).strip():
         raise ConfigError("workdir is empty; allowed: a folder that can be written")
     path = epath.Path(workdir).expanduser()
+    remote = "://" in os.fspath(path)
+    path = path if remote else path.resolve()
+    nearest = path
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write-test-{os.getpid()}"
+        while not remote and not nearest.exists() and nearest != nearest.parent:
+            nearest = nearest.parent
+        probe = nearest / f".write-test-{os.getpid()}"
         probe.write_text("")
         probe.unlink()
     except OSError as error:
@@ -30,8 +37,6 @@ def open_workdir(workdir: epath.PathLike) -> epath.Path:
             f"workdir is {os.fspath(workdir)!r}; allowed: a folder that can be written "
             f"({error.strerror or error})"
         ) from None
-    if "://" not in os.fspath(path):
-        path = path.resolve()
     return path
 
 
@@ -46,36 +51,54 @@ def read_config(workdir: epath.Path) -> dict[str, Any] | None:
         return None
     try:
         config = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({error})") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds {type(config).__name__}; allowed: a JSON object")
-    return config
+    return with_defaults(config, default_config().to_dict())
+
+
+def check_same_run(config: Any, theirs: Mapping[str, Any], where: str) -> None:
+    """A run goes on only with the configuration that it began with.
+
+    Raises:
+      CheckpointError: says in which fields `where`, the folder or checkpoint, differs.
+    """
+    different = differing_fields(config, theirs)
+    if different:
+        lines = [f"config.{name} is {a!r} and was {b!r}" for name, (a, b) in different.items()]
+        more = [f"and {len(lines) - 8} other fields"] if len(lines) > 8 else []
+        fields = "; ".join(lines[:8] + more)
+        raise CheckpointError(f"{where} holds another run: {fields}")
+
+
+def check_free(workdir: epath.Path, config: Any) -> None:
+    """The folder holds nothing, or this run.
+
+    Raises:
+      CheckpointError: it holds another run, or checkpoints without a configuration.
+    """
+    theirs = read_config(workdir)
+    if theirs is not None:
+        check_same_run(config, theirs, f"workdir {workdir}")
+    elif (workdir / "checkpoints").exists():
+        raise CheckpointError(
+            f"workdir {workdir} holds checkpoints and no config.json; "
+            "allowed: an empty folder, or one with both"
+        )
 
 
 def claim(workdir: epath.Path, config: Any) -> None:
-    """Makes the folder this run's by writing its configuration; a continuation must have the same.
-
-    Args:
-      workdir: from `open_workdir`.
-      config: the resolved configuration.
+    """Makes the folder this run's by writing its configuration; to be called with the lock held.
 
     Raises:
-      CheckpointError: the folder holds another run; says in which fields it differs.
+      CheckpointError: as `check_free`.
     """
-    theirs = read_config(workdir)
-    if theirs is None:
-        if (workdir / "checkpoints").exists():
-            raise CheckpointError(
-                f"workdir {workdir} holds checkpoints and no config.json; "
-                "allowed: an empty folder, or one with both"
-            )
-    else:
-        different = differing_fields(config, theirs)
-        if different:
-            fields = "; ".join(
-                f"config.{name} is {ours!r} and was {old!r}"
-                for name, (ours, old) in different.items()
-            )
-            raise CheckpointError(f"workdir {workdir} holds another run: {fields}")
-    write_whole(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+    if jax.process_index() == 0:
+        check_free(workdir, config)
+        text = json.dumps(config.to_dict(), indent=2) + "\n"
+        path = workdir / "config.json"
+        if not path.exists() or path.read_text() != text:
+            write_whole(path, text)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("workdir claimed")

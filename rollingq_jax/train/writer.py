@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 from etils import epath
 
 from rollingq_jax.errors import CheckpointError
@@ -16,17 +17,25 @@ def read_rows(path: epath.PathLike) -> list[Row]:
     """Rows of a `metrics.jsonl`; a last line cut short by a crash is left out.
 
     Raises:
-      CheckpointError: an earlier line is not JSON.
+      CheckpointError: an earlier line is not a row.
     """
     path = epath.Path(path)
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    while lines and not lines[-1]:
+        lines.pop()
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+            row["step"] + 0, row["split"] + ""
+        except (ValueError, TypeError, KeyError, RecursionError):
             if number < len(lines):
-                raise CheckpointError(f"{path} line {number} is not JSON: {line[:60]!r}") from None
+                text = line[:60].decode(errors="replace")
+                raise CheckpointError(
+                    f"{path} line {number} is {text!r}; allowed: a JSON object with step and split"
+                ) from None
+        else:
+            rows.append(row)
     return rows
 
 
@@ -34,8 +43,12 @@ def write_whole(path: epath.PathLike, text: str) -> None:
     """Writes a file so that a reader sees the old text or the new, never a part."""
     path = epath.Path(path)
     temporary = path.parent / f".{path.name}.tmp"
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def as_json(row: Mapping[str, Any]) -> str:
@@ -48,19 +61,26 @@ def as_json(row: Mapping[str, Any]) -> str:
 
 
 class MetricsWriter:
-    """Appends rows to `metrics.jsonl` and TensorBoard.
+    """Appends rows to `metrics.jsonl` and TensorBoard; of several processes, the first does.
 
-    Opened at the step from which a run goes on: later rows, of a run that was cut off, are removed.
-    An object store such as gs:// does not append; there the file is written anew each time.
+    Opened at the step from which a run goes on: later rows, of a run that was cut off, are removed,
+    and with `validate` the validation row of that step, since it comes anew. An object store such
+    as gs:// does not append; there the file is written anew each time.
     """
 
-    def __init__(self, workdir: epath.PathLike, step: int) -> None:
+    def __init__(self, workdir: epath.PathLike, step: int, *, validate: bool = False) -> None:
         self.path = epath.Path(workdir) / "metrics.jsonl"
+        self._first = jax.process_index() == 0
         self._local = "://" not in os.fspath(workdir)
-        self.rows = [row for row in read_rows(self.path) if row["step"] <= step]
+        again = ("valid", step) if validate else None
+        self.rows = [
+            row
+            for row in read_rows(self.path)
+            if row["step"] <= step and (row["split"], row["step"]) != again
+        ]
         self._rewrite()
         self._events = None
-        if self._local:
+        if self._local and self._first:
             from tensorboardX import SummaryWriter
 
             self._events = SummaryWriter(
@@ -68,13 +88,15 @@ class MetricsWriter:
             )
 
     def _rewrite(self) -> None:
+        if not self._first:
+            return
         write_whole(self.path, "".join(as_json(row) + "\n" for row in self.rows))
 
     def write(self, rows: Iterable[Row]) -> None:
         """Adds rows; they are on disk when this returns."""
         rows = list(rows)
         self.rows += rows
-        if not self._local:
+        if not self._local or not self._first:
             self._rewrite()
             return
         with open(self.path, "a", encoding="utf-8") as file:

@@ -1,0 +1,47 @@
+"""One live run in a folder, at most."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Iterator
+
+import jax
+from etils import epath
+
+from rollingq_jax.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def locked(workdir: epath.Path) -> Iterator[None]:
+    """Holds the folder's lock; the kernel lets go of it when the process ends, however it ends.
+
+    The file `.lock` stays, with the number of the process that held it last. An object store
+    (gs://) has no locks. Of several processes the first holds the lock for all.
+
+    Raises:
+      CheckpointError: another live run holds it.
+    """
+    if "://" in os.fspath(workdir) or jax.process_index() != 0:
+        yield
+        return
+    path = workdir / ".lock"
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = " ".join(file.read(200).split()) or "unknown"
+            raise CheckpointError(
+                f"workdir {workdir} is in use by another run ({holder}); "
+                "allowed: a folder that no live run uses"
+            ) from None
+        except OSError as error:
+            log.warning("workdir %s cannot be locked: %s", workdir, error)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield

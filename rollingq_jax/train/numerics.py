@@ -1,0 +1,40 @@
+"""Losses and gradients that are NaN or infinite: kept out of the state, and named.
+
+The step itself decides, on the device: it returns flags that the host reads when it reads the sums
+anyway, so nothing waits for them, and no state that follows from such a number ever exists.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+NONFINITE = "nonfinite"  # among the sums of a step
+
+
+def nonfinite_flags(loss: Array, gradient: Any) -> Array:
+    """`[1 + N]` bool: whether the loss, and each of the gradient's N leaves, is not finite."""
+    leaves = [loss, *jax.tree.leaves(gradient)]
+    return jnp.stack([~jnp.all(jnp.isfinite(leaf)) for leaf in leaves])
+
+
+def choose_finite(finite: Array, new: Any, old: Any) -> Any:
+    """The new tree where `finite` `[]` holds, else the old one; counts always move on.
+
+    A skipped update so counts as one in the schedule, which stays a function of the step.
+    """
+
+    def choose(new: Array, old: Array) -> Array:
+        is_count = jnp.issubdtype(new.dtype, jnp.integer)
+        return new if is_count else jnp.where(finite, new, old)
+
+    return jax.tree.map(choose, new, old)
+
+
+def offending(flags: Any, params: Any) -> list[str]:
+    """Names of what the flags mark; `params` gives the structure."""
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    names = ["loss", *("gradient of " + "/".join(str(k.key) for k in path) for path, _ in paths)]
+    return [name for name, marked in zip(names, np.asarray(flags), strict=True) if marked]
