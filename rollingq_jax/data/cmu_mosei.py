@@ -81,6 +81,9 @@ def prepare(source: str | Path, data_dir: str | Path, *, strict: bool = False) -
     folder = Path(data_dir) / NAME
     if folder.exists():
         info = _read_info(folder)
+        if strict and info["unreadable"]:
+            reason = next(iter(info["unreadable"].values()))
+            raise DataError(f"{folder}: prepared without unreadable sentences; the first: {reason}")
         print(f"{folder}: already prepared; remove it to prepare it again")
         return Prepared(folder, info["counts"], info["unreadable"])
     path = _find(Path(source))

@@ -60,7 +60,7 @@ def write_records(
     folder = Path(folder)
     settings = recipe.all_settings()
     if folder.exists():
-        return _existing(folder, settings, log)
+        return _existing(folder, settings, strict, log)
     if not recipe.items:
         raise DataError(f"{recipe.name}: there are no clips to prepare")
     partial = partial_folder(folder)
@@ -77,7 +77,9 @@ def write_records(
     return open_records(folder, "prepare it again")
 
 
-def _existing(folder: Path, settings: dict[str, Any], log: Callable[[str], None]) -> RecordSet:
+def _existing(
+    folder: Path, settings: dict[str, Any], strict: bool, log: Callable[[str], None]
+) -> RecordSet:
     """The set that is there already, if it is the one asked for."""
     records = open_records(folder, "it is not a record set; give another folder")
     if records.settings != settings:
@@ -90,7 +92,10 @@ def _existing(folder: Path, settings: dict[str, Any], log: Callable[[str], None]
             f"{folder}: holds records made with {changed}; remove it to prepare it again, or give "
             "another folder"
         )
-    log(f"{folder}: already prepared, {len(records.rows)} clips")
+    if strict and records.unreadable:
+        reason = next(iter(records.unreadable.values()))
+        raise DataError(f"{folder}: prepared without unreadable clips; the first: {reason}")
+    log(f"{folder}: already prepared; remove it to prepare it again")
     return records
 
 

@@ -303,6 +303,8 @@ def test_sentences_that_cannot_be_used_are_left_out_by_name(tmp_path, kind, caps
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ") and message in last
     assert not (tmp_path / "b" / "cmu_mosei").exists()
+    assert prepare.main([*command, str(tmp_path / "a"), "--strict"]) == 2
+    assert message in capsys.readouterr().err
 
 
 class Hostile:

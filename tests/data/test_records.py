@@ -164,7 +164,7 @@ def test_a_finished_set_is_left_alone(tmp_path):
     second = Maker()
     records, lines = write(tmp_path / "toy", second)
     assert second.made == [] and len(records.rows) == 10
-    assert lines == [f"{tmp_path / 'toy'}: already prepared, 10 clips"]
+    assert lines == [f"{tmp_path / 'toy'}: already prepared; remove it to prepare it again"]
     with pytest.raises(DataError, match="made with another version; remove it"):
         write(tmp_path / "toy", second, settings={"version": 2})
     with pytest.raises(DataError, match="made with another list of clips; remove"):
@@ -212,6 +212,12 @@ def test_strict_also_stops_at_what_an_earlier_run_left_out(tmp_path):
         write(tmp_path / "toy", Maker(bad=["1"]), strict=True)
     records, _ = write(tmp_path / "toy", Maker(), strict=True)  # the user mended the file
     assert len(records.rows) == 10 and not records.unreadable
+
+
+def test_strict_on_a_set_that_lacks_clips(tmp_path):
+    write(tmp_path / "toy", Maker(bad=["1"]))
+    with pytest.raises(DataError, match="without unreadable clips; the first: clip 1.wav"):
+        write(tmp_path / "toy", Maker(), strict=True)
 
 
 def test_nothing_readable(tmp_path):

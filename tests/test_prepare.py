@@ -1,0 +1,111 @@
+"""The preparation's command line: one line for a mistake, exit codes, going on after a kill."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rollingq_jax import prepare
+from rollingq_jax.data.records import open_records
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "data"))
+
+import crema_d_tree  # noqa: E402
+
+CLIPS = crema_d_tree.clip_names()
+
+
+def run(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "rollingq_jax.prepare", *map(str, arguments)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["data_set, --source, --data_dir"]),
+        (["imagenet", "--source", "a", "--data_dir", "b"], ["'imagenet'", "crema_d"]),
+        (["crema_d", "--data_dir", "b"], ["--source"]),
+        (["crema_d", "--source", "a", "--data_dir", "b", "--fps", "0"], ["whole number from 1"]),
+        (["crema_d", "--source", "a", "--data_dir", "b", "--fps", "x"], ["whole number from 1"]),
+        (["crema_d", "--source", "a", "--data_dir", "b", "--sorce", "c"], ["--sorce"]),
+        (["crema_d", "--source", "/nowhere", "--data_dir", "b"], ["/nowhere: no such folder"]),
+        (["kinetics_sounds", "--source", "/nowhere", "--data_dir", "b"], ["no such folder"]),
+        (["cmu_mosei", "--source", "/nowhere", "--data_dir", "b"], ["no such file"]),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert prepare.main(arguments) == 2
+    printed = capsys.readouterr()
+    lines = printed.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    assert all(word in lines[0] for word in words), lines
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_names_every_set(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        prepare.main(["--help"])
+    assert leaving.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in prepare.DATA_SETS)
+
+
+def test_the_command(tmp_path):
+    source = crema_d_tree.make_tree(tmp_path / "CREMA-D", clips=CLIPS[:6], frames=2)
+    (source / "AudioWAV" / f"{CLIPS[0]}.wav").write_bytes(b"RIFF")
+    done = run("crema_d", "--source", source, "--data_dir", tmp_path / "data")
+    assert done.returncode == 0, done.stderr
+    assert "5 clips" in done.stdout and f"--config.data.path={tmp_path / 'data'}" in done.stdout
+    assert done.stderr.splitlines()[-1] == "1 unreadable, left out"
+    assert "Traceback" not in done.stderr
+
+    again = run("crema_d", "--source", source, "--data_dir", tmp_path / "data", "--strict")
+    assert again.returncode == 2 and CLIPS[0] in again.stderr.splitlines()[-1]
+    assert "Traceback" not in again.stderr
+    other = run("crema_d", "--source", source, "--data_dir", tmp_path / "data", "--fps", 1)
+    assert other.returncode == 0 and "already prepared" in other.stderr
+
+
+def test_interrupt_leaves_a_note_and_goes_on(capsys, tmp_path, monkeypatch):
+    from rollingq_jax.data import crema_d
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    source = crema_d_tree.make_tree(tmp_path / "CREMA-D", clips=CLIPS[:6], frames=1)
+    command = ["crema_d", "--source", str(source), "--data_dir", str(tmp_path / "data")]
+    with monkeypatch.context() as patch:
+        patch.setattr(crema_d, "read_audio", stop)
+        assert prepare.main(command) == 130
+    assert "give the same command again" in capsys.readouterr().err
+    assert prepare.main(command) == 0
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("delay", [0.5, 1.0, 1.5, 2.0])
+def test_kill_and_go_on(tmp_path, delay):
+    """Whenever it is killed: no half set, and the next run's is the undisturbed one's."""
+    source = crema_d_tree.make_tree(tmp_path / "CREMA-D", frames=2)
+    command = [sys.executable, "-m", "rollingq_jax.prepare", "crema_d", "--source", str(source)]
+    with subprocess.Popen(
+        [*command, "--data_dir", str(tmp_path / "a")], cwd=ROOT, stderr=subprocess.DEVNULL
+    ) as process:
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+    for name in ("a", "b"):
+        done = run("crema_d", "--source", source, "--data_dir", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    killed, whole = (open_records(tmp_path / name / "crema_d", "") for name in ("a", "b"))
+    assert killed.rows == whole.rows and len(whole.rows) == len(CLIPS)
+    for number in range(len(CLIPS)):
+        first, second = killed.source()[number], whole.source()[number]
+        assert first["clip"] == second["clip"] and list(first["frames"]) == list(second["frames"])
+        assert (first["audio"] == second["audio"]).all()
