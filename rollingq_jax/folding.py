@@ -43,8 +43,8 @@ def _check(projection: Any, rotation: Array, path: Sequence[str]) -> None:
     if shape[1:] not in ((heads, width), (heads * width,)):
         raise UserError(
             f"the kernel at {where!r} has shape {shape}, which does not end in {heads} heads of "
-            f"width {width}: a projection that makes keys or values as well, or serves other queries, "
-            "cannot take the rotation without changing them"
+            f"width {width}: a projection that makes keys or values as well, or serves other "
+            "queries, cannot take the rotation without changing them"
         )
 
 

@@ -1,6 +1,6 @@
 """A pass over one split: means over its examples, and each example's own outputs."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,3 +52,12 @@ def evaluate(
 def batch_sums_on_host(parallel: Parallel, sums: Any) -> dict[str, np.ndarray]:
     """One copy of replicated sums, in host memory."""
     return {name: np.asarray(value) for name, value in parallel.get(sums).items()}
+
+
+def by_modality(modalities: Sequence[str], columns: Columns, name: str) -> dict[str, np.ndarray]:
+    """Columns of `attention_share` or `quality` as `{modality: [N]}`; empty if absent."""
+    if name == "attention_share":
+        shares = columns.get(name)
+        return {} if shares is None else {m: shares[:, i] for i, m in enumerate(modalities)}
+    found = {m: columns[f"quality_{m}"] for m in modalities if f"quality_{m}" in columns}
+    return found if len(found) == len(modalities) else {}

@@ -10,12 +10,11 @@ from rollingq_jax.analysis.plots.samples import share_quality_figure
 from rollingq_jax.analysis.plots.style import save_png
 from rollingq_jax.analysis.plots.training import accuracy_figure, dynamics_figure
 from rollingq_jax.analysis.report import ReportFigure, Table, write_report
-from rollingq_jax.train.evaluation import Columns
+from rollingq_jax.train.evaluation import Columns, by_modality
 from rollingq_jax.train.run import Run
 from rollingq_jax.train.snapshot import Snapshot, load_snapshots
 from rollingq_jax.train.state import TrainState
 from rollingq_jax.train.steps import current_query
-from rollingq_jax.train.summary import by_modality
 from rollingq_jax.train.writer import Row
 
 MAX_ROTATIONS_DRAWN = 2
@@ -73,10 +72,9 @@ def report_figures(
             "plane of the query and of the difference of the modalities; the rotation takes the "
             "query to the anchor.",
         )
-    share, quality = (
-        by_modality(run, columns, "attention_share"),
-        by_modality(run, columns, "quality"),
-    )
+    modalities = run.setup.model.spec.modalities
+    share = by_modality(modalities, columns, "attention_share")
+    quality = by_modality(modalities, columns, "quality")
     if share and quality:
         figures["share_quality"] = ReportFigure(
             "Attention share against quality",

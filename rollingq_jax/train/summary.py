@@ -16,7 +16,7 @@ from rollingq_jax.analysis import statistics
 from rollingq_jax.errors import CheckpointError
 from rollingq_jax.train.checkpoint import Checkpoints, DamagedError
 from rollingq_jax.train.console import count, device_line
-from rollingq_jax.train.evaluation import Columns
+from rollingq_jax.train.evaluation import Columns, by_modality
 from rollingq_jax.train.run import Run
 from rollingq_jax.train.state import TrainState
 from rollingq_jax.train.writer import MetricsWriter, read_rows, table, write_whole
@@ -58,16 +58,6 @@ def class_names(run: Run) -> tuple[str, ...]:
     return run.dataset.class_names or numbers
 
 
-def by_modality(run: Run, columns: Columns, name: str) -> dict[str, np.ndarray]:
-    """Columns of `attention_share` or `quality` as `{modality: [N]}`; empty if absent."""
-    modalities = run.setup.model.spec.modalities
-    if name == "attention_share":
-        shares = columns.get(name)
-        return {} if shares is None else {m: shares[:, i] for i, m in enumerate(modalities)}
-    found = {m: columns[f"quality_{m}"] for m in modalities if f"quality_{m}" in columns}
-    return found if len(found) == len(modalities) else {}
-
-
 def test_scores(run: Run, columns: Columns) -> dict[str, Any]:
     """Accuracy, F1, calibration, and whether attention follows quality, over one split."""
     label, probabilities = columns["label"], columns["probabilities"]
@@ -86,8 +76,9 @@ def test_scores(run: Run, columns: Columns) -> dict[str, Any]:
             for i, name in enumerate(class_names(run))
         },
     }
-    share = by_modality(run, columns, "attention_share")
-    quality = by_modality(run, columns, "quality")
+    modalities = run.setup.model.spec.modalities
+    share = by_modality(modalities, columns, "attention_share")
+    quality = by_modality(modalities, columns, "quality")
     if share:
         scores["attention_share"] = {m: float(v.mean()) for m, v in share.items()}
     if share and quality:
