@@ -61,6 +61,14 @@ REGIMES = {
         heldout_audio=_LOUD,
         heldout_visual=Noise(always=0.6, share=0.5, extra=2.0),
     ),
+    # The same, with speech that training does not find perfect either: in natural data no modality
+    # is, and one that is leaves nothing for the other to learn.
+    "noisy_audio": Regime(
+        train_audio=Noise(always=2.0),
+        train_visual=Noise(always=0.6),
+        heldout_audio=Noise(always=2.0, share=0.5, extra=4.0),
+        heldout_visual=Noise(always=0.6, share=0.5, extra=2.0),
+    ),
     # Quality varies in training too.
     "varied_train": Regime(_LOUD, _BLURRED, _LOUD, _BLURRED),
     # For noise that is fresh in every epoch: a random transformation in the pipeline.
