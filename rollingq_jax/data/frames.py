@@ -31,6 +31,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # (frames in the clip, frames wanted, generator) -> indices in ascending order.
 Pick = Callable[[int, int, np.random.Generator], np.ndarray]
+# (left, top, right, bottom) in pixels.
+Box = tuple[int, int, int, int]
 
 
 def random_frames(count: int, num: int, rng: np.random.Generator) -> np.ndarray:
@@ -79,7 +81,7 @@ def random_crop_box(
     rng: np.random.Generator,
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> tuple[int, int, int, int]:
+) -> Box:
     """A random part of an image, as torchvision's RandomResizedCrop chooses it.
 
     Its share of the area is uniform in ``scale`` and the logarithm of its aspect ratio uniform in
@@ -136,18 +138,6 @@ def stored_clip(frames: Sequence[tuple[str, bytes]], short_side: int = SHORT_SID
     return stored
 
 
-def _decode(data: bytes, size: int, box: tuple[int, int, int, int] | None) -> np.ndarray:
-    """JPEG bytes -> uint8 [size, size, 3]: the box (or all) scaled bilinearly with antialiasing."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-        # Grey frames are scaled first and become RGB after, which is the same and costs a third.
-        if image.mode not in ("RGB", "L"):
-            image = image.convert("RGB")
-        image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-        return np.asarray(image.convert("RGB"), np.uint8)
-
-
 def _jpeg_size(data: bytes) -> tuple[int, int]:
     """(width, height) from the header."""
     from PIL import Image
@@ -160,25 +150,42 @@ def decode_frames(
     frames: Sequence[bytes],
     indices: np.ndarray,
     size: int,
-    box: tuple[int, int, int, int] | None = None,
+    choose_box: Callable[[int, int], Box] | None = None,
     flip: bool = False,
 ) -> np.ndarray:
     """Some frames of a clip, all with the same crop and flip.
 
     Args:
-      frames: JPEG bytes of every frame.
+      frames: JPEG bytes of every frame, all of one size.
       indices: [T] those wanted; one that is wanted twice is decoded once.
       size: height and width of the result.
-      box: (left, top, right, bottom) in pixels, or None for the whole frame.
+      choose_box: (width, height) of the frames -> the part to take; None takes all.
       flip: whether left and right change places.
 
     Returns:
-      uint8 [T, size, size, 3].
+      uint8 [T, size, size, 3]: the part scaled bilinearly, with antialiasing.
     """
-    wanted = indices.tolist()
-    decoded = {index: _decode(frames[index], size, box) for index in sorted(set(wanted))}
-    video = np.stack([decoded[index] for index in wanted])
-    return np.ascontiguousarray(video[:, :, ::-1]) if flip else video
+    from PIL import Image
+
+    video = np.empty((len(indices), size, size, 3), np.uint8)
+    box, done = None, {}
+    for place, index in enumerate(indices.tolist()):
+        if index in done:
+            video[place] = video[done[index]]
+            continue
+        done[index] = place
+        with Image.open(io.BytesIO(frames[index]), formats=("JPEG",)) as image:
+            if choose_box is not None and box is None:
+                box = choose_box(*image.size)
+            # Grey frames are scaled first and become RGB after: the same for a third of the work.
+            if image.mode not in ("RGB", "L"):
+                image = image.convert("RGB")
+            image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+            if flip:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            pixels = np.asarray(image)
+            video[place] = pixels if pixels.ndim == 3 else pixels[:, :, None]
+    return video
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,8 +208,12 @@ class TrainFrames(grain.transforms.RandomMap):
         """One example."""
         frames = element[self.name]
         indices = self.pick(len(frames), self.num, rng)
-        box = random_crop_box(*_jpeg_size(frames[indices[0]]), rng)
-        video = decode_frames(frames, indices, self.size, box, flip=bool(rng.random() < 0.5))
+        flip = bool(rng.random() < 0.5)
+
+        def choose_box(width: int, height: int) -> Box:
+            return random_crop_box(width, height, rng)
+
+        video = decode_frames(frames, indices, self.size, choose_box, flip)
         return {**element, self.name: video}
 
 

@@ -129,8 +129,8 @@ def test_training_crop_is_the_box_that_was_drawn():
     data = jpeg(image)
     box, generator = None, rng(3)
     frames.random_frames(1, 2, generator)
-    box = frames.random_crop_box(60, 40, generator)
     flip = generator.random() < 0.5
+    box = frames.random_crop_box(60, 40, generator)
     video = frames.TrainFrames("visual", 2, 20).random_map({"visual": [data]}, rng(3))["visual"]
     left, top, right, bottom = box
     expected = resize_image(decode_image(data)[top:bottom, left:right], (20, 20))
@@ -179,7 +179,7 @@ def test_grey_frames_equal_their_rgb_copies():
     rgb = decode_image(data)
     expected = Image.fromarray(rgb).resize((16, 16), Image.Resampling.BILINEAR, box=box)
     np.testing.assert_array_equal(
-        frames.decode_frames([data], np.array([0]), 16, box)[0], np.asarray(expected)
+        frames.decode_frames([data], np.array([0]), 16, lambda w, h: box)[0], np.asarray(expected)
     )
 
 
