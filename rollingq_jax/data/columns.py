@@ -6,11 +6,12 @@ blocks, and the same pass over the training split gives the mean and standard de
 """
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from rollingq_jax.data.infer import infer_kind
+from rollingq_jax.data.infer import doubt, infer_kind
 from rollingq_jax.data.measure import CLIP, Moments, zero_masked
 from rollingq_jax.data.types import Example, ModalityInfo
 from rollingq_jax.errors import DataError
@@ -94,10 +95,12 @@ def make_column(
         value is NaN or infinite, or a token id is out of range.
     """
     train = arrays["train"]
-    kind = kind or infer_kind(train.shape[1:], train.dtype, f"train/{name}")
+    stated, kind = kind, kind or infer_kind(train.shape[1:], train.dtype, f"train/{name}")
     for split, array in arrays.items():
         _check_array(f"{split}/{name}", array, train.shape[1:], f"train/{name}")
     shape, add_axis = fit_shape(name, train.shape[1:], kind)
+    if stated is None and (line := doubt(ModalityInfo(name, kind, shape))):
+        logging.getLogger(__name__).warning(line)
     if kind == "tokens":
         largest = max(_largest_token(f"{split}/{name}", array) for split, array in arrays.items())
         size = max(1 + largest, 2)  # the least that a table of embeddings may have

@@ -16,6 +16,7 @@ from rollingq_jax.models import embeddings
 # What the class token attends to in one modality. More of it costs time without need in a first
 # model; the user can set a finer patch.
 MAX_TOKENS = {"image": 100, "spectrogram": 100, "video": 200}
+LONG_VECTOR = 2000
 PATCH_SIDES = (
     2,
     3,
@@ -73,6 +74,23 @@ def infer_kind(shape: tuple[int, ...], dtype: Any, name: str = "modality") -> st
     if dtype == np.bool_:
         dtype = np.dtype(np.float32)
     return embeddings.infer_kind((1, *(shape or (1,))), dtype)
+
+
+def doubt(info: ModalityInfo) -> str | None:
+    """A line where a shape allows the kind that was inferred, but suggests another meaning."""
+    if info.kind == "vector" and info.dtype == "float32" and info.shape[0] >= LONG_VECTOR:
+        return (
+            f"{info.name}: {info.shape[0]} numbers become one token; if it is a waveform or a "
+            "series, store a spectrogram [N, F, T, 1] or a sequence [N, L, D]"
+        )
+    channels = info.shape[-1]
+    first = info.shape[:2] if info.kind == "video" else info.shape[:1]
+    if info.kind in ("image", "video") and channels > 4 and {1, 3} & set(first):
+        return (
+            f"{info.name}: examples of shape {list(info.shape)} are read with {channels} channels "
+            "last; if the channels come first, move them to the last axis"
+        )
+    return None
 
 
 def infer_patch(info: ModalityInfo) -> tuple[int, ...] | None:

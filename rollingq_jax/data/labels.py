@@ -37,7 +37,9 @@ def check_labels(labels: np.ndarray, where: str) -> np.ndarray:
     """
     labels = np.asarray(labels)
     if labels.ndim != 1:
-        hint = "; take the argmax of one-hot rows" if labels.ndim == 2 else ""
+        hint = ""
+        if labels.ndim == 2:
+            hint = "; ravel it" if labels.shape[1] == 1 else "; take the argmax of one-hot rows"
         raise DataError(f"{where}: shape {list(labels.shape)}; must be [N] class numbers{hint}")
     if labels.dtype.kind not in "biu":
         hint = "names can be used in a manifest" if labels.dtype.kind in "SU" else "use astype(int)"

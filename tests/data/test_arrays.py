@@ -267,6 +267,7 @@ BAD = [
     (dict(train__label=lambda a: a.astype("f4")), "train/label", "float32", "astype(int)"),
     (dict(train__label=lambda a: a.astype("U3")), "train/label", "<U3", "names"),
     (dict(train__label=lambda a: np.eye(3)[a]), "train/label", "[60, 3]", "argmax"),
+    (dict(train__label=lambda a: a[:, None]), "train/label", "[60, 1]", "ravel"),
     (dict(train__label=lambda a: a * 0, test__label=lambda a: a * 0), "only the label 0"),
     (dict(test__audio=lambda a: a[:, :6]), "test/audio", "[6, 4]", "[7, 4]"),
     (dict(train__audio=lambda a: a.astype("c8")), "complex64"),
@@ -301,6 +302,26 @@ def test_mistakes_are_named(tmp_path, case):
     changes, *words = case
     config = save(tmp_path / "d.npz", changed(**changes))
     fails_clearly(lambda: load(config, seed=0), *words)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((3, 8, 9), "9 channels last; if the channels come first"),
+        ((5, 3, 8, 9), "9 channels last"),
+        ((3000,), "3000 numbers become one token; if it is a waveform"),
+        ((8, 9, 3), None),
+        ((3, 9, 3), None),
+        ((300, 5), None),
+    ],
+)
+def test_doubtful_shapes_give_a_warning(shape, words, caplog):
+    arrays = make_arrays(num_train=20, num_test=4, m=(shape, "float32"))
+    info = from_arrays(arrays).modalities["m"]
+    assert [words in record.message for record in caplog.records] == ([True] if words else [])
+    caplog.clear()
+    from_arrays(arrays, kinds={"m": info.kind})  # stated: no doubt
+    assert not caplog.records
 
 
 def test_a_mask_of_positions_needs_positions():
