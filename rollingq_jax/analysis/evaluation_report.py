@@ -27,9 +27,11 @@ def write_pictures(
       clean: predictions without corruption.
       result: what ``evaluation.json`` holds.
     """
-    figures = dict(_figures(run, probe, clean, result))
-    for name, figure in figures.items():
-        plots.save_png(figure.figure, folder / "figures" / f"evaluation_{name}.png")
+    figures = []
+    for name, figure in _figures(run, probe, clean, result):
+        drawn = figure.drawn()  # once, for the file and the report
+        plots.save_png(drawn.figure, folder / "figures" / f"evaluation_{name}.png")
+        figures.append(drawn)
     names = ("accuracy", "macro_f1", "calibration_error", "quality_correlation")
     write_report(
         folder / "evaluation.html",
@@ -37,7 +39,7 @@ def write_pictures(
         lead=f"{result['num_examples']} examples of split {probe.split}, with the parameters of "
         f"step {run.step}, the best by validation accuracy.",
         key_numbers={name.replace("_", " "): result[name] for name in names if name in result},
-        figures=list(figures.values()),
+        figures=figures,
         tables=list(_tables(result)),
         data=run.dataset.description,
         config=run.config,

@@ -34,6 +34,14 @@ class ReportFigure(NamedTuple):
     alt: str
     text: str = ""
 
+    def png(self) -> bytes:
+        """The picture as a PNG."""
+        return self.figure if isinstance(self.figure, bytes) else png_bytes(self.figure)
+
+    def drawn(self) -> "ReportFigure":
+        """The same with the PNG in place of the figure, so that it is drawn once."""
+        return self._replace(figure=self.png())
+
 
 class Table(NamedTuple):
     """A table with a heading; cells are numbers or text, None and NaN show as a dash."""
@@ -93,6 +101,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def shown(value: Any) -> str:
     """A measured value as text: three decimals (one from 100 on), a dash for None, NaN and ""."""
     if isinstance(value, (float, np.floating)) and not math.isnan(value):
+        value = float(value)
         size = abs(value)
         if size < 1e-3 or size >= 1e6:
             text = f"{value:.3g}"
@@ -100,6 +109,7 @@ def shown(value: Any) -> str:
             text = f"{value:.3f}" if size < 100 else f"{value:.1f}"
         return text.replace("-", "−")
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        value = int(value)
         return (f"{value:,}" if abs(value) >= 10_000 else str(value)).replace("-", "−")
     return exact(value)
 
@@ -155,6 +165,8 @@ def _page(
         yield from _figure(figure)
     for table in tables:
         yield from _table(table)
+    if data:
+        yield f'<section><h2>Data</h2><p class="small">{escape(data)}</p></section>'
     for heading, pairs in (
         ("Configuration", flatten(config or {})),
         ("Produced by", versions or {}),
@@ -168,8 +180,7 @@ def _page(
 
 
 def _figure(figure: ReportFigure) -> Iterator[str]:
-    png = figure.figure if isinstance(figure.figure, bytes) else png_bytes(figure.figure)
-    data = base64.b64encode(png).decode("ascii")
+    data = base64.b64encode(figure.png()).decode("ascii")
     yield f"<section><h2>{escape(figure.title)}</h2><figure>"
     yield f'<img src="data:image/png;base64,{data}" alt="{escape(figure.alt)}">'
     if figure.text:

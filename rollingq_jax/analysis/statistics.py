@@ -14,21 +14,21 @@ Array = np.ndarray
 
 
 class Interval(NamedTuple):
-    """A mean with its bootstrap interval; low and high are NaN for fewer than two values."""
+    """Mean of ``size`` values with its bootstrap interval; NaN for fewer than two of them."""
 
     mean: float
     low: float
     high: float
-    count: int
+    size: int
 
 
 class PairedDifference(NamedTuple):
-    """Mean of first - second over pairs, its bootstrap interval, and who won how often."""
+    """Mean of first - second over ``size`` pairs, its bootstrap interval, who won how often."""
 
     mean: float
     low: float
     high: float
-    count: int
+    size: int
     wins: int
     losses: int
 

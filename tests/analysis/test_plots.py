@@ -135,7 +135,7 @@ def test_dynamics_shows_the_rows():
     imbalance = {line.get_label(): line for line in bottom.lines}["imbalance"]
     np.testing.assert_allclose(imbalance.get_ydata(), [row["imbalance"] for row in valid])
     for axes in (top, bottom):
-        vertical = [v.get_xdata()[0] for v in axes.lines if v.get_color() == "#CC79A7"]
+        vertical = [v.get_xdata()[0] for v in axes.lines if v.get_color() == style.TURN]
         assert vertical == [6.0, 12.0]
 
 
@@ -192,6 +192,21 @@ def test_noise_lines_are_means_of_runs():
 def test_noise_without_attention_has_no_share():
     points = [p | {"attention_share": {}} for p in examples.noise_points()]
     assert len(plots.noise_figure({"concat": [points]}).axes) == 2
+
+
+def test_noise_of_arms_with_and_without_attention():
+    concat = [
+        {k: v for k, v in p.items() if k != "attention_share"} for p in examples.noise_points()
+    ]
+    figure = plots.noise_figure({"attention": [examples.noise_points()], "concat": [concat]})
+    assert [text.get_text() for text in figure.legends[0].texts] == ["attention", "concat"]
+    assert plots.png_bytes(figure)
+
+
+def test_arms_whose_names_begin_alike_are_all_in_the_legend():
+    names = [f"a very long name of an arm, number {i}" for i in range(3)]
+    figure = plots.arms_figure({name: [examples.run_rows(epochs=3)] for name in names})
+    assert len(figure.legends[0].texts) == 3
 
 
 def test_hostile_names_are_shown_as_they_are():

@@ -68,6 +68,8 @@ def test_the_file_stands_alone(tmp_path):
     path = make_report(tmp_path / "new" / "report.html")
     page = Page(path.read_text())
     assert not page.open, "every tag is closed"
+    for part in ("A run on audio", "test accuracy0.611", "how", "second line", "data.name", "0.10"):
+        assert part in page.text
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert len(images) == 2
     for attributes in images:

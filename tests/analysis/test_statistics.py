@@ -120,7 +120,7 @@ def test_bootstrap_edges():
 
 def test_paired_difference_counts_and_decides():
     gain = stats.paired_difference([0.7, 0.8, 0.9, 0.6], [0.6, 0.7, 0.8, 0.6])
-    assert (gain.wins, gain.losses, gain.count) == (3, 0, 4)
+    assert (gain.wins, gain.losses, gain.size) == (3, 0, 4)
     assert gain.mean == pytest.approx(0.075)
     clear = stats.paired_difference(np.arange(10) + 1.0, np.arange(10))
     assert clear.excludes_zero and clear.low == clear.high == 1.0

@@ -32,12 +32,12 @@ def arms_figure(
     lines = -(-len(fields) // columns)
     figure = style.new_figure(4.4 * columns + 0.2, 3.6 * lines + 0.5)
     panels = figure.subplots(lines, columns, squeeze=False).flat
-    handles = {}
+    handles: dict[str, Line2D] = {}  # by the arm's whole name: cut short, two may look alike
     for axes, (field, label) in zip(panels, fields.items(), strict=False):
         for i, (name, runs) in enumerate(arms.items()):
             line = _band(axes, [curves.curve(rows, "valid", field) for rows in runs], i)
             if line is not None:
-                handles.setdefault(style.plain(style.shorten(name)), line)
+                handles.setdefault(name, line)
         if not axes.lines:
             style.empty_note(axes, "no arm has this")
         if field.startswith("attention_share/"):
@@ -55,7 +55,8 @@ def arms_figure(
         x=0.01,
         ha="left",
     )
-    style.legend_below(figure, list(handles.values()), list(handles))
+    labels = [style.plain(style.shorten(name)) for name in handles]
+    style.legend_below(figure, list(handles.values()), labels)
     return figure
 
 

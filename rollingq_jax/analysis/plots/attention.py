@@ -113,7 +113,7 @@ def _draw_weights(axes: Axes, view: ModalityView, weights: Array, norm: Normaliz
     if view.kind in ("sequence", "tokens", "vector"):
         colours = ScalarMappable(norm, _HEAT).to_rgba(heat)
         axes.bar(np.arange(len(heat)), heat, color=colours, width=1.0)
-        axes.set_ylim(0, max(norm.vmax, float(np.nanmax(heat))))
+        axes.set_ylim(0, max(float(norm.vmax or 0), float(np.nanmax(heat))))
         return
     # The input in low contrast: it shows through, and colours still match the bar.
     faint = 0.25 + 0.5 * _picture(view)

@@ -1,11 +1,12 @@
 """The class query and the keys around it, as in the paper's overview."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
+from matplotlib.projections.polar import PolarAxes
 
 from rollingq_jax.analysis.plots import style
 
@@ -135,14 +136,15 @@ def polar_panels(panels: Sequence[PolarPanel], *, head: int | None = None) -> Fi
         x=0.01,
         ha="left",
     )
-    handles = {}
+    handles: dict[str, Artist] = {}
     for axes in figure.axes:
-        handles |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+        artists, labels = axes.get_legend_handles_labels()
+        handles |= dict(zip(labels, artists, strict=True))
     style.legend_below(figure, list(handles.values()), list(handles))
     return figure
 
 
-def _draw(axes: Axes, shown: PlaneView, names: Sequence[str], title: str) -> None:
+def _draw(axes: PolarAxes, shown: PlaneView, names: Sequence[str], title: str) -> None:
     axes.set_theta_zero_location("N")
     axes.set_theta_direction(-1)
     style.style_axes(axes)
@@ -162,14 +164,14 @@ def _draw(axes: Axes, shown: PlaneView, names: Sequence[str], title: str) -> Non
             [theta], [radius], color=colour, marker=marker, markersize=9, linestyle="none",
             markeredgecolor="white", markeredgewidth=1.2, label=f"{style.plain(name)} (mean)",
         )  # fmt: skip
-        scores.append(f"{style.plain(name)} {shown.cosines[name]:.2f}".replace("-", "−"))
+        scores.append(f"{style.plain(name)} {style.signed(shown.cosines[name])}")
     if shown.anchor is not None:
         theta, _ = _to_polar(shown.anchor)
         axes.plot(
-            [theta, theta], [0, 1], color="#009E73", linewidth=2, linestyle=(0, (4, 2)),
+            [theta, theta], [0, 1], color=style.TURN, linewidth=2, linestyle=(0, (4, 2)),
             label="rebalance anchor",
         )  # fmt: skip
-        axes.plot([theta], [1], color="#009E73", marker="*", markersize=13, linestyle="none",
+        axes.plot([theta], [1], color=style.TURN, marker="*", markersize=13, linestyle="none",
                   clip_on=False, zorder=5)  # fmt: skip
     axes.annotate(
         "", (0, 1), (0, 0), zorder=4,
@@ -189,7 +191,7 @@ def _draw(axes: Axes, shown: PlaneView, names: Sequence[str], title: str) -> Non
     )  # fmt: skip
 
 
-def _to_polar(points: Array) -> tuple[Array, Array]:
+def _to_polar(points: Array) -> tuple[Any, Any]:
     """Points [..., 2] of (along, across) as angle from the query and length."""
     return np.arctan2(points[..., 1], points[..., 0]), np.linalg.norm(points, axis=-1)
 

@@ -97,7 +97,7 @@ def noise_figure(
     if with_share:
         grid[1, 0].set_ylabel("attention share of the\nnoised modality (0 to 1)", fontsize=10.5)
         grid[1, 0].set_ylim(0, 1)
-        even = 1 / max(len(point["attention_share"]) for point in points)
+        even = 1 / max(len(point.get("attention_share", {})) for point in points)
         for axes in grid[1]:
             style.reference_line(axes, even, "even\nshare" if axes is grid[1, -1] else "")
     figure.suptitle(
@@ -149,8 +149,5 @@ def _seeds(arms: Mapping[str, Sequence]) -> str:
 
 def _correlations(contrast: Array, share: Array) -> str:
     r, rho = statistics.pearson(contrast, share), statistics.spearman(contrast, share)
-    return f"Pearson r = {_signed(r)}, Spearman ρ = {_signed(rho)}"
-
-
-def _signed(value: float) -> str:
-    return "undefined" if not np.isfinite(value) else f"{value:+.2f}".replace("-", "−")
+    shown = [style.signed(value, "+.2f") for value in (r, rho)]
+    return f"Pearson r = {shown[0]}, Spearman ρ = {shown[1]}"

@@ -5,6 +5,7 @@ used, so figures can be made in threads and in a process that has its own pyplot
 """
 
 import io
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
 INK, MUTED, GRID = "#1a1a1a", "#5c5c5c", "#e3e3e3"
+# Of rotations and their anchor: the palette's reddish purple, darker so that text can be read.
+TURN = "#9C4F78"
 DPI = 140
 # Above this a picture is stored with a palette of 256 colours.
 MAX_BYTES = 140_000
@@ -93,6 +96,11 @@ def reference_line(axes: Axes, value: float, label: str = "") -> None:
     )
 
 
+def signed(value: float, form: str = ".2f") -> str:
+    """The number with a true minus sign; "undefined" where it is none."""
+    return format(value, form).replace("-", "−") if math.isfinite(value) else "undefined"
+
+
 def empty_note(axes: Axes, text: str) -> None:
     """Says why a picture is empty instead of showing bare axes."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=MUTED)
@@ -125,11 +133,11 @@ def png_bytes(figure: Figure) -> bytes:
     return small.getvalue()
 
 
-def save_png(figure: Figure, path: str | Path | epath.Path) -> None:
-    """Writes `png_bytes` to path (local or gs://), making its folder if there is none."""
+def save_png(figure: Figure | bytes, path: str | Path | epath.Path) -> None:
+    """Writes a figure, or the bytes of its PNG, to path (local or gs://); makes its folder."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png_bytes(figure))
+    path.write_bytes(figure if isinstance(figure, bytes) else png_bytes(figure))
 
 
 def legend_below(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:

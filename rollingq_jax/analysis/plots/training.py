@@ -1,6 +1,7 @@
 """Pictures of one training run: the cycle and its breaking, and accuracy with the probes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,7 +12,7 @@ from rollingq_jax.analysis import curves
 from rollingq_jax.analysis.curves import Row
 from rollingq_jax.analysis.plots import style
 
-_ROLL_LINE = {"color": "#CC79A7", "linewidth": 1.8, "zorder": 1.5}
+_ROLL_LINE: dict[str, Any] = {"color": style.TURN, "linewidth": 1.6, "alpha": 0.8, "zorder": 1.5}
 
 
 def dynamics_figure(rows: Sequence[Row], *, beta: float | None = None) -> Figure:
@@ -61,7 +62,9 @@ def accuracy_figure(rows: Sequence[Row], *, chance: float | None = None) -> Figu
     """
     figure = style.new_figure(8.0, 4.2)
     axes = figure.subplots()
-    series = [("accuracy", "whole model", style.INK, "-", "o")]
+    series: list[tuple[str, str, str, Any, str]] = [
+        ("accuracy", "whole model", style.INK, "-", "o")
+    ]
     for i, name in enumerate(curves.modalities(rows, "probe_accuracy")):
         label = f"probe on {style.plain(name)} alone"
         series.append(
@@ -70,7 +73,12 @@ def accuracy_figure(rows: Sequence[Row], *, chance: float | None = None) -> Figu
     ends = []
     for field, label, colour, dashes, marker in series:
         x, y = curves.curve(rows, "valid", field)
-        options = {"color": colour, "linestyle": dashes, "marker": marker, "markersize": 4}
+        options: dict[str, Any] = {
+            "color": colour,
+            "linestyle": dashes,
+            "marker": marker,
+            "markersize": 4,
+        }
         axes.plot(x, 100 * y, label=label, linewidth=2, **options)
         test = curves.curve(rows, "test", field)
         if len(test.y):
@@ -115,7 +123,7 @@ def _mark_rolls(top: Axes, bottom: Axes, rolls: Sequence[curves.Roll]) -> None:
                 xytext=(3, -11),
                 textcoords="offset points",
                 fontsize=9.5,
-                color="#9c4f78",
+                color=style.TURN,
             )
 
 
