@@ -34,7 +34,7 @@ class RollingState(NamedTuple):
     """
 
     rotation: Array  # [H, d, d], starts at I
-    count: Array  # [H] int32, rotations done
+    count: Array  # type: ignore[assignment]  # [H] int32, rotations done; hides tuple.count
     key_sum: Array  # [M, H, d], sum_i w_i k_i^m
     cosine_sum: Array  # [M, H], sum_i w_i cos(q_i, k_i^m)
     weight_sum: Array  # [M], sum_i w_i
