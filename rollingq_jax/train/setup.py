@@ -79,9 +79,13 @@ def build(config: Any, dataset: Dataset) -> Setup:
         )
     epoch_steps = steps_per_epoch(examples, config.batch_size)
     total_steps = epoch_steps * config.epochs
-    warmup_steps = int(config.optimizer.warmup_epochs * epoch_steps)
     learning_rate = learning_rate_schedule(
-        config.optimizer.learning_rate, warmup_steps=warmup_steps, total_steps=total_steps
+        config.optimizer.learning_rate,
+        epoch_steps,
+        config.epochs,
+        warmup_epochs=config.optimizer.warmup_epochs,
+        extra_step=config.upstream_compat.extra_schedule_step,
+        clip=not config.upstream_compat.unclipped_cosine,
     )
     rolling = config.rolling
     roll_schedule = None

@@ -1,8 +1,8 @@
 """Upstream's own choices in training, for reproducing its trajectories and for nothing else.
 
 `docs/upstream.md` says why each differs from what this project does by default, and which option
-(`config.upstream_compat.*`) puts it back. Upstream's loop is `train_func.py` and `method.py`; its
-schedule is `get_cosine_schedule_with_warmup` of the transformers library.
+(`config.upstream_compat.*`) puts it back. Upstream's loop is `train_func.py` and `method.py`. Its
+schedule is in `optimizer.py`.
 """
 
 import functools
@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import linen as nn
 from jax import Array
 
@@ -27,48 +26,6 @@ from rollingq_jax.rolling import (
 )
 from rollingq_jax.train.state import TrainState
 from rollingq_jax.train.steps import Roll, batch_imbalance, batch_scores
-
-
-def upstream_schedule(
-    learning_rate: float,
-    steps_per_epoch: int,
-    epochs: int,
-    *,
-    warmup_epochs: float = 2.5,
-    extra_step: bool = True,
-    clip: bool = False,
-) -> optax.Schedule:
-    """Learning rate of optimiser step t = 0, 1, ...: linear warm-up, then one cosine.
-
-    With W = int(warmup_epochs * steps_per_epoch) and T = epochs * steps_per_epoch,
-
-        lr(s) = learning_rate s / W                                      for s < W
-        lr(s) = learning_rate (1 + cos(pi (s - W) / (T - W))) / 2        after that.
-
-    Args:
-      learning_rate: the highest.
-      steps_per_epoch: optimiser steps in an epoch.
-      epochs: their number.
-      warmup_epochs: epochs of warm-up; upstream's 2.5 may end inside an epoch.
-      extra_step: upstream steps its schedule once more at each epoch's end, so that
-        s = t + floor(t / steps_per_epoch); otherwise s = t.
-      clip: whether the rate stays at 0 from s = T. Upstream's extra steps go beyond T, where its
-        cosine rises again.
-    """
-    warmup, total = int(warmup_epochs * steps_per_epoch), steps_per_epoch * epochs
-
-    def schedule(count: Any) -> Array:
-        step = jnp.asarray(count, jnp.int32)
-        if extra_step:
-            step = step + step // steps_per_epoch
-        step = step.astype(jnp.float32)
-        progress = (step - warmup) / max(1, total - warmup)
-        if clip:
-            progress = jnp.minimum(progress, 1.0)
-        cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-        return learning_rate * jnp.where(step < warmup, step / max(1, warmup), cosine)
-
-    return schedule
 
 
 def upstream_scores(out: Mapping[str, Any], weight: Array | None = None) -> Array:

@@ -13,9 +13,9 @@ from golden_inputs import Golden, golden_files
 
 from rollingq_jax import convert
 from rollingq_jax.rolling import init_state
+from rollingq_jax.train.optimizer import learning_rate_schedule
 from rollingq_jax.train.upstream import (
     upstream_roll,
-    upstream_schedule,
     upstream_scores,
     upstream_statistics,
 )
@@ -36,7 +36,9 @@ class Run:
         seed = float(golden["meta/seed"])
         self.batches = [self.batch(seed + SEEDS["batch"] + j) for j in range(steps)]
         self.evaluation = self.batch(seed + SEEDS["evaluation"])
-        self.schedule = upstream_schedule(float(golden["meta/lr"]), steps, self.epochs)
+        self.schedule = learning_rate_schedule(
+            float(golden["meta/lr"]), steps, self.epochs, extra_step=True, clip=False
+        )
         self.tx = optax.chain(
             optax.add_decayed_weights(1e-4), optax.sgd(self.schedule, momentum=0.9)
         )
@@ -147,8 +149,8 @@ def test_learning_rate_at_the_end_of_each_epoch(run):
     """The rate that the epoch's last scheduler call but one left: that of the step after it."""
     steps = len(run.batches)
     with_extra_step = [(epoch + 1) * steps + epoch for epoch in range(run.epochs)]
-    schedule = upstream_schedule(float(run.golden["meta/lr"]), steps, run.epochs, extra_step=False)
-    plain = upstream_schedule(1.0, steps, run.epochs)
+    schedule = learning_rate_schedule(float(run.golden["meta/lr"]), steps, run.epochs, clip=False)
+    plain = learning_rate_schedule(1.0, steps, run.epochs, extra_step=True, clip=False)
     close("lr", [schedule(s) for s in with_extra_step], run.golden["final/lr_last"], 1e-8)
     assert float(plain(steps)) == pytest.approx(float(schedule(steps + 1)) / run.golden["meta/lr"])
 

@@ -10,9 +10,9 @@ import pytest
 import rollingq_jax as rq
 from rollingq_jax.errors import UserError
 from rollingq_jax.rolling import init_state
+from rollingq_jax.train.optimizer import learning_rate_schedule
 from rollingq_jax.train.upstream import (
     upstream_roll,
-    upstream_schedule,
     upstream_scores,
     upstream_statistics,
 )
@@ -41,7 +41,9 @@ def rates_of_a_scheduler(lr, steps, epochs, warmup_epochs, extra):
     ("steps", "epochs", "warmup"), [(3, 3, 2.5), (7, 30, 2.5), (1, 5, 0.0), (4, 2, 2.5)]
 )
 def test_schedule(extra, steps, epochs, warmup):
-    schedule = upstream_schedule(0.05, steps, epochs, warmup_epochs=warmup, extra_step=extra)
+    schedule = learning_rate_schedule(
+        0.05, steps, epochs, warmup_epochs=warmup, extra_step=extra, clip=False
+    )
     expected = rates_of_a_scheduler(0.05, steps, epochs, warmup, extra)
     counts = jnp.arange(steps * epochs)
     np.testing.assert_allclose([schedule(int(t)) for t in counts], expected, atol=1e-8)
@@ -51,8 +53,8 @@ def test_schedule(extra, steps, epochs, warmup):
 def test_the_rate_rises_again_unless_clipped():
     """30 epochs of 5 steps: the schedule's counter ends 29 steps beyond the cosine's end."""
     steps, epochs = 5, 30
-    free = upstream_schedule(1.0, steps, epochs)
-    held = upstream_schedule(1.0, steps, epochs, clip=True)
+    free = learning_rate_schedule(1.0, steps, epochs, extra_step=True, clip=False)
+    held = learning_rate_schedule(1.0, steps, epochs, extra_step=True)
     last = steps * epochs - 1
     assert float(free(last)) > 0.08
     assert float(held(last)) == 0.0

@@ -1,0 +1,124 @@
+"""Training steps at the paper's scale: PyTorch, RollingQ on and off, memory, devices."""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import paper_scale
+from benchmarks.paper_scale import Scale, Stepper, compiled_step, model_flops
+from benchmarks.timing import Row, cost, interleaved, rows
+
+PAPER = Scale()
+SMALL = Scale(depth=1, batch_size=4)
+PEAK_FLOPS = {
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}  # bfloat16, dense (data sheet)
+
+
+def train_step(scale: Scale = PAPER, rounds: int = 5) -> list[Row]:
+    """The whole step, and the encoders alone, against eager PyTorch where it is installed."""
+    step = Stepper(*compiled_step(scale))
+    calls: dict[str, Any] = {"rollingq_jax": step}
+    alone: dict[str, Any] = {"rollingq_jax": paper_scale.encoder_step(scale)[0]}
+    baseline = "rollingq_jax"
+    try:
+        from benchmarks import torch_model
+    except ImportError:
+        print("train_step: torch is not installed; timed without it")
+    else:
+        calls["torch, eager"] = torch_model.train_step(scale)
+        alone["torch, eager"] = torch_model.encoder_step(scale)
+        baseline = "torch, eager"
+    size = f"B {scale.batch_size}, d {scale.dim}, {scale.depth} layers, {scale.dtype}"
+    table = rows(f"train step, {size}", interleaved(calls, rounds), baseline)
+    flops = model_flops(scale)
+    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    for row in table:
+        rate = flops / (row["median_ms"] / 1e3)
+        row |= {"model_flops": flops, "model_flops_per_second": rate}
+        if peak and scale.dtype == "bfloat16":
+            row["model_flops_utilisation"] = rate / peak
+    return table + rows(f"encoders alone, {size}", interleaved(alone, rounds), baseline)
+
+
+def memory(scale: Scale = PAPER) -> list[Row]:
+    """Temporary bytes of the step: unrolled, scanned, and scanned with remat."""
+    variants = {
+        "scanned": scale._replace(scan_layers=True),
+        "unrolled": scale,
+        "scanned, remat": scale._replace(scan_layers=True, remat=True),
+    }
+    found = {name: cost(compiled_step(variant)[0]) for name, variant in variants.items()}
+    reference = found["scanned"]["temporary_bytes"]
+    return [
+        {"benchmark": f"memory, B {scale.batch_size}", "case": name, "baseline": "scanned"}
+        | {"ratio": numbers["temporary_bytes"] / reference}
+        | numbers
+        for name, numbers in found.items()
+    ]
+
+
+def rolling_cost(scale: Scale = SMALL, rounds: int = 12) -> list[Row]:
+    """RollingQ on against off, and on against on: paired ratios with their 95 % interval."""
+    programs = {
+        name: compiled_step(scale, rolling=name != "off") for name in ("off", "on", "on again")
+    }
+    costs = {name: cost(program[0]) for name, program in programs.items()}
+    times = interleaved({name: Stepper(*p) for name, p in programs.items()}, rounds, calls=2)
+    table = rows(f"RollingQ, B {scale.batch_size}, depth {scale.depth}", times, "off")
+    generator = np.random.default_rng(0)
+    for row in table:
+        name = row["case"]
+        base = "on" if name == "on again" else "off"
+        ratios = np.log(np.array(times[name]) / np.array(times[base]))
+        draws = generator.choice(ratios, (10_000, len(ratios))).mean(axis=1)
+        low, high = np.exp(np.quantile(draws, [0.025, 0.975]))
+        row |= {"baseline": base, "ratio": float(np.exp(ratios.mean()))}
+        row |= {"interval_low": float(low), "interval_high": float(high)}
+        for what in ("flops", "bytes"):
+            row[f"{what}_ratio"] = costs[name][what] / costs["off"][what]
+    return table
+
+
+ONE_LAYOUT = "import sys; from benchmarks import steps; print(steps.one_layout(sys.argv[1]))"
+
+
+def one_layout(parallel: str) -> float:
+    """Median seconds of a small step, whose batch is laid out over all devices."""
+    from rollingq_jax.train.parallel import WRAPPERS
+    from rollingq_jax.train.steps import make_eval_step
+
+    scale = Scale(batch_size=16, dim=192, depth=2, num_heads=4)
+    step, state = paper_scale.step_of(scale)
+    layout = WRAPPERS[parallel](step, make_eval_step(paper_scale.model_of(scale)))
+    state = layout.put_state(state)
+    batch = layout.put_batch({k: np.asarray(v) for k, v in paper_scale.batch_of(scale).items()})
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        state, sums, _ = layout.train_step(state, batch)
+        jax.block_until_ready(sums)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])  # the first compiles
+
+
+def devices() -> list[Row]:
+    """One device against eight, on the processor, where eight share its cores."""
+    found = {}
+    for count in (1, 8):
+        for parallel in ("jit", "pmap"):
+            flag = f"--xla_force_host_platform_device_count={count}"
+            environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag}
+            command = [sys.executable, "-c", ONE_LAYOUT, parallel]
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, check=True
+            )
+            found[f"{count} device(s), {parallel}"] = [float(done.stdout.splitlines()[-1])]
+    return rows("devices on one processor, B 16, d 192", found, "1 device(s), jit")
