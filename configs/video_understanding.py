@@ -26,7 +26,8 @@ def get_config() -> ConfigDict:
     config.epochs = 30
     config.batch_size = 32
     config.optimizer.name = "adam"
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.clip_norm = 1.0
     sizes = MediaSizes(audio_bins=64, audio_frames=96, image_size=64, video_frames=4)
     config.data = ConfigDict(
         {

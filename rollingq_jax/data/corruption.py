@@ -122,13 +122,13 @@ def corrupt(
     for modality, name, amount in corruptions:
         info = _as_normalised(dataset.modalities[modality], (encoders or {}).get(modality))
         if name == "misalign":
-            share = 1.0 if amount is None else amount
+            share: Any = 1.0 if amount is None else amount
             for split in targets:
                 splits[split] = Misaligned(splits[split], modality, share=share, seed=seed)
             continue
         transforms.append(_TRANSFORMS[name](dataset, info, amount))
     field = "train_transforms" if train else "eval_transforms"
-    changed = {field: (*getattr(dataset, field), *transforms)}
+    changed: dict[str, Any] = {field: (*getattr(dataset, field), *transforms)}
     return dataclasses.replace(dataset, splits=splits, **changed)
 
 

@@ -141,7 +141,7 @@ class FolderSource:
             if name in self.optional:
                 example[f"{name}_mask"] = np.asarray(cell is not None)
         for name in self.rated:
-            example[f"quality_{name}"] = np.float32(row.qualities[name])
+            example[f"quality_{name}"] = np.asarray(row.qualities[name], np.float32)
         return example
 
 
@@ -183,7 +183,7 @@ def _encode_labels(
 def _read_sizes(config_data: Any, types: Mapping[str, str], train: Sequence[Row]) -> MediaSizes:
     """The configuration's sizes, with the lengths that it leaves open measured."""
     least = {"audio_rate": 1000, "audio_seconds": 0, "audio_bins": 2, "text_length": 0}
-    fields = {
+    fields: dict[str, Any] = {
         field.name: option(config_data, field.name, field.default, minimum=least.get(field.name, 1))
         for field in dataclasses.fields(MediaSizes)
         if field.name != "audio_features"

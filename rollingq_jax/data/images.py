@@ -34,9 +34,9 @@ def decode_image(data: bytes, name: str | os.PathLike = "(bytes)") -> np.ndarray
     with reading(name, "image"):
         from PIL import Image, ImageOps
 
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            image.load()
-            image = ImageOps.exif_transpose(image)
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as file:
+            file.load()
+            image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
                 grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
                 return np.repeat(grey[:, :, None], 3, axis=2)

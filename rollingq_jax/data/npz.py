@@ -1,5 +1,6 @@
 """Reading ``.npz`` files and folders of ``.npy`` files without unpickling anything."""
 
+import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -27,12 +28,15 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         if not found:
             raise DataError(f"data.path: {path}: the folder holds no .npy files; wanted {FORM}")
         names = {file.relative_to(path).with_suffix("").as_posix(): file for file in found}
-        return {key: _read_array(path, key, lambda f=f: _map(f)) for key, f in names.items()}
+        return {key: _read_array(path, key, functools.partial(_map, f)) for key, f in names.items()}
     archive = _read_array(path, "", lambda: np.load(path, allow_pickle=False))
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise DataError(f"data.path: {path}: a single array; wanted an .npz with the keys {FORM}")
     with archive:
-        return {key: _read_array(path, key, lambda k=key: archive[k]) for key in archive.files}
+        return {
+            key: _read_array(path, key, functools.partial(archive.__getitem__, key))
+            for key in archive.files
+        }
 
 
 def _map(file: Path) -> np.ndarray:

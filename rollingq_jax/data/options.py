@@ -8,6 +8,12 @@ from rollingq_jax.errors import ConfigError
 T = TypeVar("T")
 
 
+def _field(config_data: Any, name: str) -> Any:
+    if isinstance(config_data, Mapping):
+        return config_data.get(name)
+    return getattr(config_data, name, None)
+
+
 def option(config_data: Any, name: str, default: T, *, minimum: float | None = None) -> T:
     """The field ``name``, or the default where the field is absent or None.
 
@@ -20,10 +26,7 @@ def option(config_data: Any, name: str, default: T, *, minimum: float | None = N
     Raises:
       ConfigError: the value has another type or is below the minimum.
     """
-    if isinstance(config_data, Mapping):
-        value = config_data.get(name)
-    else:
-        value = getattr(config_data, name, None)
+    value: Any = _field(config_data, name)
     if value is None:
         return default
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
@@ -32,7 +35,7 @@ def option(config_data: Any, name: str, default: T, *, minimum: float | None = N
         value = dict(value.items())
     if isinstance(default, tuple) and isinstance(value, list):
         value = tuple(value)
-    wanted = dict if isinstance(default, Mapping) else type(default)
+    wanted: type[Any] = dict if isinstance(default, Mapping) else type(default)
     if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool):
         raise ConfigError(f"data.{name}: {value!r}; must be of type {wanted.__name__}")
     if minimum is not None and value < minimum:
@@ -58,12 +61,10 @@ def mapping_option(config_data: Any, name: str) -> dict[str, str]:
     Raises:
       ConfigError: the value is neither.
     """
-    if isinstance(config_data, Mapping):
-        value = config_data.get(name)
-    else:
-        value = getattr(config_data, name, None)
+    value = _field(config_data, name)
     if not isinstance(value, str):
-        return {str(key): str(item) for key, item in option(config_data, name, {}).items()}
+        given: dict[Any, Any] = option(config_data, name, {})
+        return {str(key): str(item) for key, item in given.items()}
     pairs = [part.partition("=") for part in value.split(",") if part.strip()]
     if not all(left.strip() and right.strip() for left, _, right in pairs):
         raise ConfigError(f"data.{name}: {value!r}; must be of the form 'name=value, name=value'")

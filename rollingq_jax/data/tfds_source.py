@@ -112,7 +112,7 @@ class TfdsSource:
                 f"TFDS record {index}: {self.label_feature} is {label}; must be from 0 to "
                 f"{self.num_classes - 1}"
             )
-        example: Example = {"label": np.int32(label)}
+        example: Example = {"label": np.asarray(label, np.int32)}
         for name, feature in self.features.items():
             example |= self.forms[name].convert(_pick(record, feature))
         return example
@@ -181,7 +181,7 @@ def _splits(config_data: Any, builder: Any) -> dict[str, str]:
 
 def _flatten(features: Any, prefix: str = "") -> dict[str, Any]:
     """{"outer/inner": feature} of nested features."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, feature in features.items():
         if hasattr(feature, "items"):
             flat |= _flatten(feature, f"{prefix}{name}/")

@@ -47,7 +47,7 @@ def lowered_quality(example: Mapping[str, np.ndarray], name: str, scale: float) 
     Independent noises add in variance: with noise of q before, -sqrt(q^2 + scale^2).
     """
     before = min(float(example.get(f"quality_{name}", 0.0)), 0.0)
-    return np.float32(0.0 - np.hypot(before, scale))  # not -0.0
+    return np.asarray(0.0 - np.hypot(before, scale), np.float32)  # not -0.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,9 +58,9 @@ def read_video_frames(
     """
     if sum(choice is not None for choice in (num_frames, indices, fps)) > 1:
         raise DataError("read_video_frames: give only one of num_frames, indices and fps")
-    if num_frames is not None:
-        indices = evenly_spaced(count_video_frames(path), num_frames)
     wanted = None if indices is None else [int(index) for index in indices]
+    if num_frames is not None:
+        wanted = evenly_spaced(count_video_frames(path), num_frames).tolist()
     if wanted is not None and (not wanted or wanted != sorted(wanted) or wanted[0] < 0):
         raise DataError(f"frame indices {wanted}; ascending and not negative")
 
