@@ -23,7 +23,7 @@ import numpy as np
 from rollingq_jax.data.mosei_arrays import MODALITIES, SPLITS, check_distribution, tidy
 from rollingq_jax.data.options import choice, option
 from rollingq_jax.data.restricted_pickle import load_pickle
-from rollingq_jax.data.types import Dataset, Example, ModalityInfo
+from rollingq_jax.data.types import Dataset, Example, ModalityInfo, Source
 from rollingq_jax.errors import ConfigError, DataError
 
 NAME = "cmu_mosei"
@@ -126,7 +126,8 @@ def _write(
     """All arrays, and info.json last."""
     from tqdm import tqdm
 
-    counts, unreadable, moments, without_text = {}, {}, {}, 0
+    counts, moments, without_text = {}, {}, 0
+    unreadable: dict[str, str] = {}
     with tqdm(total=len(SPLITS), desc=NAME, unit="split") as progress:
         for split in SPLITS:
             tidied = tidy(data[split], split, strict)
@@ -264,14 +265,12 @@ def load(config_data: Any, *, seed: int) -> Dataset:
     rule = choice(config_data, "label_rule", tuple(LABEL_RULES))
     moments = {}
     if option(config_data, "standardize", False):
-        moments = {
-            name: (
-                np.float32(info["moments"][name]["mean"]),
-                np.float32(info["moments"][name]["std"]),
+        for name in modalities:
+            mean, std = (
+                np.array(info["moments"][name][key], np.float32) for key in ("mean", "std")
             )
-            for name in modalities
-        }
-    splits = {}
+            moments[name] = (mean, std)
+    splits: dict[str, Source] = {}
     for split in SPLITS:
         sentiment = np.array(_open(folder / f"{split}_labels.npy", info["counts"][split]))
         labels = classify(sentiment, rule)

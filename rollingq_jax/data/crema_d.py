@@ -32,7 +32,7 @@ from rollingq_jax.data.media import read_audio, resample
 from rollingq_jax.data.options import option
 from rollingq_jax.data.record_writer import write_records
 from rollingq_jax.data.records import ClipSource, Recipe, RecordSet, open_records
-from rollingq_jax.data.types import Dataset, ModalityInfo, Subset
+from rollingq_jax.data.types import Dataset, ModalityInfo, Source, Subset
 from rollingq_jax.errors import DataError
 
 NAME = "crema_d"
@@ -221,7 +221,7 @@ def load(config_data: Any, *, seed: int) -> Dataset:
 
     qualities, note = _qualities(rows)
     source = ClipSource(records.source(), labels, qualities)
-    splits = {split: Subset(source, numbers) for split, numbers in chosen.items()}
+    splits: dict[str, Source] = {split: Subset(source, chosen[split]) for split in chosen}
     if "valid" not in splits:
         splits = with_valid(splits, labels[chosen["train"]], seed=split_seed)
         rule += f", valid a tenth of train, seed {split_seed}"

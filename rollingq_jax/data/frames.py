@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -168,23 +169,23 @@ def decode_frames(
     from PIL import Image
 
     video = np.empty((len(indices), size, size, 3), np.uint8)
-    box, done = None, {}
+    box: Box | None = None
+    done: dict[int, int] = {}
     for place, index in enumerate(indices.tolist()):
         if index in done:
             video[place] = video[done[index]]
             continue
         done[index] = place
-        with Image.open(io.BytesIO(frames[index]), formats=("JPEG",)) as image:
+        with Image.open(io.BytesIO(frames[index]), formats=("JPEG",)) as file:
             if choose_box is not None and box is None:
-                box = choose_box(*image.size)
+                box = choose_box(*file.size)
             # Grey frames are scaled first and become RGB after: the same for a third of the work.
-            if image.mode not in ("RGB", "L"):
-                image = image.convert("RGB")
+            image = file if file.mode in ("RGB", "L") else file.convert("RGB")
             image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-            if flip:
-                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            pixels = np.asarray(image)
-            video[place] = pixels if pixels.ndim == 3 else pixels[:, :, None]
+        if flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = np.asarray(image)
+        video[place] = pixels if pixels.ndim == 3 else pixels[:, :, None]
     return video
 
 
@@ -206,7 +207,7 @@ class TrainFrames(grain.transforms.RandomMap):
 
     def random_map(self, element: Example, rng: np.random.Generator) -> Example:
         """One example."""
-        frames = element[self.name]
+        frames: Any = element[self.name]
         indices = self.pick(len(frames), self.num, rng)
         flip = bool(rng.random() < 0.5)
 
@@ -233,7 +234,7 @@ class EvalFrames(grain.transforms.Map):
 
     def map(self, element: Example) -> Example:
         """One example."""
-        frames = element[self.name]
+        frames: Any = element[self.name]
         indices = self.pick(len(frames), self.num)
         return {**element, self.name: decode_frames(frames, indices, self.size)}
 

@@ -40,7 +40,7 @@ from rollingq_jax.data.media import read_video_audio, resample
 from rollingq_jax.data.options import option
 from rollingq_jax.data.record_writer import write_records
 from rollingq_jax.data.records import ClipSource, Recipe, RecordSet, open_records
-from rollingq_jax.data.types import Dataset, ModalityInfo, Subset
+from rollingq_jax.data.types import Dataset, ModalityInfo, Source, Subset
 from rollingq_jax.errors import DataError
 
 NAME = "kinetics_sounds"
@@ -196,7 +196,7 @@ def load(config_data: Any, *, seed: int) -> Dataset:
     labels = np.array([row["label"] for row in records.rows], np.int32)
     parts = np.array([row["split"] for row in records.rows])
     source = ClipSource(records.source(), labels, {})
-    splits = {}
+    splits: dict[str, Source] = {}
     for split in ("train", "test"):
         numbers = np.flatnonzero(parts == split)
         if len(numbers) == 0:

@@ -10,7 +10,7 @@ not exposed: it trusts a pickled dtype's flags, which a crafted file can use to 
 import math
 import os
 import pickle
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -99,7 +99,7 @@ class _Array:
         self.value = _make_array(shape, dtype, "F" if fortran else "C", data)
 
 
-def _make_array(shape: Any, dtype: Any, order: str, data: Any) -> np.ndarray:
+def _make_array(shape: Any, dtype: Any, order: Literal["C", "F"], data: Any) -> np.ndarray:
     """An array of its own from raw bytes, or from a list of objects."""
     if not isinstance(dtype, _Dtype):
         raise _RefusedError("it holds an array without a dtype")
