@@ -5,6 +5,7 @@ A Python file is code and is run; a `config.json` is data and is only read.
 
 import argparse
 import json
+import os
 import re
 import runpy
 import traceback
@@ -60,17 +61,21 @@ def read_python(path: str) -> ConfigDict:
       ConfigError: there is no such file, it fails, or it returns something else.
     """
     path, *argument = path.split(":", 1)
+    if not os.path.isfile(path):
+        raise ConfigError(
+            f"--config {path}: no such file; allowed: a Python file with get_config()"
+        )
     try:
-        config = runpy.run_path(path)["get_config"](*argument)
+        get_config = runpy.run_path(path).get("get_config")
+        config = None if get_config is None else get_config(*argument)
     except Exception as error:  # whatever a user's file may raise
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         where = f"--config {path}" + (f", line {lines[-1]}" if lines else "")
         reason = " ".join(str(error).split()) or "no message"
         raise ConfigError(f"{where}: {type(error).__name__}: {reason}") from error
     if not isinstance(config, ConfigDict):
-        raise ConfigError(
-            f"--config {path}: get_config() returned {type(config).__name__}; allowed: a ConfigDict"
-        )
+        found = "there is no get_config()" if get_config is None else f"get_config() is {config!r}"
+        raise ConfigError(f"--config {path}: {found}; allowed: one that returns a ConfigDict")
     return config
 
 
@@ -116,8 +121,8 @@ def _unknown_field(argv: Sequence[str], config: ConfigDict) -> str | None:
         node: Any = config
         for name in found.group(1).split(".")[1:] if found else ():
             if not hasattr(node, "keys") or name not in node:
-                fields = ", ".join(sorted(node.keys())) if hasattr(node, "keys") else "no fields"
-                return f"{found.group(1)} is not a field; allowed there: {fields}"
+                names = ", ".join(sorted(node.keys())) if hasattr(node, "keys") else ""
+                return f"{found.group(1)} is not a field; allowed there: {names or 'no fields'}"
             node = node[name]
     return None
 

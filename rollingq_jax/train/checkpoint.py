@@ -4,6 +4,7 @@ Orbax writes to a temporary folder and renames it, so a checkpoint exists comple
 It does not notice a byte that changed later; the checksum stored beside the state does.
 """
 
+import contextlib
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +24,11 @@ from rollingq_jax.train.packing import (
     describe,
     from_host,
     seal,
+    size,
     to_host,
 )
 from rollingq_jax.train.state import TrainState
+from rollingq_jax.train.storage import check_room, saving
 
 FORMAT_VERSION = 1
 log = logging.getLogger(__name__)
@@ -85,22 +88,27 @@ class Checkpoints:
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         try:
-            self._manager.close()
-        except Exception:
+            with saving(self._directory):
+                self._manager.close()
+        except CheckpointError:
             if error is None:  # otherwise what ended the run says more
                 raise
 
     def wait(self) -> None:
-        """Waits until the save that is under way is committed."""
-        self._manager.wait_until_finished()
+        """Waits until the save that is under way is committed; raises what went wrong in it."""
+        with saving(self._directory):
+            self._manager.wait_until_finished()
 
     def check(self) -> None:
-        """Raises what has gone wrong in the background."""
-        self._manager.check_for_errors()
+        """Raises what has gone wrong in the background, without waiting."""
+        with saving(self._directory):
+            self._manager.check_for_errors()
 
     @property
     def newest(self) -> int | None:
-        """Step of the newest checkpoint that is committed."""
+        """Step of the newest checkpoint, once the save that is under way has ended."""
+        with contextlib.suppress(CheckpointError):  # its failure is another error's to report
+            self.wait()
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
@@ -116,6 +124,7 @@ class Checkpoints:
 
         Raises:
           NonFiniteError: the state holds NaN or infinity. Nothing is saved.
+          CheckpointError: this save, or the one before in the background, failed.
         """
         tree = to_host(state)
         step = int(tree["step"])
@@ -124,13 +133,16 @@ class Checkpoints:
             return
         check_finite(tree, step)
         record = {**record, "format_version": FORMAT_VERSION, "checksum": checksum(tree)}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(tree),
-                record=ocp.args.JsonSave({"record": record, "sha256": seal(record)}),
-            ),
-        )
+        with saving(self._directory):
+            self.wait()
+            check_room(self._directory, size(tree))
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(tree),
+                    record=ocp.args.JsonSave({"record": record, "sha256": seal(record)}),
+                ),
+            )
 
     def restore(
         self,

@@ -23,7 +23,7 @@ def run_command(command: Callable[[Sequence[str]], Any], argv: Sequence[str]) ->
     traceback.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax prints what it also raises
     try:
         command(argv)
     except Interrupted as stopped:

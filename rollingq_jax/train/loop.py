@@ -17,9 +17,10 @@ from rollingq_jax.train.interrupt import Interrupted, Interruption
 from rollingq_jax.train.lock import locked
 from rollingq_jax.train.meter import Meter
 from rollingq_jax.train.run import Run
-from rollingq_jax.train.saving import SaveSchedule, explained
+from rollingq_jax.train.schedule import SaveSchedule
 from rollingq_jax.train.snapshot import save_snapshot
 from rollingq_jax.train.state import TrainState
+from rollingq_jax.train.storage import explained
 from rollingq_jax.train.summary import finish_run, print_summary, read_summary
 from rollingq_jax.train.upstream import roll_after_epoch
 from rollingq_jax.train.workdir import check_free, check_workdir, claim
@@ -104,7 +105,7 @@ def complete(
     state = run.initial_state()
     found = checkpoints.restore_newest(state, run.check_record)
     state, record = found or (state, {})
-    with explained(run.workdir, checkpoints):
+    with explained(run.workdir, lambda: checkpoints.newest):
         best = train(run, checkpoints, state, record, interruption, max_steps)
         checkpoints.wait()
         interruption.unsaved = False

@@ -53,6 +53,11 @@ def checksum(tree: Any) -> str:
     return digest.hexdigest()
 
 
+def size(tree: Any) -> int:
+    """Bytes of all leaves."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
 def seal(record: Mapping[str, Any]) -> str:
     """SHA-256 of a JSON record."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

@@ -81,11 +81,9 @@ class MetricsWriter:
         self._rewrite()
         self._events = None
         if self._local and self._first:
-            from tensorboardX import SummaryWriter
+            from rollingq_jax.train.events import EventLog
 
-            self._events = SummaryWriter(
-                os.path.join(os.fspath(workdir), "tensorboard"), purge_step=step + 1
-            )
+            self._events = EventLog(os.path.join(os.fspath(workdir), "tensorboard"), step)
 
     def _rewrite(self) -> None:
         if not self._first:
@@ -103,10 +101,7 @@ class MetricsWriter:
             file.writelines(as_json(row) + "\n" for row in rows)
             file.flush()
             os.fsync(file.fileno())
-        for row in rows:
-            for name, value in row.items():
-                if isinstance(value, float):
-                    self._events.add_scalar(f"{row['split']}/{name}", value, row["step"])
+        self._events.write(rows)
 
     def remove(self, split: str) -> None:
         """Removes the rows of a split, which an earlier, unfinished end of the run has left."""

@@ -1,0 +1,87 @@
+"""A folder that cannot be written any more, in one line: full, read-only, over its quota."""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+
+from etils import epath
+
+from rollingq_jax.errors import CheckpointError, UserError
+
+ROOM = 1 << 20  # bytes beside the arrays: their metadata, one block at least a file, metrics
+CODES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EIO)
+
+
+def check_room(directory: epath.Path, size: int) -> None:
+    """A checkpoint fits on the disk. Orbax would say so too, in many lines and half-way through.
+
+    Raises:
+      OSError: it does not.
+    """
+    if "://" in os.fspath(directory):
+        return
+    free, wanted = shutil.disk_usage(directory).free, size + size // 8 + ROOM
+    if free < wanted:
+        reason = f"{os.strerror(errno.ENOSPC)}: {wanted:,} bytes are wanted and {free:,} are free"
+        raise OSError(errno.ENOSPC, reason)
+
+
+@contextlib.contextmanager
+def saving(directory: epath.Path) -> Iterator[None]:
+    """Turns what Orbax raises while it saves into one line.
+
+    Raises:
+      CheckpointError: the checkpoint is not saved.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise many types
+        raise CheckpointError(
+            f"a checkpoint in {directory} is not saved ({reason_of(error)})"
+        ) from error
+
+
+def reason_of(error: BaseException) -> str:
+    """What the file system said; TensorStore has its words in the middle of a ValueError."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return f"{error.strerror or text}" + (f": {error.filename}" if error.filename else "")
+    for code in CODES:
+        if os.strerror(code) in text:
+            return os.strerror(code)
+    return text[:200] or type(error).__name__
+
+
+@contextlib.contextmanager
+def explained(workdir: epath.Path, newest: Callable[[], int | None]) -> Iterator[None]:
+    """Says in an error what is left: the step of the newest checkpoint.
+
+    Args:
+      workdir: the run's folder.
+      newest: tells that step, None if there is no checkpoint.
+
+    Raises:
+      CheckpointError: the folder could not be written, as on a full disk.
+      UserError: the error that came, with that added.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{error}; {left(newest())}") from error
+    except OSError as error:
+        raise CheckpointError(
+            f"workdir {workdir} cannot be written ({reason_of(error)}); {left(newest())}"
+        ) from error
+
+
+def left(step: int | None) -> str:
+    """The newest checkpoint in words."""
+    return (
+        "there is no checkpoint yet"
+        if step is None
+        else f"the last good checkpoint is of step {step}"
+    )
