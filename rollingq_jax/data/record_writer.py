@@ -171,6 +171,8 @@ def _make_all(
             return recipe.make(item)
         except DataError as error:
             return str(error)
+        except OSError as error:
+            return f"{error.filename or item}: cannot be read ({error.strerror or error})"
 
     futures = [pool.submit(make, item) for item in items]
     results = []

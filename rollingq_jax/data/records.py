@@ -31,7 +31,7 @@ class Recipe:
       items: name of each clip, in the order of the records.
       features: {field: TFDS feature} of a record.
       make: item -> (record, row): the fields of the record, and the JSON-able row of the index. A
-        DataError means that the clip is unreadable. Called from several threads.
+        DataError or OSError means that the clip is unreadable. Called from several threads.
       settings: what else the records depend on; JSON-able.
       description: of the set.
       attachments: {file name: content} to keep with the records.

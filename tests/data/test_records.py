@@ -192,6 +192,16 @@ def test_unreadable_clips_are_left_out_and_listed(tmp_path, capfd):
     assert "unreadable: clip 4.wav: truncated" in capfd.readouterr().err
 
 
+def test_files_that_the_system_refuses_are_unreadable(tmp_path):
+    def make(item):
+        if item == "2":
+            raise PermissionError(13, "Permission denied", "2.wav")
+        return Maker()(item)
+
+    records, _ = write(tmp_path / "toy", make)
+    assert records.unreadable == {"2": "2.wav: cannot be read (Permission denied)"}
+
+
 def test_a_shard_of_unreadable_clips_alone(tmp_path):
     records, _ = write(tmp_path / "toy", Maker(bad=["3", "4", "5"]))
     source = records.source()
