@@ -5,6 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from rollingq_jax.baselines.build import BUILDERS
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.models.fields import FLAG, Rule, as_mapping, integer, one_of, read_fields, real
 from rollingq_jax.models.spec import ENCODER_RULES, MODEL_RULES
@@ -48,6 +49,25 @@ RULES = {
         "method": one_of(("geodesic", "svd")),
         "joint": FLAG,
     },
+    "baseline": {
+        "name": Rule(
+            "an empty string or one of " + ", ".join(filter(None, BUILDERS)),
+            lambda v: isinstance(v, str) and v in BUILDERS,
+            str,
+        ),
+        "epochs": integer(0),
+        "ogm_alpha": _at_least(0),
+        "pmr_alpha": _at_least(0),
+        "pmr_momentum": real("a number in [0, 1)", lambda v: 0 <= v < 1),
+        "drop_rate": real("a number in [0, 1)", lambda v: 0 <= v < 1),
+        "joint_weight": _at_least(0),
+    },
+    "compare": {
+        "tune_seeds": integer(1),
+        "grid": Rule(
+            "a mapping of fields to tuples of values", lambda v: hasattr(v, "keys"), lambda v: v
+        ),
+    },
     "checkpoint": {
         "every_epochs": integer(1),
         "every_steps": integer(0),
@@ -67,6 +87,7 @@ FREE_FIELDS = (
     "log_every",
     "parallel",
     "nonfinite",
+    "compare",
     "checkpoint.",
     "data.cache_dir",
     "data.path",
@@ -105,6 +126,19 @@ def default_config() -> ConfigDict:
                 "window": 0.25,  # last part of that period, in which sums are taken
                 "method": "geodesic",
                 "joint": False,  # all heads decide together
+            },
+            "baseline": {
+                "name": "",  # a method that the paper compares with, beside any fusion it fits
+                "epochs": 0,  # the first, in which OGM and PMR are active; 0: all
+                "ogm_alpha": 0.8,
+                "pmr_alpha": 1.0,
+                "pmr_momentum": 0.2,
+                "drop_rate": 0.2,
+                "joint_weight": 1.0,
+            },
+            "compare": {
+                "tune_seeds": 2,  # seeds on which the settings of the grid are tried
+                "grid": {},  # as `{"optimizer": {"learning_rate": (0.01, 0.02)}}`; empty: no search
             },
             "checkpoint": {
                 "every_epochs": 1,

@@ -46,6 +46,7 @@ class Run:
             self.setup.roll_schedule,
             check=not compat.statistics_pass,
             last_batch_scores=compat.last_batch_air,
+            baseline=self.setup.baseline,
         )
         wrap = parallel_lib.WRAPPERS[config.parallel]
         self.parallel = wrap(train_step, make_eval_step(self.setup.model))

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import optax
 
+from rollingq_jax.baselines.build import build_baseline
+from rollingq_jax.baselines.hooks import Baseline
 from rollingq_jax.data.infer import infer_model
 from rollingq_jax.data.pipeline import collate, steps_per_epoch
 from rollingq_jax.data.types import Dataset
@@ -27,11 +29,17 @@ class Setup(NamedTuple):
     learning_rate: optax.Schedule
     epoch_steps: int
     total_steps: int
+    baseline: Baseline
 
     def initial_state(self, config: Any, dataset: Dataset) -> TrainState:
         """The state at step 0; encoders start from `config.vit_weights` where that is set."""
         state = create_state(
-            self.model, self.tx, self.roller, seed=config.seed, batch=example_batch(dataset)
+            self.model,
+            self.tx,
+            self.roller,
+            seed=config.seed,
+            batch=example_batch(dataset),
+            baseline=self.baseline.init(),
         )
         if config.vit_weights:
             from rollingq_jax.convert import load_vit
@@ -92,9 +100,11 @@ def build(config: Any, dataset: Dataset) -> Setup:
     if rolling.enabled and model.spec.scores_attention and len(model.spec.modalities) > 1:
         period = rolling.check_every or epoch_steps
         roll_schedule = RollSchedule.from_fraction(period, rolling.window)
+    baseline = build_baseline(config.baseline, model.spec, epoch_steps, total_steps)
+    tx = make_optimizer(config.optimizer, learning_rate)
     return Setup(
         model=model,
-        tx=make_optimizer(config.optimizer, learning_rate),
+        tx=tx if baseline.transform is None else optax.chain(baseline.transform, tx),
         roller=rolling_query(
             rolling.beta, rolling.rho, rolling.max_rotations, rolling.method, rolling.joint
         ),
@@ -102,4 +112,5 @@ def build(config: Any, dataset: Dataset) -> Setup:
         learning_rate=learning_rate,
         epoch_steps=epoch_steps,
         total_steps=total_steps,
+        baseline=baseline,
     )

@@ -21,6 +21,7 @@ class TrainState:
       opt_state: the optimiser's.
       rolling: rotations, counts and running sums; None for a fusion without a class query.
       rng: PRNG key `[]`, the same for the whole run; a step folds its number in.
+      baseline: of a method of comparison that has one, such as PMR's prototypes; else `()`.
     """
 
     step: Array
@@ -28,6 +29,7 @@ class TrainState:
     opt_state: Any
     rolling: RollingState | None
     rng: Array
+    baseline: Any = ()
 
     @property
     def rotation(self) -> Array | None:
@@ -36,7 +38,13 @@ class TrainState:
 
 
 def create_state(
-    model: Any, tx: optax.GradientTransformation, roller: RollingQuery, *, seed: int, batch: Any
+    model: Any,
+    tx: optax.GradientTransformation,
+    roller: RollingQuery,
+    *,
+    seed: int,
+    batch: Any,
+    baseline: Any = (),
 ) -> TrainState:
     """Initial state: parameters drawn from `seed`, R = I.
 
@@ -46,6 +54,7 @@ def create_state(
       roller: from `rolling_query`.
       seed: of parameters and dropout.
       batch: one batch, for its shapes.
+      baseline: initial state of a method of comparison.
     """
     init_rng, step_rng = jax.random.split(jax.random.key(seed))
     params = jax.jit(model.init)(init_rng, batch)["params"]
@@ -55,6 +64,7 @@ def create_state(
         opt_state=tx.init(params),
         rolling=init_rolling(model, params, roller),
         rng=step_rng,
+        baseline=baseline,
     )
 
 

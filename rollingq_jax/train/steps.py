@@ -4,6 +4,7 @@ They run under jit over sharded arrays, where `axis_name` is None, and under pma
 the mapped axis; `parallel.py` wraps them either way.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from rollingq_jax.baselines.hooks import NO_BASELINE, Baseline, Seen
 from rollingq_jax.imbalance import imbalance
 from rollingq_jax.rolling import RollInfo, RollingQuery, RollingState
 from rollingq_jax.rotation import dot, unit
@@ -70,12 +72,32 @@ def example_positions(batch: Batch, axis_name: str | None) -> Array:
     return positions if axis_name is None else positions + size * jax.lax.axis_index(axis_name)
 
 
+def step_key(state: TrainState) -> Array:
+    """The key of one step."""
+    return jax.random.fold_in(state.rng, state.step)
+
+
+def what_is_seen(
+    params: Any, out: dict[str, Any], state: TrainState, batch: Batch, axis_name: str | None
+) -> Seen:
+    """What a step knows after its forward pass, for a method of comparison."""
+    rng = jax.random.fold_in(step_key(state), 1)
+    reduce = functools.partial(psum, axis_name=axis_name)
+    return Seen(params, out, batch, example_weight(batch), state.step, rng, reduce)
+
+
 def loss_sums(
-    model: Any, params: Any, state: TrainState, batch: Batch, axis_name: str | None
+    model: Any,
+    params: Any,
+    state: TrainState,
+    batch: Batch,
+    axis_name: str | None,
+    baseline: Baseline = NO_BASELINE,
 ) -> tuple[Array, tuple[Array, dict[str, Any]]]:
     """Cross-entropy of the main head plus that of each probe, divided by the global weight.
 
-    The probes see stopped gradients, so they add nothing to the encoders' gradient.
+    The probes see stopped gradients, so they add nothing to the encoders' gradient. A method of
+    comparison may add a loss of its own.
     """
     weight = example_weight(batch)
     logits, out = model.apply(
@@ -84,12 +106,14 @@ def loss_sums(
         rotation=state.rotation,
         train=True,
         example_index=example_positions(batch, axis_name),
-        rngs={"dropout": jax.random.fold_in(state.rng, state.step)},
+        rngs={"dropout": step_key(state)},
     )
     losses = cross_entropy(logits, batch["label"])
     if model.spec.fusion != "unimodal":  # there the probe is the main head
         for probe in out["probe_logits"].values():
             losses = losses + cross_entropy(probe, batch["label"])
+    seen = what_is_seen(params, out, state, batch, axis_name)
+    losses = losses + baseline.loss(state.baseline, seen)
     total = psum(jnp.sum(weight), axis_name)
     return jnp.sum(losses * weight) / total, (logits, out)
 
@@ -125,6 +149,7 @@ def make_train_step(
     *,
     check: bool = True,
     last_batch_scores: bool = False,
+    baseline: Baseline = NO_BASELINE,
 ) -> Callable[..., tuple[TrainState, Sums, Roll | None]]:
     """The training step of a model.
 
@@ -135,6 +160,7 @@ def make_train_step(
       schedule: when to observe and to roll; None leaves the rolling state as it is.
       check: whether the step checks the trigger; False leaves that to the caller (`upstream.py`).
       last_batch_scores: the trigger and the weights use this batch's scores, not the window's.
+      baseline: what a method of comparison adds; its `transform` is part of `tx` already.
 
     Returns:
       `train_step(state, batch, axis_name=None) -> (state, sums, roll)`: the sums are the global
@@ -156,25 +182,33 @@ def make_train_step(
         return rolled, Roll(info, query, before, after)
 
     def train_step(state: TrainState, batch: Batch, axis_name: str | None = None):
+        batch = baseline.change_batch(
+            batch, jax.random.fold_in(step_key(state), 2), example_positions(batch, axis_name)
+        )
+
         def loss_fn(params):
-            return loss_sums(model, params, state, batch, axis_name)
+            return loss_sums(model, params, state, batch, axis_name, baseline)
 
         (loss, (logits, out)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         loss, gradient = psum((loss, gradient), axis_name)
         flags = nonfinite_flags(loss, gradient)
         finite = ~jnp.any(flags)
-        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+        seen = what_is_seen(state.params, out, state, batch, axis_name)
+        extra = baseline.gradient_args(state.baseline, seen)
+        updates, opt_state = tx.update(gradient, state.opt_state, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
-        params, opt_state = choose_finite(
-            finite, (params, opt_state), (state.params, state.opt_state)
+        params, opt_state, method = choose_finite(
+            finite,
+            (params, opt_state, baseline.update(state.baseline, seen)),
+            (state.params, state.opt_state, state.baseline),
         )
         sums = psum(batch_sums(logits, out, batch), axis_name)
         sums = choose_finite(finite, sums, jax.tree.map(jnp.zeros_like, sums))
         rolling, roll = state.rolling, None
         if schedule is not None:
             weight = modality_weight(out, example_weight(batch))
-            seen = weight * (schedule.observes(state.step) & finite).astype(weight.dtype)
-            rolling = roller.observe(rolling, out["query"], stacked_keys(out), seen, axis_name)
+            counted = weight * (schedule.observes(state.step) & finite).astype(weight.dtype)
+            rolling = roller.observe(rolling, out["query"], stacked_keys(out), counted, axis_name)
         if schedule is not None and check:
 
             def due(rolling):
@@ -188,7 +222,11 @@ def make_train_step(
             )
         sums[NONFINITE] = flags
         state = state.replace(
-            step=state.step + 1, params=params, opt_state=opt_state, rolling=rolling
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            rolling=rolling,
+            baseline=method,
         )
         return state, sums, roll
 
@@ -215,8 +253,3 @@ def make_eval_step(model: Any) -> Callable[..., tuple[Sums, dict[str, Array]]]:
         return sums, examples
 
     return eval_step
-
-
-def current_query(model: Any, state: TrainState) -> Array:
-    """`[H, d_h]`, the class query as it is now, rotated."""
-    return model.apply({"params": state.params}, state.rotation, method="class_query")

@@ -1,0 +1,73 @@
+"""What a method of comparison may add to a training step."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+Batch = dict[str, Array]
+
+
+class Seen(NamedTuple):
+    """What a training step knows after its forward pass.
+
+    Attributes:
+      params: the model's, before the update.
+      out: what the model returns beside the logits.
+      batch: the batch as the model saw it.
+      weight: `[B]` float32, 0 for padding.
+      step: `[]` int32, updates done before this one.
+      rng: a key of this step's own, the same on every device.
+      reduce: sums a tree over the devices (under pmap; under jit sums are global already).
+    """
+
+    params: Any
+    out: Mapping[str, Any]
+    batch: Batch
+    weight: Array
+    step: Array
+    rng: Array
+    reduce: Callable[[Any], Any]
+
+
+class Baseline(NamedTuple):
+    """Pure functions that a training step calls; by default each adds nothing.
+
+    Attributes:
+      init: `() -> state`, a pytree that is checkpointed with the run.
+      change_batch: `(batch, rng, example_index) -> batch`, before the forward pass.
+      loss: `(state, seen) -> [B]`, added to each example's loss; differentiated in `seen.params`
+        and `seen.out`.
+      update: `(state, seen) -> state`, after the forward pass, without a gradient.
+      transform: of the gradient, before the optimiser's; None leaves it.
+      gradient_args: `(state, seen) -> {name: value}`, extra arguments of `transform.update`.
+    """
+
+    init: Callable[[], Any] = lambda: ()
+    change_batch: Callable[[Batch, Array, Array], Batch] = lambda batch, rng, index: batch
+    loss: Callable[[Any, Seen], Array | float] = lambda state, seen: 0.0
+    update: Callable[[Any, Seen], Any] = lambda state, seen: state
+    transform: optax.GradientTransformationExtraArgs | None = None
+    gradient_args: Callable[[Any, Seen], dict[str, Any]] = lambda state, seen: {}
+
+
+NO_BASELINE = Baseline()
+
+
+def presence(out: Mapping[str, Any], modalities: tuple[str, ...]) -> Array:
+    """`[M, B]` float32: 1 where the example has the modality."""
+    return jnp.stack([out["present"][m] for m in modalities]).astype(jnp.float32)
+
+
+def class_tokens(out: Mapping[str, Any], modalities: tuple[str, ...]) -> dict[str, Array]:
+    """Each modality's class token after its final norm: `{m: [B, d]}` float32."""
+    return {m: out["tokens"][m][:, 0].astype(jnp.float32) for m in modalities}
+
+
+def probability_of_label(logits: Array, label: Array) -> Array:
+    """softmax(z)_y: `[B, C], [B] -> [B]`."""
+    chosen = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), label[:, None], axis=-1)
+    return chosen[:, 0]

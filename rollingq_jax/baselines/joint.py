@@ -1,0 +1,45 @@
+"""The joint loss plus each modality's own: CE(z) + weight sum_m CE(z_m), the uniform baseline.
+
+z_m is the probe's answer to x_m, the modality's class token, here with its gradient to the encoder.
+The head of a probe learns from its own loss with weight 1 as ever; with weight 1 here, the two
+together are exactly the sum of losses without a stopped gradient. It so fits every fusion.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from rollingq_jax.baselines.hooks import Baseline, Seen, class_tokens, presence
+from rollingq_jax.rotation import HIGHEST
+
+
+def unimodal_losses(
+    params: Mapping[str, Any],
+    out: Mapping[str, Any],
+    label: Array,
+    modalities: tuple[str, ...],
+) -> Array:
+    """CE(x_m W_m + b_m) of each example and modality, `[M, B]`; 0 where the modality is absent.
+
+    The gradient goes to x_m; W_m and b_m, of `probe_<m>`, are constants.
+    """
+    losses = []
+    for m, token in class_tokens(out, modalities).items():
+        head = jax.lax.stop_gradient(params[f"probe_{m}"])
+        logits = jnp.matmul(token, head["kernel"], precision=HIGHEST) + head["bias"][None]
+        losses.append(optax.softmax_cross_entropy_with_integer_labels(logits, label))
+    return jnp.stack(losses) * presence(out, modalities)
+
+
+def joint_baseline(modalities: tuple[str, ...], weight: float) -> Baseline:
+    """The unimodal losses in a training step, times `weight`."""
+
+    def loss(state: Any, seen: Seen) -> Array:
+        losses = unimodal_losses(seen.params, seen.out, seen.batch["label"], modalities)
+        return weight * jnp.sum(losses, axis=0)
+
+    return Baseline(loss=loss)
