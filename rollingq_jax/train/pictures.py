@@ -3,18 +3,23 @@
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from rollingq_jax.analysis.plots.geometry import PolarPanel, polar_panels
-from rollingq_jax.analysis.plots.samples import share_quality_figure
-from rollingq_jax.analysis.plots.style import save_png
-from rollingq_jax.analysis.plots.training import accuracy_figure, dynamics_figure
+from rollingq_jax.analysis import narrative
+from rollingq_jax.analysis.looking import attention_examples, choose_examples
+from rollingq_jax.analysis.plots import (
+    PolarPanel,
+    accuracy_figure,
+    attention_figure,
+    dynamics_figure,
+    polar_panels,
+    save_png,
+    share_quality_figure,
+)
+from rollingq_jax.analysis.predictions import Predictions
 from rollingq_jax.analysis.report import ReportFigure, Table, write_report
-from rollingq_jax.train.evaluation import Columns, by_modality
 from rollingq_jax.train.run import Run
 from rollingq_jax.train.snapshot import Snapshot, load_snapshots
 from rollingq_jax.train.state import TrainState
-from rollingq_jax.train.steps import current_query
 from rollingq_jax.train.writer import Row
 
 MAX_ROTATIONS_DRAWN = 2
@@ -29,59 +34,64 @@ def panels_of(snapshot: Snapshot) -> list[PolarPanel]:
     ]
 
 
-def geometry_figure(run: Run, state: TrainState, columns: Columns) -> Figure | None:
-    """Keys around the query at the first and the last rotation, or at the end if there is none."""
+def rotation_panels(run: Run) -> list[PolarPanel]:
+    """The first and the last rotation; none where the query was never rotated."""
     snapshots = load_snapshots(run.workdir, run.setup.total_steps)
     if len(snapshots) > MAX_ROTATIONS_DRAWN:
         snapshots = [snapshots[0], snapshots[-1]]
-    panels = [panel for snapshot in snapshots for panel in panels_of(snapshot)]
-    keys = {n.partition("/")[2]: v for n, v in columns.items() if n.startswith("mean_keys/")}
-    if not panels and len(keys) > 1:
-        query = np.asarray(current_query(run.setup.model, state)[0])
-        panels = [PolarPanel("best checkpoint, test data", keys, query)]
-    return polar_panels(panels) if panels else None
+    return [panel for snapshot in snapshots for panel in panels_of(snapshot)]
 
 
 def report_figures(
-    run: Run, state: TrainState, columns: Columns, rows: list[Row]
+    run: Run, state: TrainState, predictions: Predictions, rows: list[Row]
 ) -> dict[str, ReportFigure]:
     """Every figure by the name of its file, with its words."""
-    figures = {}
-    if any("imbalance" in row for row in rows):
-        figures["dynamics"] = ReportFigure(
-            "Imbalance and attention share",
-            dynamics_figure(rows, beta=run.config.rolling.beta),
-            "Curves of the attention imbalance and of each modality's attention share by epoch.",
-            "Where the imbalance passes the threshold the query is rotated (vertical lines), and "
-            "the attention is dealt out anew.",
+    figures = {
+        "accuracy": ReportFigure(
+            "Accuracy of the model and of its probes",
+            accuracy_figure(rows, chance=1 / run.config.model.num_classes),
+            narrative.describe_accuracy(rows),
+            narrative.HOW_TO_READ["accuracy"],
         )
-    figures["accuracy"] = ReportFigure(
-        "Accuracy",
-        accuracy_figure(rows, chance=1 / run.config.model.num_classes),
-        "Curves of the accuracy of the model and of each modality's probe by epoch.",
-        "A probe sees one modality's class token and sends no gradient back: it shows what that "
-        "encoder has learned so far.",
+    }
+    if not predictions.attention_share:
+        return figures
+    figures["dynamics"] = ReportFigure(
+        "Imbalance and attention share",
+        dynamics_figure(rows, beta=run.config.rolling.beta),
+        narrative.describe_dynamics(rows),
+        narrative.HOW_TO_READ["dynamics"],
     )
-    geometry = geometry_figure(run, state, columns)
-    if geometry is not None:
-        figures["geometry"] = ReportFigure(
-            "Keys around the query",
-            geometry,
-            "Polar plots of the mean keys of each modality around the class query.",
-            "Angles are those between the query and each validation example's mean keys, in the "
-            "plane of the query and of the difference of the modalities; the rotation takes the "
-            "query to the anchor.",
+    panels = rotation_panels(run)
+    if panels:
+        figures["rotation"] = ReportFigure(
+            "Keys around the query, before and after a rotation",
+            polar_panels(panels),
+            narrative.describe_rolls(rows),
+            narrative.HOW_TO_READ["polar"],
         )
-    modalities = run.setup.model.spec.modalities
-    share = by_modality(modalities, columns, "attention_share")
-    quality = by_modality(modalities, columns, "quality")
-    if share and quality:
+    if predictions.quality:
         figures["share_quality"] = ReportFigure(
-            "Attention share against quality",
-            share_quality_figure({"": (share, quality)}),
-            "Scatter plot of attention share against the difference of the modalities' quality.",
-            "If attention looked at the sample, a modality that is noised in it would get less.",
+            "Does attention follow quality?",
+            share_quality_figure({"": (predictions.attention_share, predictions.quality)}),
+            "Scatter plot of attention share against the difference in quality, test data.",
+            narrative.HOW_TO_READ["share_quality"],
         )
+    examples = attention_examples(
+        run.setup.model,
+        state.params,
+        state.rotation,
+        run.dataset,
+        "test",
+        choose_examples(predictions),
+        seed=run.config.seed,
+    )
+    figures["attention"] = ReportFigure(
+        "What the class token looks at",
+        attention_figure(examples),
+        "Attention weights drawn over the inputs of some test examples.",
+        narrative.HOW_TO_READ["attention"],
+    )
     return figures
 
 
@@ -97,42 +107,50 @@ def report_tables(summary: dict[str, Any], rows: list[Row]) -> list[Table]:
     if rolls:
         columns = ("epoch", "head", "imbalance before", "imbalance after", "angle (degrees)")
         lines = [[row[field] for field in fields] for row in rolls]
-        tables.insert(
-            0,
-            Table(
-                "Rotations",
-                columns,
-                lines,
-                "Imbalance over the batch of the step, with the query before and after.",
-            ),
-        )
+        words = "Imbalance over the batch of the step, with the query before and after."
+        tables.insert(0, Table("Rotations", columns, lines, words))
     return tables
 
 
+def key_numbers(summary: dict[str, Any]) -> dict[str, Any]:
+    """What stands at the top of the report."""
+    rotations = summary["rotations"]
+    numbers = {
+        "test accuracy": summary["test_accuracy"],
+        "test macro F1": summary["test_macro_f1"],
+        "rotations": None if rotations is None else int(np.sum(rotations)),
+        "correlation of share and quality": summary.get("quality_correlation"),
+    }
+    return {name: value for name, value in numbers.items() if value is not None}
+
+
 def draw(
-    run: Run, state: TrainState, summary: dict[str, Any], columns: Columns, rows: list[Row]
+    run: Run,
+    state: TrainState,
+    summary: dict[str, Any],
+    predictions: Predictions,
+    rows: list[Row],
 ) -> None:
     """Writes `figures/*.png` and `report.html`."""
-    figures = report_figures(run, state, columns, rows)
+    figures = {
+        name: figure.drawn()
+        for name, figure in report_figures(run, state, predictions, rows).items()
+    }
     folder = run.workdir / "figures"
     folder.mkdir(exist_ok=True)
     for name, figure in figures.items():
         save_png(figure.figure, folder / f"{name}.png")
-    numbers = {
-        "test accuracy": summary["test_accuracy"],
-        "test macro F1": summary["test_macro_f1"],
-        "rotations": None if summary["rotations"] is None else sum(summary["rotations"]),
-        "correlation of share and quality": summary.get("quality_correlation"),
-    }
     best = summary["best"]
+    chosen = "" if best["accuracy"] is None else f" ({best['accuracy']:.3f})"
     write_report(
         run.workdir / "report.html",
         title=f"RollingQ: {run.config.data.name}, {run.config.model.fusion}",
-        lead=f"{summary['data']} The best epoch by validation accuracy is {best['epoch']} "
-        f"({best['accuracy']:.3f}); the test data were read once, with its parameters.",
-        key_numbers={name: value for name, value in numbers.items() if value is not None},
+        lead=f"The best epoch by validation accuracy is {best['epoch']}{chosen}; the test data were "
+        "read once, with its parameters.",
+        key_numbers=key_numbers(summary),
         figures=list(figures.values()),
         tables=report_tables(summary, rows),
+        data=summary["data"],
         config=summary["config"],
         versions=summary["versions"] | {"device": summary["device"]},
     )

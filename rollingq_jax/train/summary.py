@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from rollingq_jax.analysis import statistics
+from rollingq_jax.analysis.predictions import Predictions, scores
 from rollingq_jax.errors import CheckpointError
 from rollingq_jax.train.checkpoint import Checkpoints, DamagedError
 from rollingq_jax.train.console import count, device_line
@@ -52,38 +52,22 @@ def read_summary(workdir: epath.Path) -> dict[str, Any] | None:
     return summary
 
 
-def class_names(run: Run) -> tuple[str, ...]:
-    """Names of the classes; their numbers where they have none."""
-    numbers = tuple(str(label) for label in range(run.config.model.num_classes))
-    return run.dataset.class_names or numbers
-
-
-def test_scores(run: Run, columns: Columns) -> dict[str, Any]:
-    """Accuracy, F1, calibration, and whether attention follows quality, over one split."""
-    label, probabilities = columns["label"], columns["probabilities"]
-    confusion = statistics.confusion_matrix(
-        probabilities.argmax(-1), label, run.config.model.num_classes
-    )
-    accuracy = statistics.per_class_accuracy(confusion).tolist()
-    f1 = statistics.per_class_f1(confusion).tolist()
-    scores = {
-        "test_accuracy": float(np.trace(confusion) / confusion.sum()),
-        "test_macro_f1": statistics.macro_f1(confusion),
-        "test_weighted_f1": statistics.weighted_f1(confusion),
-        "test_calibration_error": statistics.expected_calibration_error(probabilities, label),
-        "per_class": {
-            name: {"accuracy": accuracy[i], "f1": f1[i], "examples": int(confusion[i].sum())}
-            for i, name in enumerate(class_names(run))
-        },
-    }
+def predictions_of(run: Run, columns: Columns) -> Predictions:
+    """The columns of a pass over a split in the form that the analysis reads."""
     modalities = run.setup.model.spec.modalities
-    share = by_modality(modalities, columns, "attention_share")
-    quality = by_modality(modalities, columns, "quality")
-    if share:
-        scores["attention_share"] = {m: float(v.mean()) for m, v in share.items()}
-    if share and quality:
-        scores["quality_correlation"] = statistics.quality_contrast_correlation(share, quality)
-    return scores
+    return Predictions(
+        probabilities=columns["probabilities"],
+        label=columns["label"],
+        attention_share=by_modality(modalities, columns, "attention_share"),
+        quality=by_modality(modalities, columns, "quality"),
+    )
+
+
+def test_scores(predictions: Predictions, run: Run) -> dict[str, Any]:
+    """Accuracy, F1 and calibration as `test_*`; each class, the shares and what they follow."""
+    found = scores(predictions, run.config.model.num_classes, run.dataset.class_names)
+    named = ("accuracy", "macro_f1", "weighted_f1", "calibration_error")
+    return {f"test_{n}" if n in named else n: value for n, value in found.items()}
 
 
 def restore_best(
@@ -115,7 +99,8 @@ def finish_run(run: Run, checkpoints: Checkpoints, best: Mapping[str, Any]) -> d
     state, best = restore_best(run, checkpoints, best)
     means, columns = run.evaluate(run.parallel.put_state(state), "test")
     rotations = None if state.rolling is None else np.asarray(state.rolling.count).tolist()
-    summary = test_scores(run, columns) | {
+    predictions = predictions_of(run, columns)
+    summary = test_scores(predictions, run) | {
         "test_loss": means["loss"],
         "probe_accuracy": {
             name.partition("/")[2]: value
@@ -138,7 +123,7 @@ def finish_run(run: Run, checkpoints: Checkpoints, best: Mapping[str, Any]) -> d
         epoch = run.config.epochs
         writer.write([{"step": run.setup.total_steps, "epoch": epoch, "split": "test"} | means])
         writer.close()
-        draw(run, state, summary, columns, writer.rows)
+        draw(run, state, summary, predictions, writer.rows)
         write_whole(run.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
