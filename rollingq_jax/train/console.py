@@ -36,10 +36,12 @@ def device_line() -> str:
 
 
 class Console:
-    """A header, a progress bar, a line for each rotation and one for each epoch."""
+    """A header, a progress bar, a line for each rotation and one for each epoch; or nothing."""
 
-    def __init__(self, setup: Setup, state: TrainState, dataset: Dataset) -> None:
-        self._first = jax.process_index() == 0
+    def __init__(
+        self, setup: Setup, state: TrainState, dataset: Dataset, quiet: bool = False
+    ) -> None:
+        self._first = jax.process_index() == 0 and not quiet
         self._state, self._dataset, self._setup = state, dataset, setup
         self._bar: tqdm | None = None
 

@@ -59,6 +59,8 @@ def train_and_evaluate(
     *,
     max_steps: int | None = None,
     interruption: Interruption | None = None,
+    test: bool = True,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Trains as the configuration says, going on from what the folder holds, and tests at the end.
 
@@ -67,9 +69,12 @@ def train_and_evaluate(
       workdir: the run's folder, local or gs://. The README says what is left in it.
       max_steps: stop at this step as an interruption would, with a checkpoint.
       interruption: what may stop the run, if the caller has entered one already.
+      test: False stops before the test set is read; the same call with True goes on from there.
+      quiet: print nothing.
 
     Returns:
-      The summary, as `summary.json` holds it.
+      The summary, as `summary.json` holds it; with `test` False, `{"best": {"step", "epoch",
+      "accuracy"}}` on validation data.
 
     Raises:
       ConfigError, DataError, CheckpointError: what the user gave cannot be used, and what was in
@@ -81,7 +86,12 @@ def train_and_evaluate(
     if interruption is None:
         with Interruption() as interruption:
             return train_and_evaluate(
-                config, workdir, max_steps=max_steps, interruption=interruption
+                config,
+                workdir,
+                max_steps=max_steps,
+                interruption=interruption,
+                test=test,
+                quiet=quiet,
             )
     check_config(config)
     workdir = check_workdir(workdir)
@@ -93,23 +103,29 @@ def train_and_evaluate(
         with locked(workdir):
             claim(workdir, run.config)
             with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
-                summary = complete(run, checkpoints, interruption, max_steps)
-    print_summary(summary, workdir)
+                summary = complete(run, checkpoints, interruption, max_steps, test, quiet)
+    if test and not quiet:
+        print_summary(summary, workdir)
     return summary
 
 
 def complete(
-    run: Run, checkpoints: Checkpoints, interruption: Interruption, max_steps: int | None
+    run: Run,
+    checkpoints: Checkpoints,
+    interruption: Interruption,
+    max_steps: int | None,
+    test: bool = True,
+    quiet: bool = False,
 ) -> dict[str, Any]:
-    """From the newest checkpoint to the summary."""
+    """From the newest checkpoint to the summary; without a test, to the best by validation."""
     state = run.initial_state()
     found = checkpoints.restore_newest(state, run.check_record)
     state, record = found or (state, {})
     with explained(run.workdir, lambda: checkpoints.newest):
-        best = train(run, checkpoints, state, record, interruption, max_steps)
+        best = train(run, checkpoints, state, record, interruption, max_steps, quiet)._asdict()
         checkpoints.wait()
         interruption.unsaved = False
-        return finish_run(run, checkpoints, best._asdict())
+        return finish_run(run, checkpoints, best) if test else {"best": best}
 
 
 def train(
@@ -119,6 +135,7 @@ def train(
     record: Mapping[str, Any],
     interruption: Interruption,
     max_steps: int | None,
+    quiet: bool = False,
 ) -> Best:
     """Steps from the given state to the last; returns the best checkpoint."""
     config, setup, parallel, start_step = run.config, run.setup, run.parallel, int(state.step)
@@ -132,7 +149,7 @@ def train(
             ),
             Meter(parallel, setup, state.params, record, skip=config.nonfinite == "skip"),
             stack.enter_context(contextlib.closing(writer)),
-            stack.enter_context(Console(setup, state, run.dataset)),
+            stack.enter_context(Console(setup, state, run.dataset, quiet)),
             interruption,
         )
         state = parallel.put_state(state)
