@@ -1,5 +1,7 @@
 """Small models and batches of every kind of modality."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,18 @@ def filled(module, *args, **kwargs):
         return jnp.asarray(offset + 0.3 * rng.normal(size=leaf.shape), leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply(module, flags, params, args, arrays):
+    return module.apply({"params": params}, *args, **dict(flags), **arrays)
+
+
+def run(module, params, *args, **fields):
+    """Applies a module, as a program that is compiled once for equal modules and shapes."""
+    flags = tuple(sorted((k, v) for k, v in fields.items() if isinstance(v, bool)))
+    arrays = {k: v for k, v in fields.items() if not isinstance(v, bool)}
+    return _apply(module, flags, params, args, arrays)
 
 
 def made_model(fusion="attention", kinds=None, attention_fn=None, **fields):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_reference
 import pytest
-from model_cases import close, filled
+from model_cases import close, filled, run
 
 from rollingq_jax.models import Bottleneck
 from rollingq_jax.models.embeddings import Presence
@@ -25,19 +25,11 @@ def made_bottleneck(modalities=("audio", "visual"), **fields):
     return module, params, streams, everything
 
 
-def run(module, params, streams, presences, **fields):
-    @jax.jit
-    def apply(params, streams, presences):
-        return module.apply({"params": params}, streams, presences, example_index=INDEX, **fields)
-
-    return apply(params, streams, presences)
-
-
 @pytest.mark.parametrize("modalities", [("audio", "visual"), ("audio", "text", "visual")])
 def test_equals_the_loop(modalities):
     module, params, streams, everything = made_bottleneck(modalities)
     expected = numpy_reference.bottleneck(params, streams, num_layers=2, num_tokens=4)
-    got = run(module, params, streams, everything)
+    got = run(module, params, streams, everything, example_index=INDEX)
     for m in modalities:
         close(got[m], expected[m])
 
@@ -50,7 +42,7 @@ def test_an_absent_modality_adds_nothing_to_the_bottleneck():
     expected = numpy_reference.bottleneck(
         params, streams, num_layers=2, num_tokens=4, present=present
     )
-    got = run(module, params, streams, presences)
+    got = run(module, params, streams, presences, example_index=INDEX)
     for m in streams:
         real = np.asarray(present[m])
         close(np.asarray(got[m])[real], expected[m][real])
@@ -59,7 +51,7 @@ def test_an_absent_modality_adds_nothing_to_the_bottleneck():
 def test_an_example_without_any_modality_stays_finite():
     module, params, streams, _ = made_bottleneck()
     presences = {m: Presence(None, jnp.array([True, False, True])) for m in streams}
-    got = run(module, params, streams, presences)
+    got = run(module, params, streams, presences, example_index=INDEX)
     assert all(bool(jnp.all(jnp.isfinite(x))) for x in got.values())
 
 
@@ -69,7 +61,7 @@ def test_padded_positions_are_read_by_nobody():
     presences = {**everything, "audio": Presence(positions, jnp.any(positions, axis=1))}
     padding = jnp.concatenate([jnp.zeros((3, 1), jnp.bool_), ~positions], axis=1)[..., None]
     noisy = {**streams, "audio": jnp.where(padding, 50.0, streams["audio"])}
-    a, b = (run(module, params, x, presences) for x in (streams, noisy))
+    a, b = (run(module, params, x, presences, example_index=INDEX) for x in (streams, noisy))
     np.testing.assert_array_equal(a["visual"], b["visual"])
     np.testing.assert_array_equal(a["audio"][:, 0], b["audio"][:, 0])
 
@@ -78,11 +70,11 @@ def test_remat_changes_nothing():
     module, params, streams, everything = made_bottleneck()
 
     def loss(module, params):
-        out = run(module, params, streams, everything)
+        out = run(module, params, streams, everything, example_index=INDEX)
         return sum(jnp.sum(jnp.sin(x)) for x in out.values())
 
-    a = jax.value_and_grad(lambda p: loss(module, p))(params)
-    b = jax.value_and_grad(lambda p: loss(module.clone(remat=True), p))(params)
+    a = jax.jit(jax.value_and_grad(lambda p: loss(module, p)))(params)
+    b = jax.jit(jax.value_and_grad(lambda p: loss(module.clone(remat=True), p)))(params)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         close(x, y, 1e-4)
 
@@ -92,7 +84,15 @@ def test_every_block_drops_independently():
     same = {m: streams["visual"] for m in streams}
     shared = {k.replace("visual", "audio"): p for k, p in params.items() if "visual" in k}
     params = {**params, **shared}  # two equal streams with equal parameters
-    quiet = run(module, params, same, everything)
+    quiet = run(module, params, same, everything, example_index=INDEX)
     close(quiet["audio"], quiet["visual"], 1e-6)
-    noisy = run(module, params, same, everything, train=True, rngs={"dropout": jax.random.key(2)})
+    noisy = run(
+        module,
+        params,
+        same,
+        everything,
+        example_index=INDEX,
+        train=True,
+        rngs={"dropout": jax.random.key(2)},
+    )
     assert not np.allclose(noisy["audio"], noisy["visual"])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_reference
 import pytest
-from model_cases import CLASSES, DIM, close, filled
+from model_cases import CLASSES, DIM, close, filled, run
 from scipy.special import expit
 
 import rollingq_jax as rq
@@ -77,7 +77,7 @@ STATIC = [
 @pytest.mark.parametrize(("fusion", "modalities", "equation"), STATIC)
 def test_static_fusions_are_their_equations(fusion, modalities, equation):
     module, params, tokens = static(fusion, modalities)
-    logits, out = module.apply({"params": params}, tokens, everything(tokens))
+    logits, out = run(module, params, tokens, everything(tokens))
     close(logits, equation(params, *class_tokens(tokens)))
     assert out == {}
 
@@ -93,7 +93,7 @@ def test_an_absent_modality_counts_as_a_class_token_of_zeros(fusion, modalities,
         np.where(p[:, None], x, 0.0)
         for p, x in zip(present.values(), class_tokens(tokens), strict=True)
     ]
-    logits, _ = module.apply({"params": params}, tokens, masks)
+    logits, _ = run(module, params, tokens, masks)
     close(logits, equation(params, *zeroed))
 
 
@@ -107,8 +107,9 @@ def attention(modalities=TWO, num_heads=1, dropout=0.2):
 
 def attend(module, params, tokens, masks=None, rotation=None, **fields):
     masks = masks or everything(tokens)
-    return module.apply(
-        {"params": params},
+    return run(
+        module,
+        params,
         tokens,
         masks,
         rotation,
@@ -174,7 +175,7 @@ def test_no_gradient_asks_for_a_rotation_that_is_not_there():
     def loss(params, rotation):
         return jnp.sum(attend(module, params, tokens, rotation=rotation)[0] ** 2)
 
-    grads = jax.grad(loss)(params, rotation)
+    grads = jax.jit(jax.grad(loss))(params, rotation)
     assert jax.tree.structure(grads) == jax.tree.structure(params)
     assert all(bool(jnp.any(x != 0)) for name, x in leaves(grads) if name != "key/bias")
 
@@ -217,7 +218,7 @@ def test_an_example_without_any_modality_stays_finite():
         logits, out = attend(module, params, tokens, masks)
         return jnp.sum(logits) + sum(jnp.sum(x) for x in out["attention_share"].values())
 
-    value, grads = jax.value_and_grad(loss)(params)
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
     assert bool(jnp.isfinite(value))
     assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(grads))
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_reference
 import pytest
-from model_cases import close, filled
+from model_cases import close, filled, run
 
 from rollingq_jax.models.layers import Block, Dense, LayerNorm, dropout, gelu_exact
 
@@ -24,7 +24,7 @@ def made_block(**fields):
 def test_block_equals_numpy(padded):
     block, params, x = made_block()
     mask = jnp.arange(6)[None] < jnp.array([6, 2, 4])[:, None] if padded else None
-    got = block.apply({"params": params}, x, mask, None, INDEX)
+    got = run(block, params, x, mask, None, INDEX)
     expected = numpy_reference.block(params, np.asarray(x, np.float64), 2, mask)
     real = np.ones((3, 6), bool) if mask is None else np.asarray(mask)
     close(np.asarray(got)[real], expected[real])
@@ -38,7 +38,7 @@ def test_gelu_is_the_erf_form():
 def test_tanh_gelu_is_an_option():
     exact, params, x = made_block()
     approximate, *_ = made_block(gelu="tanh")
-    outputs = [b.apply({"params": params}, x, None, None, INDEX) for b in (exact, approximate)]
+    outputs = [run(b, params, x, None, None, INDEX) for b in (exact, approximate)]
     difference = float(jnp.max(jnp.abs(outputs[0] - outputs[1])))
     assert 0 < difference < 1e-2
 
@@ -47,7 +47,7 @@ def test_dense_equals_a_product_on_any_leading_axes():
     x = jax.random.normal(jax.random.key(0), (2, 3, 4, 5))
     dense = Dense(6)
     params = filled(dense, x)
-    close(dense.apply({"params": params}, x), numpy_reference.linear(params, np.asarray(x)))
+    close(run(dense, params, x), numpy_reference.linear(params, np.asarray(x)))
 
 
 def test_layer_norm_takes_its_statistics_in_float32():
@@ -55,7 +55,7 @@ def test_layer_norm_takes_its_statistics_in_float32():
     x = (256.0 + jax.random.normal(jax.random.key(0), (4, 64)) * 8).astype(jnp.bfloat16)
     norm = LayerNorm(dtype=jnp.bfloat16)
     params = filled(norm, x)
-    got = norm.apply({"params": params}, x)
+    got = run(norm, params, x)
     assert got.dtype == jnp.bfloat16
     expected = numpy_reference.layer_norm(params, np.asarray(x.astype(jnp.float32), np.float64))
     close(got.astype(jnp.float32), expected, 2**-6)
@@ -88,8 +88,8 @@ def test_no_rng_or_rate_keeps_everything():
 
 def test_the_two_branches_of_a_block_drop_independently():
     block, params, x = made_block(dropout=0.5)
-    a = block.apply({"params": params}, x, None, jax.random.key(1), INDEX)
-    b = block.apply({"params": params}, x, None, jax.random.key(2), INDEX)
-    quiet = block.apply({"params": params}, x, None, None, INDEX)
+    a = run(block, params, x, None, jax.random.key(1), INDEX)
+    b = run(block, params, x, None, jax.random.key(2), INDEX)
+    quiet = run(block, params, x, None, None, INDEX)
     assert not np.allclose(a, b)
     assert not np.allclose(a, quiet)
