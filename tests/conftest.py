@@ -8,6 +8,7 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import contextlib
 import socket
 
 import jax
@@ -43,3 +44,18 @@ def av_digits_cache(tmp_path_factory):
     folder = str(shared / "av_digits_cache")
     av_digits.load(SimpleNamespace(cache_dir=folder), seed=0)
     return folder
+
+
+@pytest.fixture
+def float64():
+    """A context in which jax has 64-bit types (`jax.enable_x64` needs a newer jax than we do)."""
+
+    @contextlib.contextmanager
+    def enabled():
+        jax.config.update("jax_enable_x64", True)
+        try:
+            yield
+        finally:
+            jax.config.update("jax_enable_x64", False)
+
+    return enabled()

@@ -67,7 +67,7 @@ def test_degenerate_anchor_returns_the_query(query, keys, weights):
         assert np.isfinite(gradient).all()
 
 
-def test_everything_together_under_jit_grad_and_vmap():
+def test_everything_together_under_jit_grad_and_vmap(float64):
     query = np.random.default_rng(0).normal(size=(5, 4))
     keys = np.random.default_rng(1).normal(size=(3, 5, 4))
 
@@ -77,7 +77,7 @@ def test_everything_together_under_jit_grad_and_vmap():
         anchor = rq.rebalance_anchor(query.mean(0), keys.mean(1), weights)
         return rq.rotation_between(query.mean(0), anchor).sum() + rq.imbalance(scores)
 
-    with jax.enable_x64(True):
+    with float64:
         check_grads(total, (jnp.asarray(query), jnp.asarray(keys)), order=1, modes=["rev"])
     query, keys = query.astype(np.float32), keys.astype(np.float32)
     np.testing.assert_allclose(jax.jit(total)(query, keys), total(query, keys), rtol=1e-4)

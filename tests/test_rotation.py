@@ -95,9 +95,9 @@ def test_no_nan_in_value_or_gradient(source, target):
 
 
 @pytest.mark.parametrize("angle", [30.0, 120.0])
-def test_gradient_against_differences(angle):
+def test_gradient_against_differences(angle, float64):
     source, target, _, _ = pair(angle, 3)
-    with jax.enable_x64(True):
+    with float64:
         source, target = jnp.asarray(source, jnp.float64), jnp.asarray(target, jnp.float64)
         check_grads(rotation_between, (source, target), order=1, modes=["rev"])
 
