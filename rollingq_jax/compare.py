@@ -1,0 +1,212 @@
+"""Compares arms over seeds: each tuned on validation data with the same grid, tested once.
+
+    python -m rollingq_jax.compare --config configs/av_digits.py \\
+      --arms concat,attention,rollingq --seeds 10 --workdir runs/compare
+
+Leaves `selection.json` (before any test set is read), `results.json`, `results.csv`, `figures/` and
+`report.html`. Killed or interrupted, the same command goes on, skips what is done, and ends with
+the same table. More seeds or arms can be added by naming them in another call.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict
+
+from rollingq_jax.analysis.probes import NOISE_LEVELS
+from rollingq_jax.comparison import results as numbers
+from rollingq_jax.comparison.arms import ARMS, FORM, Overrides, parse_arms
+from rollingq_jax.comparison.pictures import write_pictures
+from rollingq_jax.comparison.runs import (
+    Plan,
+    answers_of,
+    check_same,
+    claim,
+    compiled_programs,
+    make_plan,
+    noise_of,
+    write_json,
+)
+from rollingq_jax.comparison.stages import Progress, run_tests, tune_arms
+from rollingq_jax.data.load import load_dataset
+from rollingq_jax.errors import ConfigError
+from rollingq_jax.evaluate import json_ready
+from rollingq_jax.train.arguments import USAGE, parse
+from rollingq_jax.train.cli import run_command
+from rollingq_jax.train.config import check_config
+from rollingq_jax.train.console import device_line
+from rollingq_jax.train.interrupt import Interruption
+from rollingq_jax.train.lock import locked
+from rollingq_jax.train.summary import versions
+from rollingq_jax.train.workdir import check_workdir
+from rollingq_jax.train.writer import read_rows, table, write_whole
+
+DEFAULT_ARMS = "concat,attention,rollingq"
+
+
+def compare(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    *,
+    arms: str | Mapping[str, Overrides] = DEFAULT_ARMS,
+    num_seeds: int = 10,
+    reference: str | None = None,
+    noise: bool = False,
+    interruption: Interruption | None = None,
+) -> dict[str, Any]:
+    """Trains and tests arms over seeds, going on from what the folder holds.
+
+    Args:
+      config: the configuration that the arms change. Seeds count from `config.seed`, and
+        `config.compare` says what each arm is tuned with.
+      workdir: the comparison's folder.
+      arms: as `comparison.arms.parse_arms` reads them, or name -> changed fields.
+      num_seeds: of each arm.
+      reference: the arm that the others are compared with, seed by seed; by default attention,
+        or the first arm where that is none.
+      noise: whether each run is tested under growing noise in each modality, too.
+      interruption: what may stop the comparison, if the caller has entered one already.
+
+    Returns:
+      What `results.json` holds.
+
+    Raises:
+      ConfigError, DataError, CheckpointError: an arm, the data or the folder cannot be used.
+      NonFiniteError: with the chosen setting, a loss or gradient was NaN or infinite.
+      Interrupted: the same call goes on from where this one stopped.
+    """
+    if interruption is None:
+        with Interruption() as interruption:
+            return compare(
+                config,
+                workdir,
+                arms=arms,
+                num_seeds=num_seeds,
+                reference=reference,
+                noise=noise,
+                interruption=interruption,
+            )
+    check_config(config)
+    if jax.process_count() > 1:
+        raise ConfigError(f"compare runs in {jax.process_count()} processes; allowed: one")
+    if num_seeds < 1:
+        raise ConfigError(f"--seeds is {num_seeds}; allowed: an integer >= 1")
+    folder = check_workdir(workdir)
+    dataset = load_dataset(config.data, seed=config.seed)
+    if isinstance(arms, str):
+        arms = parse_arms(arms, tuple(sorted(dataset.modalities)))
+    plan = make_plan(config, arms, num_seeds, folder, dataset)
+    reference = reference or ("attention" if "attention" in arms else next(iter(arms)))
+    if reference not in arms:
+        raise ConfigError(f"--reference is {reference!r}; allowed: {', '.join(arms)}")
+    check_same(plan)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder), compiled_programs(folder / "compiled"), Progress(plan) as progress:
+        claim(plan)
+        selection = tune_arms(plan, interruption, progress)
+        records = run_tests(plan, selection, interruption, progress)
+        result = gather(plan, selection, records, reference, dataset.description)
+        show(plan, result, noise)
+    return result
+
+
+def gather(
+    plan: Plan,
+    selection: Mapping[str, Any],
+    records: Sequence[numbers.Run],
+    reference: str,
+    data: str,
+) -> dict[str, Any]:
+    """The table and what it says, as `results.json` holds them."""
+    arms = list(plan.arms)
+    main = numbers.make_table(records, arms, reference)
+    second_reference = "concat" if "concat" in arms and reference != "concat" else None
+    second = None
+    if second_reference and len(arms) > 2:
+        second = numbers.make_table(records, arms, second_reference)
+        second = {"test_accuracy": second["test_accuracy"]}
+    return {
+        "conclusion": numbers.conclude(main, second, reference, "concat", len(plan.seeds)),
+        "reference": reference,
+        "second_reference": second_reference if second else None,
+        "seeds": plan.seeds,
+        "arms": plan.arms,
+        "selection": {arm: selection[arm] for arm in arms},
+        "table": main,
+        "second_table": second,
+        "runs": list(records),
+        "data": data,
+        "config": plan.config.to_dict(),
+        "versions": versions(),
+        "device": device_line(),
+    }
+
+
+def show(plan: Plan, result: dict[str, Any], noise: bool) -> None:
+    """Writes the numbers, then the figures and the report."""
+    write_whole(plan.folder / "results.csv", numbers.as_csv(result["runs"]))
+    write_json(plan.folder / "results.json", json_ready(result))
+
+    def folders(arm: str) -> Iterator[epath.Path]:
+        number = result["selection"][arm]["chosen"]
+        return (plan.run_folder(arm, number, seed) for seed in plan.seeds)
+
+    rows = {arm: [read_rows(f / "metrics.jsonl") for f in folders(arm)] for arm in plan.arms}
+    with_quality = result["table"].get("quality_correlation", {})
+    samples = {arm: answers_of(next(folders(arm))) for arm in with_quality}
+    points = {}
+    if noise:
+        points = {a: [noise_of(f, NOISE_LEVELS) for f in folders(a)] for a in plan.arms}
+        write_json(plan.folder / "noise.json", points)
+    write_pictures(plan.folder, result, rows, samples, points)
+
+
+def summary_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The table that the command prints."""
+    words = numbers.metrics_of(result["runs"])
+    rows = []
+    for metric, lines in result["table"].items():
+        rows.append((words[metric], f"difference to {result['reference']}"))
+        for arm, line in lines.items():
+            text = numbers.written(metric, line["mean"])
+            if "difference" in line:
+                text += f"  {numbers.written_difference(metric, line)}"
+            rows.append((f"  {arm}", text))
+    return rows
+
+
+def command(argv: Sequence[str]) -> None:
+    """`python -m rollingq_jax.compare`; ``argv`` begins with the program's name."""
+    usage = f"{USAGE}, --arms ARMS, --seeds N, --reference ARM, --noise"
+    if {"-h", "--help"} & set(argv):
+        print(f"usage: python -m rollingq_jax.compare {usage}")
+        print(f"  --arms  with commas between, each {FORM};")
+        print(f"          known: the name of a modality, {', '.join(ARMS)}")
+        return
+    with Interruption(ends_process=True) as interruption:
+        values = flags.FlagValues()
+        flags.DEFINE_string("arms", DEFAULT_ARMS, "What is compared.", flag_values=values)
+        flags.DEFINE_integer("seeds", 10, "Runs of each arm.", flag_values=values)
+        flags.DEFINE_string("reference", None, "The arm to compare with.", flag_values=values)
+        flags.DEFINE_bool("noise", False, "Test under noise too.", flag_values=values)
+        parse(argv, values)
+        result = compare(
+            values["config"].value,
+            values["workdir"].value,
+            arms=values["arms"].value,
+            num_seeds=values["seeds"].value,
+            reference=values["reference"].value,
+            noise=values["noise"].value,
+            interruption=interruption,
+        )
+    print(table(summary_rows(result)))
+    print(result["conclusion"])
+    print(f"results.json, results.csv, figures and report.html are in {values['workdir'].value}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command, sys.argv))

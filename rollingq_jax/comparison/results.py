@@ -1,0 +1,189 @@
+"""From finished runs to a table, its files, and what may be concluded."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rollingq_jax.analysis.statistics import paired_difference
+
+Run = dict[str, Any]
+Table = dict[str, dict[str, dict[str, Any]]]
+
+# What an arm is judged by, in words; then the ones that are written in percent.
+METRICS = {
+    "test_accuracy": "test accuracy",
+    "test_macro_f1": "test macro F1",
+    "quality_correlation": "correlation of share and quality",
+}
+IN_PERCENT = ("test_accuracy", "test_macro_f1")
+FEW_SEEDS = 5
+
+
+def run_record(arm: str, seed: int, setting: Mapping[str, Any], summary: Mapping[str, Any]) -> Run:
+    """What the comparison keeps of one run's `summary.json`."""
+    rotations, best = summary["rotations"], summary["best"]
+    record = {
+        "arm": arm,
+        "seed": seed,
+        "setting": dict(setting),
+        "validation_accuracy": best["accuracy"],
+        "best_epoch": best["epoch"],
+        "rotations": None if rotations is None else int(np.sum(rotations)),
+        "num_parameters": summary["num_parameters"],
+    }
+    scores = ("accuracy", "macro_f1", "weighted_f1", "calibration_error")
+    record |= {f"test_{name}": summary[f"test_{name}"] for name in scores}
+    record["quality_correlation"] = summary.get("quality_correlation")
+    for kind in ("attention_share", "probe_accuracy"):
+        record |= {f"{kind}/{m}": value for m, value in summary.get(kind, {}).items()}
+    return record
+
+
+def metrics_of(runs: Sequence[Run]) -> dict[str, str]:
+    """The metrics of the table, with their words; the share of each modality has its own."""
+    shares = sorted({name for run in runs for name in run if name.startswith("attention_share/")})
+    return METRICS | {name: f"attention share of {name.partition('/')[2]}" for name in shares}
+
+
+def values_of(runs: Sequence[Run], arm: str, metric: str) -> dict[int, float]:
+    """Seed -> value, of the arm's runs that have one."""
+    found = {run["seed"]: run.get(metric) for run in runs if run["arm"] == arm}
+    return {s: float(v) for s, v in sorted(found.items()) if v is not None and np.isfinite(v)}
+
+
+def make_table(runs: Sequence[Run], arms: Sequence[str], against: str) -> Table:
+    """metric -> arm -> mean, standard deviation, and the paired difference to one arm.
+
+    Args:
+      runs: from `run_record`.
+      arms: in the order of the table.
+      against: the arm that the others are compared with, seed by seed.
+
+    Returns:
+      For each metric the arms that have it: "mean", "sd" (None for one run), "runs", and for all
+      but `against` "difference", "low", "high" (bootstrap 95 % interval, None for one pair),
+      "pairs", "wins", "losses".
+    """
+    table: Table = {}
+    for metric in metrics_of(runs):
+        reference = values_of(runs, against, metric)
+        lines = {}
+        for arm in arms:
+            values = values_of(runs, arm, metric)
+            if not values:
+                continue
+            numbers = np.array(list(values.values()))
+            line: dict[str, Any] = {
+                "mean": float(numbers.mean()),
+                "sd": float(numbers.std(ddof=1)) if len(numbers) > 1 else None,
+                "runs": len(numbers),
+            }
+            common = sorted(values.keys() & reference.keys())
+            if arm != against and common:
+                line |= difference([values[s] for s in common], [reference[s] for s in common])
+            lines[arm] = line
+        if lines:
+            table[metric] = lines
+    return table
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
+    """The paired difference in the words of the table."""
+    found = paired_difference(np.asarray(first), np.asarray(second))
+    return {
+        "difference": found.mean,
+        "low": found.low if np.isfinite(found.low) else None,
+        "high": found.high if np.isfinite(found.high) else None,
+        "pairs": found.size,
+        "wins": found.wins,
+        "losses": found.losses,
+    }
+
+
+def verdict(metric: str, line: Mapping[str, Any]) -> str:
+    """What a difference shows: a gain or a loss where its interval excludes 0, else neither.
+
+    A share of attention is neither good nor bad: it is higher or lower.
+    """
+    if line["low"] is None:
+        return "one pair, which shows nothing"
+    more, less = ("a gain", "a loss") if metric in METRICS else ("higher", "lower")
+    if line["low"] > 0:
+        return more
+    return less if line["high"] < 0 else "no difference is shown"
+
+
+def conclude(
+    table: Table, second: Table | None, against: str, second_against: str, num_seeds: int
+) -> str:
+    """What the data do and do not support, in a paragraph.
+
+    Args:
+      table: differences to `against`.
+      second: differences of the test accuracy to another arm, or None.
+      against, second_against: those arms.
+      num_seeds: of the comparison.
+    """
+    parts = [_seeds(num_seeds)]
+    for metric in ("test_accuracy", "quality_correlation"):
+        parts += _sentence(table, metric, against)
+    if second is not None:
+        parts += _sentence(second, "test_accuracy", second_against)
+    parts.append(
+        "A gain or a loss counts when its 95 % bootstrap interval excludes 0; what is not shown "
+        "is not thereby absent. The intervals hold for one comparison each and are not corrected "
+        "for their number. They cover the chance in initial values, in the order of the data and, "
+        "where the data are drawn from the seed, in the data; not the choice of data set and model."
+    )
+    return " ".join(parts)
+
+
+def _seeds(count: int) -> str:
+    if count < 2:
+        return "With one seed there is no interval, and nothing follows about differences."
+    if count < FEW_SEEDS:
+        return f"{count} seeds: so few that the intervals are rough."
+    return f"{count} seeds."
+
+
+def _sentence(table: Table, metric: str, against: str) -> list[str]:
+    lines = {a: v for a, v in table.get(metric, {}).items() if "difference" in v}
+    if not lines:
+        return []
+    reference = table[metric].get(against)
+    level = f" ({written(metric, reference['mean'])})" if reference else ""
+    claims = [f"{arm} {written_difference(metric, line)}" for arm, line in lines.items()]
+    return [f"{METRICS[metric].capitalize()} against {against}{level}: {'; '.join(claims)}."]
+
+
+def written(metric: str, value: float) -> str:
+    """A value as text."""
+    return f"{100 * value:.1f} %" if metric in IN_PERCENT else f"{value:.3f}"
+
+
+def written_difference(metric: str, line: Mapping[str, Any]) -> str:
+    """A difference as text, with its interval and what it shows."""
+    scale, digits, unit = (100, 1, " points") if metric in IN_PERCENT else (1, 3, "")
+    text = f"{scale * line['difference']:+.{digits}f}{unit}"
+    if line["low"] is not None:
+        low, high = (f"{scale * line[end]:+.{digits}f}" for end in ("low", "high"))
+        text += f" [{low}, {high}]"
+    return f"{text}, {line['wins']} wins and {line['losses']} losses: {verdict(metric, line)}"
+
+
+def as_csv(runs: Sequence[Run]) -> str:
+    """One line a run; the fields of its setting are columns too, empty where there is no value."""
+    flat = [
+        {k: v for k, v in run.items() if k != "setting"}
+        | {f"setting/{field}": value for field, value in run["setting"].items()}
+        for run in runs
+    ]
+    columns = list(dict.fromkeys(name for line in flat for name in line))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()

@@ -1,0 +1,326 @@
+"""The comparison: what is chosen on what, what a kill changes (nothing), and what is concluded."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from rollingq_jax import compare
+from rollingq_jax.analysis.predictions import Predictions
+from rollingq_jax.comparison import arms as naming
+from rollingq_jax.comparison import results, runs, selection
+from rollingq_jax.errors import CheckpointError, ConfigError, NonFiniteError
+from rollingq_jax.train.cli import run_command
+from rollingq_jax.train.config import default_config
+from rollingq_jax.train.interrupt import Interrupted
+
+CONFIG = """
+from ml_collections import ConfigDict
+from rollingq_jax.train.config import default_config
+
+def get_config():
+    config = default_config()
+    config.update_from_flattened_dict({
+        "epochs": 2, "batch_size": 8, "log_every": 4, "optimizer.warmup_epochs": 0.5,
+        "data.name": "arrays", "data.path": PATH, "rolling.rho": 4.0,
+        "model.dim": 8, "model.depth": 1, "model.num_heads": 2, "model.mlp_ratio": 1.0,
+    })
+    config.compare.grid = ConfigDict({"optimizer": {"learning_rate": (0.01, 0.1)}})
+    return config
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """A configuration over two modalities of vectors with a known quality."""
+    rng = np.random.default_rng(0)
+    means = {"audio": rng.normal(size=(3, 6)), "visual": 2 * rng.normal(size=(3, 5))}
+    arrays = {}
+    for split, count in {"train": 24, "valid": 12, "test": 16}.items():
+        label = np.arange(count, dtype=np.int32) % 3
+        arrays[f"{split}/label"] = label
+        for name, mean in means.items():
+            noise = rng.uniform(0, 2, count)
+            values = mean[label] + noise[:, None] * rng.normal(size=(count, mean.shape[1]))
+            arrays[f"{split}/{name}"] = values.astype(np.float32)
+            arrays[f"{split}/quality_{name}"] = -noise.astype(np.float32)
+    np.savez(tmp_path / "data.npz", **arrays)
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG.replace("PATH", repr(str(tmp_path / "data.npz"))))
+    return path
+
+
+class FakeTraining:
+    """In place of `train_and_evaluate`: scores from a formula, calls written down."""
+
+    def __init__(self, folder):
+        self.folder, self.calls, self.stop_at = folder, [], None
+
+    def __call__(self, config, workdir, *, interruption, quiet, test=True):
+        rate, seed = config.optimizer.learning_rate, config.seed
+        arm = config.model.fusion + ("+roll" if config.rolling.enabled else "")
+        self.calls.append((arm, rate, seed, test, (self.folder / "selection.json").exists()))
+        if len(self.calls) == self.stop_at:
+            raise Interrupted(7)
+        workdir.mkdir(parents=True, exist_ok=True)
+        if arm == "attention" and rate == 0.1:
+            raise NonFiniteError("step 3: loss is NaN or infinite")
+        # On validation the higher rate is better but for concat; on test always the lower.
+        validation = 0.6 + (rate if arm != "concat" else -rate) + 0.01 * seed
+        best = {"step": 6, "epoch": 2, "accuracy": validation}
+        if not test:
+            return {"best": best}
+        gain = {"concat": 0.0, "attention": 0.01, "attention+roll": 0.05}[arm]
+        summary = {
+            "best": best,
+            "test_accuracy": 0.5 + gain - rate / 10 + 0.02 * (seed % 3) + gain * seed / 50,
+            "test_macro_f1": 0.5 + gain,
+            "test_weighted_f1": 0.5,
+            "test_calibration_error": 0.1,
+            "rotations": None if arm == "concat" else [2],
+            "num_parameters": 10,
+            "probe_accuracy": {"audio": 0.3},
+        }
+        if arm != "concat":
+            summary["attention_share"] = {"audio": 0.4, "visual": 0.6}
+            summary["quality_correlation"] = gain + 0.1 * (seed % 2)
+        rows = [
+            {"step": 3 * e, "epoch": e, "split": "valid", "accuracy": e / 4, "imbalance": 0.1 * e}
+            for e in (1, 2)
+        ]
+        (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (workdir / "summary.json").write_text(json.dumps(summary))
+        return summary
+
+
+def some_answers(folder):
+    rng = np.random.default_rng(0)
+    share = rng.uniform(size=30)
+    quality = {m: rng.normal(size=30) for m in ("audio", "visual")}
+    probabilities = np.full((30, 3), 1 / 3)
+    return Predictions(
+        probabilities, np.zeros(30, int), {"audio": share, "visual": 1 - share}, quality
+    )
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    training = FakeTraining(tmp_path / "out")
+    monkeypatch.setattr(runs, "train_and_evaluate", training)
+    monkeypatch.setattr(compare, "answers_of", some_answers)
+    return training
+
+
+def run(config_file, out, *more):
+    arguments = ["--config", str(config_file), "--workdir", str(out), *more]
+    return run_command(compare.command, ["compare", *arguments])
+
+
+def test_settings_are_chosen_on_validation_before_any_test_is_read(config_file, tmp_path, fake):
+    assert run(config_file, tmp_path / "out", "--seeds", "4") == 0
+    tuning = [call for call in fake.calls if not call[3]]
+    tests = [call for call in fake.calls if call[3]]
+    assert len(tuning) == 3 * 2 * 2  # arms, settings, seeds: every arm gets the same
+    assert not any(chosen for *_, chosen in tuning) and all(chosen for *_, chosen in tests)
+    assert len(tests) == len(set(tests)) == 3 * 4  # each read once
+    # The best by validation, which is not the best by test; a rate that diverges is out.
+    assert {(arm, rate) for arm, rate, *_ in tests} == {
+        ("concat", 0.01), ("attention", 0.01), ("attention+roll", 0.1),
+    }  # fmt: skip
+    chosen = json.loads((tmp_path / "out" / "selection.json").read_text())
+    assert chosen["rollingq"]["setting"] == {"optimizer.learning_rate": 0.1}
+    assert chosen["rollingq"]["tried"][0]["validation_accuracy"] == pytest.approx([0.61, 0.62])
+    assert chosen["attention"]["tried"][1]["validation_accuracy"] == [None, None]
+
+
+def test_files_hold_every_run_and_the_paired_table(config_file, tmp_path, fake, capsys):
+    out = tmp_path / "out"
+    assert run(config_file, out, "--seeds", "4") == 0
+    result = json.loads((out / "results.json").read_text())
+    lines = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
+    assert [(line["arm"], line["seed"]) for line in lines] == [
+        (arm, str(seed)) for arm in ("concat", "attention", "rollingq") for seed in range(4)
+    ]
+    accuracy = {(line["arm"], int(line["seed"])): float(line["test_accuracy"]) for line in lines}
+    ours, theirs = (
+        np.array([accuracy[arm, s] for s in range(4)]) for arm in ("rollingq", "attention")
+    )
+    line = result["table"]["test_accuracy"]["rollingq"]
+    assert line["mean"] == pytest.approx(ours.mean())
+    assert line["sd"] == pytest.approx(ours.std(ddof=1))
+    assert line["difference"] == pytest.approx((ours - theirs).mean())
+    assert (line["wins"], line["losses"], line["pairs"]) == (4, 0, 4)
+    assert line["low"] > 0
+    assert "difference" not in result["table"]["test_accuracy"]["attention"]
+    assert set(result["table"]["quality_correlation"]) == {"attention", "rollingq"}
+    assert result["table"]["attention_share/audio"]["attention"]["mean"] == pytest.approx(0.4)
+    assert result["second_reference"] == "concat"
+    assert {path.name for path in (out / "figures").iterdir()} == {
+        "accuracy.png", "differences.png", "dynamics.png", "share_quality.png",
+    }  # fmt: skip
+    assert "95 % bootstrap interval" in (out / "report.html").read_text()
+    printed = capsys.readouterr().out
+    assert result["conclusion"] in printed and "rollingq" in printed
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 12, 13, 20])
+def test_stopped_anywhere_it_ends_with_the_same_files(config_file, tmp_path, fake, stop_at, capsys):
+    assert run(config_file, tmp_path / "whole", "--seeds", "3") == 0
+    whole = len(fake.calls)
+    fake.calls, fake.stop_at = [], stop_at
+    assert run(config_file, tmp_path / "out", "--seeds", "3") == 75
+    assert "goes on from there" in capsys.readouterr().err
+    fake.stop_at = None
+    assert run(config_file, tmp_path / "out", "--seeds", "3") == 0
+    assert len(fake.calls) == whole + 1  # only the one that was cut off is begun again
+    for name in ("results.csv", "results.json", "selection.json"):
+        first, second = ((tmp_path / f / name).read_bytes() for f in ("whole", "out"))
+        assert first == second, name
+    calls = len(fake.calls)
+    assert run(config_file, tmp_path / "out", "--seeds", "3") == 0
+    assert len(fake.calls) == calls
+
+
+def test_seeds_and_arms_can_be_added_later(config_file, tmp_path, fake):
+    out = tmp_path / "out"
+    assert run(config_file, out, "--arms", "attention,concat", "--seeds", "2") == 0
+    fake.calls = []
+    assert run(config_file, out, "--arms", "attention,rollingq", "--seeds", "3") == 0
+    assert [call[:4] for call in fake.calls if call[3] and call[0] == "attention"] == [
+        ("attention", 0.01, 2, True)
+    ]
+    assert not [call for call in fake.calls if call[0] == "concat"]
+    assert set(json.loads((out / "selection.json").read_text())) == {
+        "attention", "concat", "rollingq",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--arms", "smell"], ["'smell'", "audio", "rollingq"]),
+        (["--arms", "sum,sum"], ["'sum'", "twice"]),
+        (["--arms", "a/b=sum"], ["'a/b'"]),
+        (["--arms", "x=sum:model.dimm=3"], ["'x'", "model.dimm", "dim"]),
+        (["--arms", "x=sum:model.dim=wide"], ["'x'", "model.dim", "'wide'", "integer >= 1"]),
+        (["--arms", "x=sum:rolling.rho=-1"], ["'x'", "rolling.rho", "-1", ">= 0"]),
+        (["--arms", "x=sum:rolling.rho"], ["rolling.rho", "FIELD=VALUE"]),
+        (["--arms", "x=ogm:model.fusion=attention"], ["'x'", "ogm", "concat"]),
+        (["--arms", "x=audio:baseline.name=pmr"], ["'x'", "pmr", "one modality"]),
+        (["--arms", "x=sum:optimizer.learning_rate=1.0"], ["'x'", "grid"]),
+        (["--seeds", "0"], ["--seeds", "0"]),
+        (["--seeds", "many"], ["seeds", "many"]),
+        (["--reference", "sum"], ["--reference", "'sum'", "concat, attention"]),
+        (["--config.compare.tune_seeds=0"], ["tune_seeds", "0"]),
+        (["--config.data.path=nowhere.npz"], ["nowhere.npz"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(config_file, tmp_path, fake, capsys, more, words):
+    assert run(config_file, tmp_path / "out", *more) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    for word in words:
+        assert word in err
+    assert not (tmp_path / "out").exists() and not fake.calls
+
+
+def test_another_comparison_in_the_folder_is_refused(config_file, tmp_path, fake, capsys):
+    out = tmp_path / "out"
+    assert run(config_file, out, "--arms", "attention", "--seeds", "1") == 0
+    assert run(config_file, out, "--config.rolling.rho=2.0") == 2
+    assert "rolling.rho is 2.0 and was 4.0" in capsys.readouterr().err
+    assert run(config_file, out, "--config.compare.tune_seeds=1") == 2
+    assert "compare.tune_seeds is 1 and was 2" in capsys.readouterr().err
+    assert run(config_file, out, "--arms", "attention=rollingq") == 2
+    assert "'attention' with other fields" in capsys.readouterr().err
+
+
+def test_arms_are_named_changes_of_the_configuration():
+    parsed = naming.parse_arms(
+        "audio, wide=rollingq:model.dim=128:rolling.method=svd,"
+        "p=config:model.encoders.audio.patch=(4,8):rolling.joint=true",
+        ("audio", "visual"),
+    )
+    assert parsed["audio"]["model.modality"] == "audio"
+    assert parsed["audio"]["model.fusion"] == "unimodal"
+    assert parsed["wide"] == naming.ARMS["rollingq"] | {"model.dim": 128, "rolling.method": "svd"}
+    assert parsed["p"] == {"model.encoders.audio.patch": (4, 8), "rolling.joint": True}
+    config = default_config()
+    changed = naming.with_fields(config, parsed["wide"], "here")
+    assert changed.model.dim == 128 and config.model.dim == 64
+    one = naming.with_fields(config, parsed["audio"], "here")
+    back = naming.with_fields(one, naming.ARMS["sum"], "here")
+    assert one.model.modality == "audio" and back.model.modality is None
+
+
+def test_settings_are_all_combinations_and_ties_go_to_the_first():
+    grid = ConfigDict({"optimizer": {"learning_rate": (0.1, 0.2)}, "rolling": {"rho": (1.0, 4.0)}})
+    settings = selection.settings_of(grid)
+    assert settings[1] == {"optimizer.learning_rate": 0.1, "rolling.rho": 4.0}
+    assert len(settings) == 4 and selection.settings_of(ConfigDict()) == [{}]
+    assert selection.choose([[0.5, 0.75], [0.75, 0.5], [0.9, None]]) == 0
+    assert selection.choose([[None], [None]]) is None
+    with pytest.raises(ConfigError, match="grid.rolling.rho is 1.0"):
+        selection.settings_of(ConfigDict({"rolling": {"rho": 1.0}}))
+
+
+def test_damaged_files_are_named(tmp_path):
+    path = tmp_path / "selection.json"
+    path.write_text("[1")
+    with pytest.raises(CheckpointError, match="selection.json is damaged"):
+        selection.read_json(path)
+
+
+def table_with(differences):
+    """A table of two arms with these differences to attention, accuracy 0.5."""
+    made = []
+    for seed, gap in enumerate(differences):
+        made.append({"arm": "attention", "seed": seed, "test_accuracy": 0.5})
+        made.append({"arm": "x", "seed": seed, "test_accuracy": 0.5 + gap})
+    return results.make_table(made, ["attention", "x"], "attention")
+
+
+@pytest.mark.parametrize(
+    "differences, words",
+    [
+        ([0.02, 0.03, 0.01, 0.02, 0.04], "x +2.4 points [+"),
+        ([0.02, 0.03, 0.01, 0.02, 0.04], "5 wins and 0 losses: a gain"),
+        ([-0.02, -0.03, -0.01, -0.02, -0.04], "0 wins and 5 losses: a loss"),
+        ([0.02, -0.03, 0.01, -0.02, 0.03], "no difference is shown"),
+        ([0.02], "nothing follows about differences"),
+        ([0.02, 0.03], "so few that the intervals are rough"),
+    ],
+)
+def test_the_conclusion_says_what_the_intervals_allow(differences, words):
+    table = table_with(differences)
+    text = results.conclude(table, None, "attention", "concat", len(differences))
+    assert words in text and "against attention (50.0 %)" in text
+    assert ("gain;" not in text) and text.endswith("data set and model.")
+
+
+@pytest.mark.slow
+def test_real_runs_killed_in_the_middle_give_the_same_table(config_file, tmp_path, monkeypatch):
+    arguments = ("--arms", "attention,rollingq", "--seeds", "2", "--config.compare.tune_seeds=1")
+    assert run(config_file, tmp_path / "whole", *arguments, "--noise") == 0
+    real, calls = runs.train_and_evaluate, []
+
+    def cut_short(config, workdir, **options):
+        calls.append(workdir)
+        cut = len(calls) in (2, 8)  # in the search, and in the tests
+        return real(config, workdir, max_steps=2 if cut else None, **options)
+
+    monkeypatch.setattr(runs, "train_and_evaluate", cut_short)
+    codes = [run(config_file, tmp_path / "cut", *arguments) for _ in range(3)]
+    assert codes == [75, 75, 0]
+    for name in ("results.csv", "selection.json"):
+        first, second = ((tmp_path / f / name).read_bytes() for f in ("whole", "cut"))
+        assert first == second, name
+    tables = [
+        json.loads((tmp_path / f / "results.json").read_text())["table"] for f in ("whole", "cut")
+    ]
+    assert tables[0] == tables[1]
+    assert (tmp_path / "whole" / "figures" / "noise.png").exists()
+    noise = json.loads((tmp_path / "whole" / "noise.json").read_text())
+    assert {p["modality"] for p in noise["rollingq"][1]} == {"audio", "visual"}
