@@ -19,6 +19,10 @@ from rollingq_jax.errors import ConfigError
 from rollingq_jax.train.config import allowed_in, from_json
 
 USAGE = "--config FILE or --config_json FILE, --config.FIELD=VALUE, --workdir FOLDER"
+TRAIN_USAGE = (
+    f"{USAGE}; optional: --profile, --compilation_cache=FOLDER, --distributed, or "
+    "--coordinator=HOST:PORT --num_processes=N --process_id=I"
+)
 
 
 class _Parser(argparse.ArgumentParser):

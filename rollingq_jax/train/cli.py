@@ -6,9 +6,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from absl import flags
+
 from rollingq_jax.errors import UserError
-from rollingq_jax.train.arguments import USAGE, parse
+from rollingq_jax.train.arguments import TRAIN_USAGE, parse
+from rollingq_jax.train.distributed import join
 from rollingq_jax.train.interrupt import EXIT_CODE, Interrupted, Interruption
+from rollingq_jax.train.profiling import default_cache, keep_compiled
 
 USER_ERROR = 2
 IO_ERROR = 74  # EX_IOERR of sysexits.h
@@ -45,10 +49,18 @@ def _fail(message: str, code: int) -> int:
 def train_command(argv: Sequence[str]) -> None:
     """`train.py`."""
     if {"-h", "--help"} & set(argv):
-        print(f"usage: {os.path.basename(argv[0])} {USAGE}")
+        print(f"usage: {os.path.basename(argv[0])} {TRAIN_USAGE}")
         return
+    argv = join(argv)  # before a device is used, and before signals are taken
+    values = flags.FlagValues()
+    flags.DEFINE_bool("profile", False, "Trace some steps.", flag_values=values)
+    cache = "Folder of compiled programs; empty: none."
+    flags.DEFINE_string("compilation_cache", default_cache(), cache, flag_values=values)
     with Interruption(ends_process=True) as interruption:
-        values = parse(argv)
+        parse(argv, values)
+        keep_compiled(values.compilation_cache)
         from rollingq_jax.train.loop import train_and_evaluate
 
-        train_and_evaluate(values.config, values.workdir, interruption=interruption)
+        train_and_evaluate(
+            values.config, values.workdir, interruption=interruption, profile=values.profile
+        )

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from rollingq_jax.train.console import Console
 from rollingq_jax.train.interrupt import Interrupted, Interruption
 from rollingq_jax.train.lock import locked
 from rollingq_jax.train.meter import Meter
+from rollingq_jax.train.parallel import Parallel
 from rollingq_jax.train.run import Run
 from rollingq_jax.train.schedule import SaveSchedule
 from rollingq_jax.train.snapshot import save_snapshot
@@ -52,6 +53,12 @@ class Tools(NamedTuple):
         self.writer.write(rows)
         self.console.show(rows)
 
+    def take(self, batches: Iterator[Any], parallel: Parallel) -> dict[str, jax.Array]:
+        """The next batch, on its way to the devices; waiting for it is counted."""
+        with self.meter.waiting():
+            batch = next(batches)
+        return parallel.put_batch(batch)
+
 
 def train_and_evaluate(
     config: Any,
@@ -61,6 +68,7 @@ def train_and_evaluate(
     interruption: Interruption | None = None,
     test: bool = True,
     quiet: bool = False,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Trains as the configuration says, going on from what the folder holds, and tests at the end.
 
@@ -71,6 +79,7 @@ def train_and_evaluate(
       interruption: what may stop the run, if the caller has entered one already.
       test: False stops before the test set is read; the same call with True goes on from there.
       quiet: print nothing.
+      profile: write a trace of some steps into `profile` in the workdir.
 
     Returns:
       The summary, as `summary.json` holds it; with `test` False, `{"best": {"step", "epoch",
@@ -92,10 +101,11 @@ def train_and_evaluate(
                 interruption=interruption,
                 test=test,
                 quiet=quiet,
+                profile=profile,
             )
     check_config(config)
     workdir = check_workdir(workdir)
-    run = Run(config, load_dataset(config.data, seed=config.seed), workdir)
+    run = Run(config, load_dataset(config.data, seed=config.seed), workdir, profile)
     check_free(workdir, run.config)
     summary = read_summary(workdir)
     if summary is None:
@@ -157,14 +167,15 @@ def train(
             best = validate(run, state, best, tools)
         batches = run.batches(start_step, setup.total_steps)
         stack.enter_context(contextlib.closing(batches))
+        batch = None
         for step in range(start_step + 1, setup.total_steps + 1):
-            with tools.meter.waiting():
-                batch = next(batches)
-            state, sums, roll = parallel.train_step(state, parallel.put_batch(batch))
+            epoch_ends = step % setup.epoch_steps == 0
+            state, sums, roll = parallel.train_step(state, batch or tools.take(batches, parallel))
             interruption.unsaved = True
             tools.meter.add(step, sums, roll if run.checks_after(step) else None)
             tools.console.advance()
-            epoch_ends = step % setup.epoch_steps == 0
+            # The next batch goes to the devices while they are at this one.
+            batch = None if epoch_ends else tools.take(batches, parallel)
             if epoch_ends or step % config.log_every == 0:
                 tools.report(tools.meter.rows(step))
                 checkpoints.check()

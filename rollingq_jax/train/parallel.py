@@ -86,7 +86,9 @@ def with_pmap(train_step: Callable[..., Any], eval_step: Callable[..., Any]) -> 
 
     def put_batch(batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         return {
-            name: np.asarray(value).reshape(count, -1, *np.shape(value)[1:])
+            name: jax.device_put(
+                np.asarray(value).reshape(count, -1, *np.shape(value)[1:]), stacked
+            )
             for name, value in batch.items()
         }
 

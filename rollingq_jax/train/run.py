@@ -13,6 +13,7 @@ from rollingq_jax.train import parallel as parallel_lib
 from rollingq_jax.train.config import default_config, with_defaults
 from rollingq_jax.train.evaluation import Columns, evaluate
 from rollingq_jax.train.feed import Feed
+from rollingq_jax.train.profiling import profiled
 from rollingq_jax.train.setup import Setup, build, resolve_config
 from rollingq_jax.train.state import TrainState
 from rollingq_jax.train.steps import make_eval_step, make_train_step
@@ -29,11 +30,15 @@ class Run:
       setup: model, optimiser, lengths.
       parallel: the steps over all devices.
 
+    With `profile`, some training steps are traced (see `profiling.profiled`).
+
     Raises:
       ConfigError: the configuration does not fit the data or the devices.
     """
 
-    def __init__(self, config: Any, dataset: Dataset, workdir: epath.Path) -> None:
+    def __init__(
+        self, config: Any, dataset: Dataset, workdir: epath.Path, profile: bool = False
+    ) -> None:
         self.config = resolve_config(config, dataset)
         self.dataset, self.workdir = dataset, workdir
         self.setup: Setup = build(self.config, dataset)
@@ -50,6 +55,9 @@ class Run:
         )
         wrap = parallel_lib.WRAPPERS[config.parallel]
         self.parallel = wrap(train_step, make_eval_step(self.setup.model))
+        if profile:
+            traced = profiled(self.parallel.train_step, workdir / "profile")
+            self.parallel = self.parallel._replace(train_step=traced)
 
     @property
     def rolls_after_epoch(self) -> bool:
