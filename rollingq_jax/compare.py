@@ -96,7 +96,7 @@ def compare(
     if num_seeds < 1:
         raise ConfigError(f"--seeds is {num_seeds}; allowed: an integer >= 1")
     folder = check_workdir(workdir)
-    dataset = load_dataset(config.data, seed=config.seed)
+    dataset = load_dataset(config.data, seed=config.seed, encoders=config.model.encoders)
     if isinstance(arms, str):
         arms = parse_arms(arms, tuple(sorted(dataset.modalities)))
     plan = make_plan(config, arms, num_seeds, folder, dataset)
