@@ -71,6 +71,19 @@ def step_of(scale: Scale, rolling: bool = True) -> tuple[Callable[..., Any], Tra
     return make_train_step(model, tx, roller, schedule), state
 
 
+def compiled_alone(scale: Scale, rolling: bool = True) -> Any:
+    """The compiled step without a state to call it on: for what the compiler says of it."""
+    made: list[Any] = []
+
+    def state() -> TrainState:
+        step, first = step_of(scale, rolling)
+        made.append(step)
+        return first
+
+    shapes = jax.eval_shape(state), jax.eval_shape(lambda: batch_of(scale))
+    return jax.jit(made[0], donate_argnums=0).lower(*shapes).compile()
+
+
 def compiled_step(scale: Scale, rolling: bool = True) -> tuple[Any, TrainState, dict[str, Any]]:
     """The compiled step (its state is donated), a state and a batch."""
     step, state = step_of(scale, rolling)

@@ -4,6 +4,7 @@ Prints a table and writes JSON with machine and versions. Without names it runs 
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +20,22 @@ def gpu_train_step() -> list[Row]:
     return steps.train_step(Scale(batch_size=64, dtype="bfloat16"), rounds=9)
 
 
+def input_pipeline() -> list[Row]:
+    """Examples a second on one core, where the data packages are installed."""
+    try:
+        from benchmarks import input_pipeline as pipeline
+    except ImportError as error:
+        print(f"input_pipeline: skipped, since {error.name} is not installed")
+        return []
+    found = dataclasses.asdict(pipeline.run(num_clips=192, seconds=10.0))
+    rate = found["examples_per_core_second"]
+    return [
+        {"benchmark": "input pipeline, one core", "case": "CREMA-D clips", "median_ms": 1e3 / rate}
+        | {"baseline": "itself", "ratio": 1.0}
+        | found
+    ]
+
+
 BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "rotation": kernels.rotation,
     "fusion": kernels.fusion,
@@ -26,6 +43,7 @@ BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "memory": steps.memory,
     "rolling_cost": steps.rolling_cost,
     "devices": steps.devices,
+    "input_pipeline": input_pipeline,
     "gpu_train_step": gpu_train_step,
 }
 ACCELERATOR_ONLY = ("gpu_train_step",)
@@ -40,7 +58,7 @@ def line(row: Row) -> str:
             "interval_low",
             "interval_high",
             "flops_ratio",
-            "bytes_ratio",
+            "examples_per_core_second",
             "temporary_bytes",
             "model_flops_utilisation",
         )

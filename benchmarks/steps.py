@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from benchmarks import paper_scale
-from benchmarks.paper_scale import Scale, Stepper, compiled_step, model_flops
+from benchmarks.paper_scale import Scale, Stepper, compiled_alone, compiled_step, model_flops
 from benchmarks.timing import Row, cost, interleaved, rows
 
 PAPER = Scale()
@@ -55,7 +55,7 @@ def memory(scale: Scale = PAPER) -> list[Row]:
         "unrolled": scale,
         "scanned, remat": scale._replace(scan_layers=True, remat=True),
     }
-    found = {name: cost(compiled_step(variant)[0]) for name, variant in variants.items()}
+    found = {name: cost(compiled_alone(variant)) for name, variant in variants.items()}
     reference = found["scanned"]["temporary_bytes"]
     return [
         {"benchmark": f"memory, B {scale.batch_size}", "case": name, "baseline": "scanned"}
@@ -65,26 +65,43 @@ def memory(scale: Scale = PAPER) -> list[Row]:
     ]
 
 
-def rolling_cost(scale: Scale = SMALL, rounds: int = 12) -> list[Row]:
-    """RollingQ on against off, and on against on: paired ratios with their 95 % interval."""
+def rolling_cost(scale: Scale = SMALL, counted: Scale = PAPER, rounds: int = 12) -> list[Row]:
+    """RollingQ on against off, and on against on: paired ratios with their 95 % interval.
+
+    Args:
+      scale: of the steps that are timed.
+      counted: of the steps whose FLOPs and bytes are compared.
+      rounds: of timing.
+    """
     programs = {
         name: compiled_step(scale, rolling=name != "off") for name in ("off", "on", "on again")
     }
-    costs = {name: cost(program[0]) for name, program in programs.items()}
     times = interleaved({name: Stepper(*p) for name, p in programs.items()}, rounds, calls=2)
     table = rows(f"RollingQ, B {scale.batch_size}, depth {scale.depth}", times, "off")
     generator = np.random.default_rng(0)
     for row in table:
-        name = row["case"]
-        base = "on" if name == "on again" else "off"
-        ratios = np.log(np.array(times[name]) / np.array(times[base]))
+        base = "on" if row["case"] == "on again" else "off"
+        ratios = np.log(np.array(times[row["case"]]) / np.array(times[base]))
         draws = generator.choice(ratios, (10_000, len(ratios))).mean(axis=1)
         low, high = np.exp(np.quantile(draws, [0.025, 0.975]))
         row |= {"baseline": base, "ratio": float(np.exp(ratios.mean()))}
         row |= {"interval_low": float(low), "interval_high": float(high)}
-        for what in ("flops", "bytes"):
-            row[f"{what}_ratio"] = costs[name][what] / costs["off"][what]
-    return table
+    return table + rolling_counts(counted)
+
+
+def rolling_counts(scale: Scale = PAPER) -> list[Row]:
+    """FLOPs and bytes of the compiled step, RollingQ on against off."""
+    off, on = (cost(compiled_alone(scale, rolling)) for rolling in (False, True))
+    return [
+        {
+            "benchmark": f"RollingQ's {what}, B {scale.batch_size}, depth {scale.depth}",
+            "case": "on",
+            "baseline": "off",
+            "ratio": on[what] / off[what],
+            what: on[what],
+        }
+        for what in ("flops", "bytes")
+    ]
 
 
 ONE_LAYOUT = "import sys; from benchmarks import steps; print(steps.one_layout(sys.argv[1]))"
