@@ -154,7 +154,7 @@ class Checkpoints:
 
         Args:
           step: one of `steps()`.
-          like: a state of the same structure, shapes and dtypes.
+          like: a state of the same structure, shapes and dtypes; may be abstract.
           check: raises `CheckpointError` for the record of a checkpoint that is not the run's.
 
         Raises:

@@ -105,7 +105,12 @@ def train_and_evaluate(
             )
     check_config(config)
     workdir = check_workdir(workdir)
-    run = Run(config, load_dataset(config.data, seed=config.seed), workdir, profile)
+    run = Run(
+        config,
+        load_dataset(config.data, seed=config.seed, encoders=config.model.encoders),
+        workdir,
+        profile,
+    )
     check_free(workdir, run.config)
     summary = read_summary(workdir)
     if summary is None:
@@ -128,9 +133,8 @@ def complete(
     quiet: bool = False,
 ) -> dict[str, Any]:
     """From the newest checkpoint to the summary; without a test, to the best by validation."""
-    state = run.initial_state()
-    found = checkpoints.restore_newest(state, run.check_record)
-    state, record = found or (state, {})
+    found = checkpoints.restore_newest(run.abstract_state(), run.check_record)
+    state, record = found or (run.initial_state(), {})
     with explained(run.workdir, lambda: checkpoints.newest):
         best = train(run, checkpoints, state, record, interruption, max_steps, quiet)._asdict()
         checkpoints.wait()

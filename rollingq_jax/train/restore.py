@@ -58,9 +58,9 @@ def load_run(workdir: epath.PathLike) -> LoadedRun:
         )
     config = from_json(stored)
     check_config(config)
-    dataset = load_dataset(config.data, seed=config.seed)
+    dataset = load_dataset(config.data, seed=config.seed, encoders=config.model.encoders)
     setup = build(config, dataset)
-    like = setup.initial_state(config, dataset)
+    like = setup.abstract_state(config, dataset)
     summary = read_summary(path)
 
     def check(record: Mapping[str, Any]) -> None:

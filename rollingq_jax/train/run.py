@@ -78,6 +78,10 @@ class Run:
         """The state at step 0, on one device."""
         return self.setup.initial_state(self.config, self.dataset)
 
+    def abstract_state(self) -> TrainState:
+        """Shapes and dtypes of every state of the run."""
+        return self.setup.abstract_state(self.config, self.dataset)
+
     def batches(self, start_step: int, num_steps: int) -> Feed:
         """Training batches of the steps `start_step .. num_steps - 1`, this process's rows."""
         options = self._reading() | {"start_step": start_step, "num_steps": num_steps}

@@ -3,6 +3,7 @@
 import copy
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import optax
 
@@ -33,14 +34,7 @@ class Setup(NamedTuple):
 
     def initial_state(self, config: Any, dataset: Dataset) -> TrainState:
         """The state at step 0; encoders start from `config.vit_weights` where that is set."""
-        state = create_state(
-            self.model,
-            self.tx,
-            self.roller,
-            seed=config.seed,
-            batch=example_batch(dataset),
-            baseline=self.baseline.init(),
-        )
+        state = self._drawn_state(config, dataset)
         if config.vit_weights:
             from rollingq_jax.convert import load_vit
 
@@ -48,6 +42,20 @@ class Setup(NamedTuple):
             print(f"{config.vit_weights}: {report}")
             state = state.replace(params=params, opt_state=self.tx.init(params))
         return state
+
+    def abstract_state(self, config: Any, dataset: Dataset) -> TrainState:
+        """Shapes and dtypes of every state of the run."""
+        return jax.eval_shape(lambda: self._drawn_state(config, dataset))
+
+    def _drawn_state(self, config: Any, dataset: Dataset) -> TrainState:
+        return create_state(
+            self.model,
+            self.tx,
+            self.roller,
+            seed=config.seed,
+            batch=example_batch(dataset),
+            baseline=self.baseline.init(),
+        )
 
 
 def example_batch(dataset: Dataset, size: int = 2) -> dict[str, np.ndarray]:

@@ -74,7 +74,7 @@ def restore_best(
     run: Run, checkpoints: Checkpoints, best: Mapping[str, Any]
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state of the best checkpoint; where that is damaged, of the newest that is not."""
-    like = run.initial_state()
+    like = run.abstract_state()
     try:
         return checkpoints.restore(best["step"], like, run.check_record)[0], dict(best)
     except DamagedError as error:

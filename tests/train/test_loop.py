@@ -1,0 +1,323 @@
+"""Whole runs: resuming to the last bit, the best checkpoint, the test set read once."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from train_cases import files, make_arrays, read_metrics, tiny_config
+
+from rollingq_jax.data.load import load_dataset
+from rollingq_jax.errors import CheckpointError, DataError, NonFiniteError
+from rollingq_jax.train import loop
+from rollingq_jax.train.checkpoint import Checkpoints
+from rollingq_jax.train.interrupt import Interrupted, Interruption
+from rollingq_jax.train.lock import locked
+from rollingq_jax.train.loop import train_and_evaluate
+from rollingq_jax.train.packing import to_host
+from rollingq_jax.train.restore import load_run
+from rollingq_jax.train.run import Run
+
+LAST = 18
+
+
+def state_at(config, workdir, step):
+    """Everything in the checkpoint of a step, by path, and its record."""
+    run = Run(config, load_dataset(config.data, seed=config.seed), epath.Path(workdir))
+    with Checkpoints(epath.Path(workdir) / "checkpoints", read_only=True) as checkpoints:
+        state, record = checkpoints.restore(step, run.abstract_state())
+    leaves = jax.tree_util.tree_leaves_with_path(to_host(state))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}, record
+
+
+def assert_same_result(config, first, second):
+    """Two folders hold the same final state, rows and rotations, to the last bit."""
+    (ours, record), (theirs, other) = (state_at(config, w, LAST) for w in (first, second))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+    assert record["best"] == other["best"]
+    assert read_metrics(first) == read_metrics(second)
+    folders = [sorted(w.glob("rotations/*.npz")) for w in (first, second)]
+    assert [p.name for p in folders[0]] == [p.name for p in folders[1]]
+    for ours, theirs in zip(*folders, strict=True):
+        with np.load(ours) as a, np.load(theirs) as b:
+            for name in a.files:
+                np.testing.assert_array_equal(a[name], b[name])
+
+
+@pytest.fixture(scope="module")
+def finished(arrays, tmp_path_factory):
+    """A run that nothing disturbed: config, folder, summary."""
+    config, workdir = tiny_config(arrays), tmp_path_factory.mktemp("undisturbed") / "run"
+    return config, workdir, train_and_evaluate(config, workdir)
+
+
+@pytest.fixture(scope="module")
+def often(arrays, tmp_path_factory):
+    """The same with a trigger that is checked within epochs and between rows."""
+    config = tiny_config(arrays, log_every=5, **{"rolling.check_every": 4, "rolling.window": 0.5})
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    train_and_evaluate(config, workdir)
+    return config, workdir
+
+
+def test_n_steps_a_restart_and_n_more_are_2n_steps(finished, tmp_path):
+    """The stop is in the middle of an epoch and between two rows."""
+    config, undisturbed, summary = finished
+    with pytest.raises(Interrupted, match=f"stopped at step {LAST // 2}, which is saved"):
+        train_and_evaluate(config, tmp_path, max_steps=LAST // 2)
+    assert max(row["step"] for row in read_metrics(tmp_path)) <= LAST // 2
+    again = train_and_evaluate(config, tmp_path)
+    assert_same_result(config, undisturbed, tmp_path)
+    for name in ("test_accuracy", "test_loss", "best", "rotations", "attention_share"):
+        assert again[name] == summary[name]
+
+
+def test_a_restart_between_a_roll_and_its_row(often, tmp_path):
+    config, undisturbed = often
+    with pytest.raises(Interrupted):
+        train_and_evaluate(config, tmp_path, max_steps=9)  # rolled after 8; the next row is at 10
+    train_and_evaluate(config, tmp_path)
+    assert [row["step"] for row in read_metrics(tmp_path) if row["split"] == "roll"][0] == 4
+    assert_same_result(config, undisturbed, tmp_path)
+
+
+def test_saves_by_steps_and_by_minutes_change_nothing(often, tmp_path):
+    config, undisturbed = often
+    config = config.copy_and_resolve_references()
+    saves = {"every_steps": 4, "every_minutes": 1e-9, "keep": 1, "every_epochs": 2}
+    config.checkpoint.update(saves)
+    saved = []
+
+    class Watched(Checkpoints):
+        def save(self, state, record):
+            super().save(state, record)
+            saved.append(record["best"]["step"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "Checkpoints", Watched)
+        train_and_evaluate(config, tmp_path)
+    assert len(saved) == LAST
+    assert_same_result(config, undisturbed, tmp_path)
+
+
+def test_a_stop_in_the_middle_of_a_validation(finished, tmp_path):
+    class Impatient(Interruption):
+        """Stops in the second batch of the second validation."""
+
+        calls = 0
+
+        def check(self):
+            self.calls += 1
+            if self.calls == 5:
+                raise Interrupted
+
+    config, undisturbed, _ = finished
+    with pytest.raises(Interrupted, match="stopped at step 12"):
+        train_and_evaluate(config, tmp_path, interruption=Impatient())
+    steps = [row["step"] for row in read_metrics(tmp_path) if row["split"] == "valid"]
+    assert steps == [6]
+    train_and_evaluate(config, tmp_path)
+    assert_same_result(config, undisturbed, tmp_path)
+
+
+def test_best_checkpoint_is_the_first_of_the_best_by_validation(finished):
+    config, workdir, summary = finished
+    valid = [row for row in read_metrics(workdir) if row["split"] == "valid"]
+    best = max(valid, key=lambda row: row["accuracy"])  # the first of equals
+    assert [row["step"] for row in valid] == [6, 12, 18]
+    assert summary["best"] == {n: best[n] for n in ("step", "epoch", "accuracy")}
+    kept = {int(path.name) for path in (workdir / "checkpoints").iterdir()}
+    assert kept == {12, 18, best["step"]}  # the newest two, and the best
+
+
+def test_summary_holds_what_the_best_checkpoint_answers(finished, arrays):
+    _, workdir, summary = finished
+    run = load_run(workdir)
+    assert run.step == summary["best"]["step"]
+    source = run.dataset.splits["test"]
+    rows = [source[i] for i in range(len(source))]
+    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    logits, _ = run.model.apply({"params": run.params}, batch, rotation=run.rotation)
+    predicted = np.asarray(logits).argmax(-1)
+    assert summary["test_accuracy"] == np.mean(predicted == batch["label"])
+    assert sum(c["examples"] for c in summary["per_class"].values()) == len(rows)
+
+
+def test_rows_of_metrics(finished):
+    config, workdir, summary = finished
+    rows = read_metrics(workdir, times=True)
+    train = [row for row in rows if row["split"] == "train"]
+    assert [row["step"] for row in train] == [4, 6, 8, 12, 16, 18]
+    assert [row["split"] for row in rows].count("test") == 1
+    assert rows[-1]["split"] == "test" and rows[-1]["accuracy"] == summary["test_accuracy"]
+    assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
+    names = {"probe_accuracy/a", "imbalance", "air", "cosine/b", "attention_share/a", "loss"}
+    for row in rows:
+        if row["split"] == "roll":
+            assert row["step"] % 6 == 0 and row["imbalance_before"] > 0
+        else:
+            assert names <= row.keys()
+            share = row["attention_share/a"] + row["attention_share/b"]
+            np.testing.assert_allclose(share, 1.0, rtol=1e-6)
+    valid = [row for row in rows if row["split"] == "valid"]
+    rolls = [row["step"] for row in rows if row["split"] == "roll"]
+    assert [row["rotations"] for row in valid] == [
+        sum(at <= row["step"] for at in rolls) for row in valid
+    ]
+    assert all(row["seconds"] > 0 for row in valid)
+
+
+def test_what_a_run_leaves(finished):
+    _, workdir, _ = finished
+    for name in ("config.json", "metrics.jsonl", "summary.json", "report.html"):
+        assert (workdir / name).stat().st_size > 0
+    assert list((workdir / "figures").glob("*.png"))
+    assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
+    assert not list(workdir.rglob("*.tmp"))
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["model"]["num_classes"] == 3 and set(config["model"]["encoders"]) == {"a", "b"}
+
+
+def test_a_second_run_of_a_finished_folder_changes_nothing(finished, capsys):
+    config, workdir, summary = finished
+    before = files(workdir)
+    assert train_and_evaluate(config, workdir) == summary
+    assert files(workdir) == before
+    assert "test accuracy" in capsys.readouterr().out
+
+
+def test_another_model_in_the_folder_is_refused(finished):
+    config, workdir, _ = finished
+    before = files(workdir)
+    other = config.copy_and_resolve_references()
+    other.model.dim, other.optimizer.name = 16, "adam"
+    line = r"config.model.dim is 16 and was 8; config.optimizer.name is 'adam' and was 'sgd'"
+    with pytest.raises(CheckpointError, match=line):
+        train_and_evaluate(other, workdir)
+    assert files(workdir) == before
+
+
+def test_checkpoints_of_another_model_are_refused(finished, tmp_path):
+    """The configuration in the folder agrees, that in the checkpoint does not."""
+    config, workdir, _ = finished
+    (tmp_path / "checkpoints").symlink_to(workdir / "checkpoints")
+    other = config.copy_and_resolve_references()
+    other.model.fusion = "concat"
+    run = Run(other, load_dataset(other.data, seed=0), epath.Path(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(run.config.to_dict()))
+    before = files(workdir)
+    with pytest.raises(
+        CheckpointError, match="config.model.fusion is 'concat' and was 'attention'"
+    ):
+        train_and_evaluate(other, tmp_path)
+    assert files(workdir) == before
+
+
+def test_other_data_than_the_checkpoint_saw_are_refused(finished, tmp_path):
+    config, _, _ = finished
+    with pytest.raises(Interrupted):
+        train_and_evaluate(config, tmp_path / "run", max_steps=2)
+    np.savez(tmp_path / "more.npz", **make_arrays(sizes={"train": 45, "valid": 18, "test": 20}))
+    other = config.copy_and_resolve_references()
+    other.data.path = str(tmp_path / "more.npz")
+    with pytest.raises(CheckpointError, match="'train' has 45 examples and had 44"):
+        train_and_evaluate(other, tmp_path / "run")
+
+
+def test_a_folder_in_use_is_refused(arrays, tmp_path):
+    with locked(epath.Path(tmp_path)):
+        before = files(tmp_path)
+        with pytest.raises(CheckpointError, match=r"in use by another run \(process \d+ on .+\)"):
+            train_and_evaluate(tiny_config(arrays), tmp_path)
+        assert files(tmp_path) == before
+
+
+class Failing:
+    """A source of which the reads number `first` to `last` are changed."""
+
+    def __init__(self, source, change, *, first, last=10**6):
+        self.source, self.change, self.first, self.last = source, change, first, last
+        self.reads = 0
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        self.reads += 1
+        example = self.source[index]
+        return self.change(example) if self.first <= self.reads <= self.last else example
+
+    def load(self, config_data, *, seed):
+        """The data set with this as its training split, in place of `load_dataset`."""
+        dataset = load_dataset(config_data, seed=seed)
+        self.source = dataset.splits["train"]
+        dataset.splits["train"] = self
+        return dataset
+
+
+def gone(example):
+    raise FileNotFoundError(2, "No such file or directory", "/data/clip_17.wav")
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (gone, "data: /data/clip_17.wav: No such file or directory"),
+        (lambda e: e | {"label": np.int32(7)}, r"batch: 'label' holds 7; expected 0 to 2"),
+        (lambda e: {n: v for n, v in e.items() if n != "a"}, "field a: some examples have it"),
+    ],
+)
+def test_data_that_fail_in_the_middle(arrays, tmp_path, monkeypatch, change, line):
+    """In the second epoch: the first reads 48 rows, and its shapes another one or two."""
+    config = tiny_config(arrays)
+    config.data.prefetch = 0
+    monkeypatch.setattr(loop, "load_dataset", Failing(None, change, first=80).load)
+    with pytest.raises(DataError, match=f"{line}.*; the last good checkpoint is of step 6"):
+        train_and_evaluate(config, tmp_path)
+    monkeypatch.undo()
+    assert state_at(config, tmp_path, 6)[1]["best"]["step"] == 6
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(arrays, tmp_path):
+    config = tiny_config(arrays, **{"optimizer.learning_rate": 1e30, "checkpoint.every_steps": 2})
+    line = r"step 3: loss and \d+ others is NaN or infinite; the last good checkpoint is of step 2"
+    with pytest.raises(NonFiniteError, match=line):
+        train_and_evaluate(config, tmp_path)
+    state, _ = state_at(config, tmp_path, 2)
+    assert all(np.isfinite(leaf).all() for leaf in state.values() if leaf.dtype.kind == "f")
+
+
+def test_updates_that_are_not_finite_can_be_skipped(arrays, tmp_path, monkeypatch, capsys):
+    """One example of the second epoch is infinite: its batch is skipped, in the middle of it."""
+    source = Failing(None, lambda e: e | {"b": e["b"] * np.float32(np.inf)}, first=70, last=70)
+    monkeypatch.setattr(loop, "load_dataset", source.load)
+    config = tiny_config(arrays, nonfinite="skip")
+    config.data.prefetch = 0
+    with pytest.raises(Interrupted):
+        train_and_evaluate(config, tmp_path, max_steps=9)
+    summary = train_and_evaluate(config, tmp_path)
+    rows = [row for row in read_metrics(tmp_path) if row["split"] == "train"]
+    assert [row["skipped"] for row in rows] == [0, 0, 0, 1, 0, 0]
+    assert all(np.isfinite(row["loss"]) for row in rows) and np.isfinite(summary["test_loss"])
+    assert "step 12: skipped 1 updates" in capsys.readouterr().out
+
+
+def test_a_full_disk(arrays, tmp_path, monkeypatch):
+    from rollingq_jax.train import storage
+
+    free = iter([10**9, 10**9, 3])
+    usage = type("Usage", (), {})
+
+    def disk_usage(path):
+        usage.free = next(free)
+        return usage
+
+    monkeypatch.setattr(storage.shutil, "disk_usage", disk_usage)
+    config = tiny_config(arrays, **{"checkpoint.every_steps": 3})
+    line = r"not saved \(No space left on device: .* and 3 are free\); the last good .* of step 6"
+    with pytest.raises(CheckpointError, match=line):
+        train_and_evaluate(config, tmp_path)
+    assert state_at(config, tmp_path, 6)[1]["best"]["step"] == 6
