@@ -5,37 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from baseline_cases import NAMES, small_model
 
 from rollingq_jax.baselines import pmr
 from rollingq_jax.baselines.joint import unimodal_losses
 from rollingq_jax.baselines.modality_dropout import drop_modalities
 from rollingq_jax.baselines.ogm import damping, modality_scores, ogm
 from rollingq_jax.baselines.unimodal import unimodal_logits
-from rollingq_jax.models import build_model
-
-NAMES = ("audio", "visual")
-
-
-def small_model(fusion, **fields):
-    vector = {"kind": "vector"}
-    model = build_model(
-        {
-            "fusion": fusion,
-            "num_classes": 3,
-            "dim": 8,
-            "depth": 1,
-            "num_heads": 2,
-            "encoders": {"audio": vector, "visual": vector},
-            **fields,
-        }
-    )
-    rng = np.random.default_rng(0)
-    batch = {
-        "audio": jnp.asarray(rng.normal(size=(4, 5)), jnp.float32),
-        "visual": jnp.asarray(rng.normal(size=(4, 7)), jnp.float32),
-        "label": jnp.asarray([0, 1, 2, 1], jnp.int32),
-    }
-    return model, model.init(jax.random.key(0), batch)["params"], batch
 
 
 @pytest.mark.parametrize("fusion", ["concat", "sum"])
