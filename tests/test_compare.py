@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,11 +11,13 @@ from ml_collections import ConfigDict
 
 from rollingq_jax import compare
 from rollingq_jax.analysis.predictions import Predictions
+from rollingq_jax.baselines.build import build_baseline
 from rollingq_jax.comparison import arms as naming
 from rollingq_jax.comparison import results, runs, selection
 from rollingq_jax.errors import CheckpointError, ConfigError, NonFiniteError
+from rollingq_jax.models.spec import ModelSpec
 from rollingq_jax.train.cli import run_command
-from rollingq_jax.train.config import default_config
+from rollingq_jax.train.config import check_config, default_config
 from rollingq_jax.train.interrupt import Interrupted
 
 CONFIG = """
@@ -253,6 +257,21 @@ def test_arms_are_named_changes_of_the_configuration():
     one = naming.with_fields(config, parsed["audio"], "here")
     back = naming.with_fields(one, naming.ARMS["sum"], "here")
     assert one.model.modality == "audio" and back.model.modality is None
+
+
+def test_the_ablations_of_the_documentation_are_arms():
+    page = Path(__file__).resolve().parent.parent / "docs" / "howto" / "compare.md"
+    listed = re.search(r'--arms "\\\n(.*?)"', page.read_text(), flags=re.DOTALL).group(1)
+    parsed = naming.parse_arms(listed.replace("\\\n", ""), ("audio", "visual"))
+    assert len(parsed) > 10
+    for name, fields in parsed.items():
+        changed = naming.with_fields(default_config(), fields, name)
+        check_config(changed)
+        spec = ModelSpec.from_config(
+            changed.model.to_dict()
+            | {"num_classes": 3, "encoders": {m: {"kind": "vector"} for m in ("audio", "visual")}}
+        )
+        build_baseline(changed.baseline, spec, 10, 100)
 
 
 def test_settings_are_all_combinations_and_ties_go_to_the_first():
