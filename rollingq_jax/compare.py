@@ -27,12 +27,12 @@ from rollingq_jax.comparison.runs import (
     check_same,
     claim,
     compiled_programs,
+    dataset_of,
     make_plan,
     noise_of,
     write_json,
 )
 from rollingq_jax.comparison.stages import Progress, run_tests, tune_arms
-from rollingq_jax.data.load import load_dataset
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.evaluate import json_ready
 from rollingq_jax.train.arguments import USAGE, parse
@@ -96,7 +96,7 @@ def compare(
     if num_seeds < 1:
         raise ConfigError(f"--seeds is {num_seeds}; allowed: an integer >= 1")
     folder = check_workdir(workdir)
-    dataset = load_dataset(config.data, seed=config.seed, encoders=config.model.encoders)
+    dataset = dataset_of(config)
     if isinstance(arms, str):
         arms = parse_arms(arms, tuple(sorted(dataset.modalities)))
     plan = make_plan(config, arms, num_seeds, folder, dataset)
@@ -195,12 +195,12 @@ def command(argv: Sequence[str]) -> None:
         flags.DEFINE_bool("noise", False, "Test under noise too.", flag_values=values)
         parse(argv, values)
         result = compare(
-            values["config"].value,
-            values["workdir"].value,
-            arms=values["arms"].value,
-            num_seeds=values["seeds"].value,
-            reference=values["reference"].value,
-            noise=values["noise"].value,
+            values.config,
+            values.workdir,
+            arms=values.arms,
+            num_seeds=values.seeds,
+            reference=values.reference,
+            noise=values.noise,
             interruption=interruption,
         )
     print(table(summary_rows(result)))

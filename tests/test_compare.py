@@ -214,6 +214,8 @@ def test_seeds_and_arms_can_be_added_later(config_file, tmp_path, fake):
         (["--arms", "x=ogm:model.fusion=attention"], ["'x'", "ogm", "concat"]),
         (["--arms", "x=audio:baseline.name=pmr"], ["'x'", "pmr", "one modality"]),
         (["--arms", "x=sum:optimizer.learning_rate=1.0"], ["'x'", "grid"]),
+        (["--arms", "x=sum:seed=3"], ["'x'", "config.seed"]),
+        (["--arms", "x=sum:data.path=other.npz"], ["other.npz"]),
         (["--seeds", "0"], ["--seeds", "0"]),
         (["--seeds", "many"], ["seeds", "many"]),
         (["--reference", "sum"], ["--reference", "'sum'", "concat, attention"]),

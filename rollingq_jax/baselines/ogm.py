@@ -79,7 +79,7 @@ def ogm(
             for i in wide:
                 gradient = leaves[i]
                 leaves[i] = gradient * scales[number].astype(gradient.dtype)
-                if noise:
+                if noise and rng is not None:
                     key = jax.random.fold_in(jax.random.fold_in(rng, number), i)
                     leaves[i] += jnp.where(active, like_gradient(key, gradient), 0.0)
             updates[name] = jax.tree.unflatten(structure, leaves)

@@ -43,13 +43,13 @@ class Prototypes(NamedTuple):
       prototype: `[M, C, d]`.
       known: `[M, C]`, 1 where there is a prototype.
       total: `[M, C, d]`, sum of the class tokens since the last epoch's end.
-      count: `[M, C]`, their weight.
+      weight: `[M, C]`, how many those were, weighted.
     """
 
     prototype: Array
     known: Array
     total: Array
-    count: Array
+    weight: Array
 
 
 def init_prototypes(num_modalities: int, num_classes: int, dim: int) -> Prototypes:
@@ -91,23 +91,23 @@ def add_tokens(
     state: Prototypes, tokens: Array, label: Array, weight: Array, reduce: Any = lambda tree: tree
 ) -> Prototypes:
     """Adds one batch to the sums: tokens `[M, B, d]`, label `[B]`, weight `[M, B]`."""
-    member = jax.nn.one_hot(label, state.count.shape[1], dtype=jnp.float32)[None]
+    member = jax.nn.one_hot(label, state.weight.shape[1], dtype=jnp.float32)[None]
     member = member * weight[..., None]  # [M, B, C]
     safe = jnp.where(weight[..., None] > 0, tokens, 0.0)
     total, count = reduce((jnp.einsum("mbc,mbd->mcd", member, safe), jnp.sum(member, axis=1)))
-    return state._replace(total=state.total + total, count=state.count + count)
+    return state._replace(total=state.total + total, weight=state.weight + count)
 
 
 def renew(state: Prototypes, momentum: float) -> Prototypes:
     """An epoch's end: P <- (1 - mu) P_new + mu P, and the sums start anew."""
-    fresh = state.total / jnp.maximum(state.count, 1.0)[..., None]
+    fresh = state.total / jnp.maximum(state.weight, 1.0)[..., None]
     mixed = (1 - momentum) * fresh + momentum * state.prototype
-    seen, known = state.count[..., None] > 0, state.known[..., None] > 0
+    seen, known = state.weight[..., None] > 0, state.known[..., None] > 0
     return Prototypes(
         prototype=jnp.where(seen, jnp.where(known, mixed, fresh), state.prototype),
-        known=jnp.maximum(state.known, (state.count > 0).astype(jnp.float32)),
+        known=jnp.maximum(state.known, (state.weight > 0).astype(jnp.float32)),
         total=jnp.zeros_like(state.total),
-        count=jnp.zeros_like(state.count),
+        weight=jnp.zeros_like(state.weight),
     )
 
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from rollingq_jax.analysis import predictions, probes
 from rollingq_jax.comparison.arms import Overrides, check_name, with_fields
 from rollingq_jax.comparison.selection import Setting, read_json, setting_name, settings_of
+from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.types import Dataset
 from rollingq_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from rollingq_jax.train.config import check_config, differing_fields, flatten, from_json
@@ -58,6 +59,11 @@ class Plan(NamedTuple):
         return self.folder / "runs" / arm / setting / f"seed_{seed}"
 
 
+def dataset_of(config: ConfigDict) -> Dataset:
+    """The data of a run."""
+    return load_dataset(config.data, seed=config.seed, encoders=config.model.encoders)
+
+
 def make_plan(
     config: ConfigDict,
     arms: Mapping[str, Overrides],
@@ -92,6 +98,8 @@ def make_plan(
     )
     for arm, fields in plan.arms.items():
         check_name(arm)
+        if "seed" in fields or "seed" in settings[0]:
+            raise ConfigError(f"arm {arm!r} sets config.seed; allowed: every other field")
         both = sorted(set(fields) & set(settings[0]))
         if both:
             raise ConfigError(
@@ -100,9 +108,11 @@ def make_plan(
             )
         for number in range(len(settings)):
             changed = plan.run_config(arm, number, first)
+            own = any(name.startswith("data.") for name in fields | settings[number])
             try:
                 check_config(changed)
-                build(resolve_config(changed, dataset), dataset)
+                seen = dataset_of(changed) if own else dataset
+                build(resolve_config(changed, seen), seen)
             except ConfigError as error:
                 raise ConfigError(f"arm {arm!r}: {error}") from None
     return plan

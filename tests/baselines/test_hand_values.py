@@ -99,7 +99,7 @@ def test_prototypes_are_class_means_and_move_by_momentum():
     np.testing.assert_allclose(state.prototype[0], [[0, 1], [4, 0]])
     np.testing.assert_allclose(state.prototype[1], [[1, 1], [1, 1]])
     np.testing.assert_array_equal(state.known, np.ones((2, 2)))
-    assert not np.any(state.count) and not np.any(state.total)
+    assert not np.any(state.weight) and not np.any(state.total)
     tokens = jnp.asarray([[[10.0, 1.0]], [[1.0, 1.0]]])
     again = pmr.add_tokens(state, tokens, jnp.asarray([0]), jnp.ones((2, 1)))
     again = pmr.renew(again, 0.2)
