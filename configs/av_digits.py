@@ -1,6 +1,10 @@
 """Spoken and handwritten digits, the demo: needs no download and no accelerator.
 
 python train.py --config configs/av_digits.py --workdir runs/demo
+
+About half a minute on two cores. Noise and rolling were chosen on validation data (mean of three
+seeds, best epoch): accuracy .444 for concat, .449 for plain attention with an audio share of .66
+and a correlation of share and quality of -.20, .459 for this configuration with .50 and +.07.
 """
 
 from ml_collections import ConfigDict
@@ -9,15 +13,15 @@ from rollingq_jax.train.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """Training data are clean but for the images' noise; quality varies in validation and test."""
+    """In training, noise is the same for all; quality varies in validation and test."""
     config = default_config()
     config.epochs = 24
     config.optimizer.learning_rate = 0.02
     config.rolling.beta = 0.2
-    config.rolling.rho = 4.0
+    config.rolling.rho = 1.0
     config.rolling.max_rotations = 10
     config.data.name = "av_digits"
-    config.data.regime = "varied_test"
+    config.data.regime = "noisy_audio"
     config.data.test_pairings = 3
     config.model.num_classes = 10
     config.model.encoders = ConfigDict(

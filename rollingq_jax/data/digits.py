@@ -62,11 +62,13 @@ REGIMES = {
         heldout_visual=Noise(always=0.6, share=0.5, extra=2.0),
     ),
     # The same, with speech that training does not find perfect either: in natural data no modality
-    # is, and one that is leaves nothing for the other to learn.
+    # is, and one that is leaves nothing for the other to learn. At 3 a probe of either modality
+    # reads about as many digits as one of the other, so what attention prefers is not what is
+    # better but what was learned first.
     "noisy_audio": Regime(
-        train_audio=Noise(always=2.0),
+        train_audio=Noise(always=3.0),
         train_visual=Noise(always=0.6),
-        heldout_audio=Noise(always=2.0, share=0.5, extra=4.0),
+        heldout_audio=Noise(always=3.0, share=0.5, extra=4.0),
         heldout_visual=Noise(always=0.6, share=0.5, extra=2.0),
     ),
     # Quality varies in training too.
