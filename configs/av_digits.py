@@ -30,4 +30,6 @@ def get_config() -> ConfigDict:
             "visual": {"kind": "image", "patch": (2, 2)},
         }
     )
+    # What `compare` tries for every arm alike, on validation data.
+    config.compare.grid = ConfigDict({"optimizer": {"learning_rate": (0.01, 0.02, 0.04)}})
     return config
