@@ -145,7 +145,7 @@ def _speak(
     rng = np.random.default_rng((seed, len(SPLITS)))
     spectrograms: dict[str, list[np.ndarray]] = {name: [] for name in labels}
     total = sum(len(column) for column in labels.values())
-    with tqdm(total=total, desc="speaking digits", unit="word") as bar:
+    with tqdm(total=total, desc="speaking digits", unit="word", disable=None) as bar:
         for name, column in labels.items():
             for label in column:
                 waveform = synthesizer.say(
