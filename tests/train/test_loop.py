@@ -250,9 +250,9 @@ class Failing:
         example = self.source[index]
         return self.change(example) if self.first <= self.reads <= self.last else example
 
-    def load(self, config_data, *, seed):
+    def load(self, config_data, **options):
         """The data set with this as its training split, in place of `load_dataset`."""
-        dataset = load_dataset(config_data, seed=seed)
+        dataset = load_dataset(config_data, **options)
         self.source = dataset.splits["train"]
         dataset.splits["train"] = self
         return dataset

@@ -1,0 +1,220 @@
+"""Checkpoints: to the last bit, verified, kept by rule."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from rollingq_jax import rolling_query
+from rollingq_jax.errors import CheckpointError, NonFiniteError
+from rollingq_jax.train import checkpoint
+from rollingq_jax.train.checkpoint import Checkpoints, DamagedError
+from rollingq_jax.train.packing import checksum, to_host
+from rollingq_jax.train.state import TrainState
+
+RECORD = {"best": {"step": -1}, "sums": {"loss": 1 / 3, "cosine/a": [0.1, 1e-30]}}
+
+
+def make_state(step, *, seed=0, width=4, rolling=True):
+    """A state with awkward numbers, of which resuming must not lose a bit."""
+    values = np.random.default_rng((seed, step)).normal(size=(3, width)).astype(np.float32)
+    values[0, 0], values[1, 1] = 1e-45, np.finfo(np.float32).max
+    return TrainState(
+        step=jnp.array(step, jnp.int32),
+        params={"fusion": {"cls": jnp.asarray(values)}, "head": jnp.asarray(values[0])},
+        opt_state=({"trace": jnp.asarray(-values)}, (), {"count": jnp.array(step, jnp.int32)}),
+        rolling=rolling_query().init(2, width, 2) if rolling else None,
+        rng=jax.random.key(seed + 7),
+    )
+
+
+def record(best=-1):
+    return RECORD | {"best": {"step": best}}
+
+
+def assert_same(first, second):
+    ours, theirs = (jax.tree_util.tree_leaves_with_path(to_host(s)) for s in (first, second))
+    for (path, one), (other, two) in zip(ours, theirs, strict=True):
+        assert path == other and one.dtype == two.dtype and one.tobytes() == two.tobytes()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Checkpoints of the steps 1, 2 and 3."""
+    path = epath.Path(tmp_path) / "checkpoints"
+    with Checkpoints(path, keep=3) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(make_state(step), record())
+    return path
+
+
+@pytest.mark.parametrize("rolling", [True, False])
+def test_round_trip_to_the_last_bit(tmp_path, rolling):
+    state = make_state(5, rolling=rolling)
+    like = make_state(0, seed=3, rolling=rolling)
+    with Checkpoints(epath.Path(tmp_path) / "c", keep=1) as checkpoints:
+        checkpoints.save(state, record())
+        checkpoints.wait()
+        for template in (like, jax.eval_shape(lambda: like)):
+            found, kept = checkpoints.restore(5, template)
+            assert_same(found, state)
+            assert kept["sums"] == RECORD["sums"]
+    assert found.rolling is None or isinstance(found.rolling, type(state.rolling))
+    same = jax.random.normal(found.rng, (3,)) == jax.random.normal(state.rng, (3,))
+    assert bool(same.all())
+
+
+def test_newest_and_best_stay(tmp_path):
+    path = epath.Path(tmp_path) / "c"
+    with Checkpoints(path, keep=2) as checkpoints:
+        for step, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 2)):
+            checkpoints.save(make_state(step), record(best))
+        checkpoints.wait()
+        assert checkpoints.steps() == [5, 4, 2] and checkpoints.newest == 5
+    with Checkpoints(path, keep=2) as checkpoints:  # goes on: the best is known from the record
+        checkpoints.restore_newest(make_state(0))
+        checkpoints.save(make_state(6), record(2))
+        checkpoints.wait()
+        assert checkpoints.steps() == [6, 5, 2]
+        checkpoints.save(make_state(7), record(7))
+        checkpoints.wait()
+        assert checkpoints.steps() == [7, 6]
+
+
+def test_no_checkpoint_yet(tmp_path):
+    with Checkpoints(epath.Path(tmp_path) / "c", keep=2) as checkpoints:
+        assert checkpoints.newest is None and checkpoints.steps() == []
+        assert checkpoints.restore_newest(make_state(0)) is None
+
+
+def test_saving_a_step_twice_keeps_the_first(folder):
+    with Checkpoints(folder, keep=3) as checkpoints:
+        checkpoints.save(make_state(3, seed=9), record())
+        checkpoints.wait()
+        assert_same(checkpoints.restore(3, make_state(0))[0], make_state(3))
+
+
+def flip_a_byte_of_the_largest_file(step_folder):
+    data = (path for path in Path(step_folder).rglob("d/*") if path.is_file())
+    largest = max(data, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(bytes(content))
+
+
+def test_a_flipped_byte_is_found_and_the_one_before_is_used(folder, caplog):
+    flip_a_byte_of_the_largest_file(folder / "3")
+    with Checkpoints(folder, keep=3) as checkpoints:
+        state, _ = checkpoints.restore_newest(make_state(0))
+        assert_same(state, make_state(2))
+        assert "checkpoint 3" in caplog.text and "trying the one before" in caplog.text
+        assert (folder / "3.damaged").exists()  # nothing is deleted
+        checkpoints.save(make_state(3), record())  # and the step can be saved again
+        checkpoints.wait()
+        assert_same(checkpoints.restore_newest(make_state(0))[0], make_state(3))
+
+
+def test_a_changed_value_does_not_pass_the_checksum(folder, monkeypatch):
+    """As if a byte had changed below Orbax's own checks."""
+    read = Checkpoints._read
+
+    def changed(self, step, item, args):
+        tree = read(self, step, item, args)
+        if item == "state":
+            tree["params"]["head"] = np.nextafter(tree["params"]["head"], np.float32(9))
+        return tree
+
+    monkeypatch.setattr(Checkpoints, "_read", changed)
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        with pytest.raises(DamagedError, match="checkpoint 3 is damaged: its checksum"):
+            checkpoints.restore(3, make_state(0))
+
+
+def test_a_changed_record_is_found(folder):
+    path = folder / "3" / "record" / "metadata"
+    content = json.loads(path.read_text())
+    content["record"]["best"]["step"] = 2
+    path.write_text(json.dumps(content))
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        with pytest.raises(DamagedError, match="its record is not as it was saved"):
+            checkpoints.restore(3, make_state(0))
+
+
+def test_read_only_leaves_everything(folder):
+    flip_a_byte_of_the_largest_file(folder / "3")
+    (folder / "4.orbax-checkpoint-tmp").mkdir()  # a live run is saving
+    before = sorted(path.name for path in folder.iterdir())
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        assert_same(checkpoints.restore_newest(make_state(0))[0], make_state(2))
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_what_an_interrupted_save_left_is_removed(folder):
+    left = folder / "4.orbax-checkpoint-tmp"
+    left.mkdir()
+    (left / "part").write_text("x")
+    with Checkpoints(folder, keep=3) as checkpoints:
+        assert checkpoints.restore_newest(make_state(0))[0].step == 3
+        checkpoints.save(make_state(4), record())
+    assert not left.exists() and (folder / "4").exists()
+
+
+def test_none_intact_is_an_error_and_nothing_is_renamed(folder):
+    for step in (1, 2, 3):
+        flip_a_byte_of_the_largest_file(folder / str(step))
+    with Checkpoints(folder, keep=3) as checkpoints:
+        with pytest.raises(CheckpointError, match=r"none of .* is intact: \[3, 2, 1\]"):
+            checkpoints.restore_newest(make_state(0))
+        assert checkpoints.steps() == [3, 2, 1]
+
+
+def test_another_model_is_refused_by_name(folder):
+    with Checkpoints(folder, keep=3) as checkpoints:
+        line = r"checkpoint 3 is of another model: opt_state/0/trace is float32\[3, 4\]; allowed"
+        with pytest.raises(CheckpointError, match=line):
+            checkpoints.restore_newest(make_state(0, width=5))
+        with pytest.raises(CheckpointError, match="rolling/.* is .*; allowed: absent"):
+            checkpoints.restore_newest(make_state(0, rolling=False))
+        assert checkpoints.steps() == [3, 2, 1]
+
+
+def test_another_format_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
+    with Checkpoints(folder, keep=3) as checkpoints:
+        with pytest.raises(CheckpointError, match="checkpoint 3 has format version 1; allowed: 2"):
+            checkpoints.restore_newest(make_state(0))
+
+
+def test_a_record_that_is_not_the_runs_is_refused(folder):
+    def check(record):
+        raise CheckpointError(f"holds {sorted(record)}")
+
+    with Checkpoints(folder, keep=3) as checkpoints:
+        with pytest.raises(CheckpointError, match="holds .*'best', 'checksum', 'format_version'"):
+            checkpoints.restore_newest(make_state(0), check)
+
+
+def test_a_state_that_is_not_finite_is_not_saved(folder):
+    state = make_state(4)
+    bad = {"trace": state.opt_state[0]["trace"].at[2, 0].set(jnp.nan)}
+    state = state.replace(opt_state=(bad, *state.opt_state[1:]))
+    with Checkpoints(folder, keep=3) as checkpoints:
+        with pytest.raises(NonFiniteError, match="step 4: opt_state/0/trace is not finite"):
+            checkpoints.save(state, record())
+        assert checkpoints.steps() == [3, 2, 1]
+
+
+def test_checksum_sees_values_shapes_dtypes_and_names():
+    tree = {"a": np.zeros((2, 3), np.float32)}
+    others = [
+        {"b": np.zeros((2, 3), np.float32)},
+        {"a": np.zeros((3, 2), np.float32)},
+        {"a": np.zeros((2, 3), np.int32)},
+        {"a": np.full((2, 3), -0.0, np.float32)},
+    ]
+    sums = {checksum(other) for other in [tree, *others]}
+    assert len(sums) == 5 and checksum({"a": np.zeros((2, 3), np.float32)}) == checksum(tree)

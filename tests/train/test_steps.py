@@ -1,0 +1,203 @@
+"""The training step: what it sums, when it rolls, and what it does with NaN."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rollingq_jax import build_model, rolling_query
+from rollingq_jax.train.numerics import choose_finite, nonfinite_flags, offending
+from rollingq_jax.train.state import create_state
+from rollingq_jax.train.steps import RollSchedule, make_train_step
+
+BATCH_SIZE, RHO, BETA = 6, 1.5, 0.0
+SCHEDULE = RollSchedule(period=4, window=2)
+
+
+def batch(step, *, last=False):
+    """A batch of two vectors; some examples lack the first, and the last two rows may be padding."""
+    rng = np.random.default_rng(step)
+    return {
+        "a": rng.normal(size=(BATCH_SIZE, 5)).astype(np.float32),
+        "a_mask": np.arange(BATCH_SIZE) != step % BATCH_SIZE,
+        "b": rng.normal(size=(BATCH_SIZE, 3)).astype(np.float32) + 1,
+        "label": rng.integers(0, 3, BATCH_SIZE).astype(np.int32),
+        "example_mask": np.arange(BATCH_SIZE) < (BATCH_SIZE - 2 if last else BATCH_SIZE),
+    }
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """Model, compiled step and first state."""
+    encoders = {"a": {"kind": "vector"}, "b": {"kind": "vector"}}
+    shape = {"dim": 8, "depth": 1, "num_heads": 2, "fusion_heads": 2, "mlp_ratio": 1.0}
+    model = build_model({"num_classes": 3, "dropout": 0.2, "encoders": encoders, **shape})
+    tx = optax.sgd(0.1, momentum=0.9)
+    roller = rolling_query(beta=BETA, rho=RHO, max_rotations=2)
+    state = create_state(model, tx, roller, seed=0, batch=batch(0))
+    return model, jax.jit(make_train_step(model, tx, roller, SCHEDULE)), state
+
+
+@pytest.fixture(scope="module")
+def history(parts):
+    """States before and after ten steps, and what each returned; every fourth batch is padded."""
+    _, step, state = parts
+    steps = []
+    for k in range(10):
+        given = batch(k, last=k % 4 == 3)
+        after, sums, roll = step(state, given)
+        steps.append((state, given, after, jax.device_get(sums), jax.device_get(roll)))
+        state = after
+    return steps
+
+
+def test_schedule_of_observing_and_checking():
+    schedule = RollSchedule.from_fraction(8, 0.25)
+    assert schedule == RollSchedule(8, 2)
+    assert [k for k in range(17) if schedule.observes(k)] == [6, 7, 14, 15]
+    assert [k for k in range(17) if schedule.checks(k)] == [7, 15]
+    assert RollSchedule.from_fraction(3, 0.01).window == 1
+    assert RollSchedule.from_fraction(3, 1.0).window == 3
+
+
+def test_rolls_only_at_the_periods_ends_and_at_most_twice(history):
+    rolled = [bool(roll.info.rolled.any()) for *_, roll in history]
+    assert [k for k, did in enumerate(rolled) if did] == [3, 7]
+    for before, _, after, _, roll in history:
+        same = np.array_equal(before.rotation, after.rotation)
+        assert same != bool(roll.info.rolled.any())
+    np.testing.assert_array_equal(history[-1][2].rolling.count, [2, 2])
+
+
+def seen(model, state, given):
+    """What a step observes, from the model alone: query [B, H, d], keys [M, B, H, d], weight."""
+    rngs = {"dropout": jax.random.fold_in(state.rng, state.step)}
+    variables = {"params": state.params}
+    _, out = model.apply(variables, given, rotation=state.rotation, train=True, rngs=rngs)
+    keys = np.stack([out["mean_keys"][m] for m in "ab"]).astype(np.float64)
+    real = given["example_mask"]
+    weight = np.stack([real & given["a_mask"], real]).astype(np.float64)
+    return np.asarray(out["query"], np.float64), keys, weight
+
+
+def cosine(x, y):
+    """0 where a key is 0, which is that of a modality the example lacks."""
+    norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
+    return (x * y).sum(-1) / np.where(norms > 0, norms, 1)
+
+
+@pytest.mark.parametrize("end", [3, 7])
+def test_a_roll_uses_the_exact_weighted_sums_of_its_window(parts, history, end):
+    model = parts[0]
+    window = [seen(model, *history[k][:2]) for k in range(end - SCHEDULE.window + 1, end + 1)]
+    total = sum(weight.sum(1) for *_, weight in window)  # [M]
+    keys = sum(np.einsum("mb,mbhd->mhd", w, k) for _, k, w in window) / total[:, None, None]
+    scores = sum(np.einsum("mb,mbh->mh", w, cosine(q[None], k)) for q, k, w in window)
+    scores = (scores / total[:, None]).T  # [H, M]
+    _, _, after, _, roll = history[end]
+    np.testing.assert_allclose(roll.info.scores, scores, atol=1e-5)
+    np.testing.assert_allclose(roll.info.imbalance, np.ptp(scores, axis=1), atol=1e-5)
+    alpha = np.exp(-2 * RHO * scores)
+    alpha /= alpha.sum(1, keepdims=True)
+    np.testing.assert_allclose(roll.info.weights, alpha, atol=1e-5)
+    query = model.apply(
+        {"params": after.params}, history[end][0].rotation, method="class_query"
+    )  # after the update, under the rotation before the roll
+    np.testing.assert_allclose(roll.query, query, atol=1e-6)
+    directions = keys / np.linalg.norm(keys, axis=-1, keepdims=True)
+    mix = np.einsum("hm,mhd->hd", alpha, directions)
+    norms = np.linalg.norm(query, axis=-1, keepdims=True)
+    anchor = norms * mix / np.linalg.norm(mix, axis=-1, keepdims=True)
+    np.testing.assert_allclose(roll.info.anchor, anchor, atol=1e-5)
+    turned = model.apply({"params": after.params}, after.rotation, method="class_query")
+    np.testing.assert_allclose(turned, roll.info.anchor, atol=1e-5)  # R_new q = q_b
+
+
+def test_imbalance_before_and_after_is_that_of_the_steps_batch(parts, history):
+    model = parts[0]
+    before, given, _, _, roll = history[3]
+    _, keys, weight = seen(model, before, given)
+    for query, found in (
+        (roll.query, roll.imbalance_before),
+        (roll.info.anchor, roll.imbalance_after),
+    ):
+        scores = np.einsum("mb,mbh->mh", weight, cosine(np.asarray(query)[None, None], keys))
+        scores /= weight.sum(1)[:, None]
+        np.testing.assert_allclose(found, np.ptp(scores, axis=0), atol=1e-5)
+
+
+def test_padding_counts_in_nothing(parts):
+    """The rows that are padding may hold anything: loss, update and sums stay the same."""
+    _, step, state = parts
+    given = batch(3, last=True)
+    other = {name: value.copy() for name, value in given.items()}
+    other["a"][-2:], other["b"][-2:], other["label"][-2:] = 100.0, -7.0, 0
+    first, second = step(state, given), step(state, other)
+    for one, two in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        if not jax.dtypes.issubdtype(one.dtype, jax.dtypes.prng_key):
+            np.testing.assert_allclose(one, two, atol=1e-6)
+    assert float(first[1]["weight"]) == BATCH_SIZE - 2
+
+
+def test_loss_is_the_main_heads_and_each_probes(parts):
+    """Checked through the gradient: that of the sum, divided by the number of real examples."""
+    model, step, state = parts
+    given = batch(3, last=True)
+
+    def loss(params):
+        rngs = {"dropout": jax.random.fold_in(state.rng, state.step)}
+        logits, out = model.apply({"params": params}, given, state.rotation, True, rngs=rngs)
+        losses = [
+            optax.softmax_cross_entropy_with_integer_labels(z, given["label"])
+            for z in (logits, *out["probe_logits"].values())
+        ]
+        return jnp.mean(sum(losses)[: BATCH_SIZE - 2])
+
+    after, _, _ = step(state, given)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, jax.grad(loss)(state.params))
+    for one, two in zip(jax.tree.leaves(after.params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_changes_the_step_number_alone(parts, history, value):
+    _, step, _ = parts
+    before = history[7][0]  # its step lies in a window and checks the trigger
+    given = batch(7)
+    given["b"][1, 2] = value
+    after, sums, roll = step(before, given)
+    assert int(after.step) == int(before.step) + 1
+    for name in ("params", "opt_state"):
+        ours, theirs = (jax.tree.leaves(getattr(state, name)) for state in (after, before))
+        for one, two in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(one, two)
+    names = offending(sums["nonfinite"], before.params)
+    assert names[0] == "loss" and "gradient of encoder_b/embed/kernel" in names
+    assert "gradient of encoder_a/embed/kernel" in names  # through the fusion's softmax
+    assert not any(np.asarray(sums[name]).any() for name in sums if name != "nonfinite")
+    # The roll that is due comes from the rest of the window.
+    window = before.rolling
+    scores = (window.cosine_sum / window.weight_sum[:, None]).T
+    np.testing.assert_allclose(roll.info.scores, scores, atol=1e-6)
+    assert bool(roll.info.rolled.all()) and np.isfinite(after.rotation).all()
+
+
+def test_flags_are_off_where_all_is_finite(history):
+    assert not any(sums["nonfinite"].any() for _, _, _, sums, _ in history)
+
+
+def test_one_flag_for_the_loss_and_one_for_each_leaf():
+    gradient = {"x": {"y": jnp.array([1.0, jnp.inf])}, "z": jnp.array(3.0)}
+    flags = nonfinite_flags(jnp.array(2.0), gradient)
+    assert flags.tolist() == [False, True, False]
+    assert offending(flags, gradient) == ["gradient of x/y"]
+
+
+def test_counts_move_on_where_arrays_do_not():
+    new = {"count": jnp.array(4), "trace": jnp.array(jnp.nan)}
+    old = {"count": jnp.array(3), "trace": jnp.array(1.0)}
+    kept = choose_finite(jnp.array(False), new, old)
+    assert int(kept["count"]) == 4 and float(kept["trace"]) == 1.0
+    taken = choose_finite(jnp.array(True), new | {"trace": jnp.array(2.0)}, old)
+    assert float(taken["trace"]) == 2.0
