@@ -45,6 +45,7 @@ __all__ = [
     "cosine_scores",
     "fold_rotation",
     "imbalance",
+    "load",
     "mean_key",
     "models",
     "rebalance_anchor",
@@ -59,4 +60,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "convert":  # on first use: NumPy files and ViT weights are not part of the core
         return importlib.import_module("rollingq_jax.convert")
+    if name == "load":  # on first use: reading a run needs Orbax
+        return importlib.import_module("rollingq_jax.inference").load
     raise AttributeError(f"module 'rollingq_jax' has no attribute {name!r}")

@@ -1,0 +1,193 @@
+"""Exports a trained run: its weights, and a function that runs without this package.
+
+    python -m rollingq_jax.export --workdir runs/demo --out model.safetensors
+    python -m rollingq_jax.export --workdir runs/demo --out model.safetensors --fold
+    python -m rollingq_jax.export --workdir runs/demo --out model.safetensors --stablehlo model.bin
+
+Beside ``model.safetensors`` it writes a model card, ``model.json``: what the model was trained on,
+how well it does, its configuration, versions and the inputs it takes. Tensors have upstream's names
+where the architecture is upstream's, else ours, joined by dots, with the rotation under
+``rolling.rotation``.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import jax
+from etils import epath
+
+import rollingq_jax as rq
+from rollingq_jax.errors import ConfigError, UserError
+from rollingq_jax.exported import (
+    PLATFORMS,
+    input_shapes,
+    named_tensors,
+    save_safetensors,
+    serialise,
+    write_bytes,
+)
+from rollingq_jax.train.cli import run_command
+from rollingq_jax.train.restore import LoadedRun, load_run
+from rollingq_jax.train.summary import read_summary, versions
+from rollingq_jax.train.writer import table, write_whole
+
+
+def model_card(run: LoadedRun, workdir: epath.Path, **files: Any) -> dict[str, Any]:
+    """What the model is, and where it comes from."""
+    summary = read_summary(workdir) or {}
+    metrics = {n: v for n, v in summary.items() if n.startswith("test_")}
+    more = ("per_class", "probe_accuracy", "attention_share", "quality_correlation", "best")
+    metrics |= {name: summary[name] for name in more if name in summary}
+    inputs = {
+        name: {"shape": ["N", *one.shape[1:]], "dtype": str(one.dtype)}
+        for name, one in input_shapes(run, 1).items()
+    }
+    card = {
+        "description": "Multimodal Transformer trained with rollingq-jax",
+        "method": "Rolling Query, arXiv 2506.11465",
+        **files,
+        "inputs": inputs,
+        "outputs": {"probabilities": ["N", run.model.spec.num_classes]},
+        "masks": "True: real. An example lacks a modality where its mask is False throughout.",
+        "class_names": list(run.dataset.class_names),
+        "num_parameters": sum(leaf.size for leaf in jax.tree.leaves(run.params)),
+        "data": run.dataset.description,
+        "metrics": metrics,
+        "finished": bool(summary),
+        "step": run.step,
+        "config": run.config.to_dict(),
+        "versions": {**versions(), "rollingq-jax": rq.__version__},
+    }
+    return _finite(card)
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity become null: JSON has neither."""
+    if isinstance(value, Mapping):
+        return {str(name): _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def export(
+    workdir: epath.PathLike,
+    out: epath.PathLike,
+    *,
+    stablehlo: epath.PathLike | None = None,
+    fold: bool = False,
+) -> dict[str, Any]:
+    """Writes the weights of a run's best checkpoint, the model card, and a function if asked for.
+
+    Args:
+      workdir: the run's folder.
+      out: path of the weights, ending in ``.safetensors``; the card has ``.json`` in its place.
+      stablehlo: path of the serialised function.
+      fold: fold the rotation into the query projection, which leaves an ordinary Transformer.
+
+    Returns:
+      The model card.
+
+    Raises:
+      CheckpointError: there is no run or no intact checkpoint.
+      UserError: what is asked for cannot be exported; says why.
+    """
+    path = epath.Path(out).expanduser()
+    if path.suffix != ".safetensors":
+        raise UserError(f"--out is {str(out)!r}; allowed: a path that ends in .safetensors")
+    card_path = path.with_suffix(".json")
+    function_path = None if stablehlo is None else epath.Path(stablehlo).expanduser()
+    if function_path in (path, card_path):
+        raise UserError(f"--stablehlo is {str(stablehlo)!r}, which is written by --out as well")
+    return export_run(load_run(workdir), epath.Path(workdir), path, function_path, fold)
+
+
+def export_run(
+    run: LoadedRun,
+    workdir: epath.Path,
+    path: epath.Path,
+    function_path: epath.Path | None = None,
+    fold: bool = False,
+) -> dict[str, Any]:
+    """`export` of a run that has been read."""
+    tensors, names, rotation = named_tensors(run, fold)
+    function = None if function_path is None else serialise(run, fold)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = save_safetensors(path, tensors, {"format": "rollingq-jax", "names": names})
+    weights = {"file": path.name, "sha256": digest, "names": names, "rotation": rotation}
+    files: dict[str, Any] = {"weights": weights}
+    if function is not None and function_path is not None:
+        function_path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(function_path, function)
+        files["function"] = {
+            "file": function_path.name,
+            "sha256": hashlib.sha256(function).hexdigest(),
+            "platforms": list(PLATFORMS),
+            "call": "jax.export.deserialize(bytearray(open(file, 'rb').read())).call(batch)",
+        }
+    card = model_card(run, workdir, **files)
+    write_whole(path.with_suffix(".json"), json.dumps(card, indent=2) + "\n")
+    return card
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes become a `ConfigError`, which is printed as one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = _Parser(
+        prog="python -m rollingq_jax.export",
+        description="Exports the best checkpoint of a run, with a model card beside it.",
+    )
+    parser.add_argument("--workdir", required=True, help="the run's folder")
+    parser.add_argument("--out", required=True, metavar="FILE.safetensors", help="the weights")
+    parser.add_argument(
+        "--stablehlo",
+        metavar="FILE",
+        help="also a serialised function, which jax alone can run (jax.export)",
+    )
+    parser.add_argument(
+        "--fold",
+        action="store_true",
+        help="fold the rotation into the query projection: an ordinary Transformer",
+    )
+    return parser
+
+
+def command(argv: Sequence[str]) -> None:
+    """`python -m rollingq_jax.export`; ``argv`` begins with the program's name."""
+    arguments = make_parser().parse_args(list(argv[1:]))
+    card = export(
+        arguments.workdir, arguments.out, stablehlo=arguments.stablehlo, fold=arguments.fold
+    )
+    rows = [
+        ("weights", f"{arguments.out}, {card['weights']['names']} names"),
+        ("parameters", f"{card['num_parameters']:,}"),
+        ("rotation", rotation_line(card["weights"])),
+        ("model card", str(epath.Path(arguments.out).with_suffix(".json"))),
+    ]
+    if "function" in card:
+        platforms = ", ".join(card["function"]["platforms"])
+        rows.append(("function", f"{arguments.stablehlo}, for {platforms}"))
+    print(table(rows))
+
+
+def rotation_line(weights: Mapping[str, Any]) -> str:
+    """What became of the rotation, in words."""
+    if weights["rotation"] is None:
+        return "none"
+    folded = weights["rotation"] == "folded"
+    return "folded into the query projection" if folded else f"stored as {weights['rotation']}"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command, sys.argv))

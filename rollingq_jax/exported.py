@@ -1,0 +1,207 @@
+"""A run's weights as named tensors in a file, and as a function that runs without this package."""
+
+import hashlib
+import importlib.util
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import traverse_util
+
+from rollingq_jax.convert import (
+    from_upstream,
+    load_state_dict,
+    to_upstream,
+    upstream_model,
+    upstream_shapes,
+)
+from rollingq_jax.convert.upstream import ROTATION as UPSTREAM_ROTATION
+from rollingq_jax.errors import ConfigError, UserError
+from rollingq_jax.folding import fold_rotation
+from rollingq_jax.inference import answer_function
+from rollingq_jax.models import ModelSpec, build_model, dense_attention
+from rollingq_jax.train.restore import LoadedRun
+
+ROTATION = "rolling.rotation"
+PLATFORMS = ("cpu", "cuda", "tpu")
+LARGEST = 2**31 - 1  # bytes of a serialised function, which holds the weights too
+
+
+def is_upstream(run: LoadedRun) -> bool:
+    """Whether the architecture is one of upstream's: its tensors then have upstream's names.
+
+    The width, the depths and the number of classes are free. Heads, patches and activations are
+    not stored in a state dict, and positions are for inputs of one size: those have to be its own.
+    """
+    spec = run.model.spec
+    return _has_upstreams_parts(spec) and _has_upstreams_inputs(run)
+
+
+def _has_upstreams_inputs(run: LoadedRun) -> bool:
+    shapes = [upstream_shapes(dataset) for dataset in ("CREMAD", "KineticSound")]
+    lengths = {"audio": slice(None), "visual": slice(1, None)}  # any number of frames
+    return all(
+        run.dataset.modalities[m].shape[lengths[m]] in [one[m][lengths[m]] for one in shapes]
+        for m in run.model.spec.modalities
+    )
+
+
+def _has_upstreams_parts(spec: ModelSpec) -> bool:
+    fusion = spec.mbt_head if spec.fusion == "mbt" else spec.fusion
+    try:
+        theirs = upstream_model(
+            fusion_method={"unimodal": spec.modality}.get(fusion, fusion) or fusion,
+            backbone="mbt" if spec.fusion == "mbt" else "vit",
+            edim=spec.dim,
+            depth=max(encoder.depth for encoder in spec.encoders),
+            multi_depth=spec.mbt_layers if spec.fusion == "mbt" else 0,
+            n_classes=spec.num_classes,
+        ).spec
+    except ConfigError:
+        return False
+    structure = ["modalities", "fusion", "fusion_heads", "mlp_ratio", "gelu"]
+    structure += ["mbt_tokens", "mbt_layers", "mbt_head"] if spec.fusion == "mbt" else []
+    encoder = ("kind", "patch", "depth", "width", "num_heads")
+    same = all(getattr(spec, name) == getattr(theirs, name) for name in structure)
+    return same and all(
+        getattr(ours, name) == getattr(other, name)
+        for ours, other in zip(spec.encoders, theirs.encoders, strict=True)
+        for name in encoder
+    )
+
+
+def named_tensors(run: LoadedRun, fold: bool) -> tuple[dict[str, np.ndarray], str, str | None]:
+    """The run's tensors by name.
+
+    Returns:
+      the tensors; whose names they are, "upstream" or "own"; and where the rotation is: the name of
+      a tensor, "folded", or None.
+
+    Raises:
+      UserError: `fold` is asked for, and there is no class query.
+    """
+    params, rotation = run.params, run.rotation
+    if fold:
+        params, rotation = folded(run), None
+    rotation_is = "folded" if fold else None
+    if is_upstream(run):
+        if rotation is not None:
+            rotation_is = UPSTREAM_ROTATION
+        return to_upstream(params, rotation), "upstream", rotation_is
+    flat = traverse_util.flatten_dict(params, sep=".")
+    tensors = {name: np.asarray(leaf) for name, leaf in sorted(flat.items())}
+    if rotation is not None:
+        rotation_is = ROTATION
+        tensors[ROTATION] = np.asarray(rotation)
+    return tensors, "own", rotation_is
+
+
+def folded(run: LoadedRun) -> dict[str, Any]:
+    """Parameters with the rotation in the query projection.
+
+    Raises:
+      UserError: there is no rotation.
+    """
+    if run.rotation is None:
+        spec = run.model.spec
+        raise UserError(
+            f"--fold is given and model.fusion is {spec.fusion!r} with head {spec.head!r}, which "
+            "has no class query; allowed: attention"
+        )
+    return fold_rotation(run.params, run.rotation)
+
+
+def save_safetensors(
+    path: epath.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> str:
+    """Writes a file in the safetensors format, whole or not at all; returns its SHA-256.
+
+    A header in JSON (its length first, 8 bytes, little-endian; dtype, shape and bytes of each
+    tensor), then the tensors in C order.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    chunks, start = [], 0
+    for name, value in tensors.items():
+        data = np.ascontiguousarray(value, "<f4").tobytes()
+        offsets = [start, start + len(data)]
+        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": offsets}
+        chunks.append(data)
+        start += len(data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    content = struct.pack("<Q", len(text)) + text + b"".join(chunks)
+    write_bytes(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_bytes(path: epath.Path, content: bytes) -> None:
+    """Writes a file so that a reader sees the old content or the new, never a part."""
+    temporary = path.parent / f".{path.name}.tmp"
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def input_shapes(run: LoadedRun, size: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the serialised function takes: each modality and its mask, for `size` examples."""
+    shapes = {}
+    for m in run.model.spec.modalities:
+        info = run.dataset.modalities[m]
+        shapes[m] = jax.ShapeDtypeStruct((size, *info.shape), np.dtype(info.dtype))
+        positions = info.shape[:1] if info.kind == "sequence" else ()
+        shapes[f"{m}_mask"] = jax.ShapeDtypeStruct((size, *positions), np.dtype(bool))
+    return shapes
+
+
+def serialise(run: LoadedRun, fold: bool, platforms: Sequence[str] = PLATFORMS) -> bytes:
+    """`batch -> (probabilities [B, C], attention_share {m: [B, H]})` with the weights inside.
+
+    For any batch size, through `jax.export`: `jax.export.deserialize(content).call(batch)` runs it
+    where there are jax and flatbuffers without this package. The batch holds each modality and its
+    mask, as `input_shapes` says.
+
+    Raises:
+      UserError: the weights are too large for one function, or flatbuffers is not installed.
+    """
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise UserError(
+            "--stablehlo needs the package 'flatbuffers', which is not installed: "
+            "pip install flatbuffers"
+        )
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.params))
+    if size >= LARGEST:
+        raise UserError(f"the weights have {size} bytes; allowed with --stablehlo: under {LARGEST}")
+    model = build_model(run.model.spec, attention_fn=dense_attention)  # the same on all platforms
+    params, rotation = (folded(run), None) if fold else (run.params, run.rotation)
+    answer = answer_function(model)
+
+    @jax.jit
+    def function(batch: dict[str, jax.Array]) -> Any:
+        return answer(params, rotation, batch)
+
+    (examples,) = jax.export.symbolic_shape("examples")
+    exported = jax.export.export(function, platforms=platforms)(input_shapes(run, examples))
+    return bytes(exported.serialize())
+
+
+def read_exported(path: epath.PathLike) -> tuple[dict[str, Any], jax.Array | None]:
+    """Parameters and rotation of an exported file, whichever names it has.
+
+    Raises:
+      DataError: it cannot be read, or its tensors are not those of a model.
+    """
+    tensors = load_state_dict(str(path))
+    if any(name.startswith("encoder.") for name in tensors):  # ours begin with encoder_
+        return from_upstream(tensors)
+    rotation = tensors.pop(ROTATION, None)
+    params = traverse_util.unflatten_dict({k: jnp.asarray(v) for k, v in tensors.items()}, ".")
+    return params, None if rotation is None else jnp.asarray(rotation)
