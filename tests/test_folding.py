@@ -74,3 +74,32 @@ def test_fused_projection_is_refused():
         rq.fold_rotation(fused, rotation, ("qkv",))
     with pytest.raises(rq.UserError, match="allowed: \\[H, d_h, d_h\\]"):
         rq.fold_rotation(setting()[0], rotation[0])
+
+
+@pytest.mark.parametrize("fusion", ["attention", "mbt"])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_the_whole_model_answers_alike_without_a_rotation(heads, fusion):
+    config = {"num_classes": 5, "dim": 16, "depth": 1, "fusion": fusion, "mbt_layers": 1}
+    config |= {"fusion_heads": heads, "fusion_token_scale": 1.0}
+    config["encoders"] = {"audio": {"kind": "sequence"}, "visual": {"kind": "vector"}}
+    model = rq.build_model(config)
+    keys = jax.random.split(jax.random.key(0), 4)
+    batch = {
+        "audio": jax.random.normal(keys[0], (3, 6, 4)),
+        "visual": jax.random.normal(keys[1], (3, 7)),
+        "visual_mask": jnp.array([True, False, True]),
+    }
+    params = jax.jit(model.init)(keys[2], batch)["params"]
+    pair = jax.random.normal(keys[3], (2, heads, 16 // heads))
+    rotation = rq.rotation_between(pair[0], pair[1])
+
+    @jax.jit
+    def run(params, rotation):
+        return model.apply({"params": params}, batch, rotation, return_attention=True)
+
+    turned, plain = run(params, rotation), run(params, None)
+    folded = run(rq.fold_rotation(params, rotation), None)
+    assert jax.tree.structure(folded) == jax.tree.structure(turned)
+    for ours, theirs in zip(jax.tree.leaves(folded), jax.tree.leaves(turned), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+    assert np.abs(np.asarray(plain[0] - turned[0])).max() > 1e-3  # the rotation matters here
