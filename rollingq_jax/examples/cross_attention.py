@@ -49,7 +49,7 @@ def train(data: Data, num_epochs: int = 5, batch_size: int = 32) -> tuple[Any, A
     model = Model(int(data["label"].max()) + 1)
     roller = rq.rolling_query(beta=0.01, rho=1.0, max_rotations=3)
     rolling = roller.init(num_modalities=2, dim=DIM, num_heads=len(MODALITIES))
-    variables = model.init(jax.random.key(0), data, rolling.rotation)
+    variables = jax.jit(model.init)(jax.random.key(0), data, rolling.rotation)
     return fit(model.apply, variables, roller, rolling, data, num_epochs, batch_size)
 
 

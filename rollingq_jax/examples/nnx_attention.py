@@ -49,7 +49,7 @@ def train(data: Data, num_epochs: int = 5, batch_size: int = 32) -> tuple:
     for epoch in range(num_epochs):
         for batch in batches(data, batch_size, epoch):
             rolling, loss = train_step(model, tx, rolling, batch)
-        rolling, info = roller.update(rolling)
+        rolling, info = jax.jit(roller.update)(rolling)
         model.rotation[...] = rolling.rotation
         losses.append(report(epoch, loss, info))
     return model, rolling, losses

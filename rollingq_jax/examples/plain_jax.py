@@ -50,7 +50,7 @@ def train(data: Data, num_epochs: int = 5, batch_size: int = 32) -> tuple[Any, A
     for epoch in range(num_epochs):
         for batch in batches(data, batch_size, epoch):
             params, opt_state, rolling, loss = train_step(params, opt_state, rolling, batch)
-        rolling, info = roller.update(rolling)  # rolls the heads where the trigger holds
+        rolling, info = jax.jit(roller.update)(rolling)  # rolls the heads where the trigger holds
         losses.append(report(epoch, loss, info))
     return params, rolling, losses
 

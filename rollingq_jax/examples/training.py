@@ -52,6 +52,6 @@ def fit(
     for epoch in range(num_epochs):
         for batch in batches(data, batch_size, epoch):
             params, opt_state, rolling, loss = train_step(params, opt_state, rolling, batch)
-        rolling, info = roller.update(rolling)
+        rolling, info = jax.jit(roller.update)(rolling)
         losses.append(report(epoch, loss, info))
     return params, rolling, losses
