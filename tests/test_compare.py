@@ -307,11 +307,11 @@ def table_with(differences):
     "differences, words",
     [
         ([0.02, 0.03, 0.01, 0.02, 0.04], "x +2.4 points [+"),
-        ([0.02, 0.03, 0.01, 0.02, 0.04], "5 wins and 0 losses: a gain"),
-        ([-0.02, -0.03, -0.01, -0.02, -0.04], "0 wins and 5 losses: a loss"),
+        ([0.02, 0.03, 0.01, 0.02, 0.04], "5 won and 0 lost: a gain"),
+        ([-0.02, -0.03, -0.01, -0.02, -0.04], "0 won and 5 lost: a loss"),
         ([0.02, -0.03, 0.01, -0.02, 0.03], "no difference is shown"),
-        ([0.02], "nothing follows about differences"),
-        ([0.02, 0.03], "so few that the intervals are rough"),
+        ([0.02], "1 seed: too few for any difference to count"),
+        ([0.02, 0.03], "[+2.0, +3.0], 2 won and 0 lost: too few pairs to count"),
     ],
 )
 def test_the_conclusion_says_what_the_intervals_allow(differences, words):

@@ -19,7 +19,9 @@ METRICS = {
     "quality_correlation": "correlation of share and quality",
 }
 IN_PERCENT = ("test_accuracy", "test_macro_f1")
-FEW_SEEDS = 5
+# Below this many pairs no interval counts: a bootstrap of two pairs excludes 0 whenever both have
+# the same sign, which chance alone gives every other time; of five, once in 16.
+MIN_PAIRS = 5
 
 
 def run_record(arm: str, seed: int, setting: Mapping[str, Any], summary: Mapping[str, Any]) -> Run:
@@ -106,10 +108,11 @@ def difference(first: Sequence[float], second: Sequence[float]) -> dict[str, Any
 def verdict(metric: str, line: Mapping[str, Any]) -> str:
     """What a difference shows: a gain or a loss where its interval excludes 0, else neither.
 
-    A share of attention is neither good nor bad: it is higher or lower.
+    Nothing with fewer than `MIN_PAIRS` pairs. A share of attention is neither good nor bad: it is
+    higher or lower.
     """
-    if line["low"] is None:
-        return "one pair, which shows nothing"
+    if line["pairs"] < MIN_PAIRS or line["low"] is None:
+        return "too few pairs to count"
     more, less = ("a gain", "a loss") if metric in METRICS else ("higher", "lower")
     if line["low"] > 0:
         return more
@@ -134,19 +137,19 @@ def conclude(
         parts += _sentence(second, "test_accuracy", second_against)
     parts.append(
         "A gain or a loss counts when its 95 % bootstrap interval excludes 0; what is not shown "
-        "is not thereby absent. The intervals hold for one comparison each and are not corrected "
-        "for their number. They cover the chance in initial values, in the order of the data and, "
-        "where the data are drawn from the seed, in the data; not the choice of data set and model."
+        "may be there all the same. The intervals hold for one comparison each and are not "
+        "corrected for their number. They cover the chance in initial values, in the order of the "
+        "data and, where the data are drawn from the seed, in the data; not the choice of data set "
+        "and model."
     )
     return " ".join(parts)
 
 
 def _seeds(count: int) -> str:
-    if count < 2:
-        return "With one seed there is no interval, and nothing follows about differences."
-    if count < FEW_SEEDS:
-        return f"{count} seeds: so few that the intervals are rough."
-    return f"{count} seeds."
+    words = "1 seed" if count == 1 else f"{count} seeds"
+    if count < MIN_PAIRS:
+        return f"{words}: too few for any difference to count; {MIN_PAIRS} are the least."
+    return f"{words}."
 
 
 def _sentence(table: Table, metric: str, against: str) -> list[str]:
@@ -171,7 +174,7 @@ def written_difference(metric: str, line: Mapping[str, Any]) -> str:
     if line["low"] is not None:
         low, high = (f"{scale * line[end]:+.{digits}f}" for end in ("low", "high"))
         text += f" [{low}, {high}]"
-    return f"{text}, {line['wins']} wins and {line['losses']} losses: {verdict(metric, line)}"
+    return f"{text}, {line['wins']} won and {line['losses']} lost: {verdict(metric, line)}"
 
 
 def as_csv(runs: Sequence[Run]) -> str:
