@@ -16,7 +16,7 @@ SCHEDULE = RollSchedule(period=4, window=2)
 
 
 def batch(step, *, last=False):
-    """A batch of two vectors; some examples lack the first, and the last two rows may be padding."""
+    """A batch of two vectors; an example lacks the first, and the last two rows may be padding."""
     rng = np.random.default_rng(step)
     return {
         "a": rng.normal(size=(BATCH_SIZE, 5)).astype(np.float32),

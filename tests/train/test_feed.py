@@ -1,0 +1,113 @@
+"""Batches are checked before they reach a device: keys, shapes, dtypes, labels, masks."""
+
+import numpy as np
+import pytest
+
+from rollingq_jax.data.types import ArraySource, Dataset, ModalityInfo
+from rollingq_jax.errors import DataError
+from rollingq_jax.train.feed import Feed
+
+ROWS = 4
+GOOD = {
+    "a": np.zeros((ROWS, 5, 3), np.float32),
+    "a_mask": np.ones((ROWS, 5), bool),
+    "b": np.zeros((ROWS, 8, 8, 3), np.uint8),
+    "b_mask": np.ones(ROWS, bool),
+    "label": np.arange(ROWS, dtype=np.int32) % 3,
+    "example_mask": np.ones(ROWS, bool),
+    "quality_a": np.zeros(ROWS, np.float32),
+}
+
+
+def feed(*batches):
+    infos = {
+        "a": ModalityInfo("a", "sequence", (5, 3)),
+        "b": ModalityInfo("b", "image", (8, 8, 3), "uint8"),
+    }
+    source = ArraySource({"label": np.zeros(1, np.int32)})
+    dataset = Dataset({"train": source, "test": source}, infos, num_classes=3)
+    return Feed(iter(batches), dataset, ("a", "b"), ROWS)
+
+
+def changed(**fields):
+    """The good batch with other fields; None takes one away."""
+    return {name: value for name, value in (GOOD | fields).items() if value is not None}
+
+
+def test_good_batches_pass_unchanged():
+    batches = [changed(), changed(a=np.ones((ROWS, 5, 3), np.float32))]
+    for got, given in zip(feed(*batches), batches, strict=True):
+        assert got is given
+
+
+def test_masks_and_quality_may_be_absent():
+    assert list(feed(changed(a_mask=None, b_mask=None, quality_a=None)))
+
+
+NAN = np.zeros((ROWS, 5, 3), np.float32)
+NAN[1, 2, 0] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"a": None}, "'a' is missing; expected a, b, label and example_mask, found a_mask, b"),
+        ({"label": None}, "'label' is missing"),
+        ({"example_mask": None}, "'example_mask' is missing"),
+        ({"a": GOOD["a"][:, :4]}, r"'a' is float32\[4, 4, 3\]; expected float32\[4, 5, 3\]"),
+        ({"a": GOOD["a"].astype(np.float64)}, r"'a' is float64\[4, 5, 3\]; expected float32"),
+        ({"a": NAN}, "'a' holds NaN or infinity; expected finite numbers"),
+        ({"b": GOOD["b"].astype(np.float32)}, r"'b' is float32\[4, 8, 8, 3\]; expected uint8"),
+        ({"a_mask": np.ones((ROWS, 4), bool)}, r"expected bool\[4\] or bool\[4, 5\]"),
+        ({"a_mask": np.ones((ROWS, 5), np.int32)}, r"'a_mask' is int32\[4, 5\]; expected bool"),
+        ({"b_mask": np.ones((ROWS, 8), bool)}, r"'b_mask' is bool\[4, 8\]; expected bool\[4\]$"),
+        ({"label": GOOD["label"][:, None]}, r"'label' is int32\[4, 1\]; expected int32\[4\]"),
+        ({"label": GOOD["label"].astype(np.int64)}, r"'label' is int64\[4\]; expected int32"),
+        ({"label": GOOD["label"] + 1}, r"'label' holds 3; expected 0 to 2 \(3 classes\)"),
+        ({"label": GOOD["label"] - 1}, "'label' holds -1; expected 0 to 2"),
+        ({"example_mask": np.ones(ROWS, np.float32)}, "'example_mask' is float32"),
+        ({"quality_a": np.zeros((ROWS, 1), np.float32)}, "'quality_a' is float32"),
+    ],
+)
+def test_the_first_batch_is_checked_whole(fields, line):
+    with pytest.raises(DataError, match=line):
+        next(feed(changed(**fields)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        (
+            {"a": GOOD["a"][:3]},
+            r"'a' is float32\[3, 5, 3\]; expected float32\[4, 5, 3\], as in the",
+        ),
+        ({"a_mask": None}, r"'a_mask' is absent; expected bool\[4, 5\]"),
+        ({"extra": np.zeros(ROWS)}, r"'extra' is float64\[4\]; expected absent"),
+        ({"label": GOOD["label"] + 5}, "'label' holds 7"),
+    ],
+)
+def test_later_batches_are_like_the_first(fields, line):
+    batches = feed(changed(), changed(**fields))
+    next(batches)
+    with pytest.raises(DataError, match=line):
+        next(batches)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "/data/1.wav"), "/data/1.wav: No such"),
+        (PermissionError(13, "Permission denied", "/data/1.wav"), "/data/1.wav: Permission denied"),
+        (OSError("disk is on fire"), "data: disk is on fire"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(error, line):
+    def batches():
+        yield changed()
+        raise error
+
+    reading = feed()
+    reading._batches = batches()
+    next(reading)
+    with pytest.raises(DataError, match=line):
+        next(reading)

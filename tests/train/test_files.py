@@ -1,0 +1,235 @@
+"""What a run writes into its folder: rows, events, locks, and what happens when it cannot."""
+
+import errno
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+from etils import epath
+from train_cases import files
+
+from rollingq_jax.errors import CheckpointError, ConfigError, DataError
+from rollingq_jax.train import schedule
+from rollingq_jax.train.events import EventLog
+from rollingq_jax.train.lock import locked
+from rollingq_jax.train.schedule import SaveSchedule
+from rollingq_jax.train.storage import check_room, explained, reason_of, saving
+from rollingq_jax.train.workdir import check_workdir
+from rollingq_jax.train.writer import MetricsWriter, as_json, read_rows, write_whole
+
+
+def row(step, split="train", **fields):
+    return {"step": step, "epoch": 1, "split": split, **fields}
+
+
+def test_rows_are_on_disk_at_once_and_read_back(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    rows = [row(1, loss=1 / 3), row(2, "valid", accuracy=0.1)]
+    writer.write(rows[:1])
+    writer.write(rows[1:])
+    assert read_rows(tmp_path / "metrics.jsonl") == rows == writer.rows
+    writer.close()
+
+
+def test_rows_past_the_restored_step_are_cut(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write([row(2), row(4), row(4, "valid"), row(6)])
+    writer.close()
+    again = MetricsWriter(tmp_path, 4)
+    assert [(r["step"], r["split"]) for r in again.rows] == [
+        (2, "train"),
+        (4, "train"),
+        (4, "valid"),
+    ]
+    again.close()
+    again = MetricsWriter(tmp_path, 4, validate=True)  # that validation comes anew
+    assert [(r["step"], r["split"]) for r in again.rows] == [(2, "train"), (4, "train")]
+    again.close()
+
+
+def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(as_json(row(1)) + "\n" + as_json(row(2))[:-3])
+    assert [r["step"] for r in read_rows(path)] == [1]
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "3", "[]", '{"step": "x", "split": "train"}', '{"split": "train"}', "\xff"]
+)
+def test_a_damaged_line_in_the_middle_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    content = f"{as_json(row(1))}\n{line}\n{as_json(row(2))}\n"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(CheckpointError, match="metrics.jsonl line 2 is "):
+        read_rows(path)
+
+
+def test_numbers_that_json_does_not_have_become_null():
+    assert as_json({"a": float("nan"), "b": float("inf"), "c": 1.5, "d": None, "e": 3}) == (
+        '{"a": null, "b": null, "c": 1.5, "d": null, "e": 3}'
+    )
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    write_whole(path, "old")
+
+    def full(self, text):
+        with open(self, "w") as file:
+            file.write(text[:1])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(epath.Path(path)), "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, "new")
+    assert files(tmp_path).keys() == {"config.json"} and path.read_text() == "old"
+
+
+def test_events_are_what_tensorboard_reads(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    log = EventLog(str(tmp_path / "tensorboard"), 6)
+    log.write([row(8, loss=0.5, accuracy=0.25, rotations=2), row(9, loss=0.125)])
+    log.close()
+    (path,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
+    content, events = path.read_bytes(), []
+    while content:  # length, its checksum, data, its checksum
+        length = int.from_bytes(content[:8], "little")
+        events.append(Event.FromString(content[12 : 12 + length]))
+        content = content[16 + length :]
+    assert events[0].file_version == "brain.Event:2"
+    assert events[1].session_log.status == 1 and events[1].step == 7  # hides older later steps
+    values = [(e.step, v.tag, v.simple_value) for e in events[2:] for v in e.summary.value]
+    assert values == [(8, "train/loss", 0.5), (8, "train/accuracy", 0.25), (9, "train/loss", 0.125)]
+
+
+def test_tensorboards_own_reader_agrees(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
+    log = EventLog(str(tmp_path), 0)
+    log.write([row(1, loss=0.5)])
+    log.close()
+    (path,) = tmp_path.glob("events.*")
+    events = list(reader.EventFileLoader(str(path)).Load())
+    assert [v.tag for e in events for v in e.summary.value] == ["train/loss"]
+
+
+def test_two_parts_of_a_run_in_one_second_have_two_event_files(tmp_path):
+    for step in (0, 6):
+        EventLog(str(tmp_path), step).close()
+    assert len(list(tmp_path.glob("events.*"))) == 2
+
+
+def test_lock_is_exclusive_and_gone_with_its_holder(tmp_path):
+    code = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX);"
+        "f.write('process 7 on elsewhere'); f.flush(); print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / ".lock"], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    line = r"in use by another run \(process 7 on elsewhere\); allowed: a folder that no live run"
+    with pytest.raises(CheckpointError, match=line), locked(epath.Path(tmp_path)):
+        pass
+    holder.kill()  # as a crash would: nothing is left to clean up
+    holder.wait()
+    with locked(epath.Path(tmp_path)):
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+    with locked(epath.Path(tmp_path)):
+        pass
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, caplog):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(epath.Path(tmp_path)):
+        assert "cannot be locked: [Errno" in caplog.text
+
+
+def test_of_several_processes_the_first_holds_the_lock(tmp_path, monkeypatch):
+    with locked(epath.Path(tmp_path)):
+        monkeypatch.setattr(jax, "process_index", lambda: 1)
+        with locked(epath.Path(tmp_path)):
+            pass
+
+
+def test_saves_by_steps():
+    saves = SaveSchedule(3, 0.0, log_every=10)
+    assert [step for step in range(1, 10) if saves.due(step)] == [3, 6, 9]
+    assert not SaveSchedule(0, 0.0, log_every=1).due(5)
+
+
+def test_saves_by_minutes_count_from_the_last(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    saves = SaveSchedule(0, 2.0, log_every=10)
+    found = []
+    for step in range(1, 10):
+        now[0] += 50.0
+        if saves.due(step):
+            saves.saved()
+            found.append(step)
+    assert found == [3, 6, 9]  # 150 s are the first multiple of 50 s past two minutes
+
+
+def test_several_processes_ask_the_first_ones_clock_where_a_row_is_due(monkeypatch):
+    asked = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        schedule.multihost_utils, "broadcast_one_to_all", lambda x: asked.append(bool(x)) or True
+    )
+    saves = SaveSchedule(0, 60.0, log_every=4)
+    assert [step for step in range(1, 10) if saves.due(step)] == [4, 8]
+    assert asked == [False, False]  # this process's own clock does not decide
+
+
+def test_room_for_a_checkpoint(tmp_path, monkeypatch):
+    check_room(epath.Path(tmp_path), 1000)
+    check_room("gs://bucket/run", 10**18)
+    usage = type("Usage", (), {"free": 1_500_000})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    check_room(epath.Path(tmp_path), 100_000)
+    with pytest.raises(OSError, match="1,948,576 bytes are wanted and 1,500,000 are free"):
+        check_room(epath.Path(tmp_path), 800_000)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(28, "No space left on device", "/run/x"), "No space left on device: /run/x"),
+        (ValueError("INTERNAL: file 13: No space left on device [os_error_code='28']"), "No space"),
+        (ValueError("RESOURCE: Disk quota exceeded [a]\n [b]"), "Disk quota exceeded"),
+        (RuntimeError("what\nelse"), "what else"),
+        (RuntimeError(), "RuntimeError"),
+    ],
+)
+def test_reasons(tmp_path, error, reason):
+    assert reason_of(error).startswith(reason)
+    with pytest.raises(CheckpointError, match=f"a checkpoint in .* is not saved \\({reason}"):
+        with saving(epath.Path(tmp_path)):
+            raise error
+
+
+def test_errors_say_what_is_left(tmp_path):
+    with pytest.raises(DataError, match="^gone; the last good checkpoint is of step 5$"):
+        with explained(tmp_path, lambda: 5):
+            raise DataError("gone")
+    with pytest.raises(CheckpointError, match="cannot be written .*; there is no checkpoint yet"):
+        with explained(tmp_path, lambda: None):
+            raise OSError(30, "Read-only file system", "/run/x")
+
+
+def test_a_folder_is_checked_without_being_made(tmp_path):
+    before = files(tmp_path)
+    path = check_workdir(tmp_path / "a" / "b" / "c")
+    assert path == epath.Path(tmp_path / "a" / "b" / "c")
+    assert files(tmp_path) == before and list(tmp_path.iterdir()) == []
+    with pytest.raises(ConfigError, match="allowed: a folder that can be written"):
+        check_workdir("/proc/nothing/here")
