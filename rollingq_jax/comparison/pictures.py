@@ -5,6 +5,7 @@ from typing import Any
 
 from etils import epath
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from rollingq_jax.analysis import narrative, plots
 from rollingq_jax.analysis.plots import style
@@ -40,6 +41,7 @@ def differences_figure(table: numbers.Table, against: str) -> Figure | None:
             if line["low"] is not None:
                 axes.plot([scale * line["low"], scale * line["high"]], [place, place], **look)
             axes.plot(scale * line["difference"], place, "o", markersize=7, color=style.color(0))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         unit = " (points)" if scale == 100 else ""
         style.style_axes(axes, xlabel=f"{numbers.METRICS[metric]}{unit}")
     grid[0].set_yticks(range(len(names)), [style.plain(style.shorten(name)) for name in names])

@@ -30,7 +30,8 @@ def arms_figure(
         fields = _default_fields([row for runs in arms.values() for rows in runs for row in rows])
     columns = min(len(fields), 2)
     lines = -(-len(fields) // columns)
-    figure = style.new_figure(4.4 * columns + 0.2, 3.6 * lines + 0.5)
+    width = 4.4 * columns + 0.2 if columns > 1 else 6.8  # the title takes that much
+    figure = style.new_figure(width, 3.6 * lines + 0.5)
     panels = figure.subplots(lines, columns, squeeze=False).flat
     handles: dict[str, Line2D] = {}  # by the arm's whole name: cut short, two may look alike
     for axes, (field, label) in zip(panels, fields.items(), strict=False):

@@ -1,0 +1,56 @@
+"""Runs with a method of comparison: stopped and continued, they end as if never stopped."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rollingq_jax.train import default_config, load_run, train_and_evaluate
+from rollingq_jax.train.interrupt import Interrupted
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Three epochs of three steps over two modalities of vectors."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, count in {"train": 24, "valid": 8, "test": 8}.items():
+        label = np.arange(count, dtype=np.int32) % 2
+        arrays[f"{split}/label"] = label
+        for name in ("audio", "visual"):
+            values = rng.normal(size=(count, 5)) + label[:, None]
+            arrays[f"{split}/{name}"] = values.astype(np.float32)
+    np.savez(tmp_path / "data.npz", **arrays)
+    config = default_config()
+    config.update_from_flattened_dict(
+        {
+            "epochs": 3,
+            "batch_size": 8,
+            "optimizer.warmup_epochs": 0.5,
+            "optimizer.learning_rate": 0.1,
+            "data.name": "arrays",
+            "data.path": str(tmp_path / "data.npz"),
+            "model.fusion": "concat",
+            "model.dim": 8,
+            "model.depth": 1,
+            "model.num_heads": 2,
+            "model.mlp_ratio": 1.0,
+        }
+    )
+    return config
+
+
+@pytest.mark.parametrize("name", ["pmr", "ogm_ge"])
+def test_a_stopped_run_goes_on_to_the_same_end(config, tmp_path, name):
+    config.baseline.name = name
+    train_and_evaluate(config, tmp_path / "whole", quiet=True)
+    with pytest.raises(Interrupted):  # within the second epoch: PMR has prototypes, and sums
+        train_and_evaluate(config, tmp_path / "cut", max_steps=5, quiet=True)
+    train_and_evaluate(config, tmp_path / "cut", quiet=True)
+    first, second = (
+        json.loads((tmp_path / folder / "summary.json").read_text()) for folder in ("whole", "cut")
+    )
+    assert first["test_loss"] == second["test_loss"] and first["best"] == second["best"]
+    assert load_run(tmp_path / "cut").config.baseline.name == name
