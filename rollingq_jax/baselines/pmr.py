@@ -53,10 +53,17 @@ class Prototypes(NamedTuple):
 
 
 def init_prototypes(num_modalities: int, num_classes: int, dim: int) -> Prototypes:
-    """No prototypes yet."""
-    vectors = jnp.zeros((num_modalities, num_classes, dim), jnp.float32)
-    counts = jnp.zeros((num_modalities, num_classes), jnp.float32)
-    return Prototypes(vectors, counts, vectors, counts)
+    """No prototypes yet.
+
+    Four arrays and not two used twice: a training step that donates its state donates each once.
+    """
+    classes = (num_modalities, num_classes)
+    return Prototypes(
+        prototype=jnp.zeros((*classes, dim), jnp.float32),
+        known=jnp.zeros(classes, jnp.float32),
+        total=jnp.zeros((*classes, dim), jnp.float32),
+        weight=jnp.zeros(classes, jnp.float32),
+    )
 
 
 def similarities(tokens: Array, state: Prototypes) -> Array:

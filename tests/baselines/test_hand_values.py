@@ -94,6 +94,12 @@ def known_prototypes():
     return pmr.add_tokens(state, tokens, jnp.asarray([0, 1, 0]), weight)
 
 
+def test_no_array_of_the_first_state_is_used_twice():
+    state = pmr.init_prototypes(2, 3, 4)  # a step that donates it may not be given one twice
+    places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
+    assert len(set(places)) == len(places) == 4
+
+
 def test_prototypes_are_class_means_and_move_by_momentum():
     state = pmr.renew(known_prototypes(), 0.2)
     np.testing.assert_allclose(state.prototype[0], [[0, 1], [4, 0]])
