@@ -41,7 +41,8 @@ from rollingq_jax.train import default_config, train_and_evaluate
 # ## Train
 #
 # The same fields as in `configs/av_digits.py`, with a smaller model and fewer epochs than that
-# experiment has. The head rolls at an epoch's end when its imbalance is above `beta`.
+# experiment has, and a smaller `rho`: the query is turned to nearly half-way between the modalities.
+# The head rolls at an epoch's end when its imbalance is above `beta`.
 
 # %%
 config = default_config()
@@ -51,7 +52,7 @@ config.log_every = 2
 config.optimizer.learning_rate = 0.05
 config.optimizer.warmup_epochs = 1.0
 config.rolling.beta = 0.2
-config.rolling.rho = 4.0
+config.rolling.rho = 0.5
 config.rolling.max_rotations = 3
 config.data.name = "av_digits"
 config.model.dim = 32
