@@ -145,8 +145,8 @@ def draw(
     write_report(
         run.workdir / "report.html",
         title=f"RollingQ: {run.config.data.name}, {run.config.model.fusion}",
-        lead=f"The best epoch by validation accuracy is {best['epoch']}{chosen}; the test data were "
-        "read once, with its parameters.",
+        lead=f"The best epoch by validation accuracy is {best['epoch']}{chosen}; the test data "
+        "were read once, with its parameters.",
         key_numbers=key_numbers(summary),
         figures=list(figures.values()),
         tables=report_tables(summary, rows),

@@ -198,9 +198,7 @@ def test_a_manifest_reached_through_a_link_is_fine(tmp_path):
 def test_missing_files_are_listed(tmp_path):
     rows = [row(picture=f"{number}.png") for number in range(5)]
     config = write_rows(tmp_path, *rows)
-    fails_clearly(
-        lambda: load(config, seed=0), "5 missing files: '0.png', '1.png', '2.png', ..."
-    )
+    fails_clearly(lambda: load(config, seed=0), "5 missing files: '0.png', '1.png', '2.png', ...")
 
 
 GOOD = [row(), row(label="1"), row(split="test"), row(), row(label="1")]
