@@ -25,14 +25,15 @@ class EventLog:
       step: the step from which the run goes on; what older files say of later steps is hidden.
 
     Raises:
-      OSError: here and in `write`, the file cannot be written.
+      OSError: here and in `write`, the file cannot be written. It is open while it is written and
+        no longer.
     """
 
     def __init__(self, folder: str, step: int) -> None:
         os.makedirs(folder, exist_ok=True)
         where = f"{socket.gethostname()}.{os.getpid()}.{step}"
         name = f"events.out.tfevents.{time.time():.0f}.{where}"
-        self._file = open(os.path.join(folder, name), "ab", buffering=0)
+        self._path = os.path.join(folder, name)
         self._append(
             [
                 Event(wall_time=time.time(), file_version="brain.Event:2"),
@@ -58,13 +59,8 @@ class EventLog:
         self._append(events)
 
     def _append(self, events: Iterable[Event]) -> None:
-        content = b"".join(_record(event.SerializeToString()) for event in events)
-        while content:
-            content = content[self._file.write(content) :]
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        with open(self._path, "ab") as file:
+            file.write(b"".join(_record(event.SerializeToString()) for event in events))
 
 
 def _record(data: bytes) -> bytes:

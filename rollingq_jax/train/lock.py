@@ -29,11 +29,11 @@ def locked(workdir: epath.Path) -> Iterator[None]:
         yield
         return
     path = workdir / ".lock"
-    with open(path, "a+", encoding="utf-8") as file:
+    path.touch()
+    with open(path, encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
             holder = " ".join(file.read(200).split()) or "unknown"
             raise CheckpointError(
                 f"workdir {workdir} is in use by another run ({holder}); "
@@ -41,7 +41,5 @@ def locked(workdir: epath.Path) -> Iterator[None]:
             ) from None
         except OSError as error:
             log.warning("workdir %s cannot be locked: %s", workdir, error)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
         yield

@@ -162,7 +162,7 @@ def train(
                 config.checkpoint.every_steps, config.checkpoint.every_minutes, config.log_every
             ),
             Meter(parallel, setup, state.params, record, skip=config.nonfinite == "skip"),
-            stack.enter_context(contextlib.closing(writer)),
+            writer,
             stack.enter_context(Console(setup, state, run.dataset, quiet)),
             interruption,
         )

@@ -122,7 +122,6 @@ def finish_run(run: Run, checkpoints: Checkpoints, best: Mapping[str, Any]) -> d
         writer.remove("test")
         epoch = run.config.epochs
         writer.write([{"step": run.setup.total_steps, "epoch": epoch, "split": "test"} | means])
-        writer.close()
         draw(run, state, summary, predictions, writer.rows)
         write_whole(run.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary

@@ -108,11 +108,6 @@ class MetricsWriter:
         self.rows = [row for row in self.rows if row["split"] != split]
         self._rewrite()
 
-    def close(self) -> None:
-        """Closes the event file."""
-        if self._events is not None:
-            self._events.close()
-
 
 def table(rows: Iterable[tuple[str, str]]) -> str:
     """Two aligned columns, the second to the right."""

@@ -33,23 +33,19 @@ def test_rows_are_on_disk_at_once_and_read_back(tmp_path):
     writer.write(rows[:1])
     writer.write(rows[1:])
     assert read_rows(tmp_path / "metrics.jsonl") == rows == writer.rows
-    writer.close()
 
 
 def test_rows_past_the_restored_step_are_cut(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
     writer.write([row(2), row(4), row(4, "valid"), row(6)])
-    writer.close()
     again = MetricsWriter(tmp_path, 4)
     assert [(r["step"], r["split"]) for r in again.rows] == [
         (2, "train"),
         (4, "train"),
         (4, "valid"),
     ]
-    again.close()
     again = MetricsWriter(tmp_path, 4, validate=True)  # that validation comes anew
     assert [(r["step"], r["split"]) for r in again.rows] == [(2, "train"), (4, "train")]
-    again.close()
 
 
 def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
@@ -95,7 +91,6 @@ def test_events_are_what_tensorboard_reads(tmp_path):
 
     log = EventLog(str(tmp_path / "tensorboard"), 6)
     log.write([row(8, loss=0.5, accuracy=0.25, rotations=2), row(9, loss=0.125)])
-    log.close()
     (path,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
     content, events = path.read_bytes(), []
     while content:  # length, its checksum, data, its checksum
@@ -112,7 +107,6 @@ def test_tensorboards_own_reader_agrees(tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
     log = EventLog(str(tmp_path), 0)
     log.write([row(1, loss=0.5)])
-    log.close()
     (path,) = tmp_path.glob("events.*")
     events = list(reader.EventFileLoader(str(path)).Load())
     assert [v.tag for e in events for v in e.summary.value] == ["train/loss"]
@@ -120,7 +114,7 @@ def test_tensorboards_own_reader_agrees(tmp_path):
 
 def test_two_parts_of_a_run_in_one_second_have_two_event_files(tmp_path):
     for step in (0, 6):
-        EventLog(str(tmp_path), step).close()
+        EventLog(str(tmp_path), step)
     assert len(list(tmp_path.glob("events.*"))) == 2
 
 
