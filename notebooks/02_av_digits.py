@@ -41,7 +41,7 @@ from rollingq_jax.train import default_config, train_and_evaluate
 # ## Train
 #
 # The same fields as in `configs/av_digits.py`, with a smaller model and fewer epochs than that
-# experiment has, and a smaller `rho`: the query is turned to nearly half-way between the modalities.
+# experiment has, and with `rho` 0: the query is turned half-way between the mean keys.
 # The head rolls at an epoch's end when its imbalance is above `beta`.
 
 # %%
@@ -52,7 +52,7 @@ config.log_every = 2
 config.optimizer.learning_rate = 0.05
 config.optimizer.warmup_epochs = 1.0
 config.rolling.beta = 0.2
-config.rolling.rho = 0.5
+config.rolling.rho = 0.0
 config.rolling.max_rotations = 3
 config.data.name = "av_digits"
 config.model.dim = 32
