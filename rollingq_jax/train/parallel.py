@@ -55,6 +55,20 @@ def _gather_rows(tree: Any) -> Any:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
+def replicate(tree: Any, sharding: NamedSharding) -> Any:
+    """A copy of a tree on every device of every process; all processes hold the same tree."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def place(x: Any) -> jax.Array:
+        if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):  # `device_put` refuses these here
+            bits = place(jax.random.key_data(x))
+            return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(x))
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+    return jax.tree.map(place, tree)
+
+
 def with_jit(train_step: Callable[..., Any], eval_step: Callable[..., Any]) -> Parallel:
     """Steps under jit with NamedSharding."""
     mesh = Mesh(np.array(jax.devices()), (AXIS,))
@@ -71,7 +85,7 @@ def with_jit(train_step: Callable[..., Any], eval_step: Callable[..., Any]) -> P
         return eval_step(state.params, state.rotation, batch)
 
     return Parallel(
-        put_state=lambda state: jax.device_put(state, replicated),
+        put_state=lambda state: replicate(state, replicated),
         get=lambda tree: tree,
         put_batch=put_batch,
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=replicated),

@@ -1,0 +1,81 @@
+"""A small multimodal model with dropout whose query is rolled several times in 20 steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rollingq_jax import build_model, rolling_query
+from rollingq_jax.train.state import create_state
+from rollingq_jax.train.steps import RollSchedule, make_train_step
+
+STEPS = 20
+BATCH_SIZE = 16
+LENGTHS = {"audio": (5, 6), "visual": (4, 3)}
+
+
+def model(**fields):
+    """The model; `fields` replace those of its configuration, `attention_fn` its attention."""
+    attention_fn = fields.pop("attention_fn", None)
+    config = {
+        "num_classes": 3,
+        "dim": 8,
+        "depth": 1,
+        "num_heads": 2,
+        "fusion_heads": 2,
+        "dropout": 0.2,
+        "encoder_dropout": 0.1,
+        "encoders": {m: {"kind": "sequence"} for m in LENGTHS},
+    }
+    return build_model(config | fields, attention_fn)
+
+
+def batch(step):
+    """The global batch of a step, the last of each five padded."""
+    rng = np.random.default_rng(step)
+    arrays = {
+        m: rng.normal(size=(BATCH_SIZE, *shape)).astype(np.float32) for m, shape in LENGTHS.items()
+    }
+    arrays["label"] = rng.integers(0, 3, BATCH_SIZE).astype(np.int32)
+    arrays["example_mask"] = np.arange(BATCH_SIZE) < (11 if step % 5 == 4 else BATCH_SIZE)
+    return arrays
+
+
+def step_and_state(**fields):
+    """A training step that checks the trigger after every fifth, and the state at step 0."""
+    net = model(**fields)
+    tx = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, momentum=0.9))
+    roller = rolling_query(beta=0.0, rho=2.0, max_rotations=3)
+    state = create_state(net, tx, roller, seed=0, batch=batch(0))
+    return make_train_step(net, tx, roller, RollSchedule(5, 2)), state
+
+
+def record(sums):
+    """The sums of one step that are compared."""
+    return {n: np.asarray(v, np.float64) for n, v in sums.items() if n != "nonfinite"}
+
+
+def run_plain(**fields):
+    """20 steps under plain jit, on one device: losses, the final state."""
+    step, state = step_and_state(**fields)
+    step = jax.jit(step, donate_argnums=0)
+    records = []
+    for i in range(STEPS):
+        state, sums, _ = step(state, {n: jnp.asarray(v) for n, v in batch(i).items()})
+        records.append(record(sums))
+    return records, state
+
+
+def run_layout(layout_of, rows=slice(None), **fields):
+    """The same through one of `parallel.WRAPPERS`; `rows` are this process's in the batch."""
+    from rollingq_jax.train.steps import make_eval_step
+
+    step, state = step_and_state(**fields)
+    layout = layout_of(step, make_eval_step(model(**fields)))
+    state = layout.put_state(state)
+    records = []
+    for i in range(STEPS):
+        placed = layout.put_batch({n: v[rows] for n, v in batch(i).items()})
+        state, sums, _ = layout.train_step(state, placed)
+        records.append(record(layout.get(sums)))
+    return records, layout.get(state), layout

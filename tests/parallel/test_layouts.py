@@ -1,0 +1,119 @@
+"""The layout over devices and processes changes nothing: losses, rotations, what is compiled."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_model
+
+from rollingq_jax.train.parallel import WRAPPERS
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """20 steps on one device."""
+    return small_model.run_plain()
+
+
+@pytest.fixture(scope="module", params=sorted(WRAPPERS))
+def over_eight(request):
+    """The same on eight devices."""
+    assert jax.device_count() == 8
+    return small_model.run_layout(WRAPPERS[request.param])
+
+
+def assert_same(records, expected):
+    for step, (ours, theirs) in enumerate(zip(records, expected, strict=True)):
+        for name, value in theirs.items():
+            scale = max(1.0, float(np.max(np.abs(value))))
+            np.testing.assert_allclose(
+                ours[name] / scale, value / scale, atol=1e-5, rtol=0, err_msg=f"{step} {name}"
+            )
+
+
+def test_the_reference_rolls_and_learns(plain):
+    records, state = plain
+    assert np.asarray(state.rolling.count).tolist() == [3, 3]
+    means = [r["loss"] / r["weight"] for r in records]
+    assert means[-1] != means[0] and np.isfinite(means).all()
+
+
+def test_eight_devices_give_the_losses_of_one(plain, over_eight):
+    assert_same(over_eight[0], plain[0])
+
+
+def test_eight_devices_give_the_rotations_of_one(plain, over_eight):
+    ours, theirs = over_eight[1].rolling, plain[1].rolling
+    np.testing.assert_array_equal(ours.count, theirs.count)
+    np.testing.assert_allclose(ours.rotation, theirs.rotation, atol=1e-5, rtol=0)
+    assert np.abs(np.asarray(theirs.rotation) - np.eye(4)).max() > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", sorted(WRAPPERS))
+def test_two_processes_of_two_devices_give_the_same(plain, parallel, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parents[1])}
+    environment.pop("XLA_FLAGS")
+    workers = [
+        subprocess.Popen(
+            [sys.executable, HERE / "worker.py", parallel, str(tmp_path / f"{i}.npz")]
+            + [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}"],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        for worker in workers:
+            errors = worker.communicate(timeout=300)[1]
+            assert worker.returncode == 0, errors
+    finally:
+        for worker in workers:
+            worker.kill()
+    for i in range(2):
+        with np.load(tmp_path / f"{i}.npz") as found:
+            assert found["devices"].tolist() == [4, 2]
+            losses = [r["loss"] / r["weight"] for r in plain[0]]
+            np.testing.assert_allclose(found["losses"], losses, atol=1e-5, rtol=0)
+            rolling = plain[1].rolling
+            np.testing.assert_allclose(found["rotation"], rolling.rotation, atol=1e-5, rtol=0)
+            np.testing.assert_array_equal(found["count"], rolling.count)
+
+
+def equations(jaxpr):
+    """All equations of a program, those of its inner programs too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                if hasattr(inner, "jaxpr"):
+                    inner = inner.jaxpr
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
+
+
+def test_bfloat16_is_for_the_encoders_matrices_alone():
+    step, state = small_model.step_and_state(dtype="bfloat16")
+    batch = {n: jnp.asarray(v) for n, v in small_model.batch(0).items()}
+    state, sums, roll = jax.jit(step)(state, batch)
+    for leaf in jax.tree.leaves((state.params, state.opt_state, state.rolling, sums, roll)):
+        assert leaf.dtype != jnp.bfloat16
+    found = {}
+    for equation in equations(jax.make_jaxpr(step)(state, batch).jaxpr):
+        dtypes = {v.aval.dtype for v in equation.invars if hasattr(v.aval, "dtype")}
+        found.setdefault(equation.primitive.name, set()).update(dtypes)
+    assert jnp.dtype(jnp.bfloat16) in found["dot_general"]  # it is in use
+    for name in ("log", "rsqrt", "sqrt"):  # losses, norms, anchor
+        assert jnp.dtype(jnp.bfloat16) not in found.get(name, ()), name

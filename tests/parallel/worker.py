@@ -1,0 +1,23 @@
+"""One of several processes: 20 steps on its rows of each batch, their results into a file."""
+
+import sys
+
+import jax
+import numpy as np
+import small_model
+
+from rollingq_jax.train.distributed import join
+from rollingq_jax.train.parallel import WRAPPERS
+
+jax.config.update("jax_num_cpu_devices", 2)
+_, parallel, path = join(sys.argv)
+mine = small_model.BATCH_SIZE // jax.process_count()
+rows = slice(mine * jax.process_index(), mine * (jax.process_index() + 1))
+records, state, _ = small_model.run_layout(WRAPPERS[parallel], rows)
+np.savez(
+    path,
+    devices=[jax.device_count(), jax.local_device_count()],
+    losses=[r["loss"] / r["weight"] for r in records],
+    rotation=state.rolling.rotation,
+    count=state.rolling.count,
+)
