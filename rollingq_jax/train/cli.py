@@ -28,6 +28,7 @@ def run_command(command: Callable[[Sequence[str]], Any], argv: Sequence[str]) ->
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax prints what it also raises
+    previous, sys.unraisablehook = sys.unraisablehook, _without_closed_loops
     try:
         command(argv)
     except Interrupted as stopped:
@@ -38,7 +39,16 @@ def run_command(command: Callable[[Sequence[str]], Any], argv: Sequence[str]) ->
         return _fail(f"error: {error}", IO_ERROR)
     except KeyboardInterrupt:
         return _fail("interrupted", KILLED_BY_SIGINT)
+    finally:
+        sys.unraisablehook = previous
     return 0
+
+
+def _without_closed_loops(unraisable: Any) -> None:
+    """Where a checkpoint cannot be read or written, TensorStore still reports to Orbax's event
+    loop when Orbax has raised the error and closed it."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _fail(message: str, code: int) -> int:

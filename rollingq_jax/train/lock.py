@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def locked(workdir: epath.Path) -> Iterator[None]:
-    """Holds the folder's lock; the kernel lets go of it when the process ends, however it ends.
+    """Makes the folder and holds its lock; the kernel lets go of it when the process ends.
 
     The file `.lock` stays, with the number of the process that held it last. An object store
     (gs://) has no locks. Of several processes the first holds the lock for all.
@@ -25,6 +25,7 @@ def locked(workdir: epath.Path) -> Iterator[None]:
     Raises:
       CheckpointError: another live run holds it.
     """
+    workdir.mkdir(parents=True, exist_ok=True)
     if "://" in os.fspath(workdir) or jax.process_index() != 0:
         yield
         return
@@ -41,5 +42,6 @@ def locked(workdir: epath.Path) -> Iterator[None]:
             ) from None
         except OSError as error:
             log.warning("workdir %s cannot be locked: %s", workdir, error)
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        with contextlib.suppress(OSError):  # a full disk; the lock holds without the note
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
         yield

@@ -21,7 +21,7 @@ from rollingq_jax.train.run import Run
 from rollingq_jax.train.schedule import SaveSchedule
 from rollingq_jax.train.snapshot import save_snapshot
 from rollingq_jax.train.state import TrainState
-from rollingq_jax.train.storage import explained
+from rollingq_jax.train.storage import explained, writing
 from rollingq_jax.train.summary import finish_run, print_summary, read_summary
 from rollingq_jax.train.upstream import roll_after_epoch
 from rollingq_jax.train.workdir import check_free, check_workdir, claim
@@ -114,8 +114,7 @@ def train_and_evaluate(
     check_free(workdir, run.config)
     summary = read_summary(workdir)
     if summary is None:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with locked(workdir):
+        with writing(workdir), locked(workdir):
             claim(workdir, run.config)
             with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
                 summary = complete(run, checkpoints, interruption, max_steps, test, quiet)
@@ -135,7 +134,7 @@ def complete(
     """From the newest checkpoint to the summary; without a test, to the best by validation."""
     found = checkpoints.restore_newest(run.abstract_state(), run.check_record)
     state, record = found or (run.initial_state(), {})
-    with explained(run.workdir, lambda: checkpoints.newest):
+    with explained(lambda: checkpoints.newest), writing(run.workdir):
         best = train(run, checkpoints, state, record, interruption, max_steps, quiet)._asdict()
         checkpoints.wait()
         interruption.unsaved = False

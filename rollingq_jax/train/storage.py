@@ -57,25 +57,34 @@ def reason_of(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def explained(workdir: epath.Path, newest: Callable[[], int | None]) -> Iterator[None]:
-    """Says in an error what is left: the step of the newest checkpoint.
-
-    Args:
-      workdir: the run's folder.
-      newest: tells that step, None if there is no checkpoint.
+def writing(workdir: epath.Path) -> Iterator[None]:
+    """Turns what the file system says of the run's folder into one line.
 
     Raises:
       CheckpointError: the folder could not be written, as on a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"workdir {workdir} cannot be written ({reason_of(error)})"
+        ) from error
+
+
+@contextlib.contextmanager
+def explained(newest: Callable[[], int | None]) -> Iterator[None]:
+    """Says in an error what is left: the step of the newest checkpoint.
+
+    Args:
+      newest: tells that step, None if there is no checkpoint.
+
+    Raises:
       UserError: the error that came, with that added.
     """
     try:
         yield
     except UserError as error:
         raise type(error)(f"{error}; {left(newest())}") from error
-    except OSError as error:
-        raise CheckpointError(
-            f"workdir {workdir} cannot be written ({reason_of(error)}); {left(newest())}"
-        ) from error
 
 
 def left(step: int | None) -> str:

@@ -1,0 +1,38 @@
+"""Every test of this folder is marked `faults`: real processes, signals and damaged files."""
+
+from pathlib import Path
+
+import jax
+import pytest
+from fault_cases import Command, result
+
+
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    for item in items:
+        if here in Path(item.fspath).parents:
+            item.add_marker(pytest.mark.faults)
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory):
+    """`train.py` with data, and with programs that are compiled once."""
+    return Command(tmp_path_factory.mktemp("command"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(command, tmp_path_factory):
+    """The result of a run that nothing happened to."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert command.run(workdir) == (0, "")
+    return result(workdir)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compilation_cache(command):
+    """Runs within this process keep their programs beside those of the commands."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", command.environment["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
