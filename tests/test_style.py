@@ -9,7 +9,9 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULE_LINES = 300
 FUNCTION_LINES = 70  # below the docstring
 # Functions that may be longer, each with its reason.
-LONG_FUNCTIONS: dict[str, str] = {}
+LONG_FUNCTIONS: dict[str, str] = {
+    "rollingq_jax/train/config.py:default_config": "a table of fields and their defaults",
+}
 
 FILES = sorted(
     path

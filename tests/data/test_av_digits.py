@@ -167,14 +167,15 @@ def test_tfds_knows_the_builder(tmp_path, capfd):
     assert builder.info.features["label"].names == list(digits.WORDS)
 
 
-def test_building_shows_one_bar_and_no_notices(tmp_path, capfd):
+def test_building_shows_a_bar_on_a_terminal_alone_and_no_notices(tmp_path, capfd, monkeypatch):
     config = SimpleNamespace(cache_dir=str(tmp_path), test_pairings=1)
     av_digits.load(config, seed=3)
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    av_digits.load(config, seed=4)
     out, err = capfd.readouterr()
     assert out == ""
     assert "speaking digits" in err and "data configuration" not in err
-    av_digits.load(config, seed=3)
-    assert capfd.readouterr() == ("", "")
 
 
 def test_the_description_says_what_was_generated(dataset):
