@@ -114,7 +114,7 @@ def upstream_roll(
 
 
 def roll_after_epoch(
-    run: Any, state: TrainState, last_sums: Mapping[str, Any]
+    run: Any, state: TrainState, last_sums: Mapping[str, Any], rotation: Array | None = None
 ) -> tuple[TrainState, Roll]:
     """Upstream's epoch end in the training loop: the extra pass, the trigger, the rotation.
 
@@ -122,6 +122,7 @@ def roll_after_epoch(
       run: the training loop's `Run`; its batches of the epoch just done are read once more.
       state: after the epoch's last update, on one device.
       last_sums: what the epoch's last step returned, for the scores of its batch.
+      rotation: R_new from outside, see `upstream_roll`.
 
     Returns:
       The state with its rotation, and empty running sums; and what was decided.
@@ -141,6 +142,7 @@ def roll_after_epoch(
         beta=settings.beta,
         rho=settings.rho,
         max_rotations=settings.max_rotations,
+        rotation=rotation,
     )
     turned = jnp.where(info.rolled[:, None], info.anchor, query)
     ones = jnp.ones([len(mean_keys), 1], jnp.float32)
