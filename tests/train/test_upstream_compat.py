@@ -1,4 +1,4 @@
-"""The training step and the roll between epochs on upstream's trajectories, `upstream_compat` on."""
+"""The training step and the roll between epochs on upstream's trajectories, its choices on."""
 
 import dataclasses
 from types import SimpleNamespace
