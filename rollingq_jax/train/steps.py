@@ -150,7 +150,6 @@ def make_train_step(
     check: bool = True,
     last_batch_scores: bool = False,
     baseline: Baseline = NO_BASELINE,
-    skip_nonfinite: bool = False,
 ) -> Callable[..., tuple[TrainState, Sums, Roll | None]]:
     """The training step of a model.
 
@@ -162,14 +161,12 @@ def make_train_step(
       check: whether the step checks the trigger; False leaves that to the caller (`upstream.py`).
       last_batch_scores: the trigger and the weights use this batch's scores, not the window's.
       baseline: what a method of comparison adds; its `transform` is part of `tx` already.
-      skip_nonfinite: a step whose loss or gradient is not finite changes the step number alone, and
-        its sums are 0.
 
     Returns:
       `train_step(state, batch, axis_name=None) -> (state, sums, roll)`: the sums are the global
       batch's, from the parameters before the update; `roll` is None where the step does not check.
-      `sums["nonfinite"]` says whether loss and gradient were finite (see `numerics.py`); what
-      follows from a step that was not is never to be saved.
+      A step whose loss or gradient is not finite changes the step number alone, adds nothing to the
+      sums, and says so in `sums["nonfinite"]` (see `numerics.py`).
     """
 
     def trigger(
@@ -195,7 +192,7 @@ def make_train_step(
         (loss, (logits, out)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         loss, gradient = psum((loss, gradient), axis_name)
         flags = nonfinite_flags(loss, gradient)
-        finite = ~jnp.any(flags) if skip_nonfinite else True
+        finite = ~jnp.any(flags)
         seen = what_is_seen(state.params, out, state, batch, axis_name)
         extra = baseline.gradient_args(state.baseline, seen)
         updates, opt_state = tx.update(gradient, state.opt_state, state.params, **extra)
