@@ -23,7 +23,15 @@ def cosine_scores(query: Array, mean_keys: Array, weight: Array | None = None) -
 
     Returns:
       `[M]` in [-1, 1]. A vector without direction (norm at most 1e-12) has cosine 0.
+
+    Raises:
+      ValueError: the shapes do not fit each other.
     """
+    if query.ndim != 2 or mean_keys.shape[1:] != query.shape:
+        raise ValueError(
+            f"query and mean_keys have shapes {query.shape} and {mean_keys.shape}; "
+            "allowed: [B, d] and [M, B, d]"
+        )
     cosines = dot(unit(as_float(query))[None], unit(as_float(mean_keys)))
     if weight is None:
         return jnp.mean(cosines, axis=-1)

@@ -17,14 +17,11 @@ from rollingq_jax.rotation import (
     HIGHEST,
     as_float,
     dot,
-    orthogonality_error,
-    orthonormalise,
+    mend,
     rotation_between,
     safe_norm,
     unit,
 )
-
-MAX_DRIFT = 1e-5  # of R^T R from the identity, beyond which R is orthonormalised
 
 
 class RollingState(NamedTuple):
@@ -106,7 +103,11 @@ def observe(
 
     Returns:
       The new state; no gradient flows through it.
+
+    Raises:
+      ValueError: a shape does not fit the state's M, H and d.
     """
+    _check_observed(state, query, mean_keys, weight)
     query, mean_keys = jax.lax.stop_gradient((as_float(query), as_float(mean_keys)))
     num_modalities, batch_size = mean_keys.shape[:2]
     query = jnp.broadcast_to(query[None] if query.ndim == 2 else query, mean_keys.shape[1:])
@@ -137,6 +138,22 @@ def observe(
     )
 
 
+def _check_observed(state: RollingState, query: Array, keys: Array, weight: Array | None) -> None:
+    """Broadcasting would take a wrong number of heads without a word."""
+    modalities, *vector = state.key_sum.shape
+    batch, shapes = keys.shape[1:2], [query.shape, keys.shape, getattr(weight, "shape", None)]
+    allowed = (
+        ((*batch, *vector), (*vector,)),
+        ((modalities, *batch, *vector),),
+        (None, batch, (modalities, *batch)),
+    )
+    if not all(shape in some for shape, some in zip(shapes, allowed, strict=True)):
+        raise ValueError(
+            f"query, mean_keys and weight have shapes {shapes}; allowed: [B, H, d] or [H, d], "
+            f"[M, B, H, d], [B] or [M, B] with [M, H, d] = {[modalities, *vector]}"
+        )
+
+
 def scores_and_means(state: RollingState) -> tuple[Array, Array, Array]:
     """Scores `[H, M]`, mean keys `[H, M, d]` and mean query `[H, d]` of what was observed."""
     weight = jnp.where(state.weight_sum > 0, state.weight_sum, 1.0)
@@ -150,20 +167,6 @@ def reset_sums(state: RollingState) -> RollingState:
     """The state with empty running sums; rotation and count as they were."""
     sums = ("key_sum", "cosine_sum", "weight_sum", "query_sum", "query_weight")
     return state._replace(**{name: jnp.zeros_like(getattr(state, name)) for name in sums})
-
-
-def compose(new: Array, rotation: Array) -> Array:
-    """R_new R, mended where rounding has drifted from orthogonal: `[..., d, d]` twice."""
-    return mend(jnp.matmul(new, rotation, precision=HIGHEST))[0]
-
-
-def mend(rotation: Array) -> tuple[Array, Array]:
-    """R, orthonormal again where R^T R is further than `MAX_DRIFT` from I; and where that was.
-
-    `[..., d, d] -> [..., d, d], [...]` bool.
-    """
-    drifted = orthogonality_error(rotation) > MAX_DRIFT
-    return jnp.where(drifted[..., None, None], orthonormalise(rotation), rotation), drifted
 
 
 def roll(

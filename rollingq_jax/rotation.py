@@ -11,6 +11,7 @@ from jax import Array
 
 HIGHEST = jax.lax.Precision.HIGHEST
 ZERO_NORM = 1e-12  # a shorter vector has no direction
+MAX_DRIFT = 1e-5  # of R^T R from the identity, beyond which R is orthonormalised
 PLANE_NORM = 1e-3  # a shorter component of y beside x does not tell the plane in float32
 
 
@@ -143,7 +144,15 @@ def rotate(rotation: Array, query: Array) -> Array:
     """R q over the last axis: `[..., d, d], [..., d] -> [..., d]`, leading axes broadcast.
 
     Computed in float32 or wider and returned in `query`'s dtype.
+
+    Raises:
+      ValueError: the last axes do not fit each other.
     """
+    if rotation.shape[-2:] != 2 * query.shape[-1:]:
+        raise ValueError(
+            f"rotation and query have shapes {rotation.shape} and {query.shape}; "
+            "allowed: [..., d, d] and [..., d]"
+        )
     leading = jnp.broadcast_shapes(rotation.shape[:-2], query.shape[:-1])
     vector = jnp.broadcast_to(as_float(query), leading + query.shape[-1:])
     matrix = jnp.expand_dims(rotation, range(len(leading) + 2 - rotation.ndim))
@@ -166,3 +175,17 @@ def orthonormalise(rotation: Array) -> Array:
     gram = jnp.einsum("...ki,...kj->...ij", rotation, rotation, precision=HIGHEST)
     identity = jnp.broadcast_to(jnp.eye(rotation.shape[-1], dtype=rotation.dtype), gram.shape)
     return jnp.matmul(rotation, 1.5 * identity - 0.5 * gram, precision=HIGHEST)
+
+
+def compose(new: Array, rotation: Array) -> Array:
+    """R_new R, mended where rounding has drifted from orthogonal: `[..., d, d]` twice."""
+    return mend(jnp.matmul(new, rotation, precision=HIGHEST))[0]
+
+
+def mend(rotation: Array) -> tuple[Array, Array]:
+    """R, orthonormal again where R^T R is further than `MAX_DRIFT` from I; and where that was.
+
+    `[..., d, d] -> [..., d, d], [...]` bool.
+    """
+    drifted = orthogonality_error(rotation) > MAX_DRIFT
+    return jnp.where(drifted[..., None, None], orthonormalise(rotation), rotation), drifted
