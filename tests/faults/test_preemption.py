@@ -12,6 +12,7 @@ def test_both_processes_stop_at_one_step(command, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     workdir = tmp_path / "run"
+    workdir.mkdir()
     (tmp_path / "second").symlink_to(workdir)  # each writes its own output files
     processes = [
         command.start(
