@@ -56,9 +56,10 @@ class Command:
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
 
-    def start(self, workdir, *arguments, **environment):
-        """A live run; its output goes to files beside the folder."""
-        arguments = (f"--config={self.folder / 'config.py'}", f"--workdir={workdir}", *arguments)
+    def start(self, workdir, *arguments, json=None, **environment):
+        """A live run, of `config.py` or a JSON file; its output goes to files beside the folder."""
+        config = f"--config={self.folder / 'config.py'}" if json is None else f"--config_json={json}"
+        arguments = (config, f"--workdir={workdir}", *arguments)
         with open(f"{workdir}.out", "w") as out, open(f"{workdir}.err", "w") as err:
             return subprocess.Popen(
                 [sys.executable, ROOT / "train.py", *arguments],
@@ -67,9 +68,9 @@ class Command:
                 stderr=err,
             )
 
-    def run(self, workdir, *arguments, **environment):
-        """Exit code and what is on standard error."""
-        process = self.start(workdir, *arguments, **environment)
+    def run(self, workdir, *arguments, **options):
+        """Exit code and what is on standard error; options as `start` has them."""
+        process = self.start(workdir, *arguments, **options)
         return end(process), Path(f"{workdir}.err").read_text()
 
 
