@@ -58,7 +58,8 @@ class Command:
 
     def start(self, workdir, *arguments, json=None, **environment):
         """A live run, of `config.py` or a JSON file; its output goes to files beside the folder."""
-        config = f"--config={self.folder / 'config.py'}" if json is None else f"--config_json={json}"
+        code = f"--config={self.folder / 'config.py'}"
+        config = code if json is None else f"--config_json={json}"
         arguments = (config, f"--workdir={workdir}", *arguments)
         with open(f"{workdir}.out", "w") as out, open(f"{workdir}.err", "w") as err:
             return subprocess.Popen(
