@@ -14,7 +14,7 @@ import numpy as np
 
 from rollingq_jax.errors import NonFiniteError
 from rollingq_jax.train.metrics import add_sums, finish
-from rollingq_jax.train.numerics import NONFINITE, offending
+from rollingq_jax.train.numerics import NONFINITE, flag_names, offending
 from rollingq_jax.train.parallel import Parallel
 from rollingq_jax.train.setup import Setup
 from rollingq_jax.train.snapshot import Turn, turn_of
@@ -37,7 +37,7 @@ class Meter:
         self, parallel: Parallel, setup: Setup, params: Any, record: Mapping[str, Any], skip: bool
     ) -> None:
         self._parallel, self._setup, self._skip = parallel, setup, skip
-        self._params = jax.eval_shape(lambda: params)
+        self._names = flag_names(params)
         self._sums: dict[str, Any] = dict(record.get("sums", {}))
         self._turn: Turn | None = record.get("turn")
         self._on_device: list[tuple[int, Any]] = []
@@ -68,7 +68,7 @@ class Meter:
         """
         on_device = [self._parallel.get(sums) for _, sums in self._on_device]
         for (step, _), sums in zip(self._on_device, jax.device_get(on_device), strict=True):
-            names = offending(sums.pop(NONFINITE), self._params)
+            names = offending(sums.pop(NONFINITE), self._names)
             if names and not self._skip:
                 others = f" and {len(names) - 1} others" if len(names) > 1 else ""
                 raise NonFiniteError(f"step {step}: {names[0]}{others} is NaN or infinite")

@@ -37,8 +37,14 @@ def choose_finite(finite: Array, new: Any, old: Any) -> Any:
     return jax.tree.map(choose, new, old)
 
 
-def offending(flags: Any, params: Any) -> list[str]:
-    """Names of what the flags mark; `params` gives the structure."""
+def flag_names(params: Any) -> list[str]:
+    """What each flag stands for; `params` gives the structure."""
     paths = jax.tree_util.tree_leaves_with_path(params)
-    names = ["loss", *("gradient of " + "/".join(str(k.key) for k in path) for path, _ in paths)]
+    return ["loss", *("gradient of " + "/".join(str(k.key) for k in path) for path, _ in paths)]
+
+
+def offending(flags: Any, names: list[str]) -> list[str]:
+    """Names of what the flags mark."""
+    if not np.any(flags):
+        return []
     return [name for name, marked in zip(names, np.asarray(flags), strict=True) if marked]

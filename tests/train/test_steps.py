@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from rollingq_jax import build_model, rolling_query
-from rollingq_jax.train.numerics import choose_finite, nonfinite_flags, offending
+from rollingq_jax.train.numerics import choose_finite, flag_names, nonfinite_flags, offending
 from rollingq_jax.train.state import create_state
 from rollingq_jax.train.steps import RollSchedule, make_train_step
 
@@ -172,7 +172,7 @@ def test_a_step_that_is_not_finite_changes_the_step_number_alone(parts, history,
         ours, theirs = (jax.tree.leaves(getattr(state, name)) for state in (after, before))
         for one, two in zip(ours, theirs, strict=True):
             np.testing.assert_array_equal(one, two)
-    names = offending(sums["nonfinite"], before.params)
+    names = offending(sums["nonfinite"], flag_names(before.params))
     assert names[0] == "loss" and "gradient of encoder_b/embed/kernel" in names
     assert "gradient of encoder_a/embed/kernel" in names  # through the fusion's softmax
     assert not any(np.asarray(sums[name]).any() for name in sums if name != "nonfinite")
@@ -191,7 +191,7 @@ def test_one_flag_for_the_loss_and_one_for_each_leaf():
     gradient = {"x": {"y": jnp.array([1.0, jnp.inf])}, "z": jnp.array(3.0)}
     flags = nonfinite_flags(jnp.array(2.0), gradient)
     assert flags.tolist() == [False, True, False]
-    assert offending(flags, gradient) == ["gradient of x/y"]
+    assert offending(flags, flag_names(gradient)) == ["gradient of x/y"]
 
 
 def test_counts_move_on_where_arrays_do_not():
