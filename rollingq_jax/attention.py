@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from rollingq_jax.errors import UserError
 from rollingq_jax.rotation import HIGHEST, as_float
+from rollingq_jax.shapes import check_arrays
 
 
 def masked_softmax(logits: Array, mask: Array | None) -> Array:
@@ -38,13 +40,33 @@ def drop(x: Array, rate: float, rng: Array | None) -> Array:
     """Inverted dropout of `[B, ...]`; `rng` as in `per_example_keep`; None or rate 0 keeps all.
 
     Raises:
-      ValueError: the rate is not in [0, 1).
+      UserError: the rate is not in [0, 1).
     """
     if not 0.0 <= rate < 1.0:
-        raise ValueError(f"dropout_rate is {rate}; allowed: 0 <= rate < 1")
+        raise UserError(f"dropout_rate is {rate}; allowed: 0 <= rate < 1")
     if rng is None or rate == 0.0:
         return x
     return jnp.where(per_example_keep(rng, rate, x.shape), x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def _check(
+    tokens: Array,
+    query: Array,
+    w_key: Array,
+    w_value: Array,
+    b_key: Array,
+    b_value: Array,
+    mask: Array | None,
+) -> None:
+    check_arrays(
+        tokens=(tokens, "B L D"),
+        query=(query, "B H d_h or H d_h"),
+        w_key=(w_key, "D H d_h"),
+        w_value=(w_value, "D H d_h"),
+        b_key=(b_key, "H d_h"),
+        b_value=(b_value, "H d_h"),
+    )
+    check_arrays(dict(zip("BL", tokens.shape, strict=False)), mask=(mask, "B L or None", "bool"))
 
 
 def _per_example(query: Array, batch_size: int) -> Array:
@@ -86,8 +108,16 @@ def class_token_attention(
       float32.
 
     Raises:
-      ValueError: the dropout rate is not in [0, 1).
+      UserError: a shape or dtype does not fit, or the dropout rate is not in [0, 1).
+
+    Example:
+      >>> tokens, query = jnp.eye(2)[None], jnp.array([[10.0, 0.0]])  # [B, L, D], [H, d_h]
+      >>> project, bias = jnp.eye(2)[:, None], jnp.zeros((1, 2))  # [D, H, d_h], [H, d_h]
+      >>> output, weights = class_token_attention(tokens, query, project, project, bias, bias)
+      >>> weights.round(2).tolist()  # the query looks along the first token
+      [[[1.0, 0.0]]]
     """
+    _check(tokens, query, w_key, w_value, b_key, b_value, mask)
     del b_key
     batch_size, length, width = tokens.shape
     w_key, w_value = as_float(w_key), as_float(w_value)
@@ -119,8 +149,16 @@ def textbook_attention(
 ) -> tuple[Array, Array]:
     """The same with keys and values for every token: softmax(q K^T / sqrt(d_h)) V.
 
-    Arguments and results as `class_token_attention`, which is tested against it.
+    Arguments, results and errors as `class_token_attention`, which is tested against it.
+
+    Example:
+      >>> tokens, query = jnp.eye(2)[None], jnp.array([[10.0, 0.0]])
+      >>> project, bias = jnp.eye(2)[:, None], jnp.zeros((1, 2))
+      >>> output, weights = textbook_attention(tokens, query, project, project, bias, bias)
+      >>> output.shape, weights.shape
+      ((1, 1, 2), (1, 1, 2))
     """
+    _check(tokens, query, w_key, w_value, b_key, b_value, mask)
     keys = jnp.einsum("bld,dhk->bhlk", tokens, w_key) + b_key[None, :, None]
     values = jnp.einsum("bld,dhk->bhlk", tokens, w_value) + b_value[None, :, None]
     query = _per_example(query, tokens.shape[0])
@@ -140,7 +178,18 @@ def mean_key(tokens: Array, w_key: Array, b_key: Array, mask: Array | None = Non
 
     Returns:
       `[B, H, d_h]` float32.
+
+    Raises:
+      UserError: a shape or dtype does not fit.
+
+    Example:
+      >>> tokens = jnp.array([[[1.0, 0.0], [0.0, 1.0], [9.0, 9.0]]])  # [B, L, D]
+      >>> project, bias = jnp.eye(2)[:, None], jnp.zeros((1, 2))
+      >>> mean_key(tokens, project, bias, jnp.array([[True, True, False]])).tolist()
+      [[[0.5, 0.5]]]
     """
+    check_arrays(tokens=(tokens, "B L D"), w_key=(w_key, "D H d_h"), b_key=(b_key, "H d_h"))
+    check_arrays(dict(zip("BL", tokens.shape, strict=False)), mask=(mask, "B L or None", "bool"))
     tokens = as_float(tokens)
     if mask is None:
         mean = jnp.mean(tokens, axis=1)
@@ -165,10 +214,16 @@ def attention_share(weights: Array, lengths: tuple[int, ...]) -> Array:
       `[B, H, M]`, sums to 1 (equal shares where no modality gets any attention).
 
     Raises:
-      ValueError: the lengths do not add up to the tokens behind the class token.
+      UserError: the lengths do not add up to the tokens behind the class token.
+
+    Example:
+      >>> weights = jnp.array([[[0.5, 0.125, 0.125, 0.25]]])  # class token, 2 tokens, 1 token
+      >>> attention_share(weights, (2, 1)).tolist()
+      [[[0.5, 0.5]]]
     """
+    check_arrays(weights=(weights, "B H L"))
     if 1 + sum(lengths) != weights.shape[-1]:
-        raise ValueError(
+        raise UserError(
             f"lengths are {lengths}, which with the class token make {1 + sum(lengths)} tokens; "
             f"the weights have {weights.shape[-1]}"
         )

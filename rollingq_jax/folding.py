@@ -8,6 +8,7 @@ from jax import Array
 
 from rollingq_jax.errors import UserError
 from rollingq_jax.rotation import HIGHEST, as_float
+from rollingq_jax.shapes import check_arrays
 
 Params = Mapping[str, Any]
 
@@ -37,8 +38,7 @@ def _check(projection: Any, rotation: Array, path: Sequence[str]) -> None:
         raise UserError(
             f"query_path is {where!r}; there is no projection with a kernel at that path"
         )
-    if rotation.ndim != 3 or rotation.shape[1] != rotation.shape[2]:
-        raise UserError(f"rotation has shape {rotation.shape}; allowed: [H, d_h, d_h]")
+    check_arrays(rotation=(rotation, "H d_h d_h"))
     shape, (heads, width) = projection["kernel"].shape, rotation.shape[:2]
     if shape[1:] not in ((heads, width), (heads * width,)):
         raise UserError(
@@ -67,6 +67,8 @@ def fold_rotation(
       UserError: nothing is at the path, or its kernel does not fit the rotation (a fused
         query-key-value projection, for one), so that folding would not be exact.
     """
+    if isinstance(query_path, str) or not query_path:
+        raise UserError(f"query_path is {query_path!r}; allowed: keys, ('fusion', 'query') for one")
     name, *rest = query_path
     child = params.get(name) if isinstance(params, Mapping) else None
     if child is None:

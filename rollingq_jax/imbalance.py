@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from rollingq_jax.errors import UserError
 from rollingq_jax.rotation import ZERO_NORM, as_float, dot, safe_norm, unit
+from rollingq_jax.shapes import check_arrays
 
 ZERO_SUM = 1e-6  # norm(u) of opposite unit keys is about 6e-8 in float32, not 0
 
@@ -25,13 +27,15 @@ def cosine_scores(query: Array, mean_keys: Array, weight: Array | None = None) -
       `[M]` in [-1, 1]. A vector without direction (norm at most 1e-12) has cosine 0.
 
     Raises:
-      ValueError: the shapes do not fit each other.
+      UserError: the shapes do not fit each other.
+
+    Example:
+      >>> query = jnp.array([[2.0, 0.0], [1.0, 1.0]])  # [B, d]
+      >>> keys = jnp.array([[[1.0, 0.0], [3.0, 3.0]], [[0.0, 1.0], [0.0, 0.0]]])  # [M, B, d]
+      >>> cosine_scores(query, keys).tolist()
+      [1.0, 0.0]
     """
-    if query.ndim != 2 or mean_keys.shape[1:] != query.shape:
-        raise ValueError(
-            f"query and mean_keys have shapes {query.shape} and {mean_keys.shape}; "
-            "allowed: [B, d] and [M, B, d]"
-        )
+    check_arrays(query=(query, "B d"), mean_keys=(mean_keys, "M B d"), weight=(weight, "B or None"))
     cosines = dot(unit(as_float(query))[None], unit(as_float(mean_keys)))
     if weight is None:
         return jnp.mean(cosines, axis=-1)
@@ -41,13 +45,36 @@ def cosine_scores(query: Array, mean_keys: Array, weight: Array | None = None) -
 
 
 def attention_imbalance_rate(query: Array, keys_first: Array, keys_second: Array) -> Array:
-    """AIR = c^1 - c^2 in [-2, 2] (paper section 4): `[B, d]` three times `-> []`."""
+    """AIR = c^1 - c^2 in [-2, 2] (paper section 4): `[B, d]` three times `-> []`.
+
+    Raises:
+      UserError: the shapes are not one `[B, d]`.
+
+    Example:
+      >>> along, across = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0]])
+      >>> float(attention_imbalance_rate(2.0 * along, along, across))
+      1.0
+    """
+    check_arrays(
+        query=(query, "B d"), keys_first=(keys_first, "B d"), keys_second=(keys_second, "B d")
+    )
     first, second = cosine_scores(query, jnp.stack([keys_first, keys_second]))
     return first - second
 
 
 def imbalance(scores: Array) -> Array:
-    """max_m c^m - min_m c^m, which is |AIR| for two modalities: `[..., M] -> [...]`."""
+    """max_m c^m - min_m c^m, which is |AIR| for two modalities: `[..., M] -> [...]`.
+
+    Raises:
+      UserError: there is no axis of modalities.
+
+    Example:
+      >>> float(imbalance(jnp.array([0.75, -0.25, 0.5])))
+      1.0
+    """
+    if not getattr(scores, "shape", ()) or scores.shape[-1] == 0:
+        came = getattr(scores, "shape", type(scores).__name__)
+        raise UserError(f"scores has shape {came}; allowed: an array [..., M]")
     return jnp.max(scores, axis=-1) - jnp.min(scores, axis=-1)
 
 
@@ -56,7 +83,19 @@ def rebalance_weights(scores: Array, rho: float | Array) -> Array:
 
     For two modalities this is the paper's alpha^1 = (1 - tanh(rho AIR)) / 2. (rho is upstream's
     flag `sigma`.)
+
+    Raises:
+      UserError: the scores are not `[M]`, or rho is negative or NaN.
+
+    Example:
+      >>> rebalance_weights(jnp.array([0.5, 0.5, 0.5]), 2.0).round(3).tolist()
+      [0.333..., 0.333..., 0.333...]
+      >>> bool(rebalance_weights(jnp.array([1.0, 0.0]), 100.0)[1] > 0.99)  # to the neglected one
+      True
     """
+    check_arrays(scores=(scores, "M"))
+    if isinstance(rho, int | float) and not rho >= 0:
+        raise UserError(f"rho is {rho}; allowed: 0 or more")
     scores = as_float(scores)
     return jax.nn.softmax(-2.0 * jnp.asarray(rho, scores.dtype) * scores)
 
@@ -88,7 +127,16 @@ def rebalance_anchor(query: Array, mean_keys: Array, weights: Array) -> Array:
 
     Returns:
       `[d]` with the norm of `query`; `query` itself where the anchor is not defined (`has_anchor`).
+
+    Raises:
+      UserError: the shapes do not fit each other.
+
+    Example:
+      >>> keys = jnp.array([[5.0, 0.0], [0.0, 0.1]])  # a key's length does not matter
+      >>> rebalance_anchor(jnp.array([2.0, 0.0]), keys, jnp.array([0.5, 0.5])).round(3).tolist()
+      [1.414..., 1.414...]
     """
+    check_arrays(query=(query, "d"), mean_keys=(mean_keys, "M d"), weights=(weights, "M"))
     query = as_float(query)
     anchor = safe_norm(query) * unit(anchor_direction(mean_keys, weights), epsilon=ZERO_SUM)
     return jnp.where(has_anchor(query, mean_keys, weights), anchor, query)

@@ -51,9 +51,7 @@ class Predictor:
     max_batch_size: int = 256
 
     def __post_init__(self) -> None:
-        size = self.max_batch_size
-        if size < 1 or size & (size - 1):
-            raise UserError(f"max_batch_size is {size}; allowed: a power of two")
+        check_batch_size(self.max_batch_size)
 
     @functools.cached_property
     def _apply(self) -> Any:
@@ -86,6 +84,16 @@ class Predictor:
     def _part(self, part: dict[str, np.ndarray], rows: int) -> Prediction:
         probabilities, shares = jax.device_get(self._apply(self.params, self.rotation, part))
         return Prediction(probabilities[:rows], {m: x[:rows] for m, x in shares.items()})
+
+
+def check_batch_size(size: int) -> None:
+    """Batches are cut into powers of two, so that the largest part is one.
+
+    Raises:
+      UserError: it is not.
+    """
+    if not isinstance(size, int) or size < 1 or size & (size - 1):
+        raise UserError(f"max_batch_size is {size!r}; allowed: a power of two")
 
 
 def answer_function(model: Any) -> Any:
@@ -126,7 +134,25 @@ def complete(batch: Batch, modalities: Mapping[str, ModalityInfo]) -> dict[str, 
                     f"[{size}] or [{size}, positions]"
                 )
             inputs[f"{m}_mask"] = mask
+        check_values(inputs[m], inputs.get(f"{m}_mask"), info)
     return inputs
+
+
+def check_values(array: np.ndarray, mask: np.ndarray | None, info: ModalityInfo) -> None:
+    """What is not masked out is finite, and an id is in the vocabulary.
+
+    Raises:
+      DataError: it is not; the answer would be NaN without a word.
+    """
+    if mask is not None and mask.shape == array.shape[: mask.ndim]:
+        array = array[mask]
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise DataError(f"{info.name} holds NaN or infinity; allowed: finite numbers, or a mask")
+    if info.vocab_size is not None and array.size:
+        low, high = array.min(), array.max()
+        if low < 0 or high >= info.vocab_size:
+            wrong = low if low < 0 else high
+            raise DataError(f"{info.name} holds {wrong}; allowed: 0 to {info.vocab_size - 1}")
 
 
 def as_input(value: Any, info: ModalityInfo) -> np.ndarray:
@@ -195,6 +221,7 @@ def load(workdir: epath.PathLike, *, max_batch_size: int = 256) -> Predictor:
       >>> predict = load("runs/demo")  # doctest: +SKIP
       >>> probabilities, attention_share = predict({"audio": audio})  # doctest: +SKIP
     """
+    check_batch_size(max_batch_size)
     run = load_run(workdir)
     names = run.model.spec.modalities
     return Predictor(

@@ -5,6 +5,7 @@ Upstream stops at an epoch's end, passes over the whole training set and decides
 decides from those. All functions are pure and run under jit, vmap and scan.
 """
 
+import numbers
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from rollingq_jax.errors import UserError
 from rollingq_jax.imbalance import has_anchor, imbalance, rebalance_anchor, rebalance_weights
 from rollingq_jax.rotation import (
     HIGHEST,
@@ -22,6 +24,7 @@ from rollingq_jax.rotation import (
     safe_norm,
     unit,
 )
+from rollingq_jax.shapes import check_arrays
 
 
 class RollingState(NamedTuple):
@@ -63,15 +66,15 @@ def init_state(num_modalities: int, dim: int, num_heads: int = 1) -> RollingStat
     """State with R = I and empty sums; `dim` is the head width.
 
     Raises:
-      ValueError: fewer than two modalities, `dim` below 2 or no head.
+      UserError: fewer than two modalities, `dim` below 2 or no head.
     """
     for name, value, least in (
         ("num_modalities", num_modalities, 2),
         ("dim", dim, 2),
         ("num_heads", num_heads, 1),
     ):
-        if value < least:
-            raise ValueError(f"{name} is {value}; allowed: {least} or more")
+        if not (isinstance(value, numbers.Integral) and value >= least):
+            raise UserError(f"{name} is {value!r}; allowed: an integer >= {least}")
     return RollingState(
         rotation=jnp.tile(jnp.eye(dim, dtype=jnp.float32)[None], (num_heads, 1, 1)),
         count=jnp.zeros([num_heads], jnp.int32),
@@ -105,9 +108,14 @@ def observe(
       The new state; no gradient flows through it.
 
     Raises:
-      ValueError: a shape does not fit the state's M, H and d.
+      UserError: a shape does not fit the state's M, H and d.
     """
-    _check_observed(state, query, mean_keys, weight)
+    check_arrays(
+        _sizes(state),
+        query=(query, "B H d or H d"),
+        mean_keys=(mean_keys, "M B H d"),
+        weight=(weight, "B or M B or None"),
+    )
     query, mean_keys = jax.lax.stop_gradient((as_float(query), as_float(mean_keys)))
     num_modalities, batch_size = mean_keys.shape[:2]
     query = jnp.broadcast_to(query[None] if query.ndim == 2 else query, mean_keys.shape[1:])
@@ -138,20 +146,11 @@ def observe(
     )
 
 
-def _check_observed(state: RollingState, query: Array, keys: Array, weight: Array | None) -> None:
-    """Broadcasting would take a wrong number of heads without a word."""
-    modalities, *vector = state.key_sum.shape
-    batch, shapes = keys.shape[1:2], [query.shape, keys.shape, getattr(weight, "shape", None)]
-    allowed = (
-        ((*batch, *vector), (*vector,)),
-        ((modalities, *batch, *vector),),
-        (None, batch, (modalities, *batch)),
-    )
-    if not all(shape in some for shape, some in zip(shapes, allowed, strict=True)):
-        raise ValueError(
-            f"query, mean_keys and weight have shapes {shapes}; allowed: [B, H, d] or [H, d], "
-            f"[M, B, H, d], [B] or [M, B] with [M, H, d] = {[modalities, *vector]}"
-        )
+def _sizes(state: RollingState) -> dict[str, int]:
+    """What is known before a batch comes: broadcasting would take another number of heads."""
+    if not isinstance(state, RollingState):
+        raise UserError(f"state is a {type(state).__name__}; allowed: what `init` made")
+    return dict(zip("MHd", state.key_sum.shape, strict=True))
 
 
 def scores_and_means(state: RollingState) -> tuple[Array, Array, Array]:
@@ -248,7 +247,7 @@ def rolling_query(
       joint: heads decide together, by the mean of their scores, in place of each by its own.
 
     Raises:
-      ValueError: an argument is out of range.
+      UserError: an argument is out of range.
 
     Example:
       >>> import jax.numpy as jnp, rollingq_jax as rq
@@ -261,10 +260,10 @@ def rolling_query(
       True
     """
     for name, value in (("beta", beta), ("rho", rho), ("max_rotations", max_rotations)):
-        if not value >= 0:
-            raise ValueError(f"{name} is {value}; allowed: 0 or more")
+        if isinstance(value, str) or not value >= 0:
+            raise UserError(f"{name} is {value!r}; allowed: 0 or more")
     if method not in ("geodesic", "svd"):
-        raise ValueError(f"method is {method!r}; allowed: geodesic, svd")
+        raise UserError(f"method is {method!r}; allowed: geodesic, svd")
 
     def update(
         state: RollingState, query: Array | None = None, scores: Array | None = None
@@ -274,6 +273,7 @@ def rolling_query(
         `query` `[H, d]` is the one in use now, rotated; None takes the observed mean. `scores`
         `[H, M]` are used in place of the observed ones.
         """
+        check_arrays(_sizes(state), query=(query, "H d or None"), scores=(scores, "H M or None"))
         seen_scores, mean_keys, mean_query = scores_and_means(state)
         query = mean_query if query is None else jax.lax.stop_gradient(query)
         state, info = roll(

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from rollingq_jax.errors import UserError
+
 HIGHEST = jax.lax.Precision.HIGHEST
 ZERO_NORM = 1e-12  # a shorter vector has no direction
 MAX_DRIFT = 1e-5  # of R^T R from the identity, beyond which R is orthonormalised
@@ -16,8 +18,14 @@ PLANE_NORM = 1e-3  # a shorter component of y beside x does not tell the plane i
 
 
 def as_float(x: Array) -> Array:
-    """`x` in float32, or in its own dtype where that is wider."""
+    """`x` in float32, or in its own dtype where that is wider.
+
+    Raises:
+      UserError: it is complex.
+    """
     x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise UserError(f"an array has dtype {x.dtype}; allowed: real numbers")
     wide = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits > 32
     return x if wide else x.astype(jnp.float32)
 
@@ -124,20 +132,34 @@ def rotation_between(source: Array, target: Array, method: str = "geodesic") -> 
       `[..., d, d]`. The identity where either norm is at most 1e-12.
 
     Raises:
-      ValueError: `method` is neither of the two, the widths differ, or d < 2.
+      UserError: `method` is neither of the two, the widths differ, d < 2, or the leading axes do
+        not broadcast.
+
+    Example:
+      >>> quarter_turn = rotation_between(jnp.array([1.0, 0.0]), jnp.array([0.0, 3.0]))
+      >>> quarter_turn.round(3).tolist()
+      [[0.0, -1.0], [1.0, 0.0]]
     """
     if method not in _CONSTRUCTIONS:
-        raise ValueError(f"method is {method!r}; allowed: {', '.join(sorted(_CONSTRUCTIONS))}")
+        raise UserError(f"method is {method!r}; allowed: {', '.join(sorted(_CONSTRUCTIONS))}")
     source, target = as_float(source), as_float(target)
     widths = source.shape[-1:] + target.shape[-1:]
-    if len(widths) != 2 or widths[0] != widths[1] or widths[0] < 2:
-        raise ValueError(
+    shape = _broadcast(source.shape, target.shape)
+    if len(widths) != 2 or widths[0] != widths[1] or widths[0] < 2 or shape is None:
+        raise UserError(
             f"source and target have shapes {source.shape} and {target.shape}; "
             "allowed: [..., d] both, with one d >= 2"
         )
     construct = jnp.vectorize(_CONSTRUCTIONS[method], signature="(d),(d)->(d,d)")
-    shape = jnp.broadcast_shapes(source.shape, target.shape)
     return construct(jnp.broadcast_to(source, shape), jnp.broadcast_to(target, shape))
+
+
+def _broadcast(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape to which both broadcast, or None."""
+    try:
+        return jnp.broadcast_shapes(first, second)
+    except ValueError:
+        return None
 
 
 def rotate(rotation: Array, query: Array) -> Array:
@@ -146,14 +168,22 @@ def rotate(rotation: Array, query: Array) -> Array:
     Computed in float32 or wider and returned in `query`'s dtype.
 
     Raises:
-      ValueError: the last axes do not fit each other.
+      UserError: the shapes do not fit each other.
+
+    Example:
+      >>> quarter_turn = jnp.array([[0.0, -1.0], [1.0, 0.0]])
+      >>> rotate(quarter_turn, jnp.array([[1.0, 0.0], [0.0, 2.0]])).tolist()
+      [[0.0, 1.0], [-2.0, 0.0]]
     """
-    if rotation.shape[-2:] != 2 * query.shape[-1:]:
-        raise ValueError(
+    if not (hasattr(rotation, "shape") and hasattr(query, "shape")):
+        came = f"{type(rotation).__name__} and {type(query).__name__}"
+        raise UserError(f"rotation and query are {came}; allowed: arrays [..., d, d] and [..., d]")
+    leading = _broadcast(rotation.shape[:-2], query.shape[:-1])
+    if not query.ndim or rotation.shape[-2:] != 2 * query.shape[-1:] or leading is None:
+        raise UserError(
             f"rotation and query have shapes {rotation.shape} and {query.shape}; "
             "allowed: [..., d, d] and [..., d]"
         )
-    leading = jnp.broadcast_shapes(rotation.shape[:-2], query.shape[:-1])
     vector = jnp.broadcast_to(as_float(query), leading + query.shape[-1:])
     matrix = jnp.expand_dims(rotation, range(len(leading) + 2 - rotation.ndim))
     rotated = jnp.einsum("...ij,...j->...i", matrix.astype(vector.dtype), vector, precision=HIGHEST)

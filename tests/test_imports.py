@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "rollingq_jax"
-CORE = ("errors", "rotation", "imbalance", "rolling", "folding", "attention", "models")
+CORE = ("errors", "shapes", "rotation", "imbalance", "rolling", "folding", "attention", "models")
 CORE_REQUIREMENTS = {"jax", "flax", "optax", "chex", "numpy"}
 NOT_IN_CORE = (
     "absl",

@@ -199,5 +199,5 @@ def test_bad_arguments(arguments, says):
 
 
 def test_bad_sizes():
-    with pytest.raises(ValueError, match="num_modalities is 1; allowed: 2 or more"):
+    with pytest.raises(ValueError, match="num_modalities is 1; allowed: an integer >= 2"):
         rq.rolling_query().init(1, 4)

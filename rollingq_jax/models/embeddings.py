@@ -5,7 +5,7 @@ sequence [B, L, D], tokens [B, L] integer ids (0 pads), vector [B, D].
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -92,6 +92,28 @@ def infer_kind(shape: Sequence[int], dtype: Any) -> str:
     )
 
 
+def read_inputs(batch: Mapping[str, Any], modalities: Sequence[str]) -> dict[str, Array]:
+    """The modalities' arrays, `[B, ...]` with one B.
+
+    Raises:
+      DataError: one is missing or is no array, or their numbers of examples differ.
+    """
+    inputs = {}
+    for name in modalities:
+        if name not in batch:
+            raise DataError(f"the batch has no {name!r}; it has: {', '.join(sorted(batch))}")
+        try:
+            inputs[name] = jnp.asarray(batch[name])
+        except (TypeError, ValueError) as error:
+            line = str(error).splitlines()[0]
+            raise DataError(f"{name} is not an array of numbers: {line}") from None
+    sizes = {name: x.shape[:1] for name, x in inputs.items()}
+    if len(set(sizes.values())) > 1 or () in sizes.values():
+        counts = ", ".join(f"{name} {size[0] if size else 'none'}" for name, size in sizes.items())
+        raise DataError(f"numbers of examples: {counts}; allowed: one for all modalities")
+    return inputs
+
+
 def check_input(spec: EncoderSpec, x: Array) -> None:
     """Checks rank and dtype of `x` against the kind.
 
@@ -150,7 +172,10 @@ def read_mask(spec: EncoderSpec, x: Array, mask: Array | None) -> Presence:
     Raises:
       DataError: the mask is not boolean, or its shape is neither.
     """
-    if mask is not None and (mask.dtype != jnp.bool_ or mask.shape[:1] != x.shape[:1]):
+    mask = None if mask is None else jnp.asarray(mask)
+    if mask is not None and (
+        mask.dtype != jnp.bool_ or mask.shape[:1] != x.shape[:1] or mask.ndim > 2
+    ):
         raise DataError(
             f"{spec.name}_mask has shape {mask.shape} and dtype {mask.dtype}; allowed: bool, "
             f"[{x.shape[0]}] or [{x.shape[0]}, positions]"

@@ -123,6 +123,10 @@ def test_other_keys_and_wider_dtypes_are_taken(predictor):
         ({"text": np.zeros((3, 6), np.int32)}, "numbers of examples: audio 2, text 3, visual 2"),
         ({"audio_mask": np.ones(2)}, "audio_mask has shape .* and dtype float64"),
         ({"audio_mask": np.ones(3, bool)}, r"allowed: bool, \[2\] or \[2, positions\]"),
+        ({"audio_mask": np.ones((2, 4), bool)}, r"audio_mask has shape \(2, 4\); allowed: \(2, 5"),
+        ({"audio": np.full((2, 5, 3), np.nan)}, "audio holds NaN or infinity; allowed: finite"),
+        ({"text": np.full((2, 6), 10**6)}, "text holds 1000000; allowed: 0 to"),
+        ({"text": np.full((2, 6), -1)}, "text holds -1; allowed: 0 to"),
     ],
 )
 def test_mistakes(predictor, change, says):

@@ -24,26 +24,119 @@ def build(**fields):
     return lambda: rq.build_model(MODEL | fields)
 
 
+TOKENS, PROJECT, BIAS = jnp.ones((2, 5, 6)), jnp.ones((6, 3, 4)), jnp.ones((3, 4))
+ATTENTION = {
+    "tokens": TOKENS,
+    "query": QUERY,
+    "w_key": PROJECT,
+    "w_value": PROJECT,
+    "b_key": BIAS,
+    "b_value": BIAS,
+}
+ONES = jnp.ones
+
+
+def attend(function=rq.class_token_attention, **fields):
+    return lambda: function(**(ATTENTION | fields))
+
+
+def fold(rotation=STATE.rotation, path=("fusion", "query"), kernel=(8, 3, 4)):
+    params = {"fusion": {"query": {"kernel": ONES(kernel)}}}
+    return lambda: rq.fold_rotation(params, rotation, query_path=path)
+
+
 ROWS = [
-    (lambda: rq.rotation_between(jnp.ones(3), jnp.ones(4)), r"shapes \(3,\) and \(4,\); allowed"),
-    (lambda: rq.rotation_between(jnp.ones(1), jnp.ones(1)), r"one d >= 2"),
-    (lambda: rq.rotation_between(jnp.ones(3), jnp.ones(3), "qr"), "method is 'qr'; allowed: geod"),
-    (lambda: rq.rotate(jnp.eye(3), jnp.ones(4)), r"\(3, 3\) and \(4,\); allowed: \[..., d, d\]"),
-    (lambda: rq.cosine_scores(jnp.ones((2, 3)), jnp.ones((2, 2, 4))), r"allowed: \[B, d\] and"),
-    (lambda: rq.cosine_scores(jnp.ones(3), jnp.ones((2, 3))), r"allowed: \[B, d\] and \[M, B, d\]"),
+    # rotation
+    (lambda: rq.rotation_between(ONES(3), ONES(4)), r"shapes \(3,\) and \(4,\); allowed"),
+    (lambda: rq.rotation_between(ONES(1), ONES(1)), r"one d >= 2"),
+    (lambda: rq.rotation_between(ONES((2, 3)), ONES((4, 3))), r"\(2, 3\) and \(4, 3\); allowed"),
+    (lambda: rq.rotation_between(ONES(3), ONES(3), "qr"), "method is 'qr'; allowed: geod"),
+    (
+        lambda: rq.rotation_between(ONES(3, jnp.complex64), ONES(3)),
+        "dtype complex64; allowed: real",
+    ),
+    (lambda: rq.rotate(jnp.eye(3), ONES(4)), r"\(3, 3\) and \(4,\); allowed: \[..., d, d\]"),
+    (lambda: rq.rotate(ONES(3), ONES(3)), r"\(3,\) and \(3,\); allowed"),
+    (lambda: rq.rotate(ONES((2, 3, 3)), ONES((4, 3))), r"\(2, 3, 3\) and \(4, 3\); allowed"),
+    (lambda: rq.rotate(None, ONES(3)), "are NoneType and ArrayImpl; allowed: arrays"),
+    # imbalance
+    (lambda: rq.cosine_scores(ONES((2, 3)), ONES((2, 2, 4))), r"allowed: \[B, d\], \[M, B, d\]"),
+    (lambda: rq.cosine_scores(ONES(3), ONES((2, 3))), r"\(3,\), \(2, 3\), None; allowed: \[B, d"),
+    (lambda: rq.cosine_scores([[1.0]], ONES((2, 1, 1))), r"query is a list; .* array \[B, d\]"),
+    (lambda: rq.cosine_scores(ONES((5, 3)), ONES((2, 5, 3)), ONES(2)), r"\(2,\); .*\[B\] or None"),
+    (
+        lambda: rq.cosine_scores(ONES((5, 3)), ONES((2, 5, 3), jnp.complex64)),
+        "mean_keys has dtype complex",
+    ),
+    (
+        lambda: rq.attention_imbalance_rate(ONES((2, 3)), ONES((2, 3)), ONES((1, 3))),
+        r"keys_second have shapes \(2, 3\), \(2, 3\), \(1, 3\); allowed",
+    ),
+    (lambda: rq.imbalance(jnp.float32(1.0)), r"scores has shape \(\); allowed: an array \[..., M"),
+    (lambda: rq.imbalance(ONES((2, 0))), r"scores has shape \(2, 0\); allowed"),
+    (lambda: rq.rebalance_weights(ONES((1, 2)), 0.0), r"scores has shape \(1, 2\); allowed: \[M\]"),
+    (lambda: rq.rebalance_weights(ONES(2), -1.0), "rho is -1.0; allowed: 0 or more"),
+    (lambda: rq.rebalance_weights(ONES(2), float("nan")), "rho is nan; allowed: 0 or more"),
+    (
+        lambda: rq.rebalance_anchor(ONES(3), ONES((2, 3)), ONES(3)),
+        r"\(3,\), \(2, 3\), \(3,\); allowed: \[d\], \[M, d\], \[M\]",
+    ),
+    (lambda: rq.rebalance_anchor(ONES(3), ONES((2, 4)), ONES(2)), r"\(2, 4\)"),
+    # attention
+    (
+        attend(tokens=ONES((5, 6))),
+        r"tokens, query, .* have shapes \(5, 6\), .*; allowed: \[B, L, D",
+    ),
+    (
+        attend(query=ONES((1, 4))),
+        r"\(1, 4\), .*; allowed: \[B, L, D\], \[B, H, d_h\] or \[H, d_h\]",
+    ),
+    (attend(query=ONES((1, 3, 4))), r"\(1, 3, 4\)"),
+    (attend(w_key=ONES((5, 3, 4))), r"\(5, 3, 4\)"),
+    (attend(w_value=ONES((6, 12))), r"\(6, 12\)"),
+    (attend(b_value=ONES(4)), r"\(4,\); allowed"),
+    (attend(b_key=None), r"b_key is None; allowed: an array \[H, d_h\]"),
+    (attend(mask=ONES((2, 5))), "mask has dtype float32; allowed: bool"),
+    (attend(mask=ONES((5, 2), bool)), r"mask has shape \(5, 2\); .* or None with B = 2, L = 5"),
+    (attend(dropout_rate=1.5, rng=jax.random.key(0)), "dropout_rate is 1.5; allowed: 0 <= rate"),
+    (attend(rq.textbook_attention, query=ONES((1, 4))), r"\(1, 4\)"),
+    (lambda: rq.mean_key(TOKENS, PROJECT, ONES(4)), r"\(4,\); allowed: \[B, L, D\], \[D, H, d_h\]"),
+    (lambda: rq.mean_key(TOKENS, PROJECT, BIAS, ONES((2, 4), bool)), r"mask has shape \(2, 4\)"),
+    (lambda: rq.attention_share(ONES((2, 3, 5)), (2, 1)), r"lengths are \(2, 1\), .* have 5"),
+    (lambda: rq.attention_share(ONES((2, 4)), (2, 1)), r"weights has shape \(2, 4\); allowed"),
+    # rolling
     (lambda: rq.rolling_query(beta=-0.1), "beta is -0.1; allowed: 0 or more"),
     (lambda: rq.rolling_query(beta=float("nan")), "beta is nan; allowed: 0 or more"),
+    (lambda: rq.rolling_query(beta="0.1"), "beta is '0.1'; allowed: 0 or more"),
     (lambda: rq.rolling_query(rho=-1.0), "rho is -1.0; allowed: 0 or more"),
     (lambda: rq.rolling_query(max_rotations=-1), "max_rotations is -1; allowed: 0 or more"),
     (lambda: rq.rolling_query(method="qr"), "method is 'qr'; allowed: geodesic, svd"),
-    (lambda: ROLLER.init(1, 4), "num_modalities is 1; allowed: 2 or more"),
-    (lambda: ROLLER.init(2, 1), "dim is 1; allowed: 2 or more"),
-    (lambda: ROLLER.init(2, 4, 0), "num_heads is 0; allowed: 1 or more"),
-    (observe(query=jnp.ones((1, 4))), r"allowed: .* with \[M, H, d\] = \[2, 3, 4\]"),
-    (observe(query=jnp.ones((4, 3, 4))), r"\[\(4, 3, 4\), \(2, 5, 3, 4\), None\]; allowed"),
-    (observe(keys=jnp.ones((3, 5, 3, 4))), r"\(3, 5, 3, 4\)"),
-    (observe(keys=jnp.ones((2, 3, 4))), r"\(2, 3, 4\)"),
-    (observe(weight=jnp.ones(4)), r"\(4,\)\]; allowed"),
+    (lambda: ROLLER.init(1, 4), "num_modalities is 1; allowed: an integer >= 2"),
+    (lambda: ROLLER.init(2, 1), "dim is 1; allowed: an integer >= 2"),
+    (lambda: ROLLER.init(2, 4.5), "dim is 4.5; allowed: an integer >= 2"),
+    (lambda: ROLLER.init(2, 4, 0), "num_heads is 0; allowed: an integer >= 1"),
+    (lambda: ROLLER.observe(None, QUERY, KEYS), "state is a NoneType; allowed: what `init` made"),
+    (observe(query=ONES((1, 4))), r"allowed: .* with M = 2, H = 3, d = 4"),
+    (observe(query=ONES((4, 3, 4))), r"\(4, 3, 4\), \(2, 5, 3, 4\), None; allowed"),
+    (observe(query=None), r"query is None; allowed: an array \[B, H, d\] or \[H, d\]"),
+    (observe(keys=ONES((3, 5, 3, 4))), r"\(3, 5, 3, 4\)"),
+    (observe(keys=ONES((2, 3, 4))), r"\(2, 3, 4\)"),
+    (observe(keys=[KEYS[0], KEYS[1]]), "mean_keys is a list; allowed: an array"),
+    (observe(weight=ONES(4)), r"\(4,\); allowed"),
+    (observe(weight=0.5), r"weight is a float; allowed: an array \[B\] or \[M, B\]"),
+    (lambda: ROLLER.update((), QUERY), "state is a tuple; allowed"),
+    (lambda: ROLLER.update(STATE, QUERY[:1]), r"query, scores have shapes \(1, 4\), None; allowed"),
+    (lambda: ROLLER.update(STATE, QUERY, ONES((2, 3))), r"\(2, 3\); allowed: .*\[H, M\] or None"),
+    # folding
+    (fold(rotation=None), r"rotation is None; allowed: an array \[H, d_h, d_h\]"),
+    (fold(rotation=ONES((4, 4))), r"rotation has shape \(4, 4\); allowed: \[H, d_h, d_h\]"),
+    (fold(rotation=ONES((3, 4, 5))), r"rotation has shape \(3, 4, 5\)"),
+    (fold(path="fusion/query"), "query_path is 'fusion/query'; allowed: keys"),
+    (fold(path=()), r"query_path is \(\); allowed: keys"),
+    (fold(path=("fusion", "keys")), "query_path is 'keys'; the parameters have no 'keys' there"),
+    (fold(path=("fusion",)), "query_path is 'fusion'; there is no projection"),
+    (fold(kernel=(8, 36)), r"the kernel at 'query' has shape \(8, 36\), which does not end in 3"),
+    # models
     (build(fusion="late"), "model.fusion is 'late'; allowed: unimodal, sum"),
     (build(width=3), "model.width is not a field; allowed: depth, dim"),
     (build(dim="wide"), "model.dim is 'wide'; allowed: an integer >= 1"),
@@ -57,14 +150,28 @@ ROWS = [
         lambda: rq.fold_rotation({"x": {}}, STATE.rotation, query_path=("fusion", "query")),
         "query_path is 'fusion/query'; the parameters have no 'fusion' there",
     ),
-    (lambda: rq.convert.from_upstream({}), r"."),
+    # converters
+    (lambda: rq.convert.from_upstream({}), "no tensor has a name of upstream's"),
+    (lambda: rq.convert.from_upstream(None), "."),
+    (lambda: rq.convert.from_upstream({"weight": np.ones(3)}), "weight|tensors"),
+    (lambda: rq.convert.to_upstream({}), "."),
+    (lambda: rq.convert.upstream_model(dataset="MNIST"), "MNIST"),
+    (lambda: rq.convert.upstream_model(dataset="CREMAD", fusion_method="late"), "late"),
+    (lambda: rq.convert.upstream_batch(ONES((2, 3)), ONES((2, 3, 1, 4, 4))), "2, 3"),
+    (lambda: rq.convert.load_vit("missing.npz", {}), "missing.npz"),
+    # runs
     (lambda: train_and_evaluate(None, "unused"), "config is None; allowed: a mapping of fields"),
     (
         lambda: train_and_evaluate({"seed": 0}, "unused"),
         "config.epochs is missing; allowed: an int",
     ),
     (lambda: train_and_evaluate(default_config(), ""), "workdir is empty; allowed: a folder"),
+    (lambda: train_and_evaluate(3, "unused"), "config is 3; allowed: a mapping of fields"),
     (lambda: load_run("nowhere"), "workdir is 'nowhere'; allowed: the folder of a run"),
+    (lambda: rq.load("nowhere"), "workdir is 'nowhere'; allowed: the folder of a run"),
+    (lambda: rq.load(""), "workdir is ''; allowed: the folder of a run"),
+    (lambda: rq.load("nowhere", max_batch_size=3), "max_batch_size is 3; allowed: a power of two"),
+    (lambda: rq.load("nowhere", max_batch_size="8"), "max_batch_size is '8'; allowed: a power"),
 ]
 
 
@@ -100,10 +207,17 @@ def applied():
     ("fields", "name"),
     [
         ({"a": None}, "a"),
-        ({"a": np.ones((2, 3, 3), np.float32)}, "a"),
-        ({"a": np.ones((2, 5), np.float32)}, "a|kernel"),
-        ({"a_mask": np.ones(3, bool)}, "a_mask"),
-        ({"rotation": jnp.eye(3)[None]}, "rotation"),
+        ({"a": np.ones((2, 3, 3), np.float32)}, r"a has shape \(2, 3, 3\) .*\[batch, feature\]"),
+        ({"a": np.ones((2, 5), np.float32)}, "encoder_a/embed"),
+        ({"a": np.ones((3, 3), np.float32)}, "numbers of examples: a 3, b 2; allowed: one"),
+        ({"a": np.ones((2, 3), bool)}, "a has shape .* and dtype bool; allowed"),
+        ({"a": [[1.0, 2.0], [3.0]]}, "a is not an array of numbers"),
+        ({"a_mask": np.ones(3, bool)}, "a_mask has shape .*; allowed: bool"),
+        ({"a_mask": np.ones(2, np.float32)}, "a_mask has shape .* and dtype float32; allowed"),
+        ({"a_mask": np.ones((2, 4), bool)}, r"a_mask has shape \(2, 4\); allowed: \(2, 1\)"),
+        ({"a_mask": np.ones((2, 1, 1), bool)}, r"a_mask has shape \(2, 1, 1\)"),
+        ({"rotation": jnp.eye(3)[None]}, r"rotation has shape \(1, 3, 3\); allowed"),
+        ({"rotation": jnp.eye(8)}, r"rotation has shape \(8, 8\); allowed"),
     ],
 )
 def test_a_model_names_what_does_not_fit(applied, fields, name):
