@@ -149,7 +149,10 @@ def textbook_attention(
 ) -> tuple[Array, Array]:
     """The same with keys and values for every token: softmax(q K^T / sqrt(d_h)) V.
 
-    Arguments, results and errors as `class_token_attention`, which is tested against it.
+    Arguments and results as `class_token_attention`, which is tested against it.
+
+    Raises:
+      UserError: as `class_token_attention`.
 
     Example:
       >>> tokens, query = jnp.eye(2)[None], jnp.array([[10.0, 0.0]])

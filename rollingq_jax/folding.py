@@ -66,6 +66,12 @@ def fold_rotation(
     Raises:
       UserError: nothing is at the path, or its kernel does not fit the rotation (a fused
         query-key-value projection, for one), so that folding would not be exact.
+
+    Example:
+      >>> quarter_turn = jnp.array([[[0.0, -1.0], [1.0, 0.0]]])
+      >>> params = {"query": {"kernel": jnp.array([[[3.0, 4.0]]])}}  # [D, H, d_h], no bias
+      >>> fold_rotation(params, quarter_turn, ("query",))["query"]["kernel"].tolist()
+      [[[-4.0, 3.0]]]
     """
     if isinstance(query_path, str) or not query_path:
         raise UserError(f"query_path is {query_path!r}; allowed: keys, ('fusion', 'query') for one")

@@ -31,6 +31,11 @@ class RollingState(NamedTuple):
     """What evolves beside the parameters; no gradient, no weight decay, always checkpointed.
 
     H heads, M modalities, head width d. Everything is float32 but `count`.
+
+    Example:
+      >>> state = rolling_query().init(num_modalities=2, dim=4, num_heads=3)
+      >>> state.rotation.shape, state.count.tolist(), state.key_sum.shape
+      ((3, 4, 4), [0, 0, 0], (2, 3, 4))
     """
 
     rotation: Array  # [H, d, d], starts at I
@@ -43,7 +48,14 @@ class RollingState(NamedTuple):
 
 
 class RollInfo(NamedTuple):
-    """What one `update` saw and did."""
+    """What one `update` saw and did.
+
+    Example:
+      >>> roller = rolling_query()
+      >>> state, info = roller.update(roller.init(num_modalities=2, dim=4))  # nothing observed
+      >>> info.rolled.tolist(), info.imbalance.tolist(), info.weights.tolist()
+      ([False], [0.0], [[0.5, 0.5]])
+    """
 
     scores: Array  # [H, M], c^m
     imbalance: Array  # [H], max_m c^m - min_m c^m
@@ -55,7 +67,13 @@ class RollInfo(NamedTuple):
 
 
 class RollingQuery(NamedTuple):
-    """The method as three pure functions, in the manner of `optax.GradientTransformation`."""
+    """The method as three pure functions, in the manner of `optax.GradientTransformation`.
+
+    Example:
+      >>> init, observe, update = rolling_query(beta=0.1)
+      >>> init(num_modalities=3, dim=8).rotation.shape
+      (1, 8, 8)
+    """
 
     init: Callable[..., RollingState]
     observe: Callable[..., RollingState]

@@ -1,4 +1,11 @@
-"""Weights from elsewhere: upstream's PyTorch models, and ImageNet-21k ViTs."""
+"""Weights from elsewhere: upstream's PyTorch models, and ImageNet-21k ViTs.
+
+Example:
+  >>> import numpy as np, rollingq_jax as rq
+  >>> batch = rq.convert.upstream_batch(np.zeros((2, 257, 188)), np.zeros((2, 3, 1, 224, 224)))
+  >>> {name: array.shape for name, array in batch.items()}
+  {'audio': (2, 257, 188, 1), 'visual': (2, 1, 224, 224, 3)}
+"""
 
 from rollingq_jax.convert.architecture import upstream_batch, upstream_model, upstream_shapes
 from rollingq_jax.convert.files import load_state_dict
