@@ -1,16 +1,21 @@
-"""Flax modules of the multimodal Transformer, and `build_model`, which composes them."""
+"""Flax modules of the multimodal Transformer, and `build_model`, which composes them.
 
+Example:
+  >>> import jax, jax.numpy as jnp, rollingq_jax as rq
+  >>> fusion = rq.models.ConcatFusion(num_classes=3)
+  >>> tokens = {"audio": jnp.ones((2, 4, 8)), "visual": jnp.ones((2, 9, 8))}  # [B, L_m, d]
+  >>> masks = {"audio": None, "visual": None}
+  >>> (logits, _), _ = fusion.init_with_output(jax.random.key(0), tokens, masks)
+  >>> logits.shape
+  (2, 3)
+"""
+
+from rollingq_jax.models.attention_fusion import AttentionFusion
 from rollingq_jax.models.bottleneck import Bottleneck
 from rollingq_jax.models.classifier import MultimodalTransformer, build_model
 from rollingq_jax.models.embeddings import infer_kind
 from rollingq_jax.models.encoders import Encoder
-from rollingq_jax.models.fusion import (
-    AttentionFusion,
-    ConcatFusion,
-    FilmFusion,
-    GatedFusion,
-    SumFusion,
-)
+from rollingq_jax.models.fusion import ConcatFusion, FilmFusion, GatedFusion, SumFusion
 from rollingq_jax.models.layers import Block
 from rollingq_jax.models.self_attention import (
     AttentionFn,

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from rollingq_jax.errors import ConfigError, DataError
+from rollingq_jax.errors import ConfigError
+from rollingq_jax.models.attention_fusion import AttentionFusion
 from rollingq_jax.models.bottleneck import Bottleneck
-from rollingq_jax.models.embeddings import Presence, read_mask
+from rollingq_jax.models.embeddings import Presence, read_inputs, read_mask
 from rollingq_jax.models.encoders import Encoder
-from rollingq_jax.models.fusion import STATIC_FUSIONS, AttentionFusion
+from rollingq_jax.models.fusion import STATIC_FUSIONS
 from rollingq_jax.models.layers import Dense, LayerNorm
 from rollingq_jax.models.self_attention import AttentionFn
 from rollingq_jax.models.spec import DTYPES, ModelSpec
@@ -72,6 +73,9 @@ class MultimodalTransformer(nn.Module):
                 spec.fusion_heads,
                 spec.dropout,
                 spec.fusion_token_scale,
+                spec.fusion_layers,
+                block={name: value for name, value in block.items() if name != "remat"},
+                remat=spec.remat,
             )
         else:
             self.fusion = STATIC_FUSIONS[spec.head](spec.num_classes)
@@ -90,7 +94,8 @@ class MultimodalTransformer(nn.Module):
           batch: `"<m>"` `[B, ...]` for each modality, channels last (see `embeddings`);
             optionally `"<m>_mask"`, bool `[B, L_m]` (True at real tokens, the class token not
             counted) or `[B]` (True where the example has the modality). Other keys are not read.
-          rotation: `[H, d_h, d_h]` for the class query, or None for the identity.
+          rotation: `[n H, d_h, d_h]` for the class queries of n fusion layers of H heads, the first
+            layer's first, or None for the identity.
           train: whether dropout applies; it needs an rng "dropout".
           return_attention: whether `out` gets the class token's attention weights.
           example_index: `[B]` int32, positions in the global batch (default 0, 1, ...): dropout
@@ -102,8 +107,9 @@ class MultimodalTransformer(nn.Module):
             `tokens` `{m: [B, 1 + L_m, d]}` after the final LayerNorm, class token first;
             `present` `{m: [B]}` bool;
           with attention fusion also (float32)
-            `query` `[B, H, d_h]`, rotated; `mean_keys` `{m: [B, H, d_h]}`;
-            `attention_share` `{m: [B, H]}`; `attention` `[B, H, 1 + sum L]` if asked for.
+            `query` `[B, n H, d_h]`, rotated; `mean_keys` `{m: [B, n H, d_h]}`;
+            `attention_share` `{m: [B, n H]}`; the last layer's `attention` `[B, H, 1 + sum L]` if
+            asked for.
           An absent modality takes no attention, adds nothing to the bottleneck, and in the static
           fusions its class token counts as zeros; its own probe and mean keys mean nothing.
 
@@ -111,7 +117,7 @@ class MultimodalTransformer(nn.Module):
           DataError: the batch lacks a modality, or an array does not fit its kind.
           ConfigError: a rotation is given and the fusion has no class query, or does not fit it.
         """
-        inputs = {m: self._input(batch, m) for m in self.spec.modalities}
+        inputs = read_inputs(batch, self.spec.modalities)
         presences = {
             e.name: read_mask(e, inputs[e.name], batch.get(f"{e.name}_mask"))
             for e in self.spec.encoders
@@ -143,6 +149,8 @@ class MultimodalTransformer(nn.Module):
     def class_query(self, rotation: Array | None = None) -> Array:
         """The class query R (cls W_q + b_q), `[H, d_h]` float32, from the parameters alone.
 
+        With several fusion layers it is the first one's. `rotation` is `[n H, d_h, d_h]` or None.
+
         Raises:
           ConfigError: the fusion has no class query, or the rotation does not fit it.
         """
@@ -153,11 +161,6 @@ class MultimodalTransformer(nn.Module):
         if self.spec.fusion == "unimodal":
             return {m: jax.lax.stop_gradient(logits) for m in tokens}
         return {m: self.probe[m](jax.lax.stop_gradient(x[:, 0])) for m, x in tokens.items()}
-
-    def _input(self, batch: Mapping[str, Array], modality: str) -> Array:
-        if modality not in batch:
-            raise DataError(f"the batch has no {modality!r}; it has: {', '.join(sorted(batch))}")
-        return jnp.asarray(batch[modality])
 
     def _require_query(self, holds: bool) -> None:
         if not holds:
@@ -177,5 +180,14 @@ def build_model(config: Any, attention_fn: AttentionFn | None = None) -> Multimo
 
     Raises:
       ConfigError: a field is unknown, ill-typed or out of range; names field, value and allowed.
+
+    Example:
+      >>> encoders = {"audio": {"kind": "vector"}, "text": {"kind": "tokens", "vocab_size": 9}}
+      >>> model = build_model({"num_classes": 3, "dim": 8, "num_heads": 2, "encoders": encoders})
+      >>> batch = {"audio": jnp.ones((2, 5)), "text": jnp.array([[3, 1, 0], [2, 0, 0]])}
+      >>> variables = jax.jit(model.init)(jax.random.key(0), batch)
+      >>> logits, out = model.apply(variables, batch)
+      >>> logits.shape, sorted(out["mean_keys"])
+      ((2, 3), ['audio', 'text'])
     """
     return MultimodalTransformer(ModelSpec.from_config(config), attention_fn)

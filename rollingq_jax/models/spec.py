@@ -25,6 +25,7 @@ from rollingq_jax.models.fields import (
 PATCH_AXES = {"spectrogram": 2, "image": 2, "video": 3, "sequence": 0, "tokens": 0, "vector": 0}
 FUSIONS = ("unimodal", "sum", "concat", "film", "gated", "attention", "mbt")
 MBT_HEADS = ("attention", "concat", "sum")
+MOST_FUSION_LAYERS = 8
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -53,6 +54,11 @@ MODEL_RULES = {
     "depth": integer(0),
     "num_heads": integer(1),
     "fusion_heads": integer(1),
+    "fusion_layers": Rule(
+        f"an integer from 1 to {MOST_FUSION_LAYERS}",
+        lambda v: is_integer(v) and 1 <= v <= MOST_FUSION_LAYERS,
+        int,
+    ),
     "mlp_ratio": real("a number > 0", lambda v: v > 0),
     "dropout": RATE,
     "encoder_dropout": RATE,
@@ -149,9 +155,11 @@ class ModelSpec:
       depth: default number of blocks of an encoder.
       num_heads: default number of attention heads of an encoder's block.
       fusion_heads: H, the heads of the class token's attention; d_h = d / H.
+      fusion_layers: n, the layers in which a class token attends to all modalities' tokens; the
+        first n - 1 are Transformer blocks with `fusion_heads` heads.
       mlp_ratio: hidden width of a block's MLP in widths of the block.
       dropout: of the fusion's attention weights and of its output projection.
-      encoder_dropout: of both branches of each block.
+      encoder_dropout: of both branches of each block, those of the fusion too.
       gelu: "exact" (erf) or "tanh".
       dtype: of the encoders' computation; parameters are float32 in any case.
       fusion_token_scale: standard deviation of the fusion class token's initial values.
@@ -168,6 +176,7 @@ class ModelSpec:
     depth: int = 2
     num_heads: int = 4
     fusion_heads: int = 1
+    fusion_layers: int = 1
     mlp_ratio: float = 4.0
     dropout: float = 0.2
     encoder_dropout: float = 0.0
@@ -219,6 +228,12 @@ class ModelSpec:
             )
         if self.scores_attention:
             _divides(self.fusion_heads, self.dim, "model", "fusion_heads", "model.dim")
+        elif self.fusion_layers > 1:
+            head = f" with mbt_head {self.mbt_head!r}" if self.fusion == "mbt" else ""
+            raise ConfigError(
+                f"model.fusion_layers is {self.fusion_layers}; allowed for fusion "
+                f"{self.fusion!r}{head}: 1, since no class token attends to the tokens there"
+            )
 
     @property
     def modalities(self) -> tuple[str, ...]:

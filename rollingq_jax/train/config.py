@@ -161,6 +161,7 @@ def default_config() -> ConfigDict:
                 "depth": 2,
                 "num_heads": 4,
                 "fusion_heads": 1,
+                "fusion_layers": 1,  # 2 and more roll one layer after the other
                 "mlp_ratio": 4.0,
                 "dropout": 0.2,
                 "encoder_dropout": 0.0,
