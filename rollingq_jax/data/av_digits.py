@@ -27,6 +27,7 @@ from rollingq_jax.data.types import ArraySource, Dataset, ModalityInfo
 class AvDigitsConfig(tfds.core.BuilderConfig):
     """What determines the data; :func:`av_digits_config` names it after all of that."""
 
+    name: str = ""
     noise: Regime = REGIMES["varied_test"]
     seed: int = 0
     test_pairings: int = 3

@@ -9,6 +9,7 @@ marks False, so every example counts once an epoch and no batch spans two epochs
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import grain
 import numpy as np
@@ -17,7 +18,7 @@ from rollingq_jax.data.types import Example, Source
 from rollingq_jax.errors import ConfigError, DataError
 
 Batch = dict[str, np.ndarray]
-Transform = grain.transforms.Map | grain.transforms.RandomMap
+Transform: TypeAlias = grain.transforms.Map | grain.transforms.RandomMap
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:

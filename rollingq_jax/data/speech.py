@@ -102,8 +102,8 @@ class Synthesizer:
             low, high = _RANGES[name]
             if not low <= value <= high:
                 raise DataError(f"{name}: {value}; from {low} to {high}")
-        name = (_VOICE_FILES[language] + plus + variant).encode()
-        if self._library.espeak_SetVoiceByName(name) != 0:
+        file = (_VOICE_FILES[language] + plus + variant).encode()
+        if self._library.espeak_SetVoiceByName(file) != 0:
             raise DataError(f"voice {voice!r}: this espeak-ng ({self.version}) does not have it")
         self._library.espeak_SetParameter(_RATE, int(rate), 0)
         self._library.espeak_SetParameter(_PITCH, int(pitch), 0)

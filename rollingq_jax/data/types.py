@@ -92,7 +92,7 @@ class Dataset:
         ``transforms``, before any others.
     """
 
-    splits: dict[str, Source]
+    splits: Mapping[str, Source]
     modalities: dict[str, ModalityInfo]
     num_classes: int
     class_names: tuple[str, ...] = ()

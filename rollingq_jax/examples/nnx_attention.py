@@ -23,7 +23,7 @@ class Model(nnx.Module):
         self.head = nnx.Linear(DIM, int(data["label"].max()) + 1, rngs=rngs)
         self.rotation = nnx.Variable(roller.init(2, WIDTH, HEADS).rotation)
 
-    def loss(self, batch: Data) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def loss(self, batch: dict[str, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Cross-entropy, class query `[H, d_h]` and mean keys `[M, B, H, d_h]`."""
         tokens = jnp.concatenate([self.audio(batch["audio"]), self.visual(batch["visual"])], axis=1)
         query, key = rq.rotate(self.rotation[...], self.query(self.cls[...])), self.key(tokens)

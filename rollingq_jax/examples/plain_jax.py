@@ -15,7 +15,7 @@ roller, tx = rq.rolling_query(beta=0.01, rho=1.0, max_rotations=3), optax.adam(5
 
 def init(rng: jax.Array, data: Data) -> dict[str, jax.Array]:
     """An embedding for each modality, one class token, the projections of one attention."""
-    shapes = {m: (data[m].shape[-1], DIM) for m in MODALITIES} | {"cls": (DIM,)}
+    shapes: dict[str, Any] = {m: (data[m].shape[-1], DIM) for m in MODALITIES} | {"cls": (DIM,)}
     shapes |= {name: (DIM, HEADS, DIM // HEADS) for name in ("query", "key", "value")}
     shapes["head"] = (DIM, int(data["label"].max()) + 1)
     keys = dict(zip(shapes, jax.random.split(rng, len(shapes)), strict=True))

@@ -11,7 +11,7 @@ from rollingq_jax.examples.toy_data import Data, batches, report
 from rollingq_jax.rolling import RollingQuery, RollingState
 
 Seen = tuple[Array, Array]  # class query [B, H, d_h] or [H, d_h], mean keys [M, B, H, d_h]
-Forward = Callable[[Any, Any, Array], tuple[Array, Seen]]  # params, batch, rotation
+Forward = Callable[..., Any]  # params, batch, rotation -> logits [B, C], Seen; a module's apply
 
 
 def fit(

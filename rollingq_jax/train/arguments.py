@@ -122,8 +122,10 @@ def _unknown_field(argv: Sequence[str], config: ConfigDict) -> str | None:
     """The line for the first field on the command line that the configuration does not have."""
     for argument in argv:
         found = re.match(r"--?(?:no)?(config\.[^=]*)", argument)
+        if found is None:
+            continue
         node: Any = config
-        for name in found.group(1).split(".")[1:] if found else ():
+        for name in found.group(1).split(".")[1:]:
             if not hasattr(node, "keys") or name not in node:
                 names = ", ".join(sorted(node.keys())) if hasattr(node, "keys") else ""
                 return f"{found.group(1)} is not a field; allowed there: {names or 'no fields'}"

@@ -43,7 +43,7 @@ class Console:
     ) -> None:
         self._first = jax.process_index() == 0 and not quiet
         self._state, self._dataset, self._setup = state, dataset, setup
-        self._bar: tqdm | None = None
+        self._bar: Any = None
 
     def __enter__(self) -> "Console":
         step = int(self._state.step)

@@ -28,7 +28,7 @@ def to_host(state: TrainState) -> dict[str, Any]:
 def from_host(tree: Mapping[str, Any], like: TrainState) -> TrainState:
     """The state that `to_host` took apart; `like` gives the structure, and may be abstract."""
     target = like.replace(rolling=like.rolling or ())
-    state = flax.serialization.from_state_dict(target, tree)
+    state = flax.serialization.from_state_dict(target, dict(tree))
     state = jax.tree.map(jax.numpy.asarray, state)
     rng = jax.random.wrap_key_data(state.rng)
     return state.replace(rng=rng, rolling=state.rolling or None)

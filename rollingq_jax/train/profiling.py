@@ -58,5 +58,5 @@ def keep_compiled(folder: str) -> None:
 
     A folder that JAX was given already (`JAX_COMPILATION_CACHE_DIR`) stays.
     """
-    if folder and not jax.config.jax_compilation_cache_dir:
+    if folder and not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", folder)

@@ -72,7 +72,9 @@ class Run:
     def checks_after(self, step: int) -> bool:
         """Whether the training step that ended with `step` updates checked the trigger."""
         schedule = self.setup.roll_schedule
-        return schedule is not None and not self.rolls_after_epoch and schedule.checks(step - 1)
+        if schedule is None or self.rolls_after_epoch:
+            return False
+        return bool(schedule.checks(step - 1))
 
     def initial_state(self) -> TrainState:
         """The state at step 0, on one device."""

@@ -45,16 +45,15 @@ def save_snapshot(
     workdir: epath.Path, step: int, epoch: int, turn: Turn, columns: Mapping[str, np.ndarray]
 ) -> None:
     """Writes `rotations/<step>.npz`: the last rotation of the epoch that ends with the step."""
-    keys = {n: v[:MAX_EXAMPLES] for n, v in columns.items() if n.startswith("mean_keys/")}
+    arrays: dict[str, Any] = {
+        "step": step,
+        "epoch": epoch,
+        "query": np.asarray(turn["query"], np.float32),
+        "anchor": np.asarray(turn["anchor"], np.float32),
+    }
+    arrays |= {n: v[:MAX_EXAMPLES] for n, v in columns.items() if n.startswith("mean_keys/")}
     buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        step=step,
-        epoch=epoch,
-        query=np.asarray(turn["query"], np.float32),
-        anchor=np.asarray(turn["anchor"], np.float32),
-        **keys,
-    )
+    np.savez_compressed(buffer, **arrays)
     folder = workdir / "rotations"
     folder.mkdir(exist_ok=True)
     (folder / f"{step}.npz").write_bytes(buffer.getvalue())

@@ -11,8 +11,7 @@ from jax import Array
 from rollingq_jax.rolling import RollingQuery, RollingState
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """The whole of a run: with the data, which follow from `step`, it determines all that comes.
 
     Attributes:

@@ -51,7 +51,7 @@ class RollSchedule(NamedTuple):
         """Whether step number `step` (from 0) lies in a window."""
         return step % self.period >= self.period - self.window
 
-    def checks(self, step: Array) -> Array:
+    def checks(self, step: Any) -> Any:
         """Whether the trigger is checked after step number `step`."""
         return step % self.period == self.period - 1
 

@@ -122,6 +122,7 @@ def roll_after_epoch(
       The state with its rotation, and empty running sums; and what was decided.
     """
     step, rolling, model = int(state.step), state.rolling, run.setup.model
+    assert rolling is not None  # upstream rolls with attention fusion alone
     batches = run.batches(step - run.setup.epoch_steps, step)
     query, mean_keys = upstream_statistics(model, state.params, rolling.rotation, batches)
     scores = scores_and_means(rolling)[0]

@@ -94,7 +94,7 @@ class MetricsWriter:
         """Adds rows; they are on disk when this returns."""
         rows = list(rows)
         self.rows += rows
-        if not self._local or not self._first:
+        if self._events is None:
             self._rewrite()
             return
         with open(self.path, "a", encoding="utf-8") as file:
