@@ -20,9 +20,17 @@ def encoder_flops(patches: int, patch_size: int, width: int, depth: int, mlp_rat
     return 2 * patches * patch_size * width + depth * block_flops(patches + 1, width, mlp_ratio)
 
 
-def fusion_flops(length: int, width: int, modalities: int) -> float:
-    """Class-token attention without K and V: two products over L, and projections of one vector."""
-    return 4 * length * width + (2 * 4 + 2 * modalities) * width**2
+def fusion_flops(
+    length: int, width: int, modalities: int, layers: int = 1, mlp_ratio: float = 4.0
+) -> float:
+    """Class-token attention without K and V: two products over L, and projections of one vector.
+
+    Layers below the last are blocks over all tokens. What the class token sees in them (query,
+    weights, mean keys) has no gradient and is left out: a product over L, 2 L d, and
+    (2 * 2 + 2 M) d^2.
+    """
+    last = 4 * length * width + (2 * 4 + 2 * modalities) * width**2
+    return last + (layers - 1) * block_flops(length, width, mlp_ratio)
 
 
 def train_step_flops(spec: Any, patches: dict[str, int], patch_sizes: dict[str, int]) -> float:
@@ -43,4 +51,6 @@ def train_step_flops(spec: Any, patches: dict[str, int], patch_sizes: dict[str, 
         )
         total -= 2 * patches[name] * patch_sizes[name] * encoder.width
     length = 1 + sum(count + 1 for count in patches.values())
-    return total + 3 * fusion_flops(length, spec.dim, len(spec.encoders))
+    return total + 3 * fusion_flops(
+        length, spec.dim, len(spec.encoders), spec.fusion_layers, spec.mlp_ratio
+    )

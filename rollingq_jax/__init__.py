@@ -24,7 +24,8 @@ from rollingq_jax.imbalance import (
     rebalance_weights,
 )
 from rollingq_jax.models import build_model
-from rollingq_jax.rolling import RollInfo, RollingQuery, RollingState, rolling_query
+from rollingq_jax.observing import RollingState
+from rollingq_jax.rolling import RollInfo, RollingQuery, rolling_query
 from rollingq_jax.rotation import rotate, rotation_between
 
 __version__ = "0.1.0"

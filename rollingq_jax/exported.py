@@ -65,7 +65,7 @@ def _has_upstreams_parts(spec: ModelSpec) -> bool:
         ).spec
     except ConfigError:
         return False
-    structure = ["modalities", "fusion", "fusion_heads", "mlp_ratio", "gelu"]
+    structure = ["modalities", "fusion", "fusion_heads", "fusion_layers", "mlp_ratio", "gelu"]
     structure += ["mbt_tokens", "mbt_layers", "mbt_head"] if spec.fusion == "mbt" else []
     encoder = ("kind", "patch", "depth", "width", "num_heads")
     same = all(getattr(spec, name) == getattr(theirs, name) for name in structure)
@@ -106,13 +106,19 @@ def folded(run: LoadedRun) -> dict[str, Any]:
     """Parameters with the rotation in the query projection.
 
     Raises:
-      UserError: there is no rotation.
+      UserError: there is no rotation, or there are several fusion layers.
     """
     if run.rotation is None:
         spec = run.model.spec
         raise UserError(
             f"--fold is given and model.fusion is {spec.fusion!r} with head {spec.head!r}, which "
             "has no class query; allowed: attention"
+        )
+    if run.model.spec.fusion_layers > 1:
+        raise UserError(
+            f"--fold is given and model.fusion_layers is {run.model.spec.fusion_layers}; allowed: "
+            "1, since lower layers make every token's queries with one projection, which cannot "
+            "take the class token's rotation; without --fold the rotation is stored beside them"
         )
     return fold_rotation(run.params, run.rotation)
 

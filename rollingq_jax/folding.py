@@ -1,5 +1,6 @@
 """After training the rotation folds into the query projection: an ordinary Transformer is left."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,13 @@ def _check(projection: Any, rotation: Array, path: Sequence[str]) -> None:
         )
     check_arrays(rotation=(rotation, "H d_h d_h"))
     shape, (heads, width) = projection["kernel"].shape, rotation.shape[:2]
+    has = math.prod(shape[1:]) // width
+    if heads > has and heads % has == 0 and shape[1:] in ((has, width), (has * width,)):
+        raise UserError(
+            f"rotation is for {heads} heads, and the kernel at {where!r} makes {has}: those of the "
+            "last of several fusion layers. The layers below make every token's queries with one "
+            "projection, which cannot take the class token's rotation"
+        )
     if shape[1:] not in ((heads, width), (heads * width,)):
         raise UserError(
             f"the kernel at {where!r} has shape {shape}, which does not end in {heads} heads of "
@@ -65,7 +73,8 @@ def fold_rotation(
 
     Raises:
       UserError: nothing is at the path, or its kernel does not fit the rotation (a fused
-        query-key-value projection, for one), so that folding would not be exact.
+        query-key-value projection, for one, or several fusion layers), so that folding would not
+        be exact.
 
     Example:
       >>> quarter_turn = jnp.array([[[0.0, -1.0], [1.0, 0.0]]])

@@ -15,36 +15,23 @@ from jax import Array
 
 from rollingq_jax.errors import UserError
 from rollingq_jax.imbalance import has_anchor, imbalance, rebalance_anchor, rebalance_weights
+from rollingq_jax.observing import (
+    RollingState,
+    init_state,
+    observe,
+    reset_sums,
+    scores_and_means,
+    sizes,
+)
 from rollingq_jax.rotation import (
     HIGHEST,
     as_float,
-    dot,
     mend,
     rotation_between,
     safe_norm,
     unit,
 )
 from rollingq_jax.shapes import check_arrays
-
-
-class RollingState(NamedTuple):
-    """What evolves beside the parameters; no gradient, no weight decay, always checkpointed.
-
-    H heads, M modalities, head width d. Everything is float32 but `count`.
-
-    Example:
-      >>> state = rolling_query().init(num_modalities=2, dim=4, num_heads=3)
-      >>> state.rotation.shape, state.count.tolist(), state.key_sum.shape
-      ((3, 4, 4), [0, 0, 0], (2, 3, 4))
-    """
-
-    rotation: Array  # [H, d, d], starts at I
-    count: Array  # type: ignore[assignment]  # [H] int32, rotations done; hides tuple.count
-    key_sum: Array  # [M, H, d], sum_i w_i k_i^m
-    cosine_sum: Array  # [M, H], sum_i w_i cos(q_i, k_i^m)
-    weight_sum: Array  # [M], sum_i w_i
-    query_sum: Array  # [H, d], sum_i w_i q_i
-    query_weight: Array  # []
 
 
 class RollInfo(NamedTuple):
@@ -80,110 +67,16 @@ class RollingQuery(NamedTuple):
     update: Callable[..., tuple[RollingState, RollInfo]]
 
 
-def init_state(num_modalities: int, dim: int, num_heads: int = 1) -> RollingState:
-    """State with R = I and empty sums; `dim` is the head width.
-
-    Raises:
-      UserError: fewer than two modalities, `dim` below 2 or no head.
-    """
-    for name, value, least in (
-        ("num_modalities", num_modalities, 2),
-        ("dim", dim, 2),
-        ("num_heads", num_heads, 1),
-    ):
-        if not (isinstance(value, numbers.Integral) and value >= least):
-            raise UserError(f"{name} is {value!r}; allowed: an integer >= {least}")
-    return RollingState(
-        rotation=jnp.tile(jnp.eye(dim, dtype=jnp.float32)[None], (num_heads, 1, 1)),
-        count=jnp.zeros([num_heads], jnp.int32),
-        key_sum=jnp.zeros([num_modalities, num_heads, dim], jnp.float32),
-        cosine_sum=jnp.zeros([num_modalities, num_heads], jnp.float32),
-        weight_sum=jnp.zeros([num_modalities], jnp.float32),
-        query_sum=jnp.zeros([num_heads, dim], jnp.float32),
-        query_weight=jnp.zeros([], jnp.float32),
-    )
+def by_layer(values: Array, layers: int) -> Array:
+    """`[H, ...] -> [layers, H / layers, ...]`, the heads of one layer together."""
+    return values.reshape(layers, -1, *values.shape[1:])
 
 
-def observe(
-    state: RollingState,
-    query: Array,
-    mean_keys: Array,
-    weight: Array | None = None,
-    axis_name: str | None = None,
-) -> RollingState:
-    """Adds one batch to the running sums.
-
-    Args:
-      state: the state so far.
-      query: `[B, H, d]` or `[H, d]`, as the attention used it (already rotated).
-      mean_keys: `[M, B, H, d]`, k_i^m.
-      weight: `[B]` or `[M, B]`; 0 leaves out padding, or a modality that a sample lacks. A sample
-        of weight 0 may hold anything, NaN included.
-      axis_name: mapped axis over which the increments are summed, so that every replica ends with
-        the sums of the global batch.
-
-    Returns:
-      The new state; no gradient flows through it.
-
-    Raises:
-      UserError: a shape does not fit the state's M, H and d.
-    """
-    check_arrays(
-        _sizes(state),
-        query=(query, "B H d or H d"),
-        mean_keys=(mean_keys, "M B H d"),
-        weight=(weight, "B or M B or None"),
-    )
-    query, mean_keys = jax.lax.stop_gradient((as_float(query), as_float(mean_keys)))
-    num_modalities, batch_size = mean_keys.shape[:2]
-    query = jnp.broadcast_to(query[None] if query.ndim == 2 else query, mean_keys.shape[1:])
-    if weight is None:
-        weight = jnp.ones([batch_size], jnp.float32)
-    weight = jnp.broadcast_to(jnp.atleast_2d(weight), (num_modalities, batch_size))
-    weight = jax.lax.stop_gradient(weight).astype(jnp.float32)
-    query_weight = jnp.max(weight, axis=0)
-    mean_keys = jnp.where(weight[:, :, None, None] > 0, mean_keys, 0.0)
-    query = jnp.where(query_weight[:, None, None] > 0, query, 0.0)
-    cosines = dot(unit(query)[None], unit(mean_keys))  # [M, B, H]
-    increments = (
-        jnp.einsum("mb,mbhd->mhd", weight, mean_keys, precision=HIGHEST),
-        jnp.einsum("mb,mbh->mh", weight, cosines, precision=HIGHEST),
-        jnp.sum(weight, axis=1),
-        jnp.einsum("b,bhd->hd", query_weight, query, precision=HIGHEST),
-        jnp.sum(query_weight),
-    )
-    if axis_name is not None:
-        increments = jax.lax.psum(increments, axis_name)
-    key_sum, cosine_sum, weight_sum, query_sum, total = increments
-    return state._replace(
-        key_sum=state.key_sum + key_sum,
-        cosine_sum=state.cosine_sum + cosine_sum,
-        weight_sum=state.weight_sum + weight_sum,
-        query_sum=state.query_sum + query_sum,
-        query_weight=state.query_weight + total,
-    )
-
-
-def _sizes(state: RollingState) -> dict[str, int]:
-    """What is known before a batch comes: broadcasting would take another number of heads."""
-    if not isinstance(state, RollingState):
-        raise UserError(f"state is a {type(state).__name__}; allowed: what `init` made")
-    return dict(zip("MHd", state.key_sum.shape, strict=True))
-
-
-def scores_and_means(state: RollingState) -> tuple[Array, Array, Array]:
-    """Scores `[H, M]`, mean keys `[H, M, d]` and mean query `[H, d]` of what was observed."""
-    weight = jnp.where(state.weight_sum > 0, state.weight_sum, 1.0)
-    total = jnp.where(state.query_weight > 0, state.query_weight, 1.0)
-    scores = jnp.swapaxes(state.cosine_sum / weight[:, None], 0, 1)
-    mean_keys = jnp.swapaxes(state.key_sum / weight[:, None, None], 0, 1)
-    return scores, mean_keys, state.query_sum / total
-
-
-def reset_sums(state: RollingState) -> RollingState:
-    """The state with empty running sums; rotation and count as they were."""
-    sums = ("key_sum", "cosine_sum", "weight_sum", "query_sum", "query_weight")
-    return state._replace(**{name: jnp.zeros_like(getattr(state, name)) for name in sums})
+def of_lowest_layer(due: Array, layers: int) -> Array:
+    """Of the heads that are due, those in the lowest layer that has one: `[H] -> [H]` bool."""
+    together = by_layer(due, layers)
+    lowest = jnp.argmax(jnp.any(together, axis=1))  # the first
+    return (together & (jnp.arange(layers) == lowest)[:, None]).reshape(due.shape)
 
 
 def roll(
@@ -197,6 +90,7 @@ def roll(
     max_rotations: int,
     method: str = "geodesic",
     joint: bool = False,
+    layers: int = 1,
 ) -> tuple[RollingState, RollInfo]:
     """R <- R_new R, with R_new q_bar = q_b, in every head whose imbalance exceeds beta.
 
@@ -205,21 +99,26 @@ def roll(
       query: `[H, d]`, q_bar, already rotated.
       mean_keys: `[H, M, d]`, mu^m.
       scores: `[H, M]`, c^m.
-      beta, rho, max_rotations, method, joint: see `rolling_query`.
+      beta, rho, max_rotations, method, joint, layers: see `rolling_query`.
 
     Returns:
       The state with its new rotations and counts, and what was decided.
     """
     query, mean_keys = as_float(query), as_float(mean_keys)
     if joint:
-        scores = jnp.broadcast_to(jnp.mean(scores, axis=0, keepdims=True), scores.shape)
+        together = by_layer(scores, layers)
+        mean = jnp.mean(together, axis=1, keepdims=True)
+        scores = jnp.broadcast_to(mean, together.shape).reshape(scores.shape)
     heads_imbalance = imbalance(scores)
     weights = jax.vmap(rebalance_weights, (0, None))(scores, rho)
     anchor = jax.vmap(rebalance_anchor)(query, mean_keys, weights)
     defined = jax.vmap(has_anchor)(query, mean_keys, weights)
     rolled = (heads_imbalance > beta) & (state.count < max_rotations) & defined
     if joint:
-        rolled = jnp.broadcast_to(jnp.all(rolled), rolled.shape)
+        together = by_layer(rolled, layers)
+        every = jnp.all(together, axis=1, keepdims=True)
+        rolled = jnp.broadcast_to(every, together.shape).reshape(rolled.shape)
+    rolled = of_lowest_layer(rolled, layers)
 
     def rotated():
         new = rotation_between(query, anchor, method)
@@ -249,6 +148,7 @@ def rolling_query(
     max_rotations: int = 1,
     method: str = "geodesic",
     joint: bool = False,
+    layers: int = 1,
 ) -> RollingQuery:
     """RollingQ for any attention that exposes a class query and keys (paper, algorithm 1).
 
@@ -263,6 +163,10 @@ def rolling_query(
       max_rotations: the most a head rolls.
       method: "geodesic" or "svd", see `rotation_between`.
       joint: heads decide together, by the mean of their scores, in place of each by its own.
+      layers: attention layers among which the heads are divided, the lowest layer's heads first. At
+        one update the lowest layer with a head that is due rolls and no other, since the inputs of
+        those above change with it, and what was observed there no longer holds. `joint` heads are
+        those of one layer.
 
     Raises:
       UserError: an argument is out of range.
@@ -282,6 +186,17 @@ def rolling_query(
             raise UserError(f"{name} is {value!r}; allowed: 0 or more")
     if method not in ("geodesic", "svd"):
         raise UserError(f"method is {method!r}; allowed: geodesic, svd")
+    if not (isinstance(layers, numbers.Integral) and layers >= 1):
+        raise UserError(f"layers is {layers!r}; allowed: an integer >= 1")
+
+    def init(num_modalities: int, dim: int, num_heads: int = layers) -> RollingState:
+        """See `init_state`; the heads are those of all layers, by default one each."""
+        state = init_state(num_modalities, dim, num_heads)
+        if num_heads % layers:
+            raise UserError(
+                f"num_heads is {num_heads}; allowed: a multiple of layers, which is {layers}"
+            )
+        return state
 
     def update(
         state: RollingState, query: Array | None = None, scores: Array | None = None
@@ -291,7 +206,7 @@ def rolling_query(
         `query` `[H, d]` is the one in use now, rotated; None takes the observed mean. `scores`
         `[H, M]` are used in place of the observed ones.
         """
-        check_arrays(_sizes(state), query=(query, "H d or None"), scores=(scores, "H M or None"))
+        check_arrays(sizes(state), query=(query, "H d or None"), scores=(scores, "H M or None"))
         seen_scores, mean_keys, mean_query = scores_and_means(state)
         query = mean_query if query is None else jax.lax.stop_gradient(query)
         state, info = roll(
@@ -304,7 +219,8 @@ def rolling_query(
             max_rotations=max_rotations,
             method=method,
             joint=joint,
+            layers=layers,
         )
         return reset_sums(state), info
 
-    return RollingQuery(init=init_state, observe=observe, update=update)
+    return RollingQuery(init=init, observe=observe, update=update)

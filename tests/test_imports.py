@@ -13,7 +13,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "rollingq_jax"
-CORE = ("errors", "shapes", "rotation", "imbalance", "rolling", "folding", "attention", "models")
+CORE = (
+    "errors",
+    "shapes",
+    "rotation",
+    "imbalance",
+    "observing",
+    "rolling",
+    "folding",
+    "attention",
+    "models",
+)
 CORE_REQUIREMENTS = {"jax", "flax", "optax", "chex", "numpy"}
 NOT_IN_CORE = (
     "absl",

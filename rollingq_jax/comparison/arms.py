@@ -14,15 +14,16 @@ from rollingq_jax.train.config import allowed_in
 Overrides = dict[str, Any]
 
 PLAIN = {"rolling.enabled": False, "baseline.name": "", "model.modality": None}
-CONCAT = PLAIN | {"model.fusion": "concat"}
+STATIC = PLAIN | {"model.fusion_layers": 1}  # they have no class token that attends
+CONCAT = STATIC | {"model.fusion": "concat"}
 
 # The methods of comparison stand on concat, as the paper has them; on another fusion they are
 # written as NAME=FUSION:baseline.name=METHOD.
 ARMS: dict[str, Overrides] = {
-    "sum": PLAIN | {"model.fusion": "sum"},
+    "sum": STATIC | {"model.fusion": "sum"},
     "concat": CONCAT,
-    "film": PLAIN | {"model.fusion": "film"},
-    "gated": PLAIN | {"model.fusion": "gated"},
+    "film": STATIC | {"model.fusion": "film"},
+    "gated": STATIC | {"model.fusion": "gated"},
     "attention": PLAIN | {"model.fusion": "attention"},
     "rollingq": PLAIN | {"model.fusion": "attention", "rolling.enabled": True},
     "mbt": PLAIN | {"model.fusion": "mbt"},
@@ -40,7 +41,7 @@ FORM = "NAME, or NAME=BASE:FIELD=VALUE:FIELD=VALUE with BASE the name of an arm"
 
 def known_arms(modalities: tuple[str, ...]) -> dict[str, Overrides]:
     """The arms by name, with a unimodal one for each modality."""
-    unimodal = {m: PLAIN | {"model.fusion": "unimodal", "model.modality": m} for m in modalities}
+    unimodal = {m: STATIC | {"model.fusion": "unimodal", "model.modality": m} for m in modalities}
     return unimodal | ARMS
 
 

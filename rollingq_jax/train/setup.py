@@ -80,6 +80,16 @@ def resolve_config(config: Any, dataset: Dataset) -> Any:
     return resolved
 
 
+def _check_upstream_choices(compat: Any, fusion_layers: int) -> None:
+    """Upstream has one fusion layer."""
+    chosen = [name for name, value in compat.items() if value]
+    if fusion_layers > 1 and chosen:
+        raise ConfigError(
+            f"config.upstream_compat.{chosen[0]} is True; allowed with model.fusion_layers "
+            f"{fusion_layers}: False, since upstream has one layer"
+        )
+
+
 def build(config: Any, dataset: Dataset) -> Setup:
     """Builds the parts of a run from a resolved configuration.
 
@@ -87,6 +97,7 @@ def build(config: Any, dataset: Dataset) -> Setup:
       ConfigError: a field of `config.model` is not allowed, or a size does not fit the data.
     """
     model = build_model(config.model)
+    _check_upstream_choices(config.upstream_compat, model.spec.fusion_layers)
     examples = len(dataset.splits["train"])
     if config.batch_size > examples:
         raise ConfigError(
@@ -114,7 +125,12 @@ def build(config: Any, dataset: Dataset) -> Setup:
         model=model,
         tx=tx if baseline.transform is None else optax.chain(baseline.transform, tx),
         roller=rolling_query(
-            rolling.beta, rolling.rho, rolling.max_rotations, rolling.method, rolling.joint
+            rolling.beta,
+            rolling.rho,
+            rolling.max_rotations,
+            rolling.method,
+            rolling.joint,
+            layers=model.spec.fusion_layers,
         ),
         roll_schedule=roll_schedule,
         learning_rate=learning_rate,

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from rollingq_jax.rolling import RollingQuery, RollingState
+from rollingq_jax.observing import RollingState
+from rollingq_jax.rolling import RollingQuery
 
 
 class TrainState(flax.struct.PyTreeNode):

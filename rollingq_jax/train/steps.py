@@ -15,7 +15,8 @@ from jax import Array
 
 from rollingq_jax.baselines.hooks import NO_BASELINE, Baseline, Seen
 from rollingq_jax.imbalance import imbalance
-from rollingq_jax.rolling import RollInfo, RollingQuery, RollingState
+from rollingq_jax.observing import RollingState, scores_and_means
+from rollingq_jax.rolling import RollInfo, RollingQuery
 from rollingq_jax.rotation import dot, unit
 from rollingq_jax.train.metrics import (
     Sums,
@@ -60,7 +61,7 @@ class Roll(NamedTuple):
     """What a check of the trigger saw; all zeros, `rolled` too, where there was none."""
 
     info: RollInfo
-    query: Array  # [H, d_h] before the rotation
+    query: Array  # [H, d_h] before the rotation, see `current_query`
     imbalance_before: Array  # [H], over this step's batch, under the old rotation
     imbalance_after: Array  # [H], over the same keys, under the new one
 
@@ -123,6 +124,18 @@ def stacked_keys(out: dict[str, Any]) -> Array:
     return jnp.stack([out["mean_keys"][m] for m in sorted(out["mean_keys"])])
 
 
+def current_query(model: Any, params: Any, rolling: RollingState) -> Array:
+    """The class queries of all fusion layers at the moment of a roll, `[n H, d_h]`, rotated.
+
+    The first layer's follows from the parameters alone, so that R_new q = q_b holds for every
+    sample. Those above depend on the sample: for them it is the mean query of the window, from
+    before the last updates, and R_new q = q_b holds for that mean.
+    """
+    first = model.apply({"params": params}, rolling.rotation, method="class_query")
+    observed = scores_and_means(rolling)[2]
+    return jnp.concatenate([first, observed[len(first) :]])
+
+
 def batch_imbalance(query: Array, mean_keys: Array, weight: Array, axis_name: str | None) -> Array:
     """Imbalance of the class query `[H, d_h]` over one global batch -> `[H]`.
 
@@ -173,7 +186,7 @@ def make_train_step(
         rolling: RollingState, params: Any, out: dict[str, Any], sums: Sums, weight, axis_name
     ):
         """The check, with the query as it is now: after the update, under the old rotation."""
-        query = model.apply({"params": params}, rolling.rotation, method="class_query")
+        query = current_query(model, params, rolling)
         keys = stacked_keys(out)
         scores = batch_scores(sums) if last_batch_scores else None
         rolled, info = roller.update(rolling, query, scores)
