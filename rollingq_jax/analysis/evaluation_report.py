@@ -1,11 +1,13 @@
 """An evaluation shown: pictures, a report and a table for the terminal."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
 from rollingq_jax.analysis import looking, narrative, plots
+from rollingq_jax.analysis.plots.style import signed
 from rollingq_jax.analysis.predictions import Predictions
 from rollingq_jax.analysis.probes import Probe
 from rollingq_jax.analysis.report import ReportFigure, Table, write_report
@@ -58,7 +60,7 @@ def _figures(
                 "Does attention follow quality?",
                 plots.share_quality_figure({"": (share, {m: quality[m] for m in share})}),
                 "Scatter plot of each example's attention share against its quality contrast; "
-                f"their correlation is {result['quality_correlation']:.2f}.",
+                f"their correlation is {signed(result['quality_correlation'])}.",
                 narrative.HOW_TO_READ["share_quality"],
             ),
         )
@@ -116,7 +118,7 @@ def summary_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The table that the command prints."""
     rows = [(f"{result['split']} examples", str(result["num_examples"]))]
     rows += [
-        (name.replace("_", " "), f"{result[name]:.3f}")
+        (name.replace("_", " "), "-" if math.isnan(result[name]) else f"{result[name]:.3f}")
         for name in ("accuracy", "macro_f1", "calibration_error", "quality_correlation")
         if name in result
     ]

@@ -72,12 +72,13 @@ class Checkpoints:
     def __init__(self, directory: epath.Path, keep: int = 1, *, read_only: bool = False) -> None:
         self._directory, self._read_only = directory, read_only
         self._preserve = _Preserve(keep)
+        # Orbax's own `read_only` warns of what it implies, each time. Without it nothing is written
+        # either, as long as nothing is created, cleaned up or saved.
         self._manager = ocp.CheckpointManager(
             directory,
             item_names=("state", "record"),
             options=ocp.CheckpointManagerOptions(
                 create=not read_only,
-                read_only=read_only,
                 cleanup_tmp_directories=not read_only,
                 preservation_policy=None if read_only else self._preserve,
             ),

@@ -142,8 +142,9 @@ def print_summary(summary: dict[str, Any], workdir: epath.Path) -> None:
         (f"attention share, {m}", f"{v:.3f}") for m, v in summary.get("attention_share", {}).items()
     ]
     if "quality_correlation" in summary:
-        value = summary["quality_correlation"]
-        rows.append(("correlation of share and quality", f"{value:+.3f}"))
+        value = summary["quality_correlation"]  # undefined where a quality is constant
+        known = value is not None and np.isfinite(value)
+        rows.append(("correlation of share and quality", f"{value:+.3f}" if known else "-"))
     if summary["rotations"] is not None:
         rows.append(("rotations in the best checkpoint", str(sum(summary["rotations"]))))
     if jax.process_index() == 0:

@@ -148,8 +148,9 @@ def test_a_fusion_without_attention_has_no_share():
     assert found.attention_share == {} and found.probabilities.shape == (2, CLASSES)
 
 
-def test_load_answers_as_the_run_was_tested(workdir):
+def test_load_answers_as_the_run_was_tested(workdir, caplog):
     predict = rq.load(str(workdir))
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
     run = load_run(workdir)
     test = load_dataset(run.config.data, seed=run.config.seed).splits["test"]
     columns = {

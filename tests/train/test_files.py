@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from rollingq_jax.train.events import EventLog
 from rollingq_jax.train.lock import locked
 from rollingq_jax.train.schedule import SaveSchedule
 from rollingq_jax.train.storage import check_room, explained, reason_of, saving, writing
+from rollingq_jax.train.summary import print_summary
 from rollingq_jax.train.workdir import check_workdir
 from rollingq_jax.train.writer import MetricsWriter, as_json, read_rows, write_whole
 
@@ -104,12 +106,28 @@ def test_events_are_what_tensorboard_reads(tmp_path):
 
 
 def test_tensorboards_own_reader_agrees(tmp_path):
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
     log = EventLog(str(tmp_path), 0)
     log.write([row(1, loss=0.5)])
     (path,) = tmp_path.glob("events.*")
-    events = list(reader.EventFileLoader(str(path)).Load())
+    events = list(EventFileLoader(str(path)).Load())
     assert [v.tag for e in events for v in e.summary.value] == ["train/loss"]
+
+
+@pytest.mark.parametrize("value", [None, float("nan")])
+def test_a_correlation_that_is_not_defined_is_a_dash(value, tmp_path, capsys):
+    summary = {
+        "best": {"epoch": 2, "accuracy": 0.5},
+        "test_accuracy": 0.5,
+        "test_macro_f1": 0.5,
+        "probe_accuracy": {},
+        "quality_correlation": value,
+        "rotations": None,
+    }
+    print_summary(summary, tmp_path)
+    printed = capsys.readouterr().out
+    assert re.search(r"correlation of share and quality +-\n", printed) and "nan" not in printed
 
 
 def test_two_parts_of_a_run_in_one_second_have_two_event_files(tmp_path):
