@@ -80,6 +80,17 @@ class HeadProjection(nn.Module):
         return kernel, self.param("bias", initializers.zeros, heads, jnp.float32)
 
 
+@jax.checkpoint
+def normalise(rows: Array, scale: Array, bias: Array) -> Array:
+    """LayerNorm of `[N, d]`, float32. What lies between is computed again for the gradient.
+
+    XLA would keep it in several arrays of the rows' size; to compute it again takes no longer.
+    """
+    centred = rows - jnp.mean(rows, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON) * scale[None] + bias[None]
+
+
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(var + 1e-6) * scale + bias over the last axis, in float32."""
 
@@ -92,10 +103,7 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", initializers.ones, width, jnp.float32)
         bias = self.param("bias", initializers.zeros, width, jnp.float32)
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        centred = rows - jnp.mean(rows, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        out = centred * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON) * scale[None] + bias[None]
-        return out.reshape(x.shape).astype(self.dtype)
+        return normalise(rows, scale, bias).reshape(x.shape).astype(self.dtype)
 
 
 class SelfAttention(nn.Module):

@@ -1,7 +1,8 @@
 """Losses and gradients that are NaN or infinite: kept out of the state, and named.
 
-The step itself decides, on the device: it returns flags that the host reads when it reads the sums
-anyway, so nothing waits for them, and no state that follows from such a number ever exists.
+The step returns flags, which the host reads when it reads the sums anyway, and always before it
+saves a state; so nothing waits for them, and no checkpoint follows from such a number. Where
+updates are to be skipped, the step itself chooses, on the device.
 """
 
 from typing import Any
@@ -24,11 +25,15 @@ def nonfinite_flags(loss: Array, gradient: Any) -> Array:
     return jnp.stack([~jnp.isfinite(jnp.max(jnp.abs(leaf))) for leaf in leaves])
 
 
-def choose_finite(finite: Array, new: Any, old: Any) -> Any:
+def choose_finite(finite: Array | bool, new: Any, old: Any) -> Any:
     """The new tree where `finite` `[]` holds, else the old one; counts always move on.
 
-    A skipped update so counts as one in the schedule, which stays a function of the step.
+    A skipped update so counts as one in the schedule, which stays a function of the step. Where
+    `finite` is a plain True nothing is compiled: the choice would have every parameter's update
+    wait for the whole gradient.
     """
+    if finite is True:
+        return new
 
     def choose(new: Array, old: Array) -> Array:
         is_count = jnp.issubdtype(new.dtype, jnp.integer)

@@ -52,6 +52,7 @@ class Run:
             check=not compat.statistics_pass,
             last_batch_scores=compat.last_batch_air,
             baseline=self.setup.baseline,
+            skip_nonfinite=config.nonfinite == "skip",
         )
         wrap = parallel_lib.WRAPPERS[config.parallel]
         self.parallel = wrap(train_step, make_eval_step(self.setup.model))

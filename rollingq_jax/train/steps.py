@@ -163,6 +163,7 @@ def make_train_step(
     check: bool = True,
     last_batch_scores: bool = False,
     baseline: Baseline = NO_BASELINE,
+    skip_nonfinite: bool = False,
 ) -> Callable[..., tuple[TrainState, Sums, Roll | None]]:
     """The training step of a model.
 
@@ -174,12 +175,14 @@ def make_train_step(
       check: whether the step checks the trigger; False leaves that to the caller (`upstream.py`).
       last_batch_scores: the trigger and the weights use this batch's scores, not the window's.
       baseline: what a method of comparison adds; its `transform` is part of `tx` already.
+      skip_nonfinite: a step whose loss or gradient is not finite changes the step number alone, and
+        its sums are 0.
 
     Returns:
       `train_step(state, batch, axis_name=None) -> (state, sums, roll)`: the sums are the global
       batch's, from the parameters before the update; `roll` is None where the step does not check.
-      A step whose loss or gradient is not finite changes the step number alone, adds nothing to the
-      sums, and says so in `sums["nonfinite"]` (see `numerics.py`).
+      `sums["nonfinite"]` says whether loss and gradient were finite (see `numerics.py`); what
+      follows from a step that was not is never to be saved.
     """
 
     def trigger(
@@ -205,7 +208,7 @@ def make_train_step(
         (loss, (logits, out)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         loss, gradient = psum((loss, gradient), axis_name)
         flags = nonfinite_flags(loss, gradient)
-        finite = ~jnp.any(flags)
+        finite = ~jnp.any(flags) if skip_nonfinite else True
         seen = what_is_seen(state.params, out, state, batch, axis_name)
         extra = baseline.gradient_args(state.baseline, seen)
         updates, opt_state = tx.update(gradient, state.opt_state, state.params, **extra)

@@ -36,7 +36,8 @@ def parts():
     tx = optax.sgd(0.1, momentum=0.9)
     roller = rolling_query(beta=BETA, rho=RHO, max_rotations=2)
     state = create_state(model, tx, roller, seed=0, batch=batch(0))
-    return model, jax.jit(make_train_step(model, tx, roller, SCHEDULE)), state
+    step = make_train_step(model, tx, roller, SCHEDULE, skip_nonfinite=True)
+    return model, jax.jit(step), state
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +162,7 @@ def test_loss_is_the_main_heads_and_each_probes(parts):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_step_that_is_not_finite_changes_the_step_number_alone(parts, history, value):
+def test_a_skipped_step_changes_the_step_number_alone(parts, history, value):
     _, step, _ = parts
     before = history[7][0]  # its step lies in a window and checks the trigger
     given = batch(7)
@@ -185,6 +186,21 @@ def test_a_step_that_is_not_finite_changes_the_step_number_alone(parts, history,
 
 def test_flags_are_off_where_all_is_finite(history):
     assert not any(sums["nonfinite"].any() for _, _, _, sums, _ in history)
+
+
+def test_without_skipping_a_step_is_the_same_but_for_bad_numbers(parts, history):
+    model, _, _ = parts
+    tx, roller = optax.sgd(0.1, momentum=0.9), rolling_query(beta=BETA, rho=RHO, max_rotations=2)
+    step = jax.jit(make_train_step(model, tx, roller, SCHEDULE))
+    before, given, after, sums, _ = history[7]
+    found, found_sums, _ = step(before, given)
+    for one, two in zip(jax.tree.leaves(found.params), jax.tree.leaves(after.params), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-6)
+    np.testing.assert_allclose(found_sums["loss"], sums["loss"], rtol=1e-6)
+    assert not found_sums["nonfinite"].any()
+    given = given | {"b": given["b"] * np.float32(np.nan)}
+    found, found_sums, _ = step(before, given)
+    assert found_sums["nonfinite"].any()  # for the host to see before it saves
 
 
 def test_one_flag_for_the_loss_and_one_for_each_leaf():
