@@ -104,16 +104,27 @@ def equations(jaxpr):
                     yield from equations(inner)
 
 
+def dtypes_by_primitive(function, *args):
+    """What each primitive of a program reads: `{name: dtypes}`."""
+    found = {}
+    for equation in equations(jax.make_jaxpr(function)(*args).jaxpr):
+        dtypes = {v.aval.dtype for v in equation.invars if hasattr(v.aval, "dtype")}
+        found.setdefault(equation.primitive.name, set()).update(dtypes)
+    return found
+
+
 def test_bfloat16_is_for_the_encoders_matrices_alone():
     step, state = small_model.step_and_state(dtype="bfloat16")
     batch = {n: jnp.asarray(v) for n, v in small_model.batch(0).items()}
     state, sums, roll = jax.jit(step)(state, batch)
     for leaf in jax.tree.leaves((state.params, state.opt_state, state.rolling, sums, roll)):
         assert leaf.dtype != jnp.bfloat16
-    found = {}
-    for equation in equations(jax.make_jaxpr(step)(state, batch).jaxpr):
-        dtypes = {v.aval.dtype for v in equation.invars if hasattr(v.aval, "dtype")}
-        found.setdefault(equation.primitive.name, set()).update(dtypes)
+    found = dtypes_by_primitive(step, state, batch)
     assert jnp.dtype(jnp.bfloat16) in found["dot_general"]  # it is in use
     for name in ("log", "rsqrt", "sqrt"):  # losses, norms, anchor
         assert jnp.dtype(jnp.bfloat16) not in found.get(name, ()), name
+    # GELU's gradient has an exponential of its own, so softmax is looked at in the forward pass.
+    net = small_model.model(dtype="bfloat16")
+    found = dtypes_by_primitive(lambda p, b: net.apply({"params": p}, b)[0], state.params, batch)
+    assert found["exp"] == {jnp.dtype(jnp.float32)}
+    assert jnp.dtype(jnp.bfloat16) in found["erf"]
