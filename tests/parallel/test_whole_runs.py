@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -101,4 +102,16 @@ def test_a_checkpoint_resumes_on_another_number_of_devices(config, on_one, tmp_p
     finish(start(config, tmp_path, first, max_steps=9))
     assert max(row["step"] for row in rows(tmp_path)) == 9
     finish(start(config, tmp_path, second))
+    assert_same_run(tmp_path, on_one)
+
+
+def test_two_processes_write_the_run_of_one(config, on_one, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
+    stopped = [start(config, tmp_path, 0, 9, [*flags, f"--process_id={i}"]) for i in range(2)]
+    finish(*stopped)
+    assert max(row["step"] for row in rows(tmp_path)) == 9
+    finish(start(config, tmp_path, 1))  # what both have saved, one goes on with
     assert_same_run(tmp_path, on_one)
