@@ -23,6 +23,7 @@ from rollingq_jax.models.self_attention import (
     dense_attention,
     fused_attention,
     mapped_attention,
+    tpu_flash_attention,
 )
 from rollingq_jax.models.spec import EncoderSpec, ModelSpec
 
@@ -45,4 +46,5 @@ __all__ = [
     "fused_attention",
     "infer_kind",
     "mapped_attention",
+    "tpu_flash_attention",
 ]

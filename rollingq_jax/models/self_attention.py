@@ -6,6 +6,7 @@ the softmax taken in float32. A sample needs at least one real token: the encode
 always is. What comes out at positions that are not real means nothing.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -16,6 +17,10 @@ AttentionFn = Callable[[Array, Array, Array, Array | None], Array]
 
 #: From this length on, L x L matrices kept for the backward pass cost more on CPU than a loop.
 LONG_ON_CPU = 128
+#: From this length on, padding to whole blocks is a small part of flash attention's work on TPU.
+LONG_ON_TPU = 1024
+_TPU_LANES = 128
+_TPU_BLOCK = 512  # the largest; two of its tiles in float32 are a small part of a core's memory
 _CUDNN_HEAD_DIM = 128
 _CUDNN_CAPABILITY = 8  # Ampere
 
@@ -88,11 +93,65 @@ def fused_attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> 
         )
 
 
+def _tpu_block(length: int) -> int:
+    """Width of the blocks that cut `length`: multiples of 128, as equal as they can be."""
+    blocks = math.ceil(length / _TPU_BLOCK)
+    return _TPU_LANES * math.ceil(length / blocks / _TPU_LANES)
+
+
+def tpu_flash_attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
+    """JAX's flash attention for TPUs (Pallas), on a sequence padded to whole blocks.
+
+    No L x L matrix exists. Positions that are padded or not real make a segment of their own. The
+    textbook form where the kernel does not apply: d_h above 128 that is no multiple of it.
+    Arguments as this module says.
+    """
+    if q.shape[-1] > _TPU_LANES and q.shape[-1] % _TPU_LANES:
+        return dense_attention(q, k, v, mask)
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
+    batch_size, length, _, head_dim = q.shape
+    block = _tpu_block(length)
+    padding = -length % block
+    real = jnp.ones((batch_size, length), jnp.bool_) if mask is None else mask
+    segments = jnp.pad(real.astype(jnp.int32), ((0, 0), (0, padding)))
+
+    def by_head(x: Array) -> Array:
+        return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
+
+    sizes = flash.BlockSizes(
+        block_q=block,
+        block_k_major=block,
+        block_k=block,
+        block_b=1,
+        block_q_major_dkv=block,
+        block_k_major_dkv=block,
+        block_k_dkv=block,
+        block_q_dkv=block,
+        block_k_major_dq=block,
+        block_k_dq=block,
+        block_q_dq=block,
+    )
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        out = flash.flash_attention(
+            by_head(q),
+            by_head(k),
+            by_head(v),
+            segment_ids=flash.SegmentIds(segments, segments),
+            sm_scale=head_dim**-0.5,
+            block_sizes=sizes,
+        )
+    return out[:, :, :length].swapaxes(1, 2)
+
+
 def default_attention(length: int, backend: str | None = None) -> AttentionFn:
     """The function for sequences of `length` on `backend` (None: the one JAX runs on).
 
     A program that is exported for another platform should be given its function instead.
     """
-    if (backend or jax.default_backend()) != "cpu":
-        return fused_attention
-    return mapped_attention if length >= LONG_ON_CPU else dense_attention
+    backend = backend or jax.default_backend()
+    if backend == "cpu":
+        return mapped_attention if length >= LONG_ON_CPU else dense_attention
+    if backend == "tpu" and length >= LONG_ON_TPU:
+        return tpu_flash_attention
+    return fused_attention

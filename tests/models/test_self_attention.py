@@ -1,10 +1,12 @@
 """Every self-attention function against a NumPy loop, and what each keeps for the backward pass."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import numpy_reference
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from model_cases import close
 
 from rollingq_jax.models import (
@@ -12,6 +14,7 @@ from rollingq_jax.models import (
     dense_attention,
     fused_attention,
     mapped_attention,
+    tpu_flash_attention,
 )
 
 FUNCTIONS = [dense_attention, mapped_attention, fused_attention]
@@ -87,7 +90,9 @@ def test_choice_by_backend_and_length():
     assert default_attention(17, backend="cpu") is dense_attention
     assert default_attention(589, backend="cpu") is mapped_attention
     assert default_attention(589, backend="gpu") is fused_attention
-    assert default_attention(17, backend="tpu") is fused_attention
+    assert default_attention(589, backend="tpu") is fused_attention
+    assert default_attention(2048, backend="tpu") is tpu_flash_attention
+    assert default_attention(2048, backend="gpu") is fused_attention
     assert default_attention(589) is mapped_attention
 
 
@@ -122,3 +127,38 @@ def test_cudnn_is_asked_only_for_what_it_takes(
     mask = jax.ShapeDtypeStruct((2, length), jnp.bool_) if masked else None
     jax.eval_shape(fused_attention, q, q, q, mask)
     assert asked == ([("cudnn", (2, 1, 1, length) if masked else None)] if expected else [])
+
+
+def with_gradients(function, length, mask):
+    """Values, and gradients of a random sum of them, at real positions."""
+    keys = jax.random.split(jax.random.key(1), 4)
+    *arrays, chosen = (jax.random.normal(k, (2, length, 2, 8)) for k in keys)
+    if mask is not None:
+        chosen = jnp.where(mask[..., None, None], chosen, 0.0)
+
+    def loss(arrays):
+        out = function(*arrays, mask)
+        return jnp.sum(out * chosen), jnp.where(chosen != 0, out, 0.0)
+
+    (_, out), gradients = jax.value_and_grad(loss, has_aux=True)(arrays)
+    return [out, *gradients]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("length", [140, 600])  # in one block of 256, and in two of 384
+def test_flash_attention_on_tpu_is_the_dense_form(length, masked):
+    mask = jnp.arange(length)[None] < jnp.array([length, 37])[:, None] if masked else None
+    with pltpu.force_tpu_interpret_mode():
+        got = jax.block_until_ready(with_gradients(tpu_flash_attention, length, mask))
+    for a, b in zip(got, with_gradients(dense_attention, length, mask), strict=True):
+        close(a, b, 2e-5)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 192])  # the kernel refuses the last
+def test_flash_attention_lowers_for_tpu(head_dim):
+    def loss(*arrays):
+        return jnp.sum(tpu_flash_attention(*arrays).astype(jnp.float32))
+
+    q = jax.ShapeDtypeStruct((2, 1200, 2, head_dim), jnp.bfloat16)
+    exported = jax.export.export(jax.jit(jax.grad(loss, (0, 1, 2))), platforms=["tpu"])(q, q, q)
+    assert ("tpu_custom_call" in exported.mlir_module()) == (head_dim != 192)
