@@ -3,7 +3,6 @@
 Upstream's `models/fusion_modules.py`, for M modalities, H heads and n layers.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -57,7 +56,7 @@ class AttentionFusion(nn.Module):
     dropout: float = 0.2
     token_scale: float = 0.02
     num_layers: int = 1
-    block: Mapping[str, Any] = FrozenDict()
+    block: FrozenDict[str, Any] = FrozenDict()
     remat: bool = False
 
     def setup(self) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 from jax import Array
 
 from rollingq_jax.errors import ConfigError
@@ -74,7 +75,7 @@ class MultimodalTransformer(nn.Module):
                 spec.dropout,
                 spec.fusion_token_scale,
                 spec.fusion_layers,
-                block={name: value for name, value in block.items() if name != "remat"},
+                block=FrozenDict({name: value for name, value in block.items() if name != "remat"}),
                 remat=spec.remat,
             )
         else:

@@ -33,7 +33,8 @@ def query_projection(block: Block) -> tuple[Array, Array]:
 
 def normed(block: Block, x: Array, dtype: Any = jnp.float32) -> Array:
     """norm1(x) of a bound block: `[..., d] -> [..., d]`."""
-    return cast(Array, LayerNorm(dtype).apply({"params": block_params(block)["norm1"]}, x))
+    norm = LayerNorm(dtype, parent=None)
+    return cast(Array, norm.apply({"params": block_params(block)["norm1"]}, x))
 
 
 def fuse(
