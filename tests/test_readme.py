@@ -55,12 +55,33 @@ def test_commands_name_files_and_modules_that_exist(path):
                 assert (ROOT / value).exists(), " ".join(words)
 
 
-def test_readme_links_and_pictures_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    targets = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text)
-    local = [target for target in targets if "://" not in target]
-    missing = [target for target in local if not (ROOT / target).exists()]
-    assert not missing
+def anchors(path: Path) -> set[str]:
+    """What a link to a heading of the page may end in, as GitHub and MkDocs make it."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "path", [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))], ids=name_of
+)
+def test_links_and_pictures_exist(path):
+    """Links within the repository; MkDocs checks those to the API, when the site is built."""
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        page = path.parent / name if name else path
+        assert page.exists(), target
+        assert not anchor or anchor in anchors(page), target
+
+
+def test_each_page_is_in_the_navigation_once():
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = re.findall(r"^ +- .*: (\S+\.md)$", text, flags=re.MULTILINE)
+    docs = ROOT / "docs"
+    assert sorted(listed) == sorted(p.relative_to(docs).as_posix() for p in docs.rglob("*.md"))
 
 
 def test_api_page_has_every_public_name():
