@@ -16,6 +16,7 @@ from rollingq_jax.comparison import arms as naming
 from rollingq_jax.comparison import results, runs, selection
 from rollingq_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from rollingq_jax.models.spec import ModelSpec
+from rollingq_jax.train.arguments import read_python
 from rollingq_jax.train.cli import run_command
 from rollingq_jax.train.config import check_config, default_config
 from rollingq_jax.train.interrupt import Interrupted
@@ -261,13 +262,35 @@ def test_arms_are_named_changes_of_the_configuration():
     assert one.model.modality == "audio" and back.model.modality is None
 
 
-def test_the_ablations_of_the_documentation_are_arms():
-    page = Path(__file__).resolve().parent.parent / "docs" / "howto" / "compare.md"
-    listed = re.search(r'--arms "\\\n(.*?)"', page.read_text(), flags=re.DOTALL).group(1)
-    parsed = naming.parse_arms(listed.replace("\\\n", ""), ("audio", "visual"))
-    assert len(parsed) > 10
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = re.findall(
+    r'--arms "(.*?)"(?: --reference (\S+))?',
+    (ROOT / "docs" / "howto" / "compare.md").read_text().replace("\\\n", ""),
+)
+
+
+def test_the_documentation_has_every_ablation():
+    fields = {
+        field
+        for arms, _ in COMMANDS
+        for changes in naming.parse_arms(arms, ("audio", "visual")).values()
+        for field in changes
+    }
+    assert fields >= {
+        *("rolling.rho", "rolling.beta", "rolling.max_rotations", "rolling.check_every"),
+        *("rolling.window", "rolling.method", "rolling.joint", "batch_size"),
+        *("model.depth", "model.fusion_heads", "model.fusion_layers"),
+    }
+
+
+@pytest.mark.parametrize(("arms", "reference"), COMMANDS, ids=lambda text: text[:30])
+def test_the_ablations_of_the_documentation_are_arms(arms, reference):
+    parsed = naming.parse_arms(arms, ("audio", "visual"))
+    assert (reference or "attention") in parsed and len(parsed) > 2
     for name, fields in parsed.items():
-        changed = naming.with_fields(default_config(), fields, name)
+        changed = naming.with_fields(
+            read_python(str(ROOT / "configs" / "av_digits.py")), fields, name
+        )
         check_config(changed)
         spec = ModelSpec.from_config(
             changed.model.to_dict()

@@ -93,6 +93,60 @@ def test_heads_trigger_and_count_on_their_own():
     np.testing.assert_allclose(together.imbalance, [0.5, 0.5], atol=1e-6)
 
 
+def layered(*imbalanced):
+    """Query [H, 2] and keys [2, 1, H, 2] whose heads have imbalance 1 or 0."""
+    query = jnp.tile(jnp.array([[1.0, 0.0]]), (len(imbalanced), 1))
+    second = [[[0.0, 1.0] if is_so else [1.0, 0.0] for is_so in imbalanced]]
+    return query, jnp.stack([query[None], jnp.array(second)])
+
+
+def test_layers_roll_one_after_the_other():
+    """Three layers of two heads: only the lowest layer with a head that is due rolls."""
+    roller = rq.rolling_query(beta=0.4, rho=1.0, max_rotations=1, layers=3)
+    state = roller.init(num_modalities=2, dim=2, num_heads=6)
+    rolled = []
+    for imbalanced in [(0, 0, 1, 0, 1, 1)] * 3 + [(0, 1, 0, 0, 0, 1)] * 2:
+        query, keys = layered(*imbalanced)
+        state, info = roller.update(roller.observe(state, query, keys), query)
+        np.testing.assert_allclose(info.imbalance, imbalanced, atol=1e-6)
+        rolled.append(np.flatnonzero(info.rolled).tolist())
+        assert not np.any(state.key_sum)  # what was seen above a layer that rolled is gone
+    assert rolled == [[2], [4, 5], [], [1], []]
+    np.testing.assert_array_equal(state.count, [0, 1, 1, 0, 1, 1])
+    turned = [bool(np.any(r != np.eye(2))) for r in np.asarray(state.rotation)]
+    assert turned == [False, True, True, False, True, True]
+
+
+def test_joint_heads_are_those_of_a_layer():
+    roller = rq.rolling_query(beta=0.4, rho=1.0, joint=True, layers=3)
+    state = roller.init(num_modalities=2, dim=2, num_heads=6)
+    rolled = []
+    for _ in range(3):
+        query, keys = layered(0, 0, 1, 0, 1, 1)
+        state, info = roller.update(roller.observe(state, query, keys), query)
+        np.testing.assert_allclose(info.imbalance, [0, 0, 0.5, 0.5, 1, 1], atol=1e-6)
+        rolled.append(np.flatnonzero(info.rolled).tolist())
+    assert rolled == [[2, 3], [4, 5], []]
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_one_layer_is_the_default(joint):
+    query, mean_keys = batch()
+    found = []
+    for options in ({}, {"layers": 1}):
+        roller = rq.rolling_query(rho=2.0, joint=joint, **options)
+        state = roller.observe(roller.init(M, D, H), query, mean_keys)
+        found.append(roller.update(state, query[0]))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+def test_layers_divide_the_heads():
+    roller = rq.rolling_query(layers=2)
+    assert len(roller.init(M, D).count) == 2
+    with pytest.raises(ValueError, match="num_heads is 3; allowed: a multiple of layers, .* 2"):
+        roller.init(M, D, 3)
+
+
 def test_rotations_compose_up_to_the_maximum():
     roller = rq.rolling_query(beta=0.0, rho=3.0, max_rotations=2)
     state, query = roller.init(M, D, H), batch()[0][0]
@@ -190,6 +244,7 @@ def test_no_gradient_flows_through_the_state():
         ({"beta": -0.1}, "beta is -0.1; allowed: 0 or more"),
         ({"rho": float("nan")}, "rho is nan"),
         ({"max_rotations": -1}, "max_rotations is -1"),
+        ({"layers": 0}, "layers is 0; allowed: an integer >= 1"),
         ({"method": "qr"}, "method is 'qr'; allowed: geodesic, svd"),
     ],
 )

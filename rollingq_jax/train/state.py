@@ -33,7 +33,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     @property
     def rotation(self) -> Array | None:
-        """`[H, d_h, d_h]`, or None for a fusion without a class query."""
+        """`[n H, d_h, d_h]` for n fusion layers, or None for a fusion without a class query."""
         return None if self.rolling is None else self.rolling.rotation
 
 
@@ -69,9 +69,9 @@ def create_state(
 
 
 def init_rolling(model: Any, params: Any, roller: RollingQuery) -> RollingState | None:
-    """The rolling state that fits the model's class query; None where it has none."""
+    """The rolling state that fits the model's class queries; None where it has none."""
     if not model.spec.scores_attention or len(model.spec.modalities) < 2:
         return None
     query = jax.eval_shape(lambda p: model.apply({"params": p}, None, method="class_query"), params)
-    num_heads, head_dim = query.shape
-    return roller.init(len(model.spec.modalities), head_dim, num_heads)
+    heads, head_dim = query.shape  # of the first fusion layer; all layers have as many
+    return roller.init(len(model.spec.modalities), head_dim, model.spec.fusion_layers * heads)

@@ -22,7 +22,8 @@ def counted(function, *arguments):
     return timing.cost(jax.jit(function).lower(*arguments).compile())["flops"]
 
 
-def test_formula_is_what_xla_counts():
+@pytest.mark.parametrize("fusion_layers", [1, 3])
+def test_formula_is_what_xla_counts(fusion_layers):
     """XLA adds the elementwise work (norms, GELU, softmax, biases), a few per cent at this width.
 
     The formula counts products alone, so XLA's count lies above it, and not far.
@@ -32,6 +33,7 @@ def test_formula_is_what_xla_counts():
         "dim": 192,
         "depth": 1,
         "num_heads": 4,
+        "fusion_layers": fusion_layers,
         "encoders": {
             "audio": {"kind": "spectrogram", "patch": (16, 16)},
             "visual": {"kind": "image", "patch": (16, 16)},

@@ -1,0 +1,122 @@
+"""Whole runs with several fusion layers: they roll from below and resume."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from train_cases import read_metrics, tiny_config
+
+from rollingq_jax import build_model, rolling_query, rotate
+from rollingq_jax.data.load import load_dataset
+from rollingq_jax.errors import ConfigError, UserError
+from rollingq_jax.exported import folded
+from rollingq_jax.train import setup
+from rollingq_jax.train.interrupt import Interrupted
+from rollingq_jax.train.loop import train_and_evaluate
+from rollingq_jax.train.restore import load_run
+from rollingq_jax.train.state import create_state
+from rollingq_jax.train.steps import RollSchedule, make_train_step
+
+LAYERS, HEADS = 3, 2
+
+
+def layered_config(path, **overrides):
+    """Six checks in 18 steps, one rotation a head."""
+    fields = {
+        "rolling.check_every": 3,
+        "rolling.window": 0.7,
+        "rolling.max_rotations": 1,
+        "model.fusion_layers": LAYERS,
+        "model.fusion_heads": HEADS,
+    }
+    return tiny_config(path, **fields | overrides)
+
+
+@pytest.fixture(scope="module")
+def finished(arrays, tmp_path_factory):
+    """A run that nothing disturbed: config, folder, summary."""
+    config, workdir = layered_config(arrays), tmp_path_factory.mktemp("layers") / "run"
+    return config, workdir, train_and_evaluate(config, workdir)
+
+
+def test_layers_roll_from_below(finished):
+    _, workdir, summary = finished
+    rolls = [row for row in read_metrics(workdir) if row["split"] == "roll"]
+    layers = {}
+    for row in rolls:
+        layers.setdefault(row["step"], set()).add(row["head"] // HEADS)
+    assert all(len(together) == 1 for together in layers.values())  # one layer at a check
+    order = [together.pop() for together in layers.values()]
+    assert order == sorted(order) and set(order) == set(range(LAYERS))
+    assert sorted(row["head"] for row in rolls) == list(range(LAYERS * HEADS))
+    assert np.isfinite([row["imbalance_after"] for row in rolls]).all()
+    assert np.isfinite(summary["test_loss"])
+
+
+def small_batch(step):
+    """A batch of two vectors; the last row is padding."""
+    rng = np.random.default_rng(step)
+    return {
+        "a": rng.normal(size=(6, 5)).astype(np.float32),
+        "b": rng.normal(size=(6, 3)).astype(np.float32) + 1,
+        "label": rng.integers(0, 3, 6).astype(np.int32),
+        "example_mask": np.arange(6) < 5,
+    }
+
+
+def test_queries_at_the_roll_are_the_parameters_below_and_the_windows_mean_above():
+    encoders = {"a": {"kind": "vector"}, "b": {"kind": "vector"}}
+    shape = {"dim": 8, "depth": 1, "num_heads": 2, "fusion_heads": 2, "mlp_ratio": 1.0}
+    model = build_model(
+        {"num_classes": 3, "dropout": 0.0, "fusion_layers": 2, "encoders": encoders, **shape}
+    )
+    tx, roller = optax.sgd(0.1), rolling_query(rho=2.0, max_rotations=2, layers=2)
+    state = create_state(model, tx, roller, seed=0, batch=small_batch(0))
+    step = jax.jit(make_train_step(model, tx, roller, RollSchedule(period=1, window=1)))
+    layers = []
+    for k in range(4):
+        batch, before = small_batch(k), state
+        state, _, roll = step(state, batch)
+        rolled = np.asarray(roll.info.rolled)
+        layers += sorted(set(np.flatnonzero(rolled) // 2))
+        first = model.apply({"params": state.params}, before.rotation, method="class_query")
+        _, out = model.apply({"params": before.params}, batch, before.rotation)
+        np.testing.assert_allclose(roll.query[:2], first, atol=1e-5)
+        np.testing.assert_allclose(roll.query[2:], out["query"][:5, 2:].mean(0), atol=1e-5)
+        new = jnp.matmul(state.rotation, jnp.swapaxes(before.rotation, 1, 2), precision="highest")
+        turned = rotate(new, roll.query)
+        np.testing.assert_allclose(turned[rolled], roll.info.anchor[rolled], atol=1e-5)
+        np.testing.assert_allclose(turned[~rolled], roll.query[~rolled], atol=1e-5)
+    assert layers == [0, 0, 1, 1]
+    assert int(state.step) == 4
+
+
+def test_the_run_is_read_back_with_its_rotations(finished):
+    run = load_run(finished[1])
+    assert run.rotation.shape == (LAYERS * HEADS, 4, 4)
+    with pytest.raises(UserError, match="--fold is given and model.fusion_layers is 3; allowed: 1"):
+        folded(run)
+
+
+def test_a_stopped_run_resumes_to_the_last_bit(finished, arrays, tmp_path):
+    config, undisturbed, summary = finished
+    with pytest.raises(Interrupted):
+        train_and_evaluate(config, tmp_path, max_steps=8)
+    again = train_and_evaluate(config, tmp_path)
+    assert again["test_loss"] == summary["test_loss"]
+    assert read_metrics(tmp_path) == read_metrics(undisturbed)
+    ours, theirs = load_run(tmp_path), load_run(undisturbed)
+    jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
+    np.testing.assert_array_equal(ours.rotation, theirs.rotation)
+    assert json.loads((tmp_path / "config.json").read_text())["model"]["fusion_layers"] == LAYERS
+
+
+@pytest.mark.parametrize("choice", ["last_batch_air", "statistics_pass", "extra_schedule_step"])
+def test_upstream_has_one_layer(arrays, choice):
+    config = layered_config(arrays, **{f"upstream_compat.{choice}": True})
+    dataset = load_dataset(config.data, seed=0)
+    with pytest.raises(ConfigError, match=f"{choice} is True; allowed with .*fusion_layers 3: Fal"):
+        setup.build(setup.resolve_config(config, dataset), dataset)
