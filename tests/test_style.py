@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULE_LINES = 300
-FUNCTION_LINES = 70  # below the docstring
+MODULE_LINES = 275
+FUNCTION_LINES = 65  # below the docstring
 # Functions that may be longer, each with its reason.
 LONG_FUNCTIONS: dict[str, str] = {
     "rollingq_jax/train/config.py:default_config": "a table of fields and their defaults",

@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 
 from rollingq_jax.data.mosei_arrays import MODALITIES, SPLITS, check_distribution, tidy
+from rollingq_jax.data.mosei_source import LABEL_RULES, SentenceSource, classify, open_array
 from rollingq_jax.data.options import choice, option
 from rollingq_jax.data.restricted_pickle import load_pickle
-from rollingq_jax.data.types import Dataset, Example, ModalityInfo, Source
+from rollingq_jax.data.types import Dataset, ModalityInfo, Source
 from rollingq_jax.errors import ConfigError, DataError
 
 NAME = "cmu_mosei"
@@ -33,13 +34,6 @@ DOWNLOAD = (
     f"get {FILES[0]} (aligned) from the Google Drive folder that the README of "
     "github.com/pliang279/MultiBench names under CMU-MOSEI, and pass the file as --source"
 )
-# Rule of a label -> class names. "positive" is MultiBench's and counts 0 as not positive;
-# "non_negative" is BalanceBenchmark's; accuracies under different rules cannot be compared.
-LABEL_RULES = {
-    "positive": ("not positive", "positive"),
-    "non_negative": ("negative", "not negative"),
-    "seven": ("-3", "-2", "-1", "0", "+1", "+2", "+3"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,67 +173,6 @@ def _read_info(folder: Path) -> dict[str, Any]:
     return info
 
 
-class SentenceSource:
-    """Sentences of one split from memory-mapped arrays.
-
-    Args:
-      folder: of the arrays.
-      split: "train", "valid" or "test".
-      moments: {modality: (mean, std)} float32 [D] to standardise with; empty for none.
-      modalities: those to give.
-      labels: int32 [N].
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        split: str,
-        modalities: tuple[str, ...],
-        labels: np.ndarray,
-        moments: dict[str, tuple[np.ndarray, np.ndarray]],
-    ) -> None:
-        self.labels, self._moments = labels, moments
-        self._sequences = {m: _open(folder / f"{split}_{m}.npy", len(labels)) for m in modalities}
-        self._masks = {m: _open(folder / f"{split}_{m}_mask.npy", len(labels)) for m in modalities}
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> Example:
-        example: Example = {"label": self.labels[index]}
-        for name, sequences in self._sequences.items():
-            sequence, mask = np.array(sequences[index]), np.array(self._masks[name][index])
-            if name in self._moments:
-                mean, std = self._moments[name]
-                sequence = np.where(mask[:, None], (sequence - mean) / std, np.float32(0))
-            example[name], example[f"{name}_mask"] = sequence, mask
-        return example
-
-
-def _open(path: Path, count: int) -> np.ndarray:
-    """A memory-mapped array of ``count`` rows."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: missing or damaged ({str(error)[:100]})") from None
-    if len(array) != count:
-        raise DataError(f"{path}: {len(array)} rows instead of {count}; prepare it again")
-    return array
-
-
-def classify(sentiment: np.ndarray, rule: str) -> np.ndarray:
-    """Sentiment from -3 to 3, float [N] -> class numbers int32 [N].
-
-    "positive": y > 0; "non_negative": y >= 0; "seven": rounded to the nearest of -3 .. 3 (halves to
-    the even number), plus 3.
-    """
-    if rule == "positive":
-        return (sentiment > 0).astype(np.int32)
-    if rule == "non_negative":
-        return (sentiment >= 0).astype(np.int32)
-    return (np.clip(np.rint(sentiment), -3, 3) + 3).astype(np.int32)
-
-
 def load(config_data: Any, *, seed: int) -> Dataset:
     """The prepared arrays under ``config_data.path``.
 
@@ -272,7 +205,7 @@ def load(config_data: Any, *, seed: int) -> Dataset:
             moments[name] = (mean, std)
     splits: dict[str, Source] = {}
     for split in SPLITS:
-        sentiment = np.array(_open(folder / f"{split}_labels.npy", info["counts"][split]))
+        sentiment = np.array(open_array(folder / f"{split}_labels.npy", info["counts"][split]))
         labels = classify(sentiment, rule)
         splits[split] = SentenceSource(folder, split, modalities, labels, moments)
     example = splits["train"][0]

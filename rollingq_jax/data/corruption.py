@@ -22,14 +22,12 @@ import grain
 import numpy as np
 
 from rollingq_jax.data.labels import labels_of
+from rollingq_jax.data.masking import FrameBlanking, ModalityDropout, TimeMasking
 from rollingq_jax.data.measure import Moments, evenly
 from rollingq_jax.data.transforms import (
-    FrameBlanking,
     GaussianNoise,
-    ModalityDropout,
     Replace,
     SignalToNoise,
-    TimeMasking,
     positions,
     to_float,
 )

@@ -9,39 +9,33 @@ them all alike; evaluation takes evenly spaced ones, so that a test accuracy is 
 (upstream draws there too).
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rollingq_jax.data import crema_d_tables as tables
+from rollingq_jax.data.crema_d_files import frame_files, not_a_pointer, sound_files
+from rollingq_jax.data.crema_d_ratings import fill_ratings, read_ratings
 from rollingq_jax.data.features import CREMA_D_RATE, CREMA_D_SAMPLES, HOP, N_FFT
 from rollingq_jax.data.features import crema_d_spectrogram as make_spectrogram
 from rollingq_jax.data.frames import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    SHORT_SIDE,
     EvalFrames,
     TrainFrames,
-    clip_from_folder,
-    clip_from_video,
 )
 from rollingq_jax.data.labels import with_valid
 from rollingq_jax.data.media import read_audio, resample
 from rollingq_jax.data.options import option
 from rollingq_jax.data.record_writer import write_records
 from rollingq_jax.data.records import ClipSource, Recipe, RecordSet, open_records
+from rollingq_jax.data.stored_frames import SHORT_SIDE, clip_from_folder, clip_from_video
 from rollingq_jax.data.types import Dataset, ModalityInfo, Source, Subset
 from rollingq_jax.errors import DataError
 
 NAME = "crema_d"
 SPECTROGRAM_SHAPE = (N_FFT // 2 + 1, 1 + CREMA_D_SAMPLES // HOP, 1)
-DOWNLOAD = (
-    "get it with `git lfs install` and `git clone https://github.com/CheyneyComputerScience/CREMA-D`"
-    " (7.6 GB) and pass that folder, which holds AudioWAV/ and VideoFlash/ (or, in its place,"
-    " Image-01-FPS/ with extracted frames), as --source"
-)
 
 
 def prepare(
@@ -74,8 +68,8 @@ def make_recipe(source: Path, fps: int) -> Recipe:
     """How the records are made from the tree ``source``."""
     import tensorflow_datasets as tfds
 
-    sounds = _sounds(source)
-    frames = _frame_files(source, fps)
+    sounds = sound_files(source)
+    frames = frame_files(source, fps)
     items = tuple(sorted(sounds.keys() | frames.keys()))
     ratings = _ratings(source)
     lists = tables.list_files(source)
@@ -88,12 +82,12 @@ def make_recipe(source: Path, fps: int) -> Recipe:
             raise DataError(f"clip {clip!r}: no sound {source / 'AudioWAV' / clip}.wav")
         if clip not in frames:
             raise DataError(f"clip {clip!r}: no frames, only sound")
-        waveform, rate = read_audio(_not_a_pointer(sounds[clip]))
+        waveform, rate = read_audio(not_a_pointer(sounds[clip]))
         spectrogram = make_spectrogram(resample(waveform, rate, CREMA_D_RATE))
         stored = (
             clip_from_folder(frames[clip])
             if frames[clip].is_dir()
-            else clip_from_video(_not_a_pointer(frames[clip]), fps)
+            else clip_from_video(not_a_pointer(frames[clip]), fps)
         )
         record = {
             "clip": clip,
@@ -131,58 +125,10 @@ def make_recipe(source: Path, fps: int) -> Recipe:
     )
 
 
-def _sounds(source: Path) -> dict[str, Path]:
-    if not source.is_dir():
-        raise DataError(f"CREMA-D, --source {source}: no such folder; {DOWNLOAD}")
-    folder = source / "AudioWAV"
-    if not folder.is_dir():
-        there = ", ".join(sorted(path.name for path in source.iterdir())[:6]) or "nothing"
-        raise DataError(f"CREMA-D, --source {source}: holds no AudioWAV/ but {there}; {DOWNLOAD}")
-    return _by_clip(path for path in folder.iterdir() if path.suffix.lower() == ".wav")
-
-
-def _frame_files(source: Path, fps: int) -> dict[str, Path]:
-    """{clip: folder of extracted frames, or video}."""
-    extracted = source / f"Image-{fps:02d}-FPS"
-    if extracted.is_dir():
-        return _by_clip(path for path in extracted.iterdir() if path.is_dir())
-    videos = source / "VideoFlash"
-    if videos.is_dir():
-        return _by_clip(path for path in videos.iterdir() if path.suffix.lower() == ".flv")
-    others = sorted(path.name for path in source.glob("Image-*-FPS"))
-    hint = f"there is {', '.join(others)}: pass its number as --fps" if others else DOWNLOAD
-    raise DataError(
-        f"CREMA-D, --source {source}: holds neither VideoFlash/ nor {extracted.name}/; {hint}"
-    )
-
-
-def _by_clip(paths: Iterable[Path]) -> dict[str, Path]:
-    """{clip: path}; hidden files are left out."""
-    found: dict[str, Path] = {}
-    for path in sorted(paths):
-        clip = path.stem if path.suffix else path.name
-        if clip.startswith("."):
-            continue
-        if clip.endswith("_X"):  # some copies have 1040_ITH_SAD_X.wav for _XX
-            clip += "X"
-        if clip in found:
-            raise DataError(f"duplicate clip {clip!r}: {found[clip]} and {path}")
-        found[clip] = path
-    return found
-
-
-def _not_a_pointer(path: Path) -> Path:
-    """The path, unless Git LFS has yet to put the content there."""
-    with open(path, "rb") as file:
-        if file.read(24) == b"version https://git-lfs.":
-            raise DataError(f"{path}: a Git LFS pointer without content; run `git lfs pull` there")
-    return path
-
-
 def _ratings(source: Path) -> dict[str, tuple[float | None, float | None]] | None:
     for path in (source / "processedResults" / "summaryTable.csv", source / "summaryTable.csv"):
         if path.is_file():
-            return tables.read_ratings(path)
+            return read_ratings(path)
     return None
 
 
@@ -256,7 +202,7 @@ def _qualities(rows: list[dict[str, Any]]) -> tuple[dict[str, np.ndarray], str]:
     """{modality: human rating} of all records, and a note for the description."""
     if "quality" not in rows[0]:
         return {}, ""
-    audio, missing_audio = tables.fill_ratings([row["quality"][0] for row in rows])
-    visual, missing_visual = tables.fill_ratings([row["quality"][1] for row in rows])
+    audio, missing_audio = fill_ratings([row["quality"][0] for row in rows])
+    visual, missing_visual = fill_ratings([row["quality"][1] for row in rows])
     note = f"; human ratings as quality, {missing_audio + missing_visual} missing"
     return {"audio": audio, "visual": visual}, note

@@ -7,25 +7,18 @@ for the ``transforms`` of :mod:`rollingq_jax.data.pipeline`.
 import dataclasses
 import io
 import math
-import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
 
 from rollingq_jax.data.media import (
-    decode_image,
-    encode_jpeg,
     evenly_spaced,
-    read_video_frames,
-    resize_short_side,
 )
+from rollingq_jax.data.stored_frames import check_count
 from rollingq_jax.data.types import Example
-from rollingq_jax.errors import DataError
 
-SHORT_SIDE = 256
 # Channel mean and deviation of ImageNet on the scale [0, 1], which upstream normalises with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -42,7 +35,7 @@ def random_frames(count: int, num: int, rng: np.random.Generator) -> np.ndarray:
     Raises:
       DataError: ``count`` is 0.
     """
-    _check_count(count)
+    check_count(count)
     return np.sort(rng.integers(count, size=num))
 
 
@@ -61,7 +54,7 @@ def segment_frames(count: int, num: int, rng: np.random.Generator | None = None)
     Raises:
       DataError: ``count`` is 0.
     """
-    _check_count(count)
+    check_count(count)
     if count < num:
         return evenly_spaced(count, num)
     segment = count // num
@@ -69,11 +62,6 @@ def segment_frames(count: int, num: int, rng: np.random.Generator | None = None)
     if rng is None:
         return starts + max(segment // 2, 1) - 1
     return starts + rng.integers(segment, size=num)
-
-
-def _check_count(count: int) -> None:
-    if count < 1:
-        raise DataError("a clip without frames; at least 1 is needed")
 
 
 def random_crop_box(
@@ -102,49 +90,6 @@ def random_crop_box(
     w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
-
-
-def stored_jpeg(data: bytes, short_side: int = SHORT_SIDE, name: str = "(bytes)") -> bytes:
-    """Encoded image bytes as the JPEG to store: RGB, its shorter side at most ``short_side``.
-
-    A JPEG in RGB or grey that is small enough already stays as it is, byte for byte, after it has
-    been decoded once to see that it is whole.
-
-    Raises:
-      DataError: the bytes are damaged or not an image; ``name`` is in the message.
-    """
-    from PIL import Image
-
-    pixels = decode_image(data, name)
-    with Image.open(io.BytesIO(data)) as image:
-        keep = image.format == "JPEG" and image.mode in ("RGB", "L") and not image.getexif()
-    if min(pixels.shape[:2]) <= short_side:
-        return data if keep else encode_jpeg(pixels)
-    return encode_jpeg(resize_short_side(pixels, short_side))
-
-
-def stored_clip(frames: Sequence[tuple[str, bytes]], short_side: int = SHORT_SIDE) -> list[bytes]:
-    """The frames (name, encoded bytes) of one clip as the JPEGs to store; see :func:`stored_jpeg`.
-
-    Raises:
-      DataError: there are none, one is damaged, or they differ in size, so that one crop could not
-        serve them all.
-    """
-    stored = [stored_jpeg(data, short_side, name) for name, data in frames]
-    _check_count(len(stored))
-    sizes = {_jpeg_size(data) for data in stored}
-    if len(sizes) > 1:
-        found = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
-        raise DataError(f"frames of different sizes in one clip: {found}")
-    return stored
-
-
-def _jpeg_size(data: bytes) -> tuple[int, int]:
-    """(width, height) from the header."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-        return image.size
 
 
 def decode_frames(
@@ -237,30 +182,3 @@ class EvalFrames(grain.transforms.Map):
         frames: Any = element[self.name]
         indices = self.pick(len(frames), self.num)
         return {**element, self.name: decode_frames(frames, indices, self.size)}
-
-
-def clip_from_folder(folder: Path, short_side: int = SHORT_SIDE) -> list[bytes]:
-    """The extracted frames of a clip, in the order of their numbers, as the JPEGs to store.
-
-    Raises:
-      DataError: the folder is missing or holds no JPEG, or as in :func:`stored_clip`.
-    """
-    if not folder.is_dir():
-        raise DataError(f"frames {folder}: no such folder")
-    paths = [path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg")]
-    paths.sort(key=lambda path: ([int(n) for n in re.findall(r"\d+", path.stem)], path.name))
-    if not paths:
-        raise DataError(f"frames {folder}: holds no .jpg file")
-    return stored_clip([(str(path), path.read_bytes()) for path in paths], short_side)
-
-
-def clip_from_video(path: Path, fps: float, short_side: int = SHORT_SIDE) -> list[bytes]:
-    """``fps`` frames of each second of a video as the JPEGs to store, the first frame among them.
-
-    Raises:
-      DataError: the file is missing or damaged, or holds no frame.
-    """
-    video = read_video_frames(path, fps=fps)
-    if min(video.shape[1:3]) <= short_side:
-        return [encode_jpeg(frame) for frame in video]
-    return [encode_jpeg(resize_short_side(frame, short_side)) for frame in video]

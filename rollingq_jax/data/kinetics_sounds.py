@@ -22,11 +22,8 @@ from rollingq_jax.data.features import FBANK_BINS, FBANK_FRAMES, FBANK_RATE, kin
 from rollingq_jax.data.frames import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    SHORT_SIDE,
     EvalFrames,
     TrainFrames,
-    clip_from_folder,
-    clip_from_video,
     segment_frames,
 )
 from rollingq_jax.data.kinetics_lists import (
@@ -40,6 +37,7 @@ from rollingq_jax.data.media import read_video_audio, resample
 from rollingq_jax.data.options import option
 from rollingq_jax.data.record_writer import write_records
 from rollingq_jax.data.records import ClipSource, Recipe, RecordSet, open_records
+from rollingq_jax.data.stored_frames import SHORT_SIDE, clip_from_folder, clip_from_video
 from rollingq_jax.data.types import Dataset, ModalityInfo, Source, Subset
 from rollingq_jax.errors import DataError
 

@@ -22,10 +22,11 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from rollingq_jax.data.labels import check_name
+from rollingq_jax.data.manifest_paths import is_file, resolve_inside
 from rollingq_jax.errors import DataError
 
 SUFFIXES = {
@@ -106,42 +107,11 @@ def read_manifest(path: Path) -> Manifest:
                 values[name] = cell or None
                 continue
             values[name] = file = resolve_inside(path.parent, root, cell, f"{where}: {name}")
-            if not _is_file(file):
+            if not is_file(file):
                 missing.append(cell)
         rows.append(Row(_split(record, where), _label(record, where), values,
                         _qualities(record, types, where)))  # fmt: skip
     return Manifest(path, types, tuple(rows), tuple(missing))
-
-
-def resolve_inside(folder: Path, root: Path, text: str, where: str) -> Path:
-    """``folder / text``, if that is inside ``root`` (the folder's real path) after all links.
-
-    Raises:
-      DataError: the path is absolute, contains ``..``, or a link on it leads out of the folder.
-    """
-    parts = {*PurePosixPath(text).parts, *PureWindowsPath(text).parts}
-    absolute = PurePosixPath(text).is_absolute() or bool(PureWindowsPath(text).anchor)
-    if absolute or ".." in parts or "\0" in text:
-        raise DataError(
-            f"{where}: path {text!r} refused; paths are relative to the manifest and may not "
-            "contain '..'"
-        )
-    try:
-        real = Path(os.path.realpath(folder / text))
-    except (OSError, ValueError):
-        raise DataError(f"{where}: path {text!r} refused; not a valid path") from None
-    if not real.is_relative_to(root):
-        raise DataError(
-            f"{where}: path {text!r} refused; a link leads out of the manifest's folder"
-        )
-    return folder / text
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name too long, a folder that may not be entered
-        return False
 
 
 def _records(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -7,8 +7,6 @@ The shards are not written by a ``GeneratorBasedBuilder``, because TFDS needs Te
 more than 1 GB, and because its preparation starts from nothing after an interruption.
 """
 
-import concurrent.futures
-import json
 import os
 import shutil
 import sys
@@ -25,6 +23,7 @@ from rollingq_jax.data.records import (
     partial_folder,
     read_json,
 )
+from rollingq_jax.data.shards import write_json, write_shards
 from rollingq_jax.errors import DataError
 
 SHARD_SIZE = 64
@@ -67,7 +66,7 @@ def write_records(
     names = shard_names(recipe.name, len(recipe.items), shard_size)
     try:
         _begin(partial, settings, log)
-        reports = _write_shards(partial, recipe, names, strict, workers, shard_size)
+        reports = write_shards(partial, recipe, names, strict, workers, shard_size)
         _finish(partial, recipe, names, reports, settings)
         partial.rename(folder)
         for leftover in [folder / "settings.json", *folder.glob("*.array_record-*.json")]:
@@ -117,109 +116,7 @@ def _begin(partial: Path, settings: dict[str, Any], log: Callable[[str], None]) 
         log(f"{partial}: begun with other settings or other clips; starting anew")
         shutil.rmtree(partial)
         partial.mkdir()
-    _write_json(partial / "settings.json", settings)
-
-
-def _write_shards(
-    partial: Path,
-    recipe: Recipe,
-    names: list[str],
-    strict: bool,
-    workers: int,
-    shard_size: int,
-) -> list[dict[str, Any]]:
-    """Every shard that is not there yet; the reports of all, in order."""
-    import tensorflow_datasets as tfds
-    from tqdm import tqdm
-
-    features = tfds.features.FeaturesDict(dict(recipe.features))
-    reports = []
-    with (
-        tqdm(total=len(recipe.items), desc=recipe.name, unit="clip", mininterval=1.0) as progress,
-        concurrent.futures.ThreadPoolExecutor(max_workers=workers) as pool,
-    ):
-        for number, name in enumerate(names):
-            items = recipe.items[number * shard_size : (number + 1) * shard_size]
-            report = _finished_shard(partial / name)
-            if report is None or (strict and report["unreadable"]):
-                results = _make_all(pool, recipe, items, strict, progress)
-                report = _write_shard(partial / name, results, features.serialize_example)
-            else:
-                progress.update(len(items))
-            reports.append(report)
-    return reports
-
-
-def _finished_shard(path: Path) -> dict[str, Any] | None:
-    """The report of a shard that an earlier run finished."""
-    report = read_json(path.with_name(f"{path.name}.json"))
-    whole = report is not None and path.exists() and path.stat().st_size == report["bytes"]
-    return report if whole else None
-
-
-def _make_all(
-    pool: concurrent.futures.Executor,
-    recipe: Recipe,
-    items: tuple[str, ...],
-    strict: bool,
-    progress: Any,
-) -> list[tuple[str, Any]]:
-    """(item, (record, row) or the reason why there is none) for the items of one shard."""
-
-    def make(item: str) -> Any:
-        try:
-            return recipe.make(item)
-        except DataError as error:
-            return str(error)
-        except OSError as error:
-            return f"{error.filename or item}: cannot be read ({error.strerror or error})"
-
-    futures = [pool.submit(make, item) for item in items]
-    results = []
-    try:
-        for item, future in zip(items, futures, strict=True):
-            result = future.result()
-            if isinstance(result, str):
-                if strict:
-                    raise DataError(result)
-                progress.write(f"unreadable: {result}", file=sys.stderr)
-            results.append((item, result))
-            progress.update()
-    finally:
-        for future in futures:
-            future.cancel()
-    return results
-
-
-def _write_shard(
-    path: Path, results: list[tuple[str, Any]], serialize: Callable[[Any], bytes]
-) -> dict[str, Any]:
-    """One shard and its report, each under its name only when it is whole."""
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    rows = [result[1] for _, result in results if not isinstance(result, str)]
-    records = [serialize(result[0]) for _, result in results if not isinstance(result, str)]
-    try:
-        # Read one at a time, and not compressed: JPEGs and spectrograms shrink by 4 %, and
-        # unpacking them takes longer than all else that reading does.
-        writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1,uncompressed")
-        for record in records:
-            writer.write(record)
-        writer.close()
-    except Exception as error:  # the writer raises RuntimeError and others, with no errno
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path}: cannot be written ({reason})") from None
-    size = temporary.stat().st_size
-    _put(temporary, path)
-    report = {
-        "bytes": size,
-        "payload": sum(map(len, records)),
-        "rows": rows,
-        "unreadable": {item: why for item, why in results if isinstance(why, str)},
-    }
-    _write_json(path.with_name(f"{path.name}.json"), report)
-    return report
+    write_json(partial / "settings.json", settings)
 
 
 def _finish(
@@ -264,18 +161,4 @@ def _finish(
     }
     for name, text in recipe.attachments.items():
         (partial / name).write_text(text, encoding="utf-8")
-    _write_json(partial / "index.json", index)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Writes a file that is either absent or whole."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value), encoding="utf-8")
-    _put(temporary, path)
-
-
-def _put(temporary: Path, path: Path) -> None:
-    """Renames a file once its content is on the disk."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_json(partial / "index.json", index)

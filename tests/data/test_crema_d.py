@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from rollingq_jax import prepare
-from rollingq_jax.data import crema_d, crema_d_tables
+from rollingq_jax.data import crema_d, crema_d_ratings, crema_d_tables
 from rollingq_jax.data.features import log_stft
 from rollingq_jax.data.labels import labels_of
 from rollingq_jax.data.load import load_dataset
@@ -215,15 +215,15 @@ def test_rating_rule(tmp_path, votes, levels, expected):
         "FileName,VoiceVote,VoiceLevel,FaceVote,FaceLevel\n"
         f"1001_DFA_ANG_XX,{votes},{levels},A,100\n"
     )
-    assert crema_d_tables.read_ratings(tmp_path / "t.csv") == {
+    assert crema_d_ratings.read_ratings(tmp_path / "t.csv") == {
         "1001_DFA_ANG_XX": (expected and pytest.approx(expected), 1.0)
     }
 
 
 def test_missing_ratings_get_the_mean():
-    values, missing = crema_d_tables.fill_ratings([0.25, None, 0.75])
+    values, missing = crema_d_ratings.fill_ratings([0.25, None, 0.75])
     assert values.tolist() == [0.25, 0.5, 0.75] and missing == 1
-    assert crema_d_tables.fill_ratings([None, None])[0].tolist() == [0, 0]
+    assert crema_d_ratings.fill_ratings([None, None])[0].tolist() == [0, 0]
 
 
 # What can be wrong, each with its line.
@@ -431,11 +431,11 @@ def test_too_few_speakers(tmp_path):
 def test_bad_ratings(tmp_path):
     table = tmp_path / "summaryTable.csv"
     table.write_text("a,b\n1,2\n")
-    fails(lambda: crema_d_tables.read_ratings(table), "no column FileName", "summaryTable.csv?")
+    fails(lambda: crema_d_ratings.read_ratings(table), "no column FileName", "summaryTable.csv?")
     tree.write_ratings(table, [CLIPS[0], CLIPS[0]])
-    fails(lambda: crema_d_tables.read_ratings(table), "line 3: duplicate clip")
+    fails(lambda: crema_d_ratings.read_ratings(table), "line 3: duplicate clip")
     table.write_text(table.read_text().splitlines()[0] + "\nx\n")
-    fails(lambda: crema_d_tables.read_ratings(table), "line 2: 1 cells, 7 in the header")
+    fails(lambda: crema_d_ratings.read_ratings(table), "line 2: 1 cells, 7 in the header")
 
 
 @pytest.mark.parametrize(

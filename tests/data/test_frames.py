@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rollingq_jax.data import frames
+from rollingq_jax.data import frames, stored_frames
 from rollingq_jax.data.media import decode_image, encode_jpeg, evenly_spaced, resize_image
 from rollingq_jax.errors import DataError
 
@@ -184,27 +184,27 @@ def test_grey_frames_equal_their_rgb_copies():
 
 
 def test_stored_frames_have_short_side_256():
-    stored = frames.stored_jpeg(jpeg(gradient(360, 480)))
+    stored = stored_frames.stored_jpeg(jpeg(gradient(360, 480)))
     assert decode_image(stored).shape == (256, 341, 3)
-    stored = frames.stored_jpeg(jpeg(gradient(480, 360)))
+    stored = stored_frames.stored_jpeg(jpeg(gradient(480, 360)))
     assert decode_image(stored).shape == (341, 256, 3)
 
 
 def test_small_jpegs_are_stored_byte_for_byte():
     data = jpeg(gradient(40, 60))
-    assert frames.stored_jpeg(data) is data
+    assert stored_frames.stored_jpeg(data) is data
     grey = jpeg(gradient()[:, :, 0])
-    assert frames.stored_jpeg(grey) is grey
+    assert stored_frames.stored_jpeg(grey) is grey
     buffer = io.BytesIO()
     Image.fromarray(gradient()).save(buffer, format="PNG")
-    stored = frames.stored_jpeg(buffer.getvalue())
+    stored = stored_frames.stored_jpeg(buffer.getvalue())
     assert stored[:2] == b"\xff\xd8"
 
 
 def test_turned_photographs_are_stored_upright():
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees to see it upright
-    stored = frames.stored_jpeg(jpeg(gradient(40, 60), exif=exif))
+    stored = stored_frames.stored_jpeg(jpeg(gradient(40, 60), exif=exif))
     assert decode_image(stored).shape == (60, 40, 3)
     assert not Image.open(io.BytesIO(stored)).getexif()
 
@@ -212,18 +212,18 @@ def test_turned_photographs_are_stored_upright():
 def test_damaged_frames_are_named():
     data = encode_jpeg(gradient())
     with pytest.raises(DataError, match="00001.jpg"):
-        frames.stored_clip([("00000.jpg", data), ("00001.jpg", data[:200])])
+        stored_frames.stored_clip([("00000.jpg", data), ("00001.jpg", data[:200])])
     with pytest.raises(DataError, match="40 x 60|60 x 40"):
-        frames.stored_clip([("a", data), ("b", encode_jpeg(gradient(60, 40)))])
+        stored_frames.stored_clip([("a", data), ("b", encode_jpeg(gradient(60, 40)))])
     with pytest.raises(DataError, match="without frames"):
-        frames.stored_clip([])
+        stored_frames.stored_clip([])
 
 
 def test_frames_of_a_folder_come_in_the_order_of_their_numbers(tmp_path):
     for number in (10, 9, 100, 1):
         (tmp_path / f"frame_{number}.jpg").write_bytes(jpeg(gradient(offset=2 * number)))
     (tmp_path / "notes.txt").write_text("x")
-    stored = frames.clip_from_folder(tmp_path)
+    stored = stored_frames.clip_from_folder(tmp_path)
     blues = [decode_image(data)[:, :, 2].mean() for data in stored]
     np.testing.assert_allclose(blues, [2, 18, 20, 200], atol=1)
 

@@ -118,10 +118,10 @@ def test_interruption_at_the_end(tmp_path, when, monkeypatch):
         if when == "metadata":
             patch.setattr(tfds.folder_dataset, "write_metadata", stop)
         elif when == "index":
-            write_json = record_writer._write_json
+            write_json = record_writer.write_json
             patch.setattr(
                 record_writer,
-                "_write_json",
+                "write_json",
                 lambda path, value: (
                     stop() if path.name == "index.json" else write_json(path, value)
                 ),
