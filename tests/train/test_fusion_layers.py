@@ -16,9 +16,10 @@ from rollingq_jax.exported import folded
 from rollingq_jax.train import setup
 from rollingq_jax.train.interrupt import Interrupted
 from rollingq_jax.train.loop import train_and_evaluate
+from rollingq_jax.train.parallel import WRAPPERS
 from rollingq_jax.train.restore import load_run
 from rollingq_jax.train.state import create_state
-from rollingq_jax.train.steps import RollSchedule, make_train_step
+from rollingq_jax.train.steps import RollSchedule, make_eval_step, make_train_step
 
 LAYERS, HEADS = 3, 2
 
@@ -56,27 +57,57 @@ def test_layers_roll_from_below(finished):
     assert np.isfinite(summary["test_loss"])
 
 
+def test_pictures_are_drawn(finished):
+    """Of the first layer's first head, where a picture shows one."""
+    workdir = finished[1]
+    assert (workdir / "report.html").exists()
+    drawn = {path.stem for path in (workdir / "figures").glob("*.png")}
+    assert {"dynamics", "rotation"} <= drawn
+
+
 def small_batch(step):
     """A batch of two vectors; the last row is padding."""
     rng = np.random.default_rng(step)
     return {
-        "a": rng.normal(size=(6, 5)).astype(np.float32),
-        "b": rng.normal(size=(6, 3)).astype(np.float32) + 1,
-        "label": rng.integers(0, 3, 6).astype(np.int32),
-        "example_mask": np.arange(6) < 5,
+        "a": rng.normal(size=(8, 5)).astype(np.float32),
+        "b": rng.normal(size=(8, 3)).astype(np.float32) + 1,
+        "label": rng.integers(0, 3, 8).astype(np.int32),
+        "example_mask": np.arange(8) < 5,
     }
 
 
-def test_queries_at_the_roll_are_the_parameters_below_and_the_windows_mean_above():
+def small_parts(period=1, **fields):
+    """Model, training step that checks after every `period`, first state."""
     encoders = {"a": {"kind": "vector"}, "b": {"kind": "vector"}}
     shape = {"dim": 8, "depth": 1, "num_heads": 2, "fusion_heads": 2, "mlp_ratio": 1.0}
     model = build_model(
-        {"num_classes": 3, "dropout": 0.0, "fusion_layers": 2, "encoders": encoders, **shape}
+        {"num_classes": 3, "fusion_layers": 2, "encoders": encoders, **shape, **fields}
     )
     tx, roller = optax.sgd(0.1), rolling_query(rho=2.0, max_rotations=2, layers=2)
     state = create_state(model, tx, roller, seed=0, batch=small_batch(0))
-    step = jax.jit(make_train_step(model, tx, roller, RollSchedule(period=1, window=1)))
-    layers = []
+    return model, make_train_step(model, tx, roller, RollSchedule(period, period)), state
+
+
+def test_replicas_under_pmap_roll_as_under_jit():
+    found = {}
+    for name, layout in WRAPPERS.items():
+        model, step, state = small_parts(2, dropout=0.2, encoder_dropout=0.2)
+        run = layout(step, make_eval_step(model))
+        state, losses = run.put_state(state), []
+        for k in range(6):
+            state, sums, _ = run.train_step(state, run.put_batch(small_batch(k)))
+            losses.append(float(run.get(sums)["loss"]))
+        found[name] = losses, run.get(state).rolling
+    (losses, rolling), (others, theirs) = found["jit"], found["pmap"]
+    np.testing.assert_allclose(losses, others, rtol=1e-5)
+    np.testing.assert_array_equal(rolling.count, [2, 2, 1, 1])
+    np.testing.assert_array_equal(rolling.count, theirs.count)
+    np.testing.assert_allclose(rolling.rotation, theirs.rotation, atol=1e-4)
+
+
+def test_queries_at_the_roll_are_the_parameters_below_and_the_windows_mean_above():
+    model, step, state = small_parts(dropout=0.0)
+    step, layers = jax.jit(step), []
     for k in range(4):
         batch, before = small_batch(k), state
         state, _, roll = step(state, batch)
