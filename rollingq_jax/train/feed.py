@@ -14,8 +14,8 @@ POSITIONS = ("sequence", "tokens")  # kinds whose mask may be [B, L]
 class Feed:
     """Iterates over batches and checks them.
 
-    The first batch is checked whole, the others against the first; labels are checked in each,
-    since a wrong one would pass as NaN or as another class.
+    The first batch is checked whole, the others against the first; labels and token ids are checked
+    in each, since a wrong one would pass as NaN or as another class.
 
     Args:
       batches: from the pipeline.
@@ -33,6 +33,8 @@ class Feed:
     ) -> None:
         self._batches, self._dataset = batches, dataset
         self._modalities, self._rows = modalities, rows
+        sizes = {m: dataset.modalities[m].vocab_size for m in modalities}
+        self._vocabularies = {m: size for m, size in sizes.items() if size is not None}
         self._first: dict[str, tuple[tuple[int, ...], np.dtype]] | None = None
 
     def __iter__(self) -> "Feed":
@@ -55,6 +57,7 @@ class Feed:
                 f"expected {_form(self._first, odd)}, as in the batches before"
             )
         check_labels(batch["label"], self._dataset.num_classes)
+        check_ids(batch, self._vocabularies)
         return batch
 
     def close(self) -> None:
@@ -121,6 +124,21 @@ def check_labels(label: np.ndarray, num_classes: int) -> None:
         raise DataError(
             f"batch: 'label' holds {wrong}; expected 0 to {num_classes - 1} ({num_classes} classes)"
         )
+
+
+def check_ids(batch: Mapping[str, np.ndarray], vocabularies: Mapping[str, int]) -> None:
+    """Token ids lie in 0 .. vocab_size - 1.
+
+    Raises:
+      DataError: one does not.
+    """
+    for name, size in vocabularies.items():
+        low, high = batch[name].min(), batch[name].max()
+        if low < 0 or high >= size:
+            wrong = low if low < 0 else high
+            raise DataError(
+                f"batch: {name!r} holds {wrong}; expected 0 to {size - 1} (vocab_size {size})"
+            )
 
 
 def _form(forms: Mapping[str, tuple[tuple[int, ...], np.dtype]], name: str) -> str:

@@ -13,6 +13,7 @@ GOOD = {
     "a_mask": np.ones((ROWS, 5), bool),
     "b": np.zeros((ROWS, 8, 8, 3), np.uint8),
     "b_mask": np.ones(ROWS, bool),
+    "c": np.arange(ROWS * 2, dtype=np.int32).reshape(ROWS, 2),
     "label": np.arange(ROWS, dtype=np.int32) % 3,
     "example_mask": np.ones(ROWS, bool),
     "quality_a": np.zeros(ROWS, np.float32),
@@ -23,10 +24,11 @@ def feed(*batches):
     infos = {
         "a": ModalityInfo("a", "sequence", (5, 3)),
         "b": ModalityInfo("b", "image", (8, 8, 3), "uint8"),
+        "c": ModalityInfo("c", "tokens", (2,), "int32", vocab_size=8),
     }
     source = ArraySource({"label": np.zeros(1, np.int32)})
     dataset = Dataset({"train": source, "test": source}, infos, num_classes=3)
-    return Feed(iter(batches), dataset, ("a", "b"), ROWS)
+    return Feed(iter(batches), dataset, ("a", "b", "c"), ROWS)
 
 
 def changed(**fields):
@@ -51,7 +53,7 @@ NAN[1, 2, 0] = np.nan
 @pytest.mark.parametrize(
     ("fields", "line"),
     [
-        ({"a": None}, "'a' is missing; expected a, b, label and example_mask, found a_mask, b"),
+        ({"a": None}, "'a' is missing; expected a, b, c, label and example_mask, found a_mask, b"),
         ({"label": None}, "'label' is missing"),
         ({"example_mask": None}, "'example_mask' is missing"),
         ({"a": GOOD["a"][:, :4]}, r"'a' is float32\[4, 4, 3\]; expected float32\[4, 5, 3\]"),
@@ -61,6 +63,9 @@ NAN[1, 2, 0] = np.nan
         ({"a_mask": np.ones((ROWS, 4), bool)}, r"expected bool\[4\] or bool\[4, 5\]"),
         ({"a_mask": np.ones((ROWS, 5), np.int32)}, r"'a_mask' is int32\[4, 5\]; expected bool"),
         ({"b_mask": np.ones((ROWS, 8), bool)}, r"'b_mask' is bool\[4, 8\]; expected bool\[4\]$"),
+        ({"c": GOOD["c"] + 1}, r"'c' holds 8; expected 0 to 7 \(vocab_size 8\)"),
+        ({"c": GOOD["c"] - 1}, "'c' holds -1; expected 0 to 7"),
+        ({"c": GOOD["c"].astype(np.int64)}, r"'c' is int64\[4, 2\]; expected int32"),
         ({"label": GOOD["label"][:, None]}, r"'label' is int32\[4, 1\]; expected int32\[4\]"),
         ({"label": GOOD["label"].astype(np.int64)}, r"'label' is int64\[4\]; expected int32"),
         ({"label": GOOD["label"] + 1}, r"'label' holds 3; expected 0 to 2 \(3 classes\)"),
@@ -84,6 +89,7 @@ def test_the_first_batch_is_checked_whole(fields, line):
         ({"a_mask": None}, r"'a_mask' is absent; expected bool\[4, 5\]"),
         ({"extra": np.zeros(ROWS)}, r"'extra' is float64\[4\]; expected absent"),
         ({"label": GOOD["label"] + 5}, "'label' holds 7"),
+        ({"c": GOOD["c"] + 5}, "'c' holds 12"),
     ],
 )
 def test_later_batches_are_like_the_first(fields, line):
