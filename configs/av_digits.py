@@ -2,9 +2,9 @@
 
 python train.py --config configs/av_digits.py --workdir runs/demo
 
-About half a minute on two cores. Noise and rolling were chosen on validation data (mean of three
-seeds, best epoch): accuracy .444 for concat, .449 for plain attention with an audio share of .66
-and a correlation of share and quality of -.20, .459 for this configuration with .50 and +.07.
+About half a minute on two cores. Noise and rolling were chosen on validation data (mean of five
+seeds, best epoch): accuracy .535 for concat, .560 for plain attention with an audio share of .61
+and a correlation of share and quality of -.17, .568 for this configuration with .50 and +.04.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     """In training, noise is the same for all; quality varies in validation and test."""
     config = default_config()
     config.epochs = 24
-    config.optimizer.learning_rate = 0.02
+    config.optimizer.learning_rate = 0.08
     config.rolling.beta = 0.2
     config.rolling.rho = 1.0
     config.rolling.max_rotations = 10
@@ -31,5 +31,5 @@ def get_config() -> ConfigDict:
         }
     )
     # What `compare` tries for every arm alike, on validation data.
-    config.compare.grid = ConfigDict({"optimizer": {"learning_rate": (0.01, 0.02, 0.04)}})
+    config.compare.grid = ConfigDict({"optimizer": {"learning_rate": (0.02, 0.04, 0.08, 0.16)}})
     return config
