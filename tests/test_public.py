@@ -5,6 +5,7 @@ import inspect
 import pytest
 
 import rollingq_jax as rq
+from rollingq_jax import train
 
 MOST = 40
 
@@ -22,6 +23,11 @@ def test_there_are_few():
 def test_each_has_an_example(name):
     """`pytest --doctest-modules rollingq_jax` runs them."""
     assert ">>>" in documentation(name)
+
+
+@pytest.mark.parametrize("module", [rq.convert, train], ids=["convert", "train"])
+def test_what_is_imported_on_first_use_has_examples_too(module):
+    assert [n for n in module.__all__ if ">>>" not in getattr(module, n).__doc__] == []
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,10 @@ def upstream_model(
 
     Raises:
       ConfigError: an argument has no meaning for upstream.
+
+    Example:
+      >>> upstream_model(fusion_method="concat", edim=24).spec.fusion
+      'concat'
     """
     dataset = _dataset(dataset)
     if use_video_frames < 1:
@@ -102,6 +106,10 @@ def upstream_shapes(
 
     Raises:
       ConfigError: an unknown data set.
+
+    Example:
+      >>> upstream_shapes("KineticSound")
+      {'audio': (1024, 128, 1), 'visual': (3, 224, 224, 3)}
     """
     return {
         "audio": (*SPECTROGRAMS[_dataset(dataset)], 1),
@@ -121,6 +129,11 @@ def upstream_batch(audio: Any = None, video: Any = None) -> dict[str, Array]:
 
     Raises:
       DataError: another number of axes, or of channels.
+
+    Example:
+      >>> batch = upstream_batch(jnp.zeros((2, 257, 188)), jnp.zeros((2, 3, 1, 224, 224)))
+      >>> {name: array.shape for name, array in batch.items()}
+      {'audio': (2, 257, 188, 1), 'visual': (2, 1, 224, 224, 3)}
     """
     batch = {}
     if audio is not None:

@@ -27,6 +27,13 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     Raises:
       DataError: no such file, another suffix, a damaged file, an entry that is no array, or a
         library that is not installed.
+
+    Example:
+      >>> import os, tempfile
+      >>> path = os.path.join(tempfile.mkdtemp(), "weights.npz")
+      >>> np.savez(path, weight=np.ones((2, 3)))
+      >>> load_state_dict(path)["weight"].shape
+      (2, 3)
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:

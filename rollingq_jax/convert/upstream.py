@@ -55,6 +55,15 @@ def from_upstream(
       DataError: a tensor is missing, unknown or not numeric, or its shape does not fit; the message
         names it, with both shapes.
       UserError: `modality` is no modality, or is given for a model that fuses both.
+
+    Example:
+      >>> import jax, rollingq_jax as rq
+      >>> model = rq.convert.upstream_model(edim=12, depth=1)
+      >>> batch = rq.convert.upstream_batch(np.zeros((1, 257, 188)), np.zeros((1, 3, 3, 224, 224)))
+      >>> params = jax.jit(model.init)(jax.random.key(0), batch)["params"]
+      >>> params, rotation = from_upstream(to_upstream(params))  # there and back
+      >>> rotation.shape, params["fusion"]["query"]["kernel"].shape
+      ((1, 12, 12), (12, 1, 12))
     """
     found = _names(state_dict)
     arm, table, dropped = _select(found, modality)
@@ -80,6 +89,9 @@ def dropped_tensors(state_dict: Mapping[str, Any], modality: str | None = None) 
 
     Raises:
       DataError, UserError: as `from_upstream`.
+
+    Example:
+      >>> dropped_tensors(load_state_dict("model.pth"))  # doctest: +SKIP
     """
     return _select(_names(state_dict), modality)[2]
 
@@ -98,6 +110,9 @@ def to_upstream(params: Mapping[str, Any], rotation: Any = None) -> dict[str, np
     Raises:
       DataError: the parameters are not those of an architecture of upstream's.
       UserError: a rotation without attention fusion, or of another shape.
+
+    Example:
+      >>> state_dict = to_upstream(params, rotation)  # doctest: +SKIP
     """
     leaves = traverse_util.flatten_dict(params, sep="/")
     arm = detect_in_params(params)

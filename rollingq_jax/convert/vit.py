@@ -29,7 +29,13 @@ Grid = tuple[int, int]
 
 
 class VitReport(NamedTuple):
-    """What became of every parameter; each path is in one of the first three."""
+    """What became of every parameter; each path is in one of the first three.
+
+    Example:
+      >>> print(VitReport(("a",), {"b": "resized"}, ("c",), ()))
+      1 parameters loaded, 1 left as they were
+      b: resized
+    """
 
     loaded: tuple[str, ...]  # as in the file
     reshaped: dict[str, str]  # derived from the file: path -> how
@@ -78,6 +84,10 @@ def load_vit(
     Raises:
       DataError: the file cannot be used, a shape does not fit, or no encoder takes its patches.
       UserError: a grid is ambiguous or does not fit; the message names the encoder.
+
+    Example:
+      >>> params, report = load_vit("vit.npz", params)  # doctest: +SKIP
+      >>> print(report)  # doctest: +SKIP
     """
     leaves = traverse_util.flatten_dict(params, sep="/")
     encoders = _encoder_shapes(leaves)
@@ -113,6 +123,12 @@ def patch_grids(config_model: Any, batch: Mapping[str, Any]) -> dict[str, Grid |
     Args:
       config_model: `config.model`, or a `ModelSpec`.
       batch: arrays `[B, ...]` (or anything with a shape) by modality.
+
+    Example:
+      >>> encoders = {"visual": {"kind": "image", "patch": (16, 16)}}
+      >>> config = {"fusion": "concat", "num_classes": 2, "encoders": encoders}
+      >>> patch_grids(config, {"visual": np.zeros((1, 224, 224, 3))})
+      {'visual': (14, 14)}
     """
     grids: dict[str, Grid | None] = {}
     for encoder in ModelSpec.from_config(config_model).encoders:

@@ -27,6 +27,12 @@ def default_config() -> ConfigDict:
     """Every field with its default; a file in `configs/` changes what its experiment needs.
 
     Learning rate and decay are those of the paper's runs (upstream `main.py`); the model is small.
+
+    Example:
+      >>> config = default_config()
+      >>> config.rolling.beta = 0.2
+      >>> config.optimizer.name, config.parallel
+      ('sgd', 'jit')
     """
     return ConfigDict(
         {

@@ -91,6 +91,10 @@ def train_and_evaluate(
         intact.
       NonFiniteError: a loss or gradient was NaN or infinite; the last checkpoint is from before.
       Interrupted: SIGINT, SIGTERM or `max_steps` ended the run early; its state is saved.
+
+    Example:
+      >>> config.data.name, config.data.path = "arrays", "mine.npz"  # doctest: +SKIP
+      >>> summary = train_and_evaluate(config, "runs/mine")  # doctest: +SKIP
     """
     if interruption is None:
         with Interruption() as interruption:

@@ -47,6 +47,12 @@ def load_run(workdir: epath.PathLike) -> LoadedRun:
     Raises:
       CheckpointError: there is no run or no intact checkpoint in the folder.
       ConfigError, DataError: its configuration or its data cannot be used any more.
+
+    Example:
+      >>> run = load_run("runs/demo")  # doctest: +SKIP
+      >>> query = run.model.apply(
+      ...     {"params": run.params}, run.rotation, method="class_query"
+      ... )  # doctest: +SKIP
     """
     path = epath.Path(workdir).expanduser()
     path = path if "://" in str(workdir) else path.resolve()
