@@ -169,7 +169,7 @@ def input_shapes(run: LoadedRun, size: Any) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def serialise(run: LoadedRun, fold: bool, platforms: Sequence[str] = PLATFORMS) -> bytes:
-    """`batch -> (probabilities [B, C], attention_share {m: [B, H]})` with the weights inside.
+    """`batch -> (probabilities [B, C], attention_share {m: [B, n H]})` with the weights inside.
 
     For any batch size, through `jax.export`: `jax.export.deserialize(content).call(batch)` runs it
     where there are jax and flatbuffers without this package. The batch holds each modality and its

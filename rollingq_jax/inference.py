@@ -22,8 +22,9 @@ class Prediction(NamedTuple):
 
     Attributes:
       probabilities: `[N, C]` float32.
-      attention_share: `{m: [N, H]}` float32, how much of each head's attention a modality got;
-        sums to 1 over the modalities. Empty for a fusion without a class query.
+      attention_share: `{m: [N, n H]}` float32, how much of a head's attention a modality got, for
+        the H heads of n fusion layers; sums to 1 over the modalities. Empty for a fusion without a
+        class query.
     """
 
     probabilities: np.ndarray
@@ -97,7 +98,7 @@ def check_batch_size(size: int) -> None:
 
 
 def answer_function(model: Any) -> Any:
-    """`(params, rotation, batch) -> (probabilities [B, C], attention_share {m: [B, H]})`, pure."""
+    """`(params, rotation, batch) -> (probabilities [B, C], share {m: [B, n H]})`, pure."""
 
     def answer(params: Any, rotation: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits, out = model.apply({"params": params}, batch, rotation=rotation)

@@ -125,6 +125,16 @@ class Encoder(nn.Module):
         cls = jnp.broadcast_to(cls.astype(self.dtype)[None, None], (tokens.shape[0], 1, width))
         return jnp.concatenate([cls, tokens], axis=1) + position.astype(self.dtype)[None]
 
+    def _check_width(self, features: Array) -> None:
+        """The parameters' embedding was made for as many numbers a token."""
+        params: Any = self.get_variable("params", "embed", {})
+        made_for = jnp.shape(params["kernel"])[0] if "kernel" in params else None
+        if made_for not in (None, features.shape[-1]):
+            raise DataError(
+                f"{self.spec.name} has {features.shape[-1]} numbers a token; allowed: {made_for}, "
+                "for which the parameters' embedding was made"
+            )
+
     @nn.compact
     def __call__(
         self,
@@ -149,6 +159,7 @@ class Encoder(nn.Module):
         check_input(self.spec, x)
         presence = presence or Presence()
         features = make_features(self.spec, x, presence)
+        self._check_width(features)
         tokens = embedding(self.spec, features, self.dtype, "embed")(features)
         tokens = self._with_class_token(tokens)
         mask = presence.positions

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.errors import FlaxError
 
 import rollingq_jax as rq
 from rollingq_jax.train import default_config, load_run, train_and_evaluate
@@ -208,7 +207,7 @@ def applied():
     [
         ({"a": None}, "a"),
         ({"a": np.ones((2, 3, 3), np.float32)}, r"a has shape \(2, 3, 3\) .*\[batch, feature\]"),
-        ({"a": np.ones((2, 5), np.float32)}, "encoder_a/embed"),
+        ({"a": np.ones((2, 5), np.float32)}, "a has 5 numbers a token; allowed: 3"),
         ({"a": np.ones((3, 3), np.float32)}, "numbers of examples: a 3, b 2; allowed: one"),
         ({"a": np.ones((2, 3), bool)}, "a has shape .* and dtype bool; allowed"),
         ({"a": [[1.0, 2.0], [3.0]]}, "a is not an array of numbers"),
@@ -221,5 +220,6 @@ def applied():
     ],
 )
 def test_a_model_names_what_does_not_fit(applied, fields, name):
-    with pytest.raises((ValueError, FlaxError), match=name):
+    with pytest.raises(ValueError, match=name) as caught:
         applied(**fields)
+    assert "\n" not in str(caught.value)
