@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from configs.av_digits import get_config
-from rollingq_jax.comparison.results import metrics_of, written, written_difference
+from rollingq_jax.comparison.results import (
+    metrics_of,
+    written,
+    written_difference,
+    written_mean,
+)
 
 PAGE = Path(__file__).parent / "results.md"
 IMAGES = Path(__file__).parent / "images"
@@ -38,8 +43,10 @@ def metric_table(metric: str, lines: Mapping[str, Mapping[str, Any]], against: s
     for arm, line in lines.items():
         spread = "" if line["sd"] is None else written(metric, line["sd"])
         difference = written_difference(metric, line) if "difference" in line else ""
-        rows.append([arm, written(metric, line["mean"]), spread, difference])
-    return markdown(["arm", "mean", "standard deviation", f"difference to {against}"], rows)
+        rows.append([arm, written_mean(metric, line), spread, difference])
+    return markdown(
+        ["arm", "mean [95 % interval]", "standard deviation", f"difference to {against}"], rows
+    )
 
 
 def settings_table(selection: Mapping[str, Any]) -> str:
@@ -71,7 +78,8 @@ def measured(result: Mapping[str, Any]) -> str:
         ]
     parts += ["### Settings", settings_table(result["selection"])]
     parts += [f"![{alt}](images/results_{name}.png)" for name, alt in FIGURES.items()]
-    versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
+    packages = {name: v for name, v in result["versions"].items() if name != "platform"}
+    versions = ", ".join(f"{name} {version}" for name, version in packages.items())
     seeds = f"Seeds {result['seeds'][0]} to {result['seeds'][-1]}"
     parts.append(f"{seeds}; {result['device']}; {versions}.")
     return "\n\n".join(parts)

@@ -172,7 +172,7 @@ def summary_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     for metric, lines in result["table"].items():
         rows.append((words[metric], f"difference to {result['reference']}"))
         for arm, line in lines.items():
-            text = numbers.written(metric, line["mean"])
+            text = numbers.written_mean(metric, line)
             if "difference" in line:
                 text += f"  {numbers.written_difference(metric, line)}"
             rows.append((f"  {arm}", text))

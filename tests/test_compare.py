@@ -155,6 +155,7 @@ def test_files_hold_every_run_and_the_paired_table(config_file, tmp_path, fake, 
     line = result["table"]["test_accuracy"]["rollingq"]
     assert line["mean"] == pytest.approx(ours.mean())
     assert line["sd"] == pytest.approx(ours.std(ddof=1))
+    assert ours.min() <= line["mean_low"] < line["mean"] < line["mean_high"] <= ours.max()
     assert line["difference"] == pytest.approx((ours - theirs).mean())
     assert (line["wins"], line["losses"], line["pairs"]) == (4, 0, 4)
     assert line["low"] > 0

@@ -8,7 +8,8 @@ from docs import results
 
 
 def line(mean, **difference):
-    return {"mean": mean, "sd": 0.01, "runs": 5} | difference
+    interval = {"mean_low": mean - 0.005, "mean_high": mean + 0.005}
+    return {"mean": mean, "sd": 0.01, "runs": 5} | interval | difference
 
 
 @pytest.fixture
@@ -29,15 +30,15 @@ def result():
         "runs": [],
         "seeds": [0, 1, 2, 3, 4],
         "device": "1 x cpu",
-        "versions": {"jax": "9.9"},
+        "versions": {"platform": "somewhere", "jax": "9.9"},
     }
 
 
 def test_numbers_stand_as_they_were_measured(result):
     text = results.measured(result)
-    assert (
-        "| rollingq | 63.0 % | 1.0 % | +2.0 points [+1.0, +3.0], 4 won and 1 lost: a gain |" in text
-    )
+    difference = "+2.0 points [+1.0, +3.0], 4 won and 1 lost: a gain"
+    assert f"| rollingq | 63.0 % [62.5 %, 63.5 %] | 1.0 % | {difference} |" in text
+    assert "somewhere" not in text
     assert "| attention | **optimizer.learning_rate 0.2** | 60.0 %, 61.0 % |" in text
     assert "| attention | optimizer.learning_rate 0.1 | 50.0 %, 51.0 % |" in text
     assert "Seeds 0 to 4; 1 x cpu; jax 9.9." in text

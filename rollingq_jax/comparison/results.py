@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rollingq_jax.analysis.statistics import paired_difference
+from rollingq_jax.analysis.statistics import bootstrap_mean, paired_difference
 
 Run = dict[str, Any]
 Table = dict[str, dict[str, dict[str, Any]]]
@@ -65,8 +65,9 @@ def make_table(runs: Sequence[Run], arms: Sequence[str], against: str) -> Table:
       against: the arm that the others are compared with, seed by seed.
 
     Returns:
-      For each metric the arms that have it: "mean", "sd" (None for one run), "runs", and for all
-      but `against` "difference", "low", "high" (bootstrap 95 % interval, None for one pair),
+      For each metric the arms that have it: "mean", "mean_low", "mean_high" (its bootstrap 95 %
+      interval) and "sd" (None for one run), "runs", and for all but `against` "difference",
+      "low", "high" (bootstrap 95 % interval, None for one pair),
       "pairs", "wins", "losses".
     """
     table: Table = {}
@@ -78,8 +79,11 @@ def make_table(runs: Sequence[Run], arms: Sequence[str], against: str) -> Table:
             if not values:
                 continue
             numbers = np.array(list(values.values()))
+            mean = bootstrap_mean(numbers)
             line: dict[str, Any] = {
-                "mean": float(numbers.mean()),
+                "mean": mean.mean,
+                "mean_low": finite_or_none(mean.low),
+                "mean_high": finite_or_none(mean.high),
                 "sd": float(numbers.std(ddof=1)) if len(numbers) > 1 else None,
                 "runs": len(numbers),
             }
@@ -92,13 +96,18 @@ def make_table(runs: Sequence[Run], arms: Sequence[str], against: str) -> Table:
     return table
 
 
+def finite_or_none(value: float) -> float | None:
+    """What JSON has for a number that is not defined."""
+    return value if np.isfinite(value) else None
+
+
 def difference(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
     """The paired difference in the words of the table."""
     found = paired_difference(np.asarray(first), np.asarray(second))
     return {
         "difference": found.mean,
-        "low": found.low if np.isfinite(found.low) else None,
-        "high": found.high if np.isfinite(found.high) else None,
+        "low": finite_or_none(found.low),
+        "high": finite_or_none(found.high),
         "pairs": found.size,
         "wins": found.wins,
         "losses": found.losses,
@@ -157,7 +166,7 @@ def _sentence(table: Table, metric: str, against: str) -> list[str]:
     if not lines:
         return []
     reference = table[metric].get(against)
-    level = f" ({written(metric, reference['mean'])})" if reference else ""
+    level = f" ({written_mean(metric, reference)})" if reference else ""
     claims = [f"{arm} {written_difference(metric, line)}" for arm, line in lines.items()]
     return [f"{METRICS[metric].capitalize()} against {against}{level}: {'; '.join(claims)}."]
 
@@ -165,6 +174,14 @@ def _sentence(table: Table, metric: str, against: str) -> list[str]:
 def written(metric: str, value: float) -> str:
     """A value as text."""
     return f"{100 * value:.1f} %" if metric in IN_PERCENT else f"{value:.3f}"
+
+
+def written_mean(metric: str, line: Mapping[str, Any]) -> str:
+    """A mean as text, with its interval."""
+    if line["mean_low"] is None:
+        return written(metric, line["mean"])
+    low, high = (written(metric, line[end]) for end in ("mean_low", "mean_high"))
+    return f"{written(metric, line['mean'])} [{low}, {high}]"
 
 
 def written_difference(metric: str, line: Mapping[str, Any]) -> str:
