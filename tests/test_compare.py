@@ -341,7 +341,7 @@ def table_with(differences):
 def test_the_conclusion_says_what_the_intervals_allow(differences, words):
     table = table_with(differences)
     text = results.conclude(table, None, "attention", "concat", len(differences))
-    assert words in text and "against attention (50.0 %)" in text
+    assert words in text and "against attention (50.0 %" in text
     assert ("gain;" not in text) and text.endswith("data set and model.")
 
 

@@ -115,10 +115,10 @@ def report_tables(result: Mapping[str, Any]) -> list[Table]:
 
 
 def _metric_table(title: str, lines: Mapping[str, Mapping[str, Any]]) -> Table:
-    fields = ("mean", "mean_low", "mean_high", "sd", "runs", "difference", "low", "high")
-    columns = ("arm", "mean", "95 % from", "to", "standard deviation", "runs")
-    columns += ("difference", "95 % from", "to")
-    fields += ("wins", "losses")
+    interval = ("95 % from", "to")
+    columns = ("arm", "mean", *interval, "standard deviation", "runs", "difference", *interval)
+    own, paired = ("mean", "mean_low", "mean_high", "sd", "runs"), ("difference", "low", "high")
+    fields = (*own, *paired, "wins", "losses")
     rows = [(arm, *(line.get(field) for field in fields)) for arm, line in lines.items()]
     return Table(title, (*columns, "wins", "losses"), rows)
 

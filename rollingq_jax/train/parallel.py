@@ -1,8 +1,8 @@
 """The same pure steps over the devices of one or many processes, through jit or pmap.
 
-jit: a `data` mesh axis over all devices, batches sharded along it, everything else replicated; XLA
-puts the reductions in. pmap: one replica a device, sums reduced over its axis by the step itself.
-Either way the sums behind an update or a roll are the global batch's, so replicas cannot differ.
+jit: a `data` mesh axis over all devices, batches sharded along it, everything else replicated.
+pmap: one replica a device. Either way the step is mapped over the axis and reduces its sums over it
+itself, so the sums behind an update or a roll are the global batch's and replicas cannot differ.
 """
 
 import functools
@@ -70,7 +70,11 @@ def replicate(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def with_jit(train_step: Callable[..., Any], eval_step: Callable[..., Any]) -> Parallel:
-    """Steps under jit with NamedSharding."""
+    """Steps under jit with NamedSharding.
+
+    `shard_map` and not XLA's own partitioning, which would gather what it cannot split: a loop over
+    a sharded axis, or a kernel it does not know.
+    """
     mesh = Mesh(np.array(jax.devices()), (AXIS,))
     replicated = NamedSharding(mesh, PartitionSpec())
     rows = NamedSharding(mesh, PartitionSpec(AXIS))
@@ -82,14 +86,19 @@ def with_jit(train_step: Callable[..., Any], eval_step: Callable[..., Any]) -> P
         }
 
     def evaluate(state: TrainState, batch: dict[str, jax.Array]):
-        return eval_step(state.params, state.rotation, batch)
+        return eval_step(state.params, state.rotation, batch, axis_name=AXIS)
 
+    everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
+    mapped = functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(everywhere, split), check_vma=False
+    )
+    train = functools.partial(train_step, axis_name=AXIS)
     return Parallel(
         put_state=lambda state: replicate(state, replicated),
         get=lambda tree: tree,
         put_batch=put_batch,
-        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=replicated),
-        eval_step=jax.jit(evaluate, out_shardings=(replicated, rows)),
+        train_step=jax.jit(mapped(train, out_specs=everywhere), donate_argnums=0),
+        eval_step=jax.jit(mapped(evaluate, out_specs=(everywhere, split))),
         get_rows=_gather_rows,
     )
 

@@ -1,7 +1,7 @@
 """One training step and one evaluation step, as pure functions of state and batch.
 
-They run under jit over sharded arrays, where `axis_name` is None, and under pmap, where it names
-the mapped axis; `parallel.py` wraps them either way.
+They run on a whole batch, where `axis_name` is None, or mapped over the devices' shares of it,
+where it names the mapped axis; `parallel.py` maps them under jit or pmap.
 """
 
 import functools
