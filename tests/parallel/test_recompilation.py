@@ -48,6 +48,7 @@ def test_steps_that_roll_and_padded_batches_need_no_program_of_their_own(paralle
     assert layout.get(state).rolling.count.sum() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", sorted(WRAPPERS))
 def test_a_run_compiles_in_its_first_epoch_alone(parallel, on_compilation, tmp_path):
     write_arrays(tmp_path / "data.npz")

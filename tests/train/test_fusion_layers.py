@@ -88,6 +88,7 @@ def small_parts(period=1, **fields):
     return model, make_train_step(model, tx, roller, RollSchedule(period, period)), state
 
 
+@pytest.mark.slow
 def test_replicas_under_pmap_roll_as_under_jit():
     found = {}
     for name, layout in WRAPPERS.items():
