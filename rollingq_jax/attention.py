@@ -69,7 +69,7 @@ def _check(
     check_arrays(dict(zip("BL", tokens.shape, strict=False)), mask=(mask, "B L or None", "bool"))
 
 
-def _per_example(query: Array, batch_size: int) -> Array:
+def per_example(query: Array, batch_size: int) -> Array:
     """`[H, d_h]` or `[B, H, d_h]` -> `[B, H, d_h]`."""
     query = as_float(query)
     return jnp.broadcast_to(
@@ -121,7 +121,7 @@ def class_token_attention(
     del b_key
     batch_size, length, width = tokens.shape
     w_key, w_value = as_float(w_key), as_float(w_value)
-    query = _per_example(query, batch_size)
+    query = per_example(query, batch_size)
     folded = jnp.einsum("dhk,bhk->bhd", w_key, query, precision=HIGHEST) * query.shape[-1] ** -0.5
     logits = jnp.einsum(
         "bld,bhd->bhl", tokens, folded.astype(tokens.dtype), preferred_element_type=jnp.float32
@@ -164,7 +164,7 @@ def textbook_attention(
     _check(tokens, query, w_key, w_value, b_key, b_value, mask)
     keys = jnp.einsum("bld,dhk->bhlk", tokens, w_key) + b_key[None, :, None]
     values = jnp.einsum("bld,dhk->bhlk", tokens, w_value) + b_value[None, :, None]
-    query = _per_example(query, tokens.shape[0])
+    query = per_example(query, tokens.shape[0])
     logits = jnp.einsum("bhk,bhlk->bhl", query, keys) * query.shape[-1] ** -0.5
     weights = masked_softmax(logits, None if mask is None else mask[:, None])
     return jnp.einsum("bhl,bhlk->bhk", drop(weights, dropout_rate, rng), values), weights

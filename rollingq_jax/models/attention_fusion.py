@@ -11,7 +11,12 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from jax import Array
 
-from rollingq_jax.attention import attention_share, class_token_attention, mean_key
+from rollingq_jax.attention import (
+    attention_share,
+    class_token_attention,
+    mean_key,
+    per_example,
+)
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.models import initializers
 from rollingq_jax.models.fusion import Masks, Output, Tokens
@@ -140,7 +145,7 @@ class AttentionFusion(nn.Module):
         logits = self.head(dropout(out_rng, projected, self.dropout, example_index))
         parts = split_tokens(sequence, lengths) if seen else [tokens[m] for m in modalities]
         means = [mean_key(x, *key, mask=real) for x, real in zip(parts, reals, strict=True)]
-        seen += [Seen(_for_each(query, batch_size), means, attention_share(weights, lengths))]
+        seen += [Seen(per_example(query, batch_size), means, attention_share(weights, lengths))]
         out = _joined(modalities, seen)
         if return_attention:
             out["attention"] = weights
@@ -164,7 +169,7 @@ class AttentionFusion(nn.Module):
         for i, block in enumerate(self.layer.values()):
             if self.is_initializing():
                 block(sequence, mask, None, example_index)  # makes the parameters
-            query = _for_each(self._query(i, cls, rotations[i]), sequence.shape[0])
+            query = per_example(self._query(i, cls, rotations[i]), sequence.shape[0])
             seen.append(seen_in(block, sequence, mask, query, lengths, reals))
             layer_rng = None if rng is None else jax.random.fold_in(rng, i)
             sequence = fuse(
@@ -210,13 +215,6 @@ class AttentionFusion(nn.Module):
             for x, mask in zip(tokens, masks, strict=True)
         ]
         return sequence, jnp.concatenate([jnp.ones((batch_size, 1), jnp.bool_), *real], axis=1)
-
-
-def _for_each(query: Array, batch_size: int) -> Array:
-    """`[H, d_h]` or `[B, H, d_h]` -> `[B, H, d_h]`."""
-    return jnp.broadcast_to(
-        query[None] if query.ndim == 2 else query, (batch_size, *query.shape[-2:])
-    )
 
 
 def _joined(modalities: list[str], seen: list[Seen]) -> dict[str, Any]:
