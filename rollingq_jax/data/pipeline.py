@@ -52,7 +52,8 @@ def train_batches(
       process_index, process_count: this process gets rows
         ``process_index * batch_size / process_count`` and so on of each global batch.
       prefetch: the most batches that are made ahead of the one in use.
-      num_threads: threads that make them; 0 makes each batch when it is asked for.
+      num_threads: threads that make them, a whole batch each, so that no more than ``prefetch`` are
+        at work; 0 makes each batch when it is asked for.
 
     Returns:
       A Grain iterator of dicts of arrays [batch_size / process_count, ...], ``"example_mask"`` bool

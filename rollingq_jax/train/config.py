@@ -8,7 +8,7 @@ from ml_collections import ConfigDict, config_dict
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.models.fields import Rule, as_mapping, read_fields
 from rollingq_jax.models.spec import ENCODER_RULES, MODEL_RULES
-from rollingq_jax.train.rules import RULES
+from rollingq_jax.train.rules import DATA_RULES, RULES
 
 # What may differ between a run and its continuation, since it does not change the result.
 FREE_FIELDS = (
@@ -18,6 +18,7 @@ FREE_FIELDS = (
     "compare",
     "checkpoint.",
     "data.cache_dir",
+    "data.num_threads",
     "data.path",
     "data.prefetch",
 )
@@ -86,7 +87,13 @@ def default_config() -> ConfigDict:
                 "extra_schedule_step": False,
                 "unclipped_cosine": False,
             },
-            "data": {"name": "av_digits", "path": "", "cache_dir": "", "prefetch": 2},
+            "data": {
+                "name": "av_digits",
+                "path": "",
+                "cache_dir": "",
+                "prefetch": 2,  # batches made ahead
+                "num_threads": 0,  # that make them; 0: one a processor, `prefetch` or 8 at most
+            },
             "model": {
                 "fusion": "attention",
                 "modality": config_dict.placeholder(str),
@@ -130,6 +137,9 @@ def check_config(config: Any) -> None:
         if name in RULES:
             where = f"config.{name}"
             _complete(read_fields(section, RULES[name], where), RULES[name], where)
+        elif name == "data":
+            shared = {field: value for field, value in section.items() if field in DATA_RULES}
+            _complete(read_fields(shared, DATA_RULES, "config.data"), DATA_RULES, "config.data")
     warmup, epochs = fields["optimizer"]["warmup_epochs"], fields["epochs"]
     if warmup >= epochs:
         raise ConfigError(
@@ -148,7 +158,9 @@ def allowed_in(field: str, config: Any) -> str:
     """What a field may hold, in words: by its rule, or else by the type of its value."""
     section, _, name = field.rpartition(".")
     rules = RULES.get(section, {})
-    if section == "model":
+    if section == "data":
+        rules = DATA_RULES
+    elif section == "model":
         rules = MODEL_RULES
     elif section.startswith("model.encoders."):
         rules = ENCODER_RULES

@@ -74,3 +74,5 @@ RULES = {
         "unclipped_cosine": FLAG,
     },
 }
+# Of `config.data`, what every data set has; its loader checks the rest.
+DATA_RULES = {"prefetch": integer(0), "num_threads": integer(0)}

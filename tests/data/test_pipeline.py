@@ -103,7 +103,7 @@ def test_slices_of_all_processes_make_the_global_batch(source, count):
     assert_same(joined, train_batches(source, **options()))
 
 
-@pytest.mark.parametrize(("num_threads", "prefetch"), [(0, 2), (1, 1), (3, 5), (2, 0)])
+@pytest.mark.parametrize(("num_threads", "prefetch"), [(0, 2), (1, 1), (3, 5), (2, 0), (8, 8)])
 def test_threads_and_prefetch_do_not_matter(source, num_threads, prefetch):
     got = train_batches(source, **options(num_threads=num_threads, prefetch=prefetch))
     assert_same(got, train_batches(source, **options()))

@@ -26,6 +26,9 @@ CONFIGS = {
     "no_function.py": "config = {}\n",
     "a_dict.py": "def get_config():\n    return {'epochs': 3}\n",
     "syntax.py": "def get_config(:\n",
+    "no_prefetch.py": "from train_cases import tiny_config\n"
+    "def get_config():\n    config = tiny_config('tiny.npz')\n"
+    "    config.data = {'name': 'arrays', 'path': 'tiny.npz'}\n    return config\n",
     "unknown_field.py": "from train_cases import tiny_config\n"
     "def get_config():\n    config = tiny_config('tiny.npz')\n"
     "    with config.unlocked():\n        config.optimizer.nesterov = True\n    return config\n",
@@ -122,6 +125,11 @@ ROWS = [
     ([*TINY, "--config.data.path=missing.npz"], "missing.npz: no such file"),
     ([*TINY, "--config.data.path=a_file"], "a_file: "),
     ([*TINY, "--config.data.path="], "data.path: not given"),
+    ([*TINY, "--config.data.prefetch=-1"], "config.data.prefetch is -1; allowed: an integer >= 0"),
+    ([*TINY, "--config.data.prefetch=few"], "config.data.prefetch is 'few'; allowed: an integer"),
+    ([*TINY, "--config.data.num_threads=-1"], "data.num_threads is -1; allowed: an integer >= 0"),
+    ([*TINY, "--config.data.num_threads=1.5"], "data.num_threads is '1.5'; allowed: an integer >="),
+    (["--config", "no_prefetch.py"], "config.data.prefetch is missing; allowed: an integer"),
     # the folder
     ([*TINY, "--workdir="], "workdir is empty; allowed: a folder that can be written"),
     ([*TINY, "--workdir", " "], "workdir is empty"),
