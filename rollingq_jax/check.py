@@ -118,6 +118,8 @@ def _example(dataset: Dataset, source: Any, index: int) -> Any:
 
 def _missing_files(path: str) -> Iterator[str]:
     """The files that a manifest names and that are not there, if the path is of a manifest."""
+    if "://" in path:
+        return
     place = Path(path).expanduser()
     is_manifest = place.suffix.lower() in (".csv", ".jsonl") or any(
         (place / name).is_file() for name in ("manifest.csv", "manifest.jsonl")

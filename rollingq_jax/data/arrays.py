@@ -17,11 +17,11 @@ A kind that needs one more axis than the array has gets it with size 1 (grey ima
 single-valued series as a sequence). Numbers become float32, or stay uint8 for images and videos, or
 int32 for tokens. Float modalities are standardised with the training split's mean and standard
 deviation (``data.standardize``); uint8 pixels are, on the device, in the model. An ``.npz`` is read
-into memory whole: for data near its size, use a folder.
+into memory whole: for data near its size, use a folder. Both may lie on gs://, whence a folder is
+read into memory, too.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ import numpy as np
 from rollingq_jax.data.columns import Column, ColumnSource, make_column
 from rollingq_jax.data.labels import check_labels, check_name, count_classes, with_valid
 from rollingq_jax.data.npz import FORM, read_arrays
-from rollingq_jax.data.options import mapping_option, option
+from rollingq_jax.data.options import array_path, mapping_option, option
 from rollingq_jax.data.types import Dataset
 from rollingq_jax.errors import DataError
 
@@ -50,9 +50,10 @@ def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None)
       DataError: the file is missing, damaged or not of this form; the message names the key.
       ConfigError: a field has the wrong type.
     """
-    path = Path(option(config_data, "path", "")).expanduser()
-    if path == Path():
+    given = option(config_data, "path", "")
+    if not given:
         raise DataError("data.path: not given; an .npz file, a folder of .npy files or a manifest")
+    path = array_path(given, "data.path")
     if path.suffix.lower() in (".csv", ".jsonl"):
         from rollingq_jax.data import folder
 

@@ -8,15 +8,22 @@ import shutil
 import tempfile
 from collections.abc import Callable
 
+from rollingq_jax.data.options import local_path
 from rollingq_jax.errors import DataError
 
 _MANIFEST = "sha256.json"
 
 
 def cache_root(cache_dir: str = "") -> pathlib.Path:
-    """``cache_dir``, else the environment's ROLLINGQ_CACHE, else ~/.cache/rollingq_jax."""
-    chosen = cache_dir or os.environ.get("ROLLINGQ_CACHE") or "~/.cache/rollingq_jax"
-    return pathlib.Path(chosen).expanduser()
+    """``cache_dir``, else the environment's ROLLINGQ_CACHE, else ~/.cache/rollingq_jax.
+
+    Raises:
+      ConfigError: it is not a local path.
+    """
+    if cache_dir:
+        return local_path(cache_dir, "data.cache_dir")
+    chosen = os.environ.get("ROLLINGQ_CACHE") or "~/.cache/rollingq_jax"
+    return local_path(chosen, "environment's ROLLINGQ_CACHE")
 
 
 def build_once(target: pathlib.Path, build: Callable[[pathlib.Path], pathlib.Path]) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 
 from rollingq_jax.data.mosei_arrays import MODALITIES, SPLITS, check_distribution, tidy
 from rollingq_jax.data.mosei_source import LABEL_RULES, SentenceSource, classify, open_array
-from rollingq_jax.data.options import choice, option
+from rollingq_jax.data.options import choice, local_path, option
 from rollingq_jax.data.restricted_pickle import load_pickle
 from rollingq_jax.data.types import Dataset, ModalityInfo, Source
 from rollingq_jax.errors import ConfigError, DataError
@@ -190,7 +190,7 @@ def load(config_data: Any, *, seed: int) -> Dataset:
     path = option(config_data, "path", "")
     if not path:
         raise DataError("data.path: not given; the --data_dir that CMU-MOSEI was prepared into")
-    folder = Path(path).expanduser() / NAME
+    folder = local_path(path, "data.path") / NAME
     info = _read_info(folder)
     modalities = tuple(sorted(set(option(config_data, "modalities", ()) or MODALITIES)))
     if unknown := [name for name in modalities if name not in MODALITIES]:

@@ -27,7 +27,7 @@ from rollingq_jax.data.frames import (
 )
 from rollingq_jax.data.labels import with_valid
 from rollingq_jax.data.media import read_audio, resample
-from rollingq_jax.data.options import option
+from rollingq_jax.data.options import local_path, option
 from rollingq_jax.data.record_writer import write_records
 from rollingq_jax.data.records import ClipSource, Recipe, RecordSet, open_records
 from rollingq_jax.data.stored_frames import SHORT_SIDE, clip_from_folder, clip_from_video
@@ -150,14 +150,14 @@ def load(config_data: Any, *, seed: int) -> Dataset:
     if not path:
         raise DataError("data.path: not given; the --data_dir that CREMA-D was prepared into")
     records = open_records(
-        Path(path).expanduser() / NAME,
+        local_path(path, "data.path") / NAME,
         f"prepare it: python -m rollingq_jax.prepare crema_d --source CREMA-D --data_dir {path}",
     )
     rows = records.rows
     labels = np.array([row["label"] for row in rows], np.int32)
     split_seed = option(config_data, "split_seed", 0, minimum=0)
     given = option(config_data, "splits", "")
-    folder = Path(given).expanduser() if given else records.folder
+    folder = local_path(given, "data.splits") if given else records.folder
     if given or tables.list_files(folder):
         lists, rule = tables.published_splits(folder)
     else:

@@ -36,7 +36,7 @@ from rollingq_jax.data.media_arrays import (
     is_video,
     read_value,
 )
-from rollingq_jax.data.options import choice, option
+from rollingq_jax.data.options import choice, local_path, option
 from rollingq_jax.data.types import Dataset, Example, ModalityInfo
 from rollingq_jax.errors import DataError
 
@@ -67,7 +67,7 @@ def load(config_data: Any, *, seed: int) -> Dataset:
     path = option(config_data, "path", "")
     if not path:
         raise DataError("data.path: not given; a manifest (.csv or .jsonl) or its folder")
-    manifest = read_manifest(Path(path).expanduser())
+    manifest = read_manifest(local_path(path, "data.path"))
     if manifest.missing:
         raise DataError(describe_missing(manifest))
     names = sorted(option(config_data, "modalities", ()) or manifest.types)

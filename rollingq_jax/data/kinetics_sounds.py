@@ -34,7 +34,7 @@ from rollingq_jax.data.kinetics_lists import (
 )
 from rollingq_jax.data.labels import with_valid
 from rollingq_jax.data.media import read_video_audio, resample
-from rollingq_jax.data.options import option
+from rollingq_jax.data.options import local_path, option
 from rollingq_jax.data.record_writer import write_records
 from rollingq_jax.data.records import ClipSource, Recipe, RecordSet, open_records
 from rollingq_jax.data.stored_frames import SHORT_SIDE, clip_from_folder, clip_from_video
@@ -187,7 +187,7 @@ def load(config_data: Any, *, seed: int) -> Dataset:
     if not path:
         raise DataError("data.path: not given; the --data_dir that the data were prepared into")
     records = open_records(
-        Path(path).expanduser() / NAME,
+        local_path(path, "data.path") / NAME,
         "prepare it: python -m rollingq_jax.prepare kinetics_sounds --source KINETICS --data_dir "
         f"{path}",
     )

@@ -1,35 +1,39 @@
 """Reading ``.npz`` files and folders of ``.npy`` files without unpickling anything."""
 
 import functools
+import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from rollingq_jax.errors import DataError
 
 FORM = "train/<modality>, test/<modality>, train/label, test/label"
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path | epath.Path) -> dict[str, np.ndarray]:
     """All arrays of an ``.npz`` file, or of a folder of ``.npy`` files, by key.
 
-    Nothing is unpickled: an array of Python objects is refused.
+    Nothing is unpickled: an array of Python objects is refused. Local ``.npy`` files are
+    memory-mapped, those on gs:// are read.
 
     Raises:
       DataError: the path is missing, damaged, or holds something else.
     """
-    if not path.exists():
-        raise DataError(f"data.path: {path}: no such file or folder")
-    if path.is_dir():
-        found = sorted(path.rglob("*.npy"))
-        if not found:
+    files = _files(path)
+    if files is not None:
+        if not files:
             raise DataError(f"data.path: {path}: the folder holds no .npy files; wanted {FORM}")
-        names = {file.relative_to(path).with_suffix("").as_posix(): file for file in found}
-        return {key: _read_array(path, key, functools.partial(_map, f)) for key, f in names.items()}
-    archive = _read_array(path, "", lambda: np.load(path, allow_pickle=False))
+        names = {file.relative_to(path).with_suffix("").as_posix(): file for file in files}
+        return {
+            key: _read_array(path, key, functools.partial(_load, file, mmap_mode="r"))
+            for key, file in names.items()
+        }
+    archive = _read_array(path, "", functools.partial(_load, path))
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise DataError(f"data.path: {path}: a single array; wanted an .npz with the keys {FORM}")
     with archive:
@@ -39,11 +43,30 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         }
 
 
-def _map(file: Path) -> np.ndarray:
-    return np.load(file, mmap_mode="r", allow_pickle=False)
+def _files(path: Path | epath.Path) -> list[Any] | None:
+    """The ``.npy`` files of a folder, in order; None for a file."""
+    try:
+        if not path.exists():
+            raise DataError(f"data.path: {path}: no such file or folder")
+        if not path.is_dir():
+            return None
+        if isinstance(path, Path):
+            return sorted(path.rglob("*.npy"))
+        return sorted([*path.glob("*.npy"), *path.glob("*/*.npy")])  # all that keys can name
+    except DataError:
+        raise
+    except Exception as error:  # without rights, without gcsfs, without a network
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"data.path: {path}: cannot be reached ({reason})") from None
 
 
-def _read_array(path: Path, key: str, read: Callable[[], Any]) -> Any:
+def _load(file: Path | epath.Path, **options: Any) -> Any:
+    if isinstance(file, Path):
+        return np.load(file, allow_pickle=False, **options)
+    return np.load(io.BytesIO(file.read_bytes()), allow_pickle=False)
+
+
+def _read_array(path: Path | epath.Path, key: str, read: Callable[[], Any]) -> Any:
     """What ``read`` returns; its errors as one line."""
     try:
         with warnings.catch_warnings():

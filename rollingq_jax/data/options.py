@@ -1,7 +1,10 @@
 """Fields of ``config.data`` that a loader reads for itself, checked when they are read."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
+
+from etils import epath
 
 from rollingq_jax.errors import ConfigError
 
@@ -69,3 +72,22 @@ def mapping_option(config_data: Any, name: str) -> dict[str, str]:
     if not all(left.strip() and right.strip() for left, _, right in pairs):
         raise ConfigError(f"data.{name}: {value!r}; must be of the form 'name=value, name=value'")
     return {left.strip(): right.strip() for left, _, right in pairs}
+
+
+def local_path(text: str, field: str) -> Path:
+    """The path that a field holds, where it has to be a local one.
+
+    Raises:
+      ConfigError: it is the address of something else, which ``Path`` would take for a folder.
+    """
+    if "://" in text:
+        raise ConfigError(
+            f"{field}: {text!r}; must be a local path (gs:// is for the workdir, --config_json "
+            "and, as data.path, .npz files and folders of .npy files)"
+        )
+    return Path(text).expanduser()
+
+
+def array_path(text: str, field: str) -> Path | epath.Path:
+    """As :func:`local_path`, but an address on gs:// is allowed."""
+    return epath.Path(text) if text.startswith("gs://") else local_path(text, field)

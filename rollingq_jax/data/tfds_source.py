@@ -15,7 +15,7 @@ import numpy as np
 from rollingq_jax.data.labels import check_name
 from rollingq_jax.data.load import LOADERS
 from rollingq_jax.data.measure import standardize
-from rollingq_jax.data.options import mapping_option, option
+from rollingq_jax.data.options import local_path, mapping_option, option
 from rollingq_jax.data.reading import reading
 from rollingq_jax.data.tfds_forms import Form, make_form
 from rollingq_jax.data.types import Dataset, Example, Source
@@ -121,7 +121,10 @@ class TfdsSource:
 def _open_builder(config_data: Any) -> Any:
     """The TFDS builder that ``name`` means."""
     name = option(config_data, "name", "")
-    folder = option(config_data, "path", "") or option(config_data, "cache_dir", "")
+    path, cache_dir = option(config_data, "path", ""), option(config_data, "cache_dir", "")
+    folder = path or cache_dir
+    if folder:  # TFDS takes gs://, too, but array_record files are read from local paths alone
+        folder = str(local_path(folder, "data.path" if path else "data.cache_dir"))
     try:
         import tensorflow_datasets as tfds
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from rollingq_jax.errors import ConfigError
@@ -90,12 +91,12 @@ def read_json(path: str) -> ConfigDict:
       ConfigError: there is no such file, or it does not hold a JSON object of fields.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except OSError as error:
-        raise ConfigError(f"--config_json {path}: {error.strerror}; allowed: a file") from None
+        content = json.loads(epath.Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"--config_json {path}: not JSON ({error})") from None
+    except Exception as error:  # of the system, or whatever a client of gs:// raises
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise ConfigError(f"--config_json {path}: {reason}; allowed: a file") from None
     if not isinstance(content, dict):
         raise ConfigError(
             f"--config_json {path}: holds {type(content).__name__}; allowed: a JSON object"

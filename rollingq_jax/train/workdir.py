@@ -22,20 +22,20 @@ def check_workdir(workdir: epath.PathLike) -> epath.Path:
     """
     if not os.fspath(workdir).strip():
         raise ConfigError("workdir is empty; allowed: a folder that can be written")
-    path = epath.Path(workdir).expanduser()
-    remote = "://" in os.fspath(path)
-    path = path if remote else path.resolve()
-    nearest = path
     try:
+        path = epath.Path(workdir).expanduser()
+        remote = "://" in os.fspath(path)
+        path = path if remote else path.resolve()
+        nearest = path
         while not remote and not nearest.exists() and nearest != nearest.parent:
             nearest = nearest.parent
         probe = nearest / f".write-test-{os.getpid()}"
         probe.write_text("")
         probe.unlink()
-    except OSError as error:
+    except Exception as error:  # of the system, or whatever a client of gs:// raises
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"workdir is {os.fspath(workdir)!r}; allowed: a folder that can be written "
-            f"({error.strerror or error})"
+            f"workdir is {os.fspath(workdir)!r}; allowed: a folder that can be written ({reason})"
         ) from None
     return path
 

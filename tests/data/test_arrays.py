@@ -331,8 +331,10 @@ def test_a_mask_of_positions_needs_positions():
     fails_clearly(lambda: from_arrays(arrays), "mask_m", "'image'", "[N]")
 
 
-def test_missing_and_foreign_files(tmp_path):
+def test_missing_and_foreign_files(tmp_path, monkeypatch):
     fails_clearly(lambda: load({"path": ""}, seed=0), "data.path: not given")
+    monkeypatch.chdir(tmp_path)
+    fails_clearly(lambda: load({"path": "."}, seed=0), "data.path: .: the folder holds no .npy")
     fails_clearly(lambda: load({"path": str(tmp_path / "a.npz")}, seed=0), "no such file")
     fails_clearly(lambda: load({"path": str(tmp_path)}, seed=0), "no .npy files")
     fails_clearly(lambda: load({"path": 3}, seed=0), "data.path", "3", error=ConfigError)
