@@ -14,10 +14,10 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
-from rollingq_jax.errors import UserError
+from rollingq_jax.data.options import local_path
+from rollingq_jax.errors import ConfigError, UserError
 
 # Each module has prepare(source, data_dir, *, strict, ...) -> Prepared; the options that it takes
 # beside those of every set.
@@ -26,7 +26,8 @@ DATA_SETS = {
     "kinetics_sounds": ("rollingq_jax.data.kinetics_sounds", ("fps", "workers")),
     "cmu_mosei": ("rollingq_jax.data.cmu_mosei", ()),
 }
-USER_ERROR, INTERRUPTED = 2, 130
+DEFAULTS = {"fps": 1, "workers": min(os.cpu_count() or 1, 8)}
+USER_ERROR, IO_ERROR, INTERRUPTED = 2, 74, 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,21 +53,38 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _positive.__name__ = "whole number from 1"
     parser.add_argument("data_set", choices=DATA_SETS, help="which data set")
-    parser.add_argument("--source", required=True, type=Path, help="the original distribution")
-    parser.add_argument("--data_dir", required=True, type=Path, help="where prepared sets are kept")
+    parser.add_argument("--source", required=True, help="the original distribution")
+    parser.add_argument("--data_dir", required=True, help="where prepared sets are kept")
     parser.add_argument(
         "--strict", action="store_true", help="stop at the first file that cannot be read"
     )
+    video = "; of video sets alone"
     parser.add_argument(
-        "--fps", type=_positive, default=1, help="frames stored for each second of video (1)"
+        "--fps", type=_positive, help=f"frames stored for each second of video (1){video}"
     )
     parser.add_argument(
         "--workers",
         type=_positive,
-        default=min(os.cpu_count() or 1, 8),
-        help="clips read at a time (one a processor, 8 at most)",
+        help=f"clips read at a time (one a processor, 8 at most){video}",
     )
     return parser
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The data set's own options: what was given, else their defaults.
+
+    Raises:
+      ConfigError: one was given that this set does not have.
+    """
+    _, own = DATA_SETS[arguments.data_set]
+    given = {name: getattr(arguments, name) for name in DEFAULTS}
+    for name, value in given.items():
+        if value is not None and name not in own:
+            takers = ", ".join(key for key, (_, options) in DATA_SETS.items() if name in options)
+            raise ConfigError(
+                f"--{name} is {value}; allowed with {takers}; {arguments.data_set} has no clips"
+            )
+    return {name: DEFAULTS[name] if given[name] is None else given[name] for name in own}
 
 
 def run(argv: Sequence[str]) -> None:
@@ -76,10 +94,12 @@ def run(argv: Sequence[str]) -> None:
       UserError: the arguments are wrong, or the data set cannot be prepared.
     """
     arguments = make_parser().parse_args(argv)
-    module, options = DATA_SETS[arguments.data_set]
-    chosen: dict[str, Any] = {name: getattr(arguments, name) for name in options}
+    chosen = _options(arguments)
+    source = local_path(arguments.source, "--source")
+    data_dir = local_path(arguments.data_dir, "--data_dir")
+    module, _ = DATA_SETS[arguments.data_set]
     prepared = importlib.import_module(module).prepare(
-        arguments.source, arguments.data_dir, strict=arguments.strict, **chosen
+        source, data_dir, strict=arguments.strict, **chosen
     )
     print(f"{arguments.data_set}: {prepared.summary()}")
     for name, reason in prepared.unreadable.items():
@@ -90,12 +110,17 @@ def run(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, 2 for a user's mistake (one line on standard error), 130 when interrupted."""
+    """Exit code: 0, 2 for a user's mistake, 74 where a file cannot be read or written, 130 when
+    interrupted. All but 0 come with one line on standard error.
+    """
     try:
         run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR
+    except OSError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return IO_ERROR
     except KeyboardInterrupt:
         print("interrupted; give the same command again to go on", file=sys.stderr)
         return INTERRUPTED

@@ -38,6 +38,22 @@ def run(*arguments, **options):
         (["crema_d", "--source", "/nowhere", "--data_dir", "b"], ["/nowhere: no such folder"]),
         (["kinetics_sounds", "--source", "/nowhere", "--data_dir", "b"], ["no such folder"]),
         (["cmu_mosei", "--source", "/nowhere", "--data_dir", "b"], ["no such file"]),
+        (
+            ["cmu_mosei", "--source", "a", "--data_dir", "b", "--fps", "7"],
+            ["--fps is 7; allowed with crema_d, kinetics_sounds;"],
+        ),
+        (
+            ["cmu_mosei", "--source", "a", "--data_dir", "b", "--workers", "1"],
+            ["--workers is 1; allowed with crema_d, kinetics_sounds;"],
+        ),
+        (
+            ["crema_d", "--source", "gs://bucket/a", "--data_dir", "b"],
+            ["--source: 'gs://bucket/a'; must be a local path"],
+        ),
+        (
+            ["cmu_mosei", "--source", "a", "--data_dir", "gs://bucket/data"],
+            ["--data_dir: 'gs://bucket/data'; must be a local path"],
+        ),
     ],
 )
 def test_a_mistake_is_one_line(arguments, words, capsys, tmp_path, monkeypatch):
@@ -47,6 +63,20 @@ def test_a_mistake_is_one_line(arguments, words, capsys, tmp_path, monkeypatch):
     lines = printed.err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ")
     assert all(word in lines[0] for word in words), lines
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_rights_is_one_line(capsys, tmp_path, monkeypatch):
+    def is_dir(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.chdir(tmp_path)
+    for name in prepare.DATA_SETS:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "is_dir", is_dir)
+            assert prepare.main([name, "--source", "locked", "--data_dir", "b"]) == 74
+        printed = capsys.readouterr().err
+        assert printed == "error: [Errno 13] Permission denied: 'locked'\n"
     assert not list(tmp_path.iterdir())
 
 
