@@ -41,4 +41,6 @@ def get_config() -> ConfigDict:
     config.model.dim = 768
     config.model.depth = 4
     config.model.num_heads = 12
+    # What `compare` tries for every arm alike, on validation data: the paper's rate and around it.
+    config.compare.grid = ConfigDict({"optimizer": {"learning_rate": (5e-4, 1e-3, 2e-3)}})
     return config

@@ -54,4 +54,6 @@ def get_config() -> ConfigDict:
             },
         }
     )
+    # What `compare` tries for every arm alike, on validation data: the paper's rate and around it.
+    config.compare.grid = ConfigDict({"optimizer": {"learning_rate": (5e-4, 1e-3, 2e-3)}})
     return config

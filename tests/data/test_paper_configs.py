@@ -10,6 +10,7 @@ import pytest
 import test_cmu_mosei
 import test_kinetics_sounds
 
+from rollingq_jax.comparison.selection import settings_of
 from rollingq_jax.data import cmu_mosei, crema_d, kinetics_sounds
 from rollingq_jax.data.corruption import corrupt
 from rollingq_jax.data.load import load_dataset
@@ -51,6 +52,13 @@ def test_settings_are_the_papers(name):
     assert (optimizer.momentum, optimizer.weight_decay) == (0.9, 1e-4)
     assert (config.model.dim, config.model.depth, config.model.num_heads) == (768, 4, 12)
     assert config.vit_weights == ""
+
+
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_compare_tries_learning_rates_around_the_papers(name):
+    config = get_config(name)
+    rates = [setting["optimizer.learning_rate"] for setting in settings_of(config.compare.grid)]
+    assert rates == [5e-4, 1e-3, 2e-3] and config.optimizer.learning_rate in rates
 
 
 @pytest.mark.parametrize("name", ROTATIONS)
