@@ -30,33 +30,38 @@ def fill(path):
             file.write(b"x" * 4096)
 
 
-@contextlib.contextmanager
-def paused(process):
-    """The run does not go on meanwhile."""
-    process.send_signal(signal.SIGSTOP)
-    yield
-    process.send_signal(signal.SIGCONT)
-
-
 def saved_and_quiet(disk):
     """There is a checkpoint, and none is being written."""
     return steps_saved(disk) and not any(disk.glob("checkpoints/*.orbax-checkpoint-tmp"))
+
+
+@contextlib.contextmanager
+def paused_between_saves(process, disk):
+    """The run does not go on meanwhile; gives the steps saved so far, however many they are."""
+    while True:
+        assert until(lambda: saved_and_quiet(disk), process)
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        if saved_and_quiet(disk):  # still, now that it has stopped
+            break
+        process.send_signal(signal.SIGCONT)
+    yield steps_saved(disk)
+    process.send_signal(signal.SIGCONT)
 
 
 def test_a_disk_that_fills_up(command, undisturbed, disk, tmp_path):
     workdir = tmp_path / "run"
     workdir.symlink_to(disk)  # the output is on another disk
     process = command.start(workdir, "--config.checkpoint.every_steps=3", STEP_SECONDS="0.5")
-    assert until(lambda: saved_and_quiet(disk), process)
-    with paused(process):
+    with paused_between_saves(process, disk) as saved:
         fill(disk / "filler")
     assert end(process) == 2
     printed = Path(f"{workdir}.err").read_text()
     assert re.fullmatch(ONE_LINE, printed) and "No space left on device" in printed
-    assert printed.endswith("; the last good checkpoint is of step 3\n")
+    assert printed.endswith(f"; the last good checkpoint is of step {saved[-1]}\n")
     code, printed = command.run(workdir)
     assert code == 2 and re.fullmatch(ONE_LINE, printed)
-    assert steps_saved(disk) == [3]
+    assert steps_saved(disk) == saved
     (disk / "filler").unlink()
     assert command.run(workdir) == (0, "")
     assert result(workdir) == undisturbed
@@ -66,8 +71,7 @@ def test_a_disk_that_becomes_read_only(command, undisturbed, disk, tmp_path):
     workdir = tmp_path / "run"
     workdir.symlink_to(disk)
     process = command.start(workdir, "--config.checkpoint.every_steps=3", STEP_SECONDS="1")
-    assert until(lambda: saved_and_quiet(disk), process)
-    with paused(process):
+    with paused_between_saves(process, disk) as saved:
         read_only = subprocess.run(["mount", "-o", "remount,ro", str(disk)], capture_output=True)
     if read_only.returncode:
         process.kill()
@@ -76,7 +80,7 @@ def test_a_disk_that_becomes_read_only(command, undisturbed, disk, tmp_path):
     assert end(process) == 2
     printed = Path(f"{workdir}.err").read_text()
     assert re.fullmatch(ONE_LINE, printed) and "Read-only file system" in printed
-    assert "the last good checkpoint is of step 3" in printed
+    assert f"the last good checkpoint is of step {saved[-1]}\n" in printed
     code, printed = command.run(workdir)
     assert code == 2 and "allowed: a folder that can be written (Read-only file sys" in printed
     subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)

@@ -20,7 +20,7 @@ def test_both_processes_stop_at_one_step(command, tmp_path):
             f"--coordinator=127.0.0.1:{port}",
             "--num_processes=2",
             f"--process_id={number}",
-            STEP_SECONDS="0.2",
+            STEP_SECONDS="0.5",
         )
         for number, path in enumerate((workdir, tmp_path / "second"))
     ]
