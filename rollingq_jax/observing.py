@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from rollingq_jax.errors import UserError
-from rollingq_jax.rotation import HIGHEST, as_float, dot, unit
+from rollingq_jax.rotation import HIGHEST, dot, unit
 from rollingq_jax.shapes import check_arrays
 
 
@@ -72,7 +72,7 @@ def observe(
     Args:
       state: the state so far.
       query: `[B, H, d]` or `[H, d]`, as the attention used it (already rotated).
-      mean_keys: `[M, B, H, d]`, k_i^m.
+      mean_keys: `[M, B, H, d]`, k_i^m. Both are converted to float32.
       weight: `[B]` or `[M, B]`; 0 leaves out padding, or a modality that a sample lacks. A sample
         of weight 0 may hold anything, NaN included.
       axis_name: mapped axis over which the increments are summed, so that every replica ends with
@@ -90,7 +90,10 @@ def observe(
         mean_keys=(mean_keys, "M B H d"),
         weight=(weight, "B or M B or None"),
     )
-    query, mean_keys = jax.lax.stop_gradient((as_float(query), as_float(mean_keys)))
+    # float32 whatever came: with 64-bit types the state has to keep its dtypes under scan and cond.
+    query, mean_keys = (
+        jax.lax.stop_gradient(jnp.asarray(x, jnp.float32)) for x in (query, mean_keys)
+    )
     num_modalities, batch_size = mean_keys.shape[:2]
     query = jnp.broadcast_to(query[None] if query.ndim == 2 else query, mean_keys.shape[1:])
     if weight is None:

@@ -25,7 +25,6 @@ from rollingq_jax.observing import (
 )
 from rollingq_jax.rotation import (
     HIGHEST,
-    as_float,
     mend,
     rotation_between,
     safe_norm,
@@ -104,7 +103,7 @@ def roll(
     Returns:
       The state with its new rotations and counts, and what was decided.
     """
-    query, mean_keys = as_float(query), as_float(mean_keys)
+    query, mean_keys, scores = (jnp.asarray(x, jnp.float32) for x in (query, mean_keys, scores))
     if joint:
         together = by_layer(scores, layers)
         mean = jnp.mean(together, axis=1, keepdims=True)

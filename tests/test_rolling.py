@@ -238,6 +238,30 @@ def test_no_gradient_flows_through_the_state():
     assert not np.asarray(jax.grad(through)(query)).any()
 
 
+@pytest.mark.parametrize("wide", ["query", "keys", "both"])
+def test_float64_is_observed_and_rolled_in_float32(wide, float64):
+    """With 64-bit types a loop goes on, and rolls as it does without them."""
+    roller = rq.rolling_query(rho=1.0)
+    query, mean_keys = (np.asarray(x) for x in batch())
+    state, want = roller.update(roller.observe(roller.init(M, D, H), query, mean_keys), query[0])
+    with float64:
+        wide_query = query.astype(np.float64) if wide != "keys" else query
+        wide_keys = jnp.asarray(mean_keys, jnp.float64 if wide != "query" else jnp.float32)
+
+        def step(state, _):
+            return roller.observe(state, wide_query, wide_keys), None
+
+        seen = jax.jit(lambda s: jax.lax.scan(step, s, None, length=3)[0])(roller.init(M, D, H))
+        rolled, info = roller.update(seen, wide_query[0])
+        again, _ = roller.update(seen, scores=np.asarray(want.scores, np.float64))
+        for got in (seen, rolled, again):
+            assert [x.dtype for x in got] == [x.dtype for x in state]
+        assert [x.dtype for x in info] == [x.dtype for x in want]
+    np.testing.assert_allclose(rolled.rotation, state.rotation, atol=1e-6)
+    np.testing.assert_allclose(info.anchor, want.anchor, atol=1e-5)
+    np.testing.assert_array_equal(again.count, [1, 1])
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
