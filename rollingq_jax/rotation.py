@@ -33,7 +33,8 @@ def as_float(x: Array) -> Array:
 def safe_norm(x: Array) -> Array:
     """Euclidean norm over the last axis: `[..., d] -> [...]`.
 
-    Squares neither overflow nor underflow, and the gradient at 0 is 0 rather than NaN.
+    Squares neither overflow nor underflow, and the gradient at 0 is 0 rather than NaN. What is not
+    finite has norm 0, as a vector without direction.
     """
     scale = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1))
     scale = jnp.where(scale > 0, scale, jnp.ones_like(scale))
@@ -43,7 +44,10 @@ def safe_norm(x: Array) -> Array:
 
 
 def unit(x: Array, epsilon: float = ZERO_NORM) -> Array:
-    """`x / |x|` over the last axis, and zeros where `|x| <= epsilon`: `[..., d] -> [..., d]`."""
+    """`x / |x|` over the last axis: `[..., d] -> [..., d]`.
+
+    Zeros where `|x| <= epsilon`, or where x is not finite.
+    """
     norm = safe_norm(x)[..., None]
     known = norm > epsilon
     return jnp.where(known, x / jnp.where(known, norm, 1.0), 0.0)
@@ -129,7 +133,7 @@ def rotation_between(source: Array, target: Array, method: str = "geodesic") -> 
         (O(d^3); directions off the plane are arbitrary; no gradient flows through it).
 
     Returns:
-      `[..., d, d]`. The identity where either norm is at most 1e-12.
+      `[..., d, d]`. The identity where either norm is at most 1e-12, or not finite.
 
     Raises:
       UserError: `method` is neither of the two, the widths differ, d < 2, or the leading axes do
@@ -165,7 +169,8 @@ def _broadcast(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ..
 def rotate(rotation: Array, query: Array) -> Array:
     """R q over the last axis: `[..., d, d], [..., d] -> [..., d]`, leading axes broadcast.
 
-    Computed in float32 or wider and returned in `query`'s dtype.
+    Computed in float32 or wider and returned in `query`'s dtype, or as computed where that is no
+    floating one.
 
     Raises:
       UserError: the shapes do not fit each other.
@@ -184,10 +189,11 @@ def rotate(rotation: Array, query: Array) -> Array:
             f"rotation and query have shapes {rotation.shape} and {query.shape}; "
             "allowed: [..., d, d] and [..., d]"
         )
+    query = jnp.asarray(query)
     vector = jnp.broadcast_to(as_float(query), leading + query.shape[-1:])
     matrix = jnp.expand_dims(rotation, range(len(leading) + 2 - rotation.ndim))
     rotated = jnp.einsum("...ij,...j->...i", matrix.astype(vector.dtype), vector, precision=HIGHEST)
-    return rotated.astype(query.dtype)
+    return rotated.astype(query.dtype) if jnp.issubdtype(query.dtype, jnp.floating) else rotated
 
 
 def orthogonality_error(rotation: Array) -> Array:

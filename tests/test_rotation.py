@@ -75,6 +75,14 @@ def test_no_direction_gives_the_identity(method, degenerate):
         np.testing.assert_array_equal(rotation_between(source, target, method), np.eye(4))
 
 
+@pytest.mark.parametrize("method", ["geodesic", "svd"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_has_no_direction(method, value):
+    spoiled, other = jnp.array([value, 0.0, 1.0]), jnp.arange(1.0, 4.0)
+    for source, target in ((spoiled, other), (other, spoiled)):
+        np.testing.assert_array_equal(rotation_between(source, target, method), np.eye(3))
+
+
 @pytest.mark.parametrize(
     ("source", "target"),
     [
@@ -125,6 +133,19 @@ def test_leading_axes_and_dtypes():
     assert rotate(rotation[0], source.astype(jnp.bfloat16)).dtype == jnp.bfloat16
     expected = np.einsum("hij,bhj->bhi", rotation[0], source)
     np.testing.assert_allclose(rotate(rotation[0], source), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, bool])
+def test_an_integer_query_is_not_truncated(dtype):
+    half_a_right_angle = rotation_between(jnp.array([1.0, 0.0]), jnp.array([1.0, 1.0]))
+    rotated = rotate(half_a_right_angle, np.array([1, 0], dtype))
+    assert rotated.dtype == jnp.float32
+    np.testing.assert_allclose(rotated, [np.sqrt(0.5), np.sqrt(0.5)], rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_float64_query_of_numpy_is_taken_as_jax_takes_it():
+    assert rotate(jnp.eye(2), np.ones(2)).dtype == jnp.float32
 
 
 def test_works_under_jit_and_vmap():
