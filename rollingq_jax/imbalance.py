@@ -4,6 +4,8 @@ Paper section 4; upstream `main.py` (AIR, weights) and `models/fusion_modules.py
 axis: `jax.vmap` adds it. Modalities are in alphabetical order.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -24,7 +26,8 @@ def cosine_scores(query: Array, mean_keys: Array, weight: Array | None = None) -
       weight: `[B]`, how much each sample counts; all alike by default.
 
     Returns:
-      `[M]` in [-1, 1]. A vector without direction (norm at most 1e-12) has cosine 0.
+      `[M]` in [-1, 1]. A vector without direction (norm at most 1e-12, or not finite) has cosine 0,
+      and so has a batch without samples.
 
     Raises:
       UserError: the shapes do not fit each other.
@@ -38,7 +41,7 @@ def cosine_scores(query: Array, mean_keys: Array, weight: Array | None = None) -
     check_arrays(query=(query, "B d"), mean_keys=(mean_keys, "M B d"), weight=(weight, "B or None"))
     cosines = dot(unit(as_float(query))[None], unit(as_float(mean_keys)))
     if weight is None:
-        return jnp.mean(cosines, axis=-1)
+        return jnp.sum(cosines, axis=-1) / max(len(query), 1)
     weight = weight.astype(cosines.dtype)
     total = jnp.sum(weight)
     return jnp.sum(cosines * weight[None], axis=-1) / jnp.where(total > 0, total, 1.0)
@@ -85,7 +88,7 @@ def rebalance_weights(scores: Array, rho: float | Array) -> Array:
     flag `sigma`.)
 
     Raises:
-      UserError: the scores are not `[M]`, or rho is negative or NaN.
+      UserError: the scores are not `[M]`, or rho is negative or not finite.
 
     Example:
       >>> rebalance_weights(jnp.array([0.5, 0.5, 0.5]), 2.0).round(3).tolist()
@@ -94,8 +97,8 @@ def rebalance_weights(scores: Array, rho: float | Array) -> Array:
       True
     """
     check_arrays(scores=(scores, "M"))
-    if isinstance(rho, int | float) and not rho >= 0:
-        raise UserError(f"rho is {rho}; allowed: 0 or more")
+    if isinstance(rho, int | float) and not 0 <= rho < math.inf:
+        raise UserError(f"rho is {rho}; allowed: 0 or more, and finite")
     scores = as_float(scores)
     return jax.nn.softmax(-2.0 * jnp.asarray(rho, scores.dtype) * scores)
 

@@ -5,6 +5,7 @@ Upstream stops at an epoch's end, passes over the whole training set and decides
 decides from those. All functions are pure and run under jit, vmap and scan.
 """
 
+import math
 import numbers
 from collections.abc import Callable
 from typing import NamedTuple
@@ -158,7 +159,7 @@ def rolling_query(
 
     Args:
       beta: a head rolls when its imbalance is larger; 0 or more.
-      rho: sharpness of the rebalance weights; 0 gives equal weights.
+      rho: sharpness of the rebalance weights; 0 gives equal weights; finite.
       max_rotations: the most a head rolls.
       method: "geodesic" or "svd", see `rotation_between`.
       joint: heads decide together, by the mean of their scores, in place of each by its own.
@@ -181,8 +182,11 @@ def rolling_query(
       True
     """
     for name, value in (("beta", beta), ("rho", rho), ("max_rotations", max_rotations)):
-        if isinstance(value, str) or not value >= 0:
+        number = isinstance(value, numbers.Real) or hasattr(value, "dtype")
+        if not number or not value >= 0:
             raise UserError(f"{name} is {value!r}; allowed: 0 or more")
+    if rho == math.inf:  # times a score of 0 it makes NaN
+        raise UserError(f"rho is {rho!r}; allowed: 0 or more, and finite")
     if method not in ("geodesic", "svd"):
         raise UserError(f"method is {method!r}; allowed: geodesic, svd")
     if not (isinstance(layers, numbers.Integral) and layers >= 1):

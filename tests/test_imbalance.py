@@ -26,6 +26,21 @@ def test_no_direction_has_cosine_zero_and_finite_gradient():
     assert np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_has_cosine_zero(value):
+    query, keys = jnp.array([[1.0, 0.0], [value, 0.0]]), jnp.ones([2, 2, 2])
+    np.testing.assert_allclose(rq.cosine_scores(query, keys), np.full(2, np.sqrt(0.125)), rtol=1e-6)
+    keys = keys.at[1, 0, 1].set(value)
+    np.testing.assert_allclose(rq.cosine_scores(query, keys), [np.sqrt(0.125), 0.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("weight", [None, jnp.ones(0)])
+def test_a_batch_without_samples_scores_zero(weight):
+    query, keys = jnp.ones([0, 3]), jnp.ones([2, 0, 3])
+    np.testing.assert_array_equal(rq.cosine_scores(query, keys, weight), [0.0, 0.0])
+    assert rq.attention_imbalance_rate(query, *keys) == 0.0
+
+
 @pytest.mark.parametrize("rho", [0.0, 0.3, 1.0, 5.0])
 def test_weights_are_the_papers_tanh_for_two_modalities(rho):
     scores = jnp.array([0.7, -0.1])
