@@ -5,12 +5,14 @@ projection moves to the query and the value projection behind the weighted sum: 
 sample in place of O(L D^2 + L^2 D), with the same values and the same gradients.
 """
 
+import numbers
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from rollingq_jax.errors import UserError
-from rollingq_jax.rotation import HIGHEST, as_float
+from rollingq_jax.rotation import HIGHEST, as_float, wide_dtype
 from rollingq_jax.shapes import check_arrays
 
 
@@ -19,7 +21,7 @@ def masked_softmax(logits: Array, mask: Array | None) -> Array:
 
     `[..., L], [..., L] -> [..., L]`. A row with no real position is all zeros, free of NaN.
     """
-    if mask is None:
+    if mask is None or logits.shape[-1] == 0:
         return jax.nn.softmax(logits, axis=-1)
     mask = jnp.broadcast_to(mask, logits.shape)
     lowest = jnp.finfo(logits.dtype).min
@@ -29,27 +31,39 @@ def masked_softmax(logits: Array, mask: Array | None) -> Array:
     return raised / jnp.where(total > 0, total, 1.0)
 
 
-def per_example_keep(rng: Array, rate: float, shape: tuple[int, ...]) -> Array:
+def per_example_keep(rng: Array, rate: float | Array, shape: tuple[int, ...]) -> Array:
     """Bernoulli(1 - rate) of `shape` = `(B, ...)`; `rng` is one key, or keys `[B]`."""
     if rng.ndim == 0 or (rng.ndim == 1 and not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)):
         return jax.random.bernoulli(rng, 1.0 - rate, shape)
     return jax.vmap(lambda one: jax.random.bernoulli(one, 1.0 - rate, shape[1:]))(rng)
 
 
-def drop(x: Array, rate: float, rng: Array | None) -> Array:
+def drop(x: Array, rate: float | Array, rng: Array | None) -> Array:
     """Inverted dropout of `[B, ...]`; `rng` as in `per_example_keep`; None or rate 0 keeps all.
 
     Raises:
-      UserError: the rate is not in [0, 1).
+      UserError: the rate is a number that is not in [0, 1); one that is traced has no value yet.
     """
-    if not 0.0 <= rate < 1.0:
+    if not isinstance(rate, numbers.Real):
+        rate = jnp.asarray(rate, x.dtype)
+    elif not 0.0 <= rate < 1.0:
         raise UserError(f"dropout_rate is {rate}; allowed: 0 <= rate < 1")
-    if rng is None or rate == 0.0:
+    elif rate == 0.0:
+        return x
+    if rng is None:
         return x
     return jnp.where(per_example_keep(rng, rate, x.shape), x / (1.0 - rate), jnp.zeros_like(x))
 
 
-def _check(
+def _real_tokens(tokens: Array, mask: Array | None) -> Array:
+    """`[B, L, D]` in a floating dtype, zeros where no token is real: 0 times NaN would be NaN."""
+    tokens = jnp.asarray(tokens)
+    if not jnp.issubdtype(tokens.dtype, jnp.floating):
+        tokens = as_float(tokens)
+    return tokens if mask is None else jnp.where(mask[..., None], tokens, 0.0)
+
+
+def _read(
     tokens: Array,
     query: Array,
     w_key: Array,
@@ -57,7 +71,8 @@ def _check(
     b_key: Array,
     b_value: Array,
     mask: Array | None,
-) -> None:
+) -> tuple[Array, Array, Array, Array, Array, Array]:
+    """The arguments, checked: real tokens, and the rest in one dtype, the query `[B, H, d_h]`."""
     check_arrays(
         tokens=(tokens, "B L D"),
         query=(query, "B H d_h or H d_h"),
@@ -67,6 +82,10 @@ def _check(
         b_value=(b_value, "H d_h"),
     )
     check_arrays(dict(zip("BL", tokens.shape, strict=False)), mask=(mask, "B L or None", "bool"))
+    tokens, query = _real_tokens(tokens, mask), per_example(query, tokens.shape[0])
+    rest = (query, w_key, w_value, b_key, b_value)
+    query, w_key, w_value, b_key, b_value = (x.astype(wide_dtype(tokens.dtype)) for x in rest)
+    return tokens, query, w_key, w_value, b_key, b_value
 
 
 def per_example(query: Array, batch_size: int) -> Array:
@@ -85,7 +104,7 @@ def class_token_attention(
     b_key: Array,
     b_value: Array,
     mask: Array | None = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: float | Array = 0.0,
     rng: Array | None = None,
 ) -> tuple[Array, Array]:
     """softmax(T (W_k q) / sqrt(d_h)), and (sum_l w_l T_l) W_v + b_v sum_l w_l, a head at a time.
@@ -93,19 +112,21 @@ def class_token_attention(
     b_k . q is the same for every token and cancels in the softmax; sum_l w_l is 1 without dropout.
 
     Args:
-      tokens: `[B, L, D]` T, float32 or bfloat16; the two products over L run in its dtype and
-        accumulate in float32.
+      tokens: `[B, L, D]` T; the two products over L run in its dtype (float32 for integers) and
+        accumulate in float32 or wider.
       query: `[B, H, d_h]` or `[H, d_h]`, already rotated.
       w_key, w_value: `[D, H, d_h]`.
       b_key, b_value: `[H, d_h]`; the output does not depend on `b_key`.
-      mask: `[B, L]`, True where a token is real. A sample without any gets weights and output 0.
-      dropout_rate: of the weights; applied when `rng` is given.
+      mask: `[B, L]`, True where a token is real; others may hold anything, NaN included. A sample
+        without any gets weights and output 0.
+      dropout_rate: of the weights; applied when `rng` is given. May be traced, and is then not
+        checked.
       rng: one key, or one key an example `[B]`, which makes dropout independent of how a batch is
         laid out over devices.
 
     Returns:
       output `[B, H, d_h]` before the output projection and weights `[B, H, L]` before dropout, both
-      float32.
+      float32, or in the tokens' dtype where that is wider.
 
     Raises:
       UserError: a shape or dtype does not fit, or the dropout rate is not in [0, 1).
@@ -117,22 +138,21 @@ def class_token_attention(
       >>> weights.round(2).tolist()  # the query looks along the first token
       [[[1.0, 0.0]]]
     """
-    _check(tokens, query, w_key, w_value, b_key, b_value, mask)
-    del b_key
-    batch_size, length, width = tokens.shape
-    w_key, w_value = as_float(w_key), as_float(w_value)
-    query = per_example(query, batch_size)
+    tokens, query, w_key, w_value, _, b_value = _read(
+        tokens, query, w_key, w_value, b_key, b_value, mask
+    )
+    wide = query.dtype
     folded = jnp.einsum("dhk,bhk->bhd", w_key, query, precision=HIGHEST) * query.shape[-1] ** -0.5
     logits = jnp.einsum(
-        "bld,bhd->bhl", tokens, folded.astype(tokens.dtype), preferred_element_type=jnp.float32
+        "bld,bhd->bhl", tokens, folded.astype(tokens.dtype), preferred_element_type=wide
     )
     weights = masked_softmax(logits, None if mask is None else mask[:, None])
     kept = drop(weights, dropout_rate, rng)
     pooled = jnp.einsum(
-        "bhl,bld->bhd", kept.astype(tokens.dtype), tokens, preferred_element_type=jnp.float32
+        "bhl,bld->bhd", kept.astype(tokens.dtype), tokens, preferred_element_type=wide
     )
     total = jnp.sum(kept, axis=-1)[..., None]
-    output = jnp.einsum("bhd,dhk->bhk", pooled, w_value) + total * as_float(b_value)[None]
+    output = jnp.einsum("bhd,dhk->bhk", pooled, w_value) + total * b_value[None]
     return output, weights
 
 
@@ -144,12 +164,13 @@ def textbook_attention(
     b_key: Array,
     b_value: Array,
     mask: Array | None = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: float | Array = 0.0,
     rng: Array | None = None,
 ) -> tuple[Array, Array]:
     """The same with keys and values for every token: softmax(q K^T / sqrt(d_h)) V.
 
-    Arguments and results as `class_token_attention`, which is tested against it.
+    Arguments and results as `class_token_attention`, which is tested against it; all of it computed
+    in the results' dtype.
 
     Raises:
       UserError: as `class_token_attention`.
@@ -161,10 +182,12 @@ def textbook_attention(
       >>> output.shape, weights.shape
       ((1, 1, 2), (1, 1, 2))
     """
-    _check(tokens, query, w_key, w_value, b_key, b_value, mask)
+    tokens, query, w_key, w_value, b_key, b_value = _read(
+        tokens, query, w_key, w_value, b_key, b_value, mask
+    )
+    tokens = tokens.astype(query.dtype)
     keys = jnp.einsum("bld,dhk->bhlk", tokens, w_key) + b_key[None, :, None]
     values = jnp.einsum("bld,dhk->bhlk", tokens, w_value) + b_value[None, :, None]
-    query = per_example(query, tokens.shape[0])
     logits = jnp.einsum("bhk,bhlk->bhl", query, keys) * query.shape[-1] ** -0.5
     weights = masked_softmax(logits, None if mask is None else mask[:, None])
     return jnp.einsum("bhl,bhlk->bhk", drop(weights, dropout_rate, rng), values), weights
@@ -177,10 +200,11 @@ def mean_key(tokens: Array, w_key: Array, b_key: Array, mask: Array | None = Non
       tokens: `[B, L, D]`, the modality's tokens, its own class token included.
       w_key: `[D, H, d_h]`.
       b_key: `[H, d_h]`.
-      mask: `[B, L]`, True where a token is real; a sample without any has mean token 0.
+      mask: `[B, L]`, True where a token is real; others may hold anything, NaN included. A sample
+        without any has mean token 0.
 
     Returns:
-      `[B, H, d_h]` float32.
+      `[B, H, d_h]` float32, or in the tokens' dtype where that is wider.
 
     Raises:
       UserError: a shape or dtype does not fit.
@@ -193,16 +217,15 @@ def mean_key(tokens: Array, w_key: Array, b_key: Array, mask: Array | None = Non
     """
     check_arrays(tokens=(tokens, "B L D"), w_key=(w_key, "D H d_h"), b_key=(b_key, "H d_h"))
     check_arrays(dict(zip("BL", tokens.shape, strict=False)), mask=(mask, "B L or None", "bool"))
-    tokens = as_float(tokens)
+    tokens = as_float(_real_tokens(tokens, mask))
+    w_key, b_key = w_key.astype(tokens.dtype), b_key.astype(tokens.dtype)
     if mask is None:
-        mean = jnp.mean(tokens, axis=1)
+        mean = jnp.sum(tokens, axis=1) / max(tokens.shape[1], 1)
     else:
         real = mask.astype(tokens.dtype)
         total = jnp.sum(real, axis=1)[:, None]
         mean = jnp.einsum("bl,bld->bd", real, tokens, precision=HIGHEST) / jnp.maximum(total, 1.0)
-    return (
-        jnp.einsum("bd,dhk->bhk", mean, as_float(w_key), precision=HIGHEST) + as_float(b_key)[None]
-    )
+    return jnp.einsum("bd,dhk->bhk", mean, w_key, precision=HIGHEST) + b_key[None]
 
 
 def attention_share(weights: Array, lengths: tuple[int, ...]) -> Array:

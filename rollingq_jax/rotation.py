@@ -5,6 +5,8 @@ Paper section 4 and upstream `models/fusion_modules.py` build it from an SVD of 
 The geodesic rotation here moves nothing outside the plane of the two vectors.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -17,6 +19,12 @@ MAX_DRIFT = 1e-5  # of R^T R from the identity, beyond which R is orthonormalise
 PLANE_NORM = 1e-3  # a shorter component of y beside x does not tell the plane in float32
 
 
+def wide_dtype(dtype: Any) -> Any:
+    """float32, or `dtype` where that is a wider floating one."""
+    wide = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits > 32
+    return dtype if wide else jnp.float32
+
+
 def as_float(x: Array) -> Array:
     """`x` in float32, or in its own dtype where that is wider.
 
@@ -26,8 +34,7 @@ def as_float(x: Array) -> Array:
     x = jnp.asarray(x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise UserError(f"an array has dtype {x.dtype}; allowed: real numbers")
-    wide = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits > 32
-    return x if wide else x.astype(jnp.float32)
+    return x.astype(wide_dtype(x.dtype))
 
 
 def safe_norm(x: Array) -> Array:

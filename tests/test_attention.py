@@ -8,6 +8,7 @@ import pytest
 import rollingq_jax as rq
 
 B, L, D = 4, 19, 16
+FORMS = (rq.class_token_attention, rq.textbook_attention)
 
 
 def inputs(num_heads, head_dim, per_example, seed=0):
@@ -117,6 +118,99 @@ def test_bfloat16_tokens_give_float32_results():
     for a, b in zip(got, want, strict=True):
         assert a.dtype == jnp.float32
         np.testing.assert_allclose(a, b, atol=0.15)
+
+
+@pytest.mark.parametrize("function", FORMS)
+@pytest.mark.parametrize("narrow", ["tokens", "the rest", "all"])
+def test_bfloat16_arguments_give_float32_of_their_values(function, narrow):
+    half = [x.astype(jnp.bfloat16) for x in inputs(2, 8, per_example=False)]
+    wide = [x.astype(jnp.float32) for x in half]
+    given = {"tokens": half[:1] + wide[1:], "the rest": wide[:1] + half[1:], "all": half}[narrow]
+    exact = function is rq.textbook_attention or narrow == "the rest"
+    for got, want in zip(function(*given), rq.textbook_attention(*wide), strict=True):
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, want, atol=1e-5 if exact else 0.15)
+
+
+@pytest.mark.parametrize("function", FORMS)
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.bool_])
+def test_tokens_that_are_no_floats_count_as_their_values(function, dtype):
+    tokens, *rest = inputs(2, 8, per_example=False)
+    tokens = (3 * tokens).astype(dtype)
+    want = function(tokens.astype(jnp.float32), *rest)
+    for a, b in zip(function(tokens, *rest), want, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_float64_is_kept_and_both_forms_agree_in_it(float64):
+    arguments = [np.asarray(x, np.float64) for x in inputs(2, 8, per_example=True)]
+    mask = np.asarray(real("padded"))
+    with float64:
+        arguments = [jnp.asarray(x) for x in arguments]
+        for options in ({}, {"mask": mask, "dropout_rate": 0.3, "rng": jax.random.key(2)}):
+            got, want = (f(*arguments, **options) for f in FORMS)
+            for a, b in zip(got, want, strict=True):
+                assert a.dtype == b.dtype == jnp.float64
+                assert np.abs(np.asarray(a) - np.asarray(b)).max() < 1e-12
+        tokens, _, w_key, _, b_key, _ = arguments
+        keys = np.einsum("bld,dhk->blhk", tokens, w_key) + np.asarray(b_key)[None, None]
+        got = rq.mean_key(tokens, w_key.astype(jnp.float32), b_key)
+        assert got.dtype == jnp.float64
+        np.testing.assert_allclose(rq.mean_key(tokens, w_key, b_key), keys.mean(1), atol=1e-12)
+
+
+@pytest.mark.parametrize("function", FORMS)
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_the_dropout_rate_may_be_traced(function, rate):
+    arguments = inputs(2, 8, per_example=False)
+    rng = jax.random.key(4)
+    got = jax.jit(function)(*arguments, real("padded"), rate, rng)
+    want = function(*arguments, real("padded"), rate, rng)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("function", FORMS)
+def test_a_masked_token_may_hold_anything(function, value):
+    arguments = inputs(2, 8, per_example=True)
+    mask = real("padded").at[2].set(False)
+    spoiled = [jnp.where(mask[..., None], arguments[0], value), *arguments[1:]]
+
+    def scalar(*arguments):
+        output, weights = function(*arguments, mask=mask)
+        return jnp.sum(output**2) + jnp.sum(weights**2), (output, weights)
+
+    differentiate = jax.grad(scalar, argnums=range(6), has_aux=True)
+    got, want = differentiate(*spoiled), differentiate(*arguments)
+    assert jax.tree.all(jax.tree.map(lambda a: bool(np.isfinite(a).all()), got))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_masked_token_may_hold_anything_in_the_mean_key(value):
+    tokens, _, w_key, _, b_key, _ = inputs(2, 8, per_example=True)
+    mask = real("padded").at[2].set(False)
+
+    def scalar(*arguments):
+        keys = rq.mean_key(*arguments, mask)
+        return jnp.sum(keys**2), keys
+
+    differentiate = jax.grad(scalar, argnums=range(3), has_aux=True)
+    got = differentiate(jnp.where(mask[..., None], tokens, value), w_key, b_key)
+    want = differentiate(tokens, w_key, b_key)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("mask", [None, jnp.ones((B, 0), bool)])
+def test_no_tokens_at_all(mask):
+    tokens, *rest = inputs(2, 8, per_example=False)
+    for function in FORMS:
+        output, weights = function(tokens[:, :0], *rest, mask)
+        np.testing.assert_array_equal(output, np.zeros((B, 2, 8)))
+        assert weights.shape == (B, 2, 0)
+    got = rq.mean_key(tokens[:, :0], rest[1], rest[3], mask)
+    np.testing.assert_array_equal(got, np.broadcast_to(rest[3], (B, 2, 8)))
 
 
 def test_mean_key_is_the_mean_of_the_keys():
