@@ -55,12 +55,13 @@ __all__ = [
     "rotate",
     "rotation_between",
     "textbook_attention",
+    "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "convert":  # on first use: NumPy files and ViT weights are not part of the core
-        return importlib.import_module("rollingq_jax.convert")
+    if name in ("convert", "train"):  # on first use: files of weights, and runs, are not the core
+        return importlib.import_module(f"rollingq_jax.{name}")
     if name == "load":  # on first use: reading a run needs Orbax
         return importlib.import_module("rollingq_jax.inference").load
     raise AttributeError(f"module 'rollingq_jax' has no attribute {name!r}")

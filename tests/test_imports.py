@@ -172,6 +172,18 @@ def test_import_loads_no_heavy_package():
     assert not loaded & (set(NOT_IN_CORE) - LOADED_BY_REQUIREMENTS)
 
 
+@pytest.mark.parametrize(
+    "name", ["convert.from_upstream", "train.default_config", "train.train_and_evaluate", "load"]
+)
+def test_what_is_imported_on_first_use_is_found(name):
+    """In a fresh interpreter, where nothing else has imported the module before."""
+    code = f"""
+import sys, {PACKAGE} as rq
+print({PACKAGE + "." + name.split(".")[0]!r} in sys.modules, rq.{name}.__name__)
+"""
+    assert run_python(code).split() == ["False", name.split(".")[-1]]
+
+
 def test_core_works_where_nothing_else_is_installed():
     blocked = sorted(set(NOT_IN_CORE) - LOADED_BY_REQUIREMENTS)
     code = f"""

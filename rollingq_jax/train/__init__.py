@@ -1,4 +1,12 @@
-"""Training: pure steps, their layout over devices, checkpoints and the loop."""
+"""Training: pure steps, their layout over devices, checkpoints and the loop.
+
+Example:
+  >>> import rollingq_jax as rq
+  >>> config = rq.train.default_config()
+  >>> config.rolling.max_rotations
+  1
+  >>> summary = rq.train.train_and_evaluate(config, "runs/demo")  # doctest: +SKIP
+"""
 
 import importlib
 from typing import Any
