@@ -16,7 +16,7 @@ def detect(names: Collection[str], modality: str | None) -> Arm:
       UserError: `modality` is no modality, or is given for a model that fuses both.
     """
     fusion = _detect_fusion(names)
-    depth = max(1, *(_depth(names, f"{stream}_blocks") for stream in STREAM.values()))
+    depth = max(_depth(names, f"{stream}_blocks") for stream in STREAM.values())
     if fusion == "unimodal":
         return Arm(fusion, _detect_modalities(names, modality), depth)
     if modality is not None:

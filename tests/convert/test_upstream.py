@@ -102,6 +102,18 @@ def test_a_renamed_tensor_is_both_missing_and_unknown():
         convert.from_upstream(state)
 
 
+@pytest.mark.parametrize("arm", [*FORWARD, "unimodal"])
+def test_encoders_without_layers_go_there_and_back(arm):
+    state = unimodal_state() if arm == "unimodal" else golden_state(arm)[1]
+    blocks = ("encoder.audio_blocks.", "encoder.video_blocks.")
+    state = {name: value for name, value in state.items() if not name.startswith(blocks)}
+    params, rotation = convert.from_upstream(state)
+    again = convert.to_upstream(params, rotation)
+    assert set(again) == set(state) - set(convert.dropped_tensors(state))
+    for name, value in again.items():
+        np.testing.assert_array_equal(value, state[name])
+
+
 def test_a_layer_in_one_stream_alone_is_an_error():
     _, state = golden_state("concat")
     for name in list(state):
