@@ -49,7 +49,9 @@ MODEL_RULES = {
     "modality": Rule(
         "the name of an encoder", lambda v: v is None or isinstance(v, str), lambda v: v or None
     ),
-    "num_classes": integer(2),
+    "num_classes": integer(2)._replace(
+        allowed="an integer >= 2 (a run fills in a config's 0 when it has loaded the data)"
+    ),
     "dim": integer(1),
     "depth": integer(0),
     "num_heads": integer(1),

@@ -31,6 +31,7 @@ BAD = [
     ("fusionn", "concat", "model.fusionn is not a field; allowed: .*fusion,"),
     ("num_classes", ..., "model.num_classes is missing; allowed: an integer >= 2"),
     ("num_classes", 1, "model.num_classes is 1; allowed: an integer >= 2"),
+    ("num_classes", 0, "model.num_classes is 0; allowed: .* >= 2 .*0 when it has loaded the data"),
     ("num_classes", "six", "model.num_classes is 'six'"),
     ("dim", 0, "model.dim is 0; allowed: an integer >= 1"),
     ("dim", 16.0, "model.dim is 16.0; allowed: an integer"),
