@@ -163,7 +163,7 @@ def input_shapes(run: LoadedRun, size: Any) -> dict[str, jax.ShapeDtypeStruct]:
     for m in run.model.spec.modalities:
         info = run.dataset.modalities[m]
         shapes[m] = jax.ShapeDtypeStruct((size, *info.shape), np.dtype(info.dtype))
-        positions = info.shape[:1] if info.kind == "sequence" else ()
+        positions = info.shape[:1] if info.kind in ("sequence", "tokens") else ()
         shapes[f"{m}_mask"] = jax.ShapeDtypeStruct((size, *positions), np.dtype(bool))
     return shapes
 

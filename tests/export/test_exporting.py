@@ -141,7 +141,7 @@ def test_the_function_runs_with_jax_alone(run, tmp_path, fold):
     path, card = exported(run, tmp_path, function_path=tmp_path / "model.bin", fold=fold)
     batch = make_batch(3)
     batch["audio_mask"] = np.arange(5)[None] < np.array([[5], [0], [3]])
-    batch["text_mask"] = np.array([True, True, False])
+    batch["text_mask"] = np.arange(6)[None] < np.array([[6], [4], [0]])
     batch["visual_mask"] = np.ones(3, bool)
     assert sorted(batch) == sorted(card["inputs"])
     np.savez(tmp_path / "in.npz", **batch)
