@@ -74,6 +74,8 @@ def upstream_roll(
     beta: float,
     rho: float,
     max_rotations: int,
+    method: str = "geodesic",
+    joint: bool = False,
     rotation: Array | None = None,
 ) -> tuple[RollingState, RollInfo]:
     """Upstream's decision at an epoch's end: rolls where |AIR| > beta and rotations are left.
@@ -86,8 +88,9 @@ def upstream_roll(
       beta: the trigger's threshold.
       rho: sharpness of the rebalance weights; upstream's `sigma`.
       max_rotations: the most a head rolls; upstream's `r_time`.
+      method, joint: see `rolling_query`.
       rotation: `[H, d, d]`, R_new from outside, such as upstream's own SVD (whose directions off
-        one line are arbitrary); None makes the geodesic one.
+        one line are arbitrary); None makes it by `method`.
 
     Returns:
       The state with R <- R_new R and the count of the heads that rolled, and what was decided.
@@ -100,6 +103,8 @@ def upstream_roll(
         beta=beta,
         rho=rho,
         max_rotations=max_rotations,
+        method=method,
+        joint=joint,
     )
     if rotation is None:
         return state, info
@@ -138,6 +143,8 @@ def roll_after_epoch(
         beta=settings.beta,
         rho=settings.rho,
         max_rotations=settings.max_rotations,
+        method=settings.method,
+        joint=settings.joint,
         rotation=rotation,
     )
     turned = jnp.where(info.rolled[:, None], info.anchor, query)

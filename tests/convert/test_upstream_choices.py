@@ -17,7 +17,7 @@ from rollingq_jax.train.upstream import (
     upstream_statistics,
 )
 
-roll = jax.jit(upstream_roll, static_argnames=("max_rotations",))
+roll = jax.jit(upstream_roll, static_argnames=("max_rotations", "method", "joint"))
 
 
 def rates_of_a_scheduler(lr, steps, epochs, warmup_epochs, extra):
@@ -160,6 +160,20 @@ def test_equal_to_beta_is_not_over_it():
     scores = jnp.array([[0.5, 0.25], [0.25, 0.5]])
     _, info = roll(init_state(2, 4, 2), query, keys, scores, beta=0.25, rho=1.0, max_rotations=1)
     assert not info.rolled.any()
+
+
+def test_heads_that_decide_together_and_the_svd():
+    """The mean AIR is over beta though head 1's is not; both constructions reach the anchor."""
+    query, keys = problem()
+    scores = jnp.array([[0.1, 0.7], [0.3, 0.4]])
+    options = {"beta": 0.3, "rho": 1.0, "max_rotations": 1, "joint": True}
+    geodesic, info = roll(init_state(2, 4, 2), query, keys, scores, **options)
+    svd, _ = roll(init_state(2, 4, 2), query, keys, scores, method="svd", **options)
+    np.testing.assert_array_equal(info.rolled, [True, True])
+    assert float(jnp.abs(geodesic.rotation - svd.rotation).max()) > 0.1
+    for state in (geodesic, svd):
+        turned = jnp.einsum("hij,hj->hi", state.rotation, query)
+        np.testing.assert_allclose(turned, info.anchor, atol=1e-5)
 
 
 def test_rotations_compose_until_they_are_used_up():
