@@ -97,7 +97,7 @@ def read_value(text: str) -> Any:
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):  # TypeError: a dict with an unhashable key
         return text
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ def check_workdir(workdir: epath.PathLike) -> epath.Path:
         nearest = path
         while not remote and not nearest.exists() and nearest != nearest.parent:
             nearest = nearest.parent
-        probe = nearest / f".write-test-{os.getpid()}"
+        probe = nearest / f".write-test-{secrets.token_hex(8)}"  # hosts may share a process id
         probe.write_text("")
         probe.unlink()
     except Exception as error:  # of the system, or whatever a client of gs:// raises
