@@ -9,13 +9,11 @@ The parameters are those of the best checkpoint by validation accuracy.
 """
 
 import argparse
-import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-import numpy as np
 from etils import epath
 
 from rollingq_jax.analysis import predictions, probes
@@ -28,7 +26,7 @@ from rollingq_jax.train.console import device_line
 from rollingq_jax.train.restore import load_run
 from rollingq_jax.train.summary import versions
 from rollingq_jax.train.workdir import check_workdir
-from rollingq_jax.train.writer import table, write_whole
+from rollingq_jax.train.writer import table, write_json
 
 
 def evaluate(
@@ -86,7 +84,7 @@ def evaluate(
     if full_probes:
         result |= all_probes(probe, clean, levels)
     result |= {"versions": versions(), "device": device_line()}
-    write_whole(folder / "evaluation.json", json.dumps(json_ready(result), indent=2) + "\n")
+    write_json(folder / "evaluation.json", result)
     write_pictures(folder, run, probe, clean, result)
     return result
 
@@ -116,19 +114,6 @@ def all_probes(
         "noise": [point for curve in curves for point in curve],
         "reliance": {m: probes.reliance(probe, m, clean) for m in modalities},
     }
-
-
-def json_ready(value: Any) -> Any:
-    """The same with Python's own numbers; NaN and infinity become null, as JSON has neither."""
-    if isinstance(value, Mapping):
-        return {str(name): json_ready(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [json_ready(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 class _Parser(argparse.ArgumentParser):
@@ -162,7 +147,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--levels",
         type=_levels,
-        default=probes.NOISE_LEVELS,
         metavar="A,B,...",
         help="levels of noise of --probes (default: "
         + ",".join(f"{level:g}" for level in probes.NOISE_LEVELS)
@@ -197,12 +181,14 @@ def _integer(low: int) -> Callable[[str], int]:
 def command(argv: Sequence[str]) -> None:
     """`python -m rollingq_jax.evaluate`; ``argv`` begins with the program's name."""
     arguments = make_parser().parse_args(list(argv[1:]))
+    if arguments.levels and not arguments.probes:
+        raise ConfigError("--levels is given without --probes; allowed: both, or neither")
     result = evaluate(
         arguments.workdir,
         split=arguments.split,
         corrupt=arguments.corrupt,
         full_probes=arguments.probes,
-        levels=arguments.levels,
+        levels=arguments.levels or probes.NOISE_LEVELS,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
     )

@@ -12,8 +12,6 @@ where the architecture is upstream's, else ours, joined by dots, with the rotati
 
 import argparse
 import hashlib
-import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -34,7 +32,7 @@ from rollingq_jax.exported import (
 from rollingq_jax.train.cli import run_command
 from rollingq_jax.train.restore import LoadedRun, load_run
 from rollingq_jax.train.summary import read_summary, versions
-from rollingq_jax.train.writer import table, write_whole
+from rollingq_jax.train.writer import json_ready, table, write_json
 
 
 def model_card(run: LoadedRun, workdir: epath.Path, **files: Any) -> dict[str, Any]:
@@ -63,16 +61,7 @@ def model_card(run: LoadedRun, workdir: epath.Path, **files: Any) -> dict[str, A
         "config": run.config.to_dict(),
         "versions": {**versions(), "rollingq-jax": rq.__version__},
     }
-    return _finite(card)
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinity become null: JSON has neither."""
-    if isinstance(value, Mapping):
-        return {str(name): _finite(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json_ready(card)
 
 
 def export(
@@ -104,7 +93,8 @@ def export(
     function_path = None if stablehlo is None else epath.Path(stablehlo).expanduser()
     if function_path in (path, card_path):
         raise UserError(f"--stablehlo is {str(stablehlo)!r}, which is written by --out as well")
-    return export_run(load_run(workdir), epath.Path(workdir), path, function_path, fold)
+    folder = epath.Path(workdir).expanduser()
+    return export_run(load_run(folder), folder, path, function_path, fold)
 
 
 def export_run(
@@ -131,7 +121,7 @@ def export_run(
             "call": "jax.export.deserialize(bytearray(open(file, 'rb').read())).call(batch)",
         }
     card = model_card(run, workdir, **files)
-    write_whole(path.with_suffix(".json"), json.dumps(card, indent=2) + "\n")
+    write_json(path.with_suffix(".json"), card)
     return card
 
 

@@ -10,6 +10,7 @@ from rollingq_jax.comparison import selection as choosing
 from rollingq_jax.comparison.results import Run, run_record
 from rollingq_jax.comparison.runs import Plan
 from rollingq_jax.train.interrupt import Interruption
+from rollingq_jax.train.writer import write_json
 
 
 class Progress:
@@ -67,7 +68,7 @@ def tune_arms(plan: Plan, interruption: Interruption, progress: Progress) -> dic
             selection[arm] = choosing.selected(plan.settings, plan.tune_seeds, accuracies, arm)
         else:
             selection[arm] = choosing.fixed(plan.settings[0])
-    running.write_json(path, selection)
+    write_json(path, selection)
     return selection
 
 

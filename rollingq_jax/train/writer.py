@@ -1,11 +1,13 @@
 """Where a run's numbers go: `metrics.jsonl`, TensorBoard and the terminal."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from rollingq_jax.errors import CheckpointError
@@ -51,13 +53,27 @@ def write_whole(path: epath.PathLike, text: str) -> None:
         raise
 
 
+def json_ready(value: Any) -> Any:
+    """The same with Python's own numbers; NaN and infinity become null, as JSON has neither."""
+    if isinstance(value, Mapping):
+        return {str(name): json_ready(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_ready(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
 def as_json(row: Mapping[str, Any]) -> str:
-    """One line of JSON; a NaN or an infinity becomes null, which every reader knows."""
-    clean = {
-        name: None if isinstance(value, float) and not abs(value) < float("inf") else value
-        for name, value in row.items()
-    }
-    return json.dumps(clean)
+    """One line of JSON."""
+    return json.dumps(json_ready(row))
+
+
+def write_json(path: epath.PathLike, content: Any) -> None:
+    """Writes a JSON file whole."""
+    write_whole(path, json.dumps(json_ready(content), indent=2) + "\n")
 
 
 class MetricsWriter:

@@ -1,7 +1,6 @@
 """The evaluate command: what it writes, and one line for each mistake."""
 
 import json
-import math
 import sys
 from types import SimpleNamespace
 
@@ -98,6 +97,7 @@ def test_a_fusion_without_attention_is_evaluated_too(workdir, capsys):
         (["--levels", "1,x"], ["--levels", "'1,x'", ">= 0"]),
         (["--levels", "1,-2"], ["--levels", ">= 0"]),
         (["--levels", "nan"], ["--levels", ">= 0"]),
+        (["--levels", "0,1"], ["--levels", "without --probes"]),
         (["--batch_size", "0"], ["--batch_size", "'0'", ">= 1"]),
         (["--seed", "-3"], ["--seed"]),
         (["--sed", "3"], ["--sed"]),
@@ -116,11 +116,6 @@ def test_a_mistake_is_one_line_and_changes_nothing(workdir, capsys, arguments, w
 def test_the_workdir_is_asked_for(capsys):
     code, _, err = run(capsys)
     assert code == 2 and "--workdir" in err and err.count("\n") == 1
-
-
-def test_numbers_that_are_not_defined_become_null():
-    value = {"a": (math.nan, np.float32(0.5)), 1: np.int64(3), "inf": math.inf, "flag": np.True_}
-    assert evaluate.json_ready(value) == {"a": [None, 0.5], "1": 3, "inf": None, "flag": True}
 
 
 def test_help_explains_the_corruptions(capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import math
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import sys
 import time
 
 import jax
+import numpy as np
 import pytest
 from etils import epath
 from train_cases import files
@@ -22,7 +24,7 @@ from rollingq_jax.train.schedule import SaveSchedule
 from rollingq_jax.train.storage import check_room, explained, reason_of, saving, writing
 from rollingq_jax.train.summary import print_summary
 from rollingq_jax.train.workdir import check_workdir
-from rollingq_jax.train.writer import MetricsWriter, as_json, read_rows, write_whole
+from rollingq_jax.train.writer import MetricsWriter, as_json, json_ready, read_rows, write_whole
 
 
 def row(step, split="train", **fields):
@@ -246,3 +248,8 @@ def test_a_folder_is_checked_without_being_made(tmp_path):
     assert files(tmp_path) == before and list(tmp_path.iterdir()) == []
     with pytest.raises(ConfigError, match="allowed: a folder that can be written"):
         check_workdir("/proc/nothing/here")
+
+
+def test_numbers_that_are_not_defined_become_null():
+    value = {"a": (math.nan, np.float32(0.5)), 1: np.int64(3), "inf": math.inf, "flag": np.True_}
+    assert json_ready(value) == {"a": [None, 0.5], "1": 3, "inf": None, "flag": True}
