@@ -30,11 +30,9 @@ from rollingq_jax.comparison.runs import (
     dataset_of,
     make_plan,
     noise_of,
-    write_json,
 )
 from rollingq_jax.comparison.stages import Progress, run_tests, tune_arms
 from rollingq_jax.errors import ConfigError
-from rollingq_jax.evaluate import json_ready
 from rollingq_jax.train.arguments import USAGE, parse
 from rollingq_jax.train.cli import run_command
 from rollingq_jax.train.config import check_config
@@ -43,7 +41,7 @@ from rollingq_jax.train.interrupt import Interruption
 from rollingq_jax.train.lock import locked
 from rollingq_jax.train.summary import versions
 from rollingq_jax.train.workdir import check_workdir
-from rollingq_jax.train.writer import read_rows, table, write_whole
+from rollingq_jax.train.writer import read_rows, table, write_json, write_whole
 
 DEFAULT_ARMS = "concat,attention,rollingq"
 
@@ -103,10 +101,10 @@ def compare(
     reference = reference or ("attention" if "attention" in arms else next(iter(arms)))
     if reference not in arms:
         raise ConfigError(f"--reference is {reference!r}; allowed: {', '.join(arms)}")
-    check_same(plan)
+    check_same(plan, dataset)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder), compiled_programs(folder / "compiled"), Progress(plan) as progress:
-        claim(plan)
+        claim(plan, dataset)
         selection = tune_arms(plan, interruption, progress)
         records = run_tests(plan, selection, interruption, progress)
         result = gather(plan, selection, records, reference, dataset.description)
@@ -149,7 +147,7 @@ def gather(
 def show(plan: Plan, result: dict[str, Any], noise: bool) -> None:
     """Writes the numbers, then the figures and the report."""
     write_whole(plan.folder / "results.csv", numbers.as_csv(result["runs"]))
-    write_json(plan.folder / "results.json", json_ready(result))
+    write_json(plan.folder / "results.json", result)
 
     def folders(arm: str) -> Iterator[epath.Path]:
         number = result["selection"][arm]["chosen"]

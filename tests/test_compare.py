@@ -213,6 +213,7 @@ def test_seeds_and_arms_can_be_added_later(config_file, tmp_path, fake):
         (["--arms", "x=sum:model.dim=wide"], ["'x'", "model.dim", "'wide'", "integer >= 1"]),
         (["--arms", "x=sum:rolling.rho=-1"], ["'x'", "rolling.rho", "-1", ">= 0"]),
         (["--arms", "x=sum:rolling.rho"], ["rolling.rho", "FIELD=VALUE"]),
+        (["--arms", "x=sum:rolling.rho={[]:1}"], ["'x'", "rolling.rho", ">= 0"]),
         (["--arms", "x=ogm:model.fusion=attention"], ["'x'", "ogm", "concat"]),
         (["--arms", "x=audio:baseline.name=pmr"], ["'x'", "pmr", "one modality"]),
         (["--arms", "x=sum:optimizer.learning_rate=1.0"], ["'x'", "grid"]),
@@ -243,6 +244,11 @@ def test_another_comparison_in_the_folder_is_refused(config_file, tmp_path, fake
     assert "compare.tune_seeds is 1 and was 2" in capsys.readouterr().err
     assert run(config_file, out, "--arms", "attention=rollingq") == 2
     assert "'attention' with other fields" in capsys.readouterr().err
+    data = tmp_path / "data.npz"
+    arrays = dict(np.load(data))
+    np.savez(data, **arrays | {"train/audio": arrays["train/audio"] + 1})
+    assert run(config_file, out, "--arms", "attention", "--seeds", "1") == 2
+    assert "on other data: test/audio has other values" in capsys.readouterr().err
 
 
 def test_arms_are_named_changes_of_the_configuration():

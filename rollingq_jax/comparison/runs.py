@@ -1,7 +1,6 @@
 """The runs of a comparison: where they lie, training one, and reading back what it left."""
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from rollingq_jax.analysis import predictions, probes
 from rollingq_jax.comparison.arms import Overrides, check_name, with_fields
 from rollingq_jax.comparison.selection import Setting, read_json, setting_name, settings_of
 from rollingq_jax.data.load import load_dataset
+from rollingq_jax.data.signature import difference, signature
 from rollingq_jax.data.types import Dataset
 from rollingq_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from rollingq_jax.train.config import check_config, differing_fields, flatten, from_json
@@ -22,7 +22,7 @@ from rollingq_jax.train.loop import train_and_evaluate
 from rollingq_jax.train.restore import load_run
 from rollingq_jax.train.setup import build, resolve_config
 from rollingq_jax.train.summary import read_summary
-from rollingq_jax.train.writer import write_whole
+from rollingq_jax.train.writer import write_json
 
 
 class Plan(NamedTuple):
@@ -118,11 +118,11 @@ def make_plan(
     return plan
 
 
-def check_same(plan: Plan) -> None:
+def check_same(plan: Plan, dataset: Dataset) -> None:
     """The folder holds nothing, or this comparison, whose arms and seeds may be others.
 
     Raises:
-      CheckpointError: configuration, search or an arm of the same name differ; says where.
+      CheckpointError: configuration, search, data or an arm of the same name differ; says where.
     """
     theirs = read_json(plan.folder / "comparison.json")
     if theirs is None:
@@ -139,6 +139,12 @@ def check_same(plan: Plan) -> None:
             f"workdir {plan.folder} holds another comparison: config.{name} is {ours!r} and was "
             f"{before!r}; allowed: the same, or another workdir"
         )
+    changed = difference(signature(dataset), theirs.get("signature", signature(dataset)))
+    if changed:
+        raise CheckpointError(
+            f"workdir {plan.folder} holds a comparison on other data: {changed} has other values; "
+            "allowed: the same data, or another workdir"
+        )
     for name in plan.arms.keys() & theirs["arms"].keys():
         if flatten(plan.arms[name]) != flatten(theirs["arms"][name]):
             raise CheckpointError(
@@ -147,10 +153,14 @@ def check_same(plan: Plan) -> None:
             )
 
 
-def claim(plan: Plan) -> None:
-    """Writes what is compared; arms of earlier calls stay."""
+def claim(plan: Plan, dataset: Dataset) -> None:
+    """Writes what is compared, and on what; arms of earlier calls stay."""
     before = read_json(plan.folder / "comparison.json") or {"arms": {}}
-    content = {"config": plan.config.to_dict(), "arms": before["arms"] | plan.arms}
+    content = {
+        "config": plan.config.to_dict(),
+        "signature": signature(dataset),
+        "arms": before["arms"] | plan.arms,
+    }
     write_json(plan.folder / "comparison.json", content)
 
 
@@ -223,11 +233,6 @@ def _probe(folder: epath.Path) -> probes.Probe:
         seed=run.config.seed,
         encoders=run.config.model.encoders,
     )
-
-
-def write_json(path: epath.Path, content: Any) -> None:
-    """Writes a JSON file whole."""
-    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 @contextlib.contextmanager

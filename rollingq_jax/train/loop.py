@@ -17,6 +17,7 @@ from rollingq_jax.train.interrupt import Interrupted, Interruption
 from rollingq_jax.train.lock import locked
 from rollingq_jax.train.meter import Meter
 from rollingq_jax.train.parallel import Parallel
+from rollingq_jax.train.profiling import profiled
 from rollingq_jax.train.run import Run
 from rollingq_jax.train.schedule import SaveSchedule
 from rollingq_jax.train.snapshot import save_snapshot
@@ -117,7 +118,11 @@ def train_and_evaluate(
     )
     check_free(workdir, run.config)
     summary = read_summary(workdir)
-    if summary is None:
+    if summary is not None:
+        run.check_data(summary, f"the summary in {workdir}")
+    else:
+        if config.vit_weights and not (workdir / "checkpoints").exists():
+            run.initial_state()  # a wrong file is told while the folder is as it was
         with writing(workdir), locked(workdir):
             claim(workdir, run.config)
             with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
@@ -137,7 +142,8 @@ def complete(
 ) -> dict[str, Any]:
     """From the newest checkpoint to the summary; without a test, to the best by validation."""
     found = checkpoints.restore_newest(run.abstract_state(), run.check_record)
-    state, record = found or (run.initial_state(), {})
+    silent = quiet or jax.process_index() > 0
+    state, record = found or (run.initial_state((lambda _: None) if silent else print), {})
     with explained(lambda: checkpoints.newest), writing(run.workdir):
         best = train(run, checkpoints, state, record, interruption, max_steps, quiet)._asdict()
         checkpoints.wait()
@@ -174,10 +180,13 @@ def train(
             best = validate(run, state, best, tools)
         batches = run.batches(start_step, setup.total_steps)
         stack.enter_context(contextlib.closing(batches))
+        train_step = parallel.train_step
+        if run.profile:
+            train_step = stack.enter_context(profiled(train_step, run.workdir / "profile"))
         batch = None
         for step in range(start_step + 1, setup.total_steps + 1):
             epoch_ends = step % setup.epoch_steps == 0
-            state, sums, roll = parallel.train_step(state, batch or tools.take(batches, parallel))
+            state, sums, roll = train_step(state, batch or tools.take(batches, parallel))
             interruption.unsaved = True
             tools.meter.add(step, sums, roll if run.checks_after(step) else None)
             tools.console.advance()

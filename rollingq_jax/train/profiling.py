@@ -1,41 +1,63 @@
 """A trace of some training steps, and compiled programs that are kept from run to run."""
 
+import contextlib
+import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from etils import epath
 
+log = logging.getLogger(__name__)
+
 FIRST_CALL, LAST_CALL = 4, 8  # the first calls compile, and fill the pipeline
 
 
-def profiled(train_step: Callable[..., Any], folder: epath.Path) -> Callable[..., Any]:
+@contextlib.contextmanager
+def profiled(train_step: Callable[..., Any], folder: epath.Path) -> Iterator[Callable[..., Any]]:
     """The step, of which calls 4 to 8 are traced, with all that happens between them.
 
+    A run that ends in between leaves the trace up to there; one that ends before, a warning.
     The folder gets what `jax.profiler` writes: XProf reads it, and `perfetto_trace.json.gz` goes to
     ui.perfetto.dev. Each process traces its own devices.
     """
-    calls = 0
+    calls, tracing = 0, False
     remote = "://" in os.fspath(folder)
     local = tempfile.mkdtemp() if remote else os.fspath(folder)
+
+    def start(args: Any) -> None:
+        nonlocal tracing
+        jax.block_until_ready(args)
+        jax.profiler.start_trace(local, create_perfetto_trace=True)
+        tracing = True
+
+    def stop() -> None:
+        nonlocal tracing
+        jax.profiler.stop_trace()
+        tracing = False
+        if remote:  # the profiler writes local files alone
+            copy_tree(local, folder)
 
     def traced(*args: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == FIRST_CALL:
-            jax.block_until_ready(args)
-            jax.profiler.start_trace(local, create_perfetto_trace=True)
+            start(args)
         results = train_step(*args)
         if calls == LAST_CALL:
             jax.block_until_ready(results)
-            jax.profiler.stop_trace()
-            if remote:  # the profiler writes local files alone
-                copy_tree(local, folder)
+            stop()
         return results
 
-    return traced
+    try:
+        yield traced
+    finally:
+        if tracing:
+            stop()
+        elif calls < FIRST_CALL:
+            log.warning("no profile: %d steps were made and the trace begins with step 4", calls)
 
 
 def copy_tree(source: str, target: epath.Path) -> None:

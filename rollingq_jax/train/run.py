@@ -8,13 +8,13 @@ import jax
 from etils import epath
 
 from rollingq_jax.data.pipeline import eval_batches, train_batches
+from rollingq_jax.data.signature import difference, signature
 from rollingq_jax.data.types import Dataset
 from rollingq_jax.errors import CheckpointError
 from rollingq_jax.train import parallel as parallel_lib
 from rollingq_jax.train.config import default_config, with_defaults
 from rollingq_jax.train.evaluation import Columns, evaluate
 from rollingq_jax.train.feed import Feed
-from rollingq_jax.train.profiling import profiled
 from rollingq_jax.train.setup import Setup, build, resolve_config
 from rollingq_jax.train.state import TrainState
 from rollingq_jax.train.steps import make_eval_step, make_train_step
@@ -30,21 +30,23 @@ class Run:
       config: the configuration, `config.model` completed from the data.
       dataset: the data.
       workdir: the run's folder.
+      profile: whether some training steps are traced.
       setup: model, optimiser, lengths.
+      signature: of the data, so that the run does not go on with others.
       parallel: the steps over all devices.
-
-    With `profile`, some training steps are traced (see `profiling.profiled`).
 
     Raises:
       ConfigError: the configuration does not fit the data or the devices.
+      DataError: the data cannot be read.
     """
 
     def __init__(
         self, config: Any, dataset: Dataset, workdir: epath.Path, profile: bool = False
     ) -> None:
         self.config = resolve_config(config, dataset)
-        self.dataset, self.workdir = dataset, workdir
+        self.dataset, self.workdir, self.profile = dataset, workdir, profile
         self.setup: Setup = build(self.config, dataset)
+        self.signature = signature(dataset)
         parallel_lib.check_batch_size(config.batch_size)
         compat = self.config.upstream_compat
         train_step = make_train_step(
@@ -59,9 +61,6 @@ class Run:
         )
         wrap = parallel_lib.WRAPPERS[config.parallel]
         self.parallel = wrap(train_step, make_eval_step(self.setup.model))
-        if profile:
-            traced = profiled(self.parallel.train_step, workdir / "profile")
-            self.parallel = self.parallel._replace(train_step=traced)
 
     @property
     def rolls_after_epoch(self) -> bool:
@@ -80,9 +79,13 @@ class Run:
             return False
         return bool(schedule.checks(step - 1))
 
-    def initial_state(self) -> TrainState:
-        """The state at step 0, on one device."""
-        return self.setup.initial_state(self.config, self.dataset)
+    def initial_state(self, report: Callable[[str], None] = lambda _: None) -> TrainState:
+        """The state at step 0, on one device; `report` is told what pretrained weights were used.
+
+        Raises:
+          ConfigError: the file of pretrained weights cannot be used.
+        """
+        return self.setup.initial_state(self.config, self.dataset, report)
 
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of every state of the run."""
@@ -127,16 +130,19 @@ class Run:
         rows = self.config.batch_size // jax.process_count()
         return Feed(batches, self.dataset, self.setup.model.spec.modalities, rows)
 
-    def record(self, best: Mapping[str, Any], **rest: Any) -> dict[str, Any]:
-        """What a checkpoint holds beside the state, as JSON: the best so far, what else the loop
-        needs to go on from there, the configuration, and how much data there was."""
+    def identity(self) -> dict[str, Any]:
+        """The configuration and the data of the run, as JSON, for checkpoints and the summary."""
         examples = {split: len(source) for split, source in self.dataset.splits.items()}
         return {
-            "best": best,
             "config": self.config.to_dict(),
             "examples": examples,
-            **rest,
+            "signature": self.signature,
         }
+
+    def record(self, best: Mapping[str, Any], **rest: Any) -> dict[str, Any]:
+        """What a checkpoint holds beside the state, as JSON: the best so far, what else the loop
+        needs to go on from there, and the run's identity."""
+        return {"best": best, **self.identity(), **rest}
 
     def check_record(self, record: Mapping[str, Any]) -> None:
         """A checkpoint is this run's.
@@ -146,10 +152,24 @@ class Run:
         """
         theirs = with_defaults(record["config"], default_config().to_dict())
         check_same_run(self.config, theirs, f"a checkpoint in {self.workdir}")
-        for split, source in self.dataset.splits.items():
-            before = record["examples"].get(split)
-            if before != len(source):
+        self.check_data(record, f"the checkpoint in {self.workdir}")
+
+    def check_data(self, record: Mapping[str, Any], where: str) -> None:
+        """A checkpoint or summary was made with this run's data.
+
+        Raises:
+          CheckpointError: it was made with others; says where they differ.
+        """
+        for split, before in record.get("examples", {}).items():
+            count = len(self.dataset.splits.get(split, ()))
+            if before != count:
                 raise CheckpointError(
-                    f"the data's split {split!r} has {len(source)} examples and had {before} when "
-                    f"the checkpoint in {self.workdir} was saved; allowed: the same data"
+                    f"the data's split {split!r} has {count} examples and had {before} when "
+                    f"{where} was saved; allowed: the same data"
                 )
+        different = difference(self.signature, record.get("signature", self.signature))
+        if different:
+            raise CheckpointError(
+                f"the data's {different} has other values than when {where} was saved; "
+                "allowed: the same data, or another workdir"
+            )

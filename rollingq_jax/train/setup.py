@@ -1,6 +1,7 @@
 """From a configuration to the parts of a run."""
 
 import copy
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,14 +33,19 @@ class Setup(NamedTuple):
     total_steps: int
     baseline: Baseline
 
-    def initial_state(self, config: Any, dataset: Dataset) -> TrainState:
-        """The state at step 0; encoders start from `config.vit_weights` where that is set."""
+    def initial_state(
+        self, config: Any, dataset: Dataset, report: Callable[[str], None]
+    ) -> TrainState:
+        """The state at step 0; encoders start from `config.vit_weights` where that is set.
+
+        `report` is told which of its tensors were used.
+        """
         state = self._drawn_state(config, dataset)
         if config.vit_weights:
             from rollingq_jax.convert import load_vit
 
-            params, report = load_vit(config.vit_weights, state.params)
-            print(f"{config.vit_weights}: {report}")
+            params, used = load_vit(config.vit_weights, state.params)
+            report(f"{config.vit_weights}: {used}")
             state = state.replace(params=params, opt_state=self.tx.init(params))
         return state
 
@@ -81,7 +87,12 @@ def resolve_config(config: Any, dataset: Dataset) -> Any:
 
 
 def _check_upstream_choices(compat: Any, fusion_layers: int) -> None:
-    """Upstream has one fusion layer."""
+    """Upstream has one fusion layer, and one process."""
+    if compat.statistics_pass and jax.process_count() > 1:
+        raise ConfigError(
+            f"config.upstream_compat.statistics_pass is True; allowed in {jax.process_count()} "
+            "processes: False, since each would roll by its own examples"
+        )
     chosen = [name for name, value in compat.items() if value]
     if fusion_layers > 1 and chosen:
         raise ConfigError(

@@ -19,7 +19,7 @@ from rollingq_jax.train.console import count, device_line
 from rollingq_jax.train.evaluation import Columns, by_modality
 from rollingq_jax.train.run import Run
 from rollingq_jax.train.state import TrainState
-from rollingq_jax.train.writer import MetricsWriter, read_rows, table, write_whole
+from rollingq_jax.train.writer import MetricsWriter, json_ready, read_rows, table, write_json
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def finish_run(run: Run, checkpoints: Checkpoints, best: Mapping[str, Any]) -> d
     means, columns = run.evaluate(run.parallel.put_state(state), "test")
     rotations = None if state.rolling is None else np.asarray(state.rolling.count).tolist()
     predictions = predictions_of(run, columns)
-    summary = test_scores(predictions, run) | {
+    found = test_scores(predictions, run) | {
         "test_loss": means["loss"],
         "probe_accuracy": {
             name.partition("/")[2]: value
@@ -115,15 +115,16 @@ def finish_run(run: Run, checkpoints: Checkpoints, best: Mapping[str, Any]) -> d
         "versions": versions(),
         "command": sys.argv,
         "data": run.dataset.description,
-        "config": run.config.to_dict(),
+        **run.identity(),
     }
+    summary = json_ready(found)
     if jax.process_index() == 0:
         writer = MetricsWriter(run.workdir, run.setup.total_steps)
         writer.remove("test")
         epoch = run.config.epochs
         writer.write([{"step": run.setup.total_steps, "epoch": epoch, "split": "test"} | means])
         draw(run, state, summary, predictions, writer.rows)
-        write_whole(run.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_json(run.workdir / "summary.json", summary)
     return summary
 
 

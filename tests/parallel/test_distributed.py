@@ -61,15 +61,25 @@ def test_no_cluster_is_one_line(monkeypatch):
         join(["train.py", "--distributed"])
 
 
-def test_a_trace_of_the_fourth_to_the_eighth_step(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        (10, ["step"] * 3 + ["start"] + ["step"] * 5 + ["stop"] + ["step"] * 2),
+        (8, ["step"] * 3 + ["start"] + ["step"] * 5 + ["stop"]),
+        (5, ["step"] * 3 + ["start"] + ["step"] * 2 + ["stop"]),
+        (2, ["step"] * 2),
+    ],
+)
+def test_a_trace_of_the_fourth_to_the_eighth_step(tmp_path, monkeypatch, caplog, steps, expected):
     calls = []
-    monkeypatch.setattr(jax.profiler, "start_trace", lambda *a, **k: calls.append(a[0]))
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *a, **k: calls.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
-    step = profiling.profiled(lambda x: (calls.append("step"), x)[1], epath.Path(tmp_path))
-    for _ in range(10):
-        step(jnp.ones(2))
-    expected = ["step"] * 3 + [str(tmp_path)] + ["step"] * 5 + ["stop"] + ["step"] * 2
+    folder = epath.Path(tmp_path)
+    with profiling.profiled(lambda x: (calls.append("step"), x)[1], folder) as step:
+        for _ in range(steps):
+            step(jnp.ones(2))
     assert calls == expected
+    assert ("no profile: 2 steps were made" in caplog.text) == (steps == 2)
 
 
 def test_a_remote_folder_gets_copies(tmp_path):

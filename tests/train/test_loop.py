@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from train_cases import files, make_arrays, read_metrics, tiny_config
+from train_cases import files, make_arrays, read_metrics, tiny_config, write_arrays
 
 from rollingq_jax.data.load import load_dataset
-from rollingq_jax.errors import CheckpointError, DataError, NonFiniteError
+from rollingq_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UserError
 from rollingq_jax.train import loop
 from rollingq_jax.train.checkpoint import Checkpoints
 from rollingq_jax.train.interrupt import Interrupted, Interruption
@@ -101,6 +101,49 @@ def test_saves_by_steps_and_by_minutes_change_nothing(often, tmp_path):
         train_and_evaluate(config, tmp_path)
     assert len(saved) == LAST
     assert_same_result(config, undisturbed, tmp_path)
+
+
+@pytest.mark.parametrize("stop", [9, None])
+def test_a_run_does_not_go_on_with_other_data(tmp_path, stop):
+    """Whether it was stopped or has ended: the same shapes, moved or changed in place."""
+    config = tiny_config(tmp_path / "data.npz")
+    write_arrays(tmp_path / "data.npz")
+    if stop:
+        with pytest.raises(Interrupted):
+            train_and_evaluate(config, tmp_path / "run", max_steps=stop)
+    else:
+        train_and_evaluate(config, tmp_path / "run", quiet=True)
+    before = files(tmp_path / "run")
+    write_arrays(tmp_path / "data.npz", seed=1)
+    with pytest.raises(CheckpointError, match=r"the data's test/a has other values .* allowed"):
+        train_and_evaluate(config, tmp_path / "run")
+    assert files(tmp_path / "run") | {".lock": before[".lock"]} == before
+    write_arrays(tmp_path / "moved.npz")
+    config.data.path = str(tmp_path / "moved.npz")
+    assert train_and_evaluate(config, tmp_path / "run", quiet=True)["best"]["step"] > 0
+
+
+def test_what_is_not_defined_is_null_in_the_summary(tmp_path):
+    """The accuracy of a class that the test split lacks."""
+    arrays = make_arrays()
+    np.savez(tmp_path / "data.npz", **arrays | {"test/label": arrays["test/label"] % 2})
+    made = train_and_evaluate(tiny_config(tmp_path / "data.npz"), tmp_path / "run", quiet=True)
+    read = json.loads((tmp_path / "run" / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert read == made and read["per_class"]["2"]["accuracy"] is None
+
+
+def test_the_extra_pass_is_for_one_process(arrays, tmp_path, monkeypatch):
+    config = tiny_config(arrays, **{"upstream_compat.statistics_pass": True})
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match="statistics_pass is True; allowed in 2 processes: False"):
+        Run(config, load_dataset(config.data, seed=0), epath.Path(tmp_path))
+
+
+def test_a_wrong_file_of_weights_leaves_the_folder_free(arrays, tmp_path):
+    config = tiny_config(arrays, vit_weights=str(tmp_path / "nowhere.npz"))
+    with pytest.raises(UserError, match=r"nowhere\.npz"):
+        train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_stop_in_the_middle_of_a_validation(finished, tmp_path):
@@ -271,7 +314,7 @@ def gone(example):
     ],
 )
 def test_data_that_fail_in_the_middle(arrays, tmp_path, monkeypatch, change, line):
-    """In the second epoch: the first reads 48 rows, and its shapes another one or two."""
+    """In the second epoch: the first reads 48 rows, shapes and signature about ten."""
     config = tiny_config(arrays)
     config.data.prefetch = 0
     monkeypatch.setattr(loop, "load_dataset", Failing(None, change, first=80).load)
@@ -292,7 +335,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(arrays, tmp_path):
 
 def test_updates_that_are_not_finite_can_be_skipped(arrays, tmp_path, monkeypatch, capsys):
     """One example of the second epoch is infinite: its batch is skipped, in the middle of it."""
-    source = Failing(None, lambda e: e | {"b": e["b"] * np.float32(np.inf)}, first=70, last=70)
+    source = Failing(None, lambda e: e | {"b": e["b"] * np.float32(np.inf)}, first=78, last=78)
     monkeypatch.setattr(loop, "load_dataset", source.load)
     config = tiny_config(arrays, nonfinite="skip")
     config.data.prefetch = 0
