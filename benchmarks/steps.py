@@ -13,6 +13,7 @@ import numpy as np
 from benchmarks import paper_scale
 from benchmarks.paper_scale import Scale, Stepper, compiled_alone, compiled_step, model_flops
 from benchmarks.timing import Row, cost, interleaved, rows
+from rollingq_jax.analysis.statistics import bootstrap_mean
 
 PAPER = Scale()
 SMALL = Scale(depth=1, batch_size=4)
@@ -78,14 +79,15 @@ def rolling_cost(scale: Scale = SMALL, counted: Scale = PAPER, rounds: int = 12)
     }
     times = interleaved({name: Stepper(*p) for name, p in programs.items()}, rounds, calls=2)
     table = rows(f"RollingQ, B {scale.batch_size}, depth {scale.depth}", times, "off")
-    generator = np.random.default_rng(0)
     for row in table:
         base = "on" if row["case"] == "on again" else "off"
         ratios = np.log(np.array(times[row["case"]]) / np.array(times[base]))
-        draws = generator.choice(ratios, (10_000, len(ratios))).mean(axis=1)
-        low, high = np.exp(np.quantile(draws, [0.025, 0.975]))
-        row |= {"baseline": base, "ratio": float(np.exp(ratios.mean()))}
-        row |= {"interval_low": float(low), "interval_high": float(high)}
+        found = bootstrap_mean(ratios)
+        row |= {"baseline": base, "ratio": float(np.exp(found.mean))}
+        row |= {
+            "interval_low": float(np.exp(found.low)),
+            "interval_high": float(np.exp(found.high)),
+        }
     return table + rolling_counts(counted)
 
 

@@ -2,7 +2,7 @@
 
 python train.py --config configs/av_digits.py --workdir runs/demo
 
-About half a minute on two cores. Noise and rolling were chosen on validation data (mean of five
+About a minute on two cores. Noise and rolling were chosen on validation data (mean of five
 seeds, best epoch): accuracy .535 for concat, .560 for plain attention with an audio share of .61
 and a correlation of share and quality of -.17, .568 for this configuration with .50 and +.04.
 """
