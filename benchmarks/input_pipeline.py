@@ -101,7 +101,7 @@ def prepared_clips(folder: Path, num_clips: int, frames_per_clip: int = 3) -> Da
     return load_dataset(ConfigDict({"name": "crema_d", "path": str(folder / "data")}), seed=0)
 
 
-def measure(dataset: Dataset, seconds: float, num_threads: int = 1) -> tuple[int, float, float]:
+def measure(dataset: Dataset, seconds: float) -> tuple[int, float, float]:
     """Reads training batches for some seconds.
 
     Returns:
@@ -115,7 +115,6 @@ def measure(dataset: Dataset, seconds: float, num_threads: int = 1) -> tuple[int
         num_steps=1_000_000,
         transforms=dataset.train_transforms,
         prefetch=2,
-        num_threads=num_threads,
     )
     next(batches)
     examples, start, used = 0, time.perf_counter(), time.process_time()

@@ -37,12 +37,11 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     prefetch: int = 2,
-    num_threads: int = 1,
 ) -> Iterator[Batch]:
     """Shuffled batches of the steps ``start_step .. num_steps - 1``.
 
     Args:
-      source: N examples; read from ``num_threads`` threads.
+      source: N examples; read from ``prefetch`` threads at once.
       batch_size: rows of the global batch, over all processes.
       seed: of the permutations and of the transformations; 0 or more.
       start_step: the first step, 0 or the step to resume from.
@@ -51,9 +50,8 @@ def train_batches(
         number of the example, place in ``transforms``) and on nothing else.
       process_index, process_count: this process gets rows
         ``process_index * batch_size / process_count`` and so on of each global batch.
-      prefetch: the most batches that are made ahead of the one in use.
-      num_threads: threads that make them, a whole batch each, so that no more than ``prefetch`` are
-        at work; 0 makes each batch when it is asked for.
+      prefetch: the most batches that are made ahead of the one in use, each by a thread of its own;
+        0 makes each batch when it is asked for.
 
     Returns:
       A Grain iterator of dicts of arrays [batch_size / process_count, ...], ``"example_mask"`` bool
@@ -66,7 +64,7 @@ def train_batches(
     rows = _BatchReader(
         source, batch_size, seed, transforms, process_index, process_count, shuffle=True
     )
-    return _read(rows, start_step, num_steps, prefetch, num_threads)
+    return _read(rows, start_step, num_steps, prefetch)
 
 
 def eval_batches(
@@ -78,7 +76,6 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     prefetch: int = 2,
-    num_threads: int = 1,
 ) -> Iterator[Batch]:
     """Every example once, in order; arguments, batches and errors as in :func:`train_batches`.
 
@@ -87,7 +84,7 @@ def eval_batches(
     rows = _BatchReader(
         source, batch_size, seed, transforms, process_index, process_count, shuffle=False
     )
-    return _read(rows, 0, steps_per_epoch(len(source), batch_size), prefetch, num_threads)
+    return _read(rows, 0, steps_per_epoch(len(source), batch_size), prefetch)
 
 
 def collate(examples: Sequence[Example]) -> Batch:
@@ -185,18 +182,14 @@ class _BatchReader:
         return example
 
 
-def _read(
-    reader: _BatchReader, start_step: int, num_steps: int, prefetch: int, num_threads: int
-) -> Iterator[Batch]:
+def _read(reader: _BatchReader, start_step: int, num_steps: int, prefetch: int) -> Iterator[Batch]:
     """Calls the reader for each step, ``prefetch`` batches ahead."""
     if start_step < 0:
         raise ConfigError(f"start_step: {start_step}; at least 0")
-    if prefetch < 0 or num_threads < 0:
-        raise ConfigError(f"prefetch, num_threads: {prefetch}, {num_threads}; at least 0")
+    if prefetch < 0:
+        raise ConfigError(f"prefetch: {prefetch}; at least 0")
     # A whole batch is Grain's element, so that its buffer is counted in batches and its cost per
     # element is paid once a batch.
-    options = grain.ReadOptions(
-        num_threads=min(num_threads, prefetch), prefetch_buffer_size=prefetch
-    )
+    options = grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)
     steps = grain.MapDataset.range(start_step, max(start_step, num_steps))
     return iter(steps.map(reader).to_iter_dataset(options))

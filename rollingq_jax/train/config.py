@@ -18,7 +18,6 @@ FREE_FIELDS = (
     "compare",
     "checkpoint.",
     "data.cache_dir",
-    "data.num_threads",
     "data.path",
     "data.prefetch",
 )
@@ -91,8 +90,7 @@ def default_config() -> ConfigDict:
                 "name": "av_digits",
                 "path": "",
                 "cache_dir": "",
-                "prefetch": 2,  # batches made ahead
-                "num_threads": 0,  # that make them; 0: one a processor, `prefetch` or 8 at most
+                "prefetch": 2,  # batches made ahead, each by a thread of its own
             },
             "model": {
                 "fusion": "attention",

@@ -75,4 +75,4 @@ RULES = {
     },
 }
 # Of `config.data`, what every data set has; its loader checks the rest.
-DATA_RULES = {"prefetch": integer(0), "num_threads": integer(0)}
+DATA_RULES = {"prefetch": integer(0)}

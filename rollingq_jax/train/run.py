@@ -1,6 +1,5 @@
 """The parts of one run put together: data, steps over all devices, evaluation."""
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,8 +18,6 @@ from rollingq_jax.train.setup import Setup, build, resolve_config
 from rollingq_jax.train.state import TrainState
 from rollingq_jax.train.steps import make_eval_step, make_train_step
 from rollingq_jax.train.workdir import check_same_run
-
-MOST_THREADS = 8  # where `config.data.num_threads` leaves it open
 
 
 class Run:
@@ -115,15 +112,12 @@ class Run:
         return evaluate(self.parallel, state, self._checked(batches), check)
 
     def _reading(self) -> dict[str, Any]:
-        prefetch, num_threads = self.config.data.prefetch, self.config.data.num_threads
         return {
             "batch_size": self.config.batch_size,
             "seed": self.config.seed,
             "process_index": jax.process_index(),
             "process_count": jax.process_count(),
-            # A thread makes a whole batch, so fewer batches than threads would leave some idle.
-            "prefetch": max(prefetch, num_threads) if prefetch else 0,
-            "num_threads": num_threads or min(os.cpu_count() or 1, MOST_THREADS),
+            "prefetch": self.config.data.prefetch,
         }
 
     def _checked(self, batches: Any) -> Feed:

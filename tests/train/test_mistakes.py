@@ -127,8 +127,6 @@ ROWS = [
     ([*TINY, "--config.data.path="], "data.path: not given"),
     ([*TINY, "--config.data.prefetch=-1"], "config.data.prefetch is -1; allowed: an integer >= 0"),
     ([*TINY, "--config.data.prefetch=few"], "config.data.prefetch is 'few'; allowed: an integer"),
-    ([*TINY, "--config.data.num_threads=-1"], "data.num_threads is -1; allowed: an integer >= 0"),
-    ([*TINY, "--config.data.num_threads=1.5"], "data.num_threads is '1.5'; allowed: an integer >="),
     (["--config", "no_prefetch.py"], "config.data.prefetch is missing; allowed: an integer"),
     # the folder
     ([*TINY, "--workdir="], "workdir is empty; allowed: a folder that can be written"),
