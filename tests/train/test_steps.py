@@ -166,7 +166,7 @@ def test_a_skipped_step_changes_the_step_number_alone(parts, history, value):
     _, step, _ = parts
     before = history[7][0]  # its step lies in a window and checks the trigger
     given = batch(7)
-    given["b"][1, 2] = value
+    given["b"][2, 2] = value  # an example that has both
     after, sums, roll = step(before, given)
     assert int(after.step) == int(before.step) + 1
     for name in ("params", "opt_state"):
@@ -182,6 +182,17 @@ def test_a_skipped_step_changes_the_step_number_alone(parts, history, value):
     scores = (window.cosine_sum / window.weight_sum[:, None]).T
     np.testing.assert_allclose(roll.info.scores, scores, atol=1e-6)
     assert bool(roll.info.rolled.all()) and np.isfinite(after.rotation).all()
+
+
+def test_a_modality_that_the_bad_example_lacks_has_a_good_gradient(parts, history):
+    _, step, _ = parts
+    before, given = history[7][0], batch(7)
+    assert not given["a_mask"][1]
+    given["b"][1, 2] = np.nan
+    _, sums, _ = step(before, given)
+    names = offending(sums["nonfinite"], flag_names(before.params))
+    assert "gradient of encoder_b/embed/kernel" in names
+    assert not any(name.startswith("gradient of encoder_a") for name in names)
 
 
 def test_flags_are_off_where_all_is_finite(history):
