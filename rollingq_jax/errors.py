@@ -59,3 +59,8 @@ class CheckpointError(UserError):
 
 class NonFiniteError(UserError):
     """A loss, a gradient or a state is NaN or infinite."""
+
+
+def said(error: BaseException) -> str:
+    """What the system, or a client of gs://, said: in one line, to be quoted in a message."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200]

@@ -16,7 +16,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from rollingq_jax.errors import ConfigError
+from rollingq_jax.errors import ConfigError, said
 from rollingq_jax.train.config import allowed_in, from_json
 
 USAGE = "--config FILE or --config_json FILE, --config.FIELD=VALUE, --workdir FOLDER"
@@ -95,8 +95,7 @@ def read_json(path: str) -> ConfigDict:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"--config_json {path}: not JSON ({error})") from None
     except Exception as error:  # of the system, or whatever a client of gs:// raises
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise ConfigError(f"--config_json {path}: {reason}; allowed: a file") from None
+        raise ConfigError(f"--config_json {path}: {said(error)}; allowed: a file") from None
     if not isinstance(content, dict):
         raise ConfigError(
             f"--config_json {path}: holds {type(content).__name__}; allowed: a JSON object"

@@ -10,12 +10,12 @@ from ml_collections import ConfigDict
 
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.types import Dataset
-from rollingq_jax.errors import CheckpointError
+from rollingq_jax.errors import CheckpointError, said
 from rollingq_jax.train.checkpoint import Checkpoints
 from rollingq_jax.train.config import check_config, from_json
 from rollingq_jax.train.setup import build
 from rollingq_jax.train.summary import read_summary
-from rollingq_jax.train.workdir import check_same_run, read_config
+from rollingq_jax.train.workdir import absolute, check_same_run, read_config
 
 
 class LoadedRun(NamedTuple):
@@ -54,14 +54,18 @@ def load_run(workdir: epath.PathLike) -> LoadedRun:
       ...     {"params": run.params}, run.rotation, method="class_query"
       ... )  # doctest: +SKIP
     """
-    path = epath.Path(workdir).expanduser()
-    path = path if "://" in str(workdir) else path.resolve()
-    stored = read_config(path) if path.exists() else None
-    if stored is None or not (path / "checkpoints").exists():
-        raise CheckpointError(
-            f"workdir is {str(workdir)!r}; allowed: the folder of a run, with config.json and "
-            "checkpoints"
-        )
+    allowed = (
+        f"workdir is {str(workdir)!r}; allowed: the folder of a run, with config.json and "
+        "checkpoints"
+    )
+    try:
+        path = absolute(workdir)
+        found = (path / "config.json").exists() and (path / "checkpoints").exists()
+    except Exception as error:  # of the system, or whatever a client of gs:// raises
+        raise CheckpointError(f"{allowed} ({said(error)})") from None
+    stored = read_config(path) if found else None
+    if stored is None:
+        raise CheckpointError(allowed)
     config = from_json(stored)
     check_config(config)
     dataset = load_dataset(config.data, seed=config.seed, encoders=config.model.encoders)

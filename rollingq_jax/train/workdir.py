@@ -10,9 +10,15 @@ import jax
 from etils import epath
 from jax.experimental import multihost_utils
 
-from rollingq_jax.errors import CheckpointError, ConfigError
+from rollingq_jax.errors import CheckpointError, ConfigError, said
 from rollingq_jax.train.config import default_config, differing_fields, with_defaults
 from rollingq_jax.train.writer import write_whole
+
+
+def absolute(workdir: epath.PathLike) -> epath.Path:
+    """The folder as an absolute path, local or gs://."""
+    path = epath.Path(workdir).expanduser()
+    return path if "://" in os.fspath(path) else path.resolve()
 
 
 def check_workdir(workdir: epath.PathLike) -> epath.Path:
@@ -24,19 +30,17 @@ def check_workdir(workdir: epath.PathLike) -> epath.Path:
     if not os.fspath(workdir).strip():
         raise ConfigError("workdir is empty; allowed: a folder that can be written")
     try:
-        path = epath.Path(workdir).expanduser()
+        path = nearest = absolute(workdir)
         remote = "://" in os.fspath(path)
-        path = path if remote else path.resolve()
-        nearest = path
         while not remote and not nearest.exists() and nearest != nearest.parent:
             nearest = nearest.parent
         probe = nearest / f".write-test-{secrets.token_hex(8)}"  # hosts may share a process id
         probe.write_text("")
         probe.unlink()
     except Exception as error:  # of the system, or whatever a client of gs:// raises
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"workdir is {os.fspath(workdir)!r}; allowed: a folder that can be written ({reason})"
+            f"workdir is {os.fspath(workdir)!r}; "
+            f"allowed: a folder that can be written ({said(error)})"
         ) from None
     return path
 

@@ -18,9 +18,10 @@ from train_cases import make_arrays, tiny_config
 
 from rollingq_jax.data.cache import cache_root
 from rollingq_jax.data.load import LOADERS, load_dataset
-from rollingq_jax.errors import UserError
+from rollingq_jax.errors import CheckpointError, UserError
 from rollingq_jax.train.arguments import parse
 from rollingq_jax.train.cli import run_command, train_command
+from rollingq_jax.train.restore import load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -149,3 +150,7 @@ def test_a_workdir_that_cannot_be_reached_is_one_line(workdir, tmp_path, capsys,
     printed = capsys.readouterr().err
     assert printed.startswith(f"error: workdir is '{workdir}'; allowed: a folder that can be ")
     assert printed.count("\n") == 1
+    with pytest.raises(
+        CheckpointError, match=f"workdir is '{workdir}'; allowed: the folder of a run"
+    ):
+        load_run(workdir)
