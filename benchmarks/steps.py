@@ -66,7 +66,7 @@ def memory(scale: Scale = PAPER) -> list[Row]:
     ]
 
 
-def rolling_cost(scale: Scale = SMALL, counted: Scale = PAPER, rounds: int = 12) -> list[Row]:
+def rolling_cost(scale: Scale = SMALL, counted: Scale = PAPER, rounds: int = 40) -> list[Row]:
     """RollingQ on against off, and on against on: paired ratios with their 95 % interval.
 
     Args:
