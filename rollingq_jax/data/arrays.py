@@ -26,10 +26,11 @@ from typing import Any
 
 import numpy as np
 
-from rollingq_jax.data.columns import Column, ColumnSource, make_column
+from rollingq_jax.data.columns import ColumnSource, make_column
 from rollingq_jax.data.labels import check_labels, check_name, count_classes, with_valid
 from rollingq_jax.data.npz import FORM, read_arrays
 from rollingq_jax.data.options import array_path, mapping_option, option
+from rollingq_jax.data.preprocessing import Preprocessing
 from rollingq_jax.data.types import Dataset
 from rollingq_jax.errors import DataError
 
@@ -133,6 +134,7 @@ def from_arrays(
         num_classes=num_classes,
         class_names=class_names,
         description=description,
+        preprocessing=columns,
     )
 
 
@@ -209,7 +211,7 @@ def _mask(values: Mapping[str, np.ndarray], split: str, name: str) -> np.ndarray
 
 
 def _check_mask_use(
-    masks: Mapping[str, Mapping[str, np.ndarray]], columns: Mapping[str, Column]
+    masks: Mapping[str, Mapping[str, np.ndarray]], columns: Mapping[str, Preprocessing]
 ) -> None:
     """A modality has masks in all splits or in none, with positions only where it has some."""
     for name, column in columns.items():

@@ -20,9 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from rollingq_jax.data.measure import preprocessed
 from rollingq_jax.data.mosei_arrays import MODALITIES, SPLITS, check_distribution, tidy
 from rollingq_jax.data.mosei_source import LABEL_RULES, SentenceSource, classify, open_array
 from rollingq_jax.data.options import choice, local_path, option
+from rollingq_jax.data.preprocessing import Preprocessing
 from rollingq_jax.data.restricted_pickle import load_pickle
 from rollingq_jax.data.types import Dataset, ModalityInfo, Source
 from rollingq_jax.errors import ConfigError, DataError
@@ -196,25 +198,25 @@ def load(config_data: Any, *, seed: int) -> Dataset:
     if unknown := [name for name in modalities if name not in MODALITIES]:
         raise ConfigError(f"data.modalities: {unknown[0]!r}; must be of {', '.join(MODALITIES)}")
     rule = choice(config_data, "label_rule", tuple(LABEL_RULES))
-    moments = {}
-    if option(config_data, "standardize", False):
-        for name in modalities:
-            mean, std = (
-                np.array(info["moments"][name][key], np.float32) for key in ("mean", "std")
-            )
-            moments[name] = (mean, std)
     splits: dict[str, Source] = {}
     for split in SPLITS:
         sentiment = np.array(open_array(folder / f"{split}_labels.npy", info["counts"][split]))
         labels = classify(sentiment, rule)
-        splits[split] = SentenceSource(folder, split, modalities, labels, moments)
+        splits[split] = SentenceSource(folder, split, modalities, labels)
     example = splits["train"][0]
+    infos = {name: ModalityInfo(name, "sequence", example[name].shape) for name in modalities}
+    scale: dict[str, dict[str, Any]] = {name: {} for name in modalities}
+    if option(config_data, "standardize", False):
+        scale = {n: {k: tuple(info["moments"][n][k]) for k in ("mean", "std")} for n in modalities}
+    preprocessing = {
+        name: Preprocessing(one, one.shape, one.dtype, clip=None, **scale[name])
+        for name, one in infos.items()
+    }
     counts = ", ".join(f"{len(splits[split])} {split}" for split in SPLITS)
     return Dataset(
-        splits=splits,
-        modalities={
-            name: ModalityInfo(name, "sequence", example[name].shape) for name in modalities
-        },
+        splits=preprocessed(splits, preprocessing),
+        modalities=infos,
+        preprocessing=preprocessing,
         num_classes=len(LABEL_RULES[rule]),
         class_names=LABEL_RULES[rule],
         description=(

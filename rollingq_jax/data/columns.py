@@ -5,14 +5,14 @@ split is opened: an example is converted when it is read. The checks read every 
 blocks, and the same pass over the training split gives the mean and standard deviation.
 """
 
-import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from rollingq_jax.data.infer import doubt, infer_kind
-from rollingq_jax.data.measure import CLIP, Moments, zero_masked
+from rollingq_jax.data.measure import Moments
+from rollingq_jax.data.preprocessing import Preprocessing
 from rollingq_jax.data.types import Example, ModalityInfo
 from rollingq_jax.errors import DataError
 
@@ -20,36 +20,12 @@ BLOCK_BYTES = 32 * 2**20
 MAX_VOCABULARY = 1_000_000
 
 
-@dataclasses.dataclass(frozen=True)
-class Column:
-    """How a modality's stored arrays become what the model reads.
-
-    Attributes:
-      info: the modality as the model sees it.
-      add_axis: whether a last axis of size 1 is added.
-      mean, std: float64, broadcast against an example; None leaves the values as they are.
-    """
-
-    info: ModalityInfo
-    add_axis: bool
-    mean: np.ndarray | None = None
-    std: np.ndarray | None = None
-
-    def convert(self, stored: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-        """One stored example -> the array that goes into the batch; 0 where the mask is False."""
-        value = np.asarray(stored)[..., None] if self.add_axis else np.asarray(stored)
-        if self.mean is not None:
-            with np.errstate(invalid="ignore", over="ignore"):  # masked positions may hold anything
-                value = np.clip((value - self.mean) / self.std, -CLIP, CLIP)
-        return np.ascontiguousarray(zero_masked(value, mask), dtype=self.info.dtype)
-
-
 class ColumnSource:
-    """The examples of one split: a :class:`Column` and a stored array for each modality."""
+    """The examples of one split: a `Preprocessing` and a stored array for each modality."""
 
     def __init__(
         self,
-        columns: Mapping[str, Column],
+        columns: Mapping[str, Preprocessing],
         arrays: Mapping[str, np.ndarray],
         labels: np.ndarray,
         masks: Mapping[str, np.ndarray],
@@ -65,7 +41,7 @@ class ColumnSource:
         example: Example = {"label": self.labels[index]}
         for name, column in self.columns.items():
             mask = self.masks[name][index] if name in self.masks else None
-            example[name] = column.convert(self.arrays[name][index], mask)
+            example[name] = column.apply(self.arrays[name][index], mask)
             if mask is not None:
                 example[f"{name}_mask"] = np.asarray(mask)
         for name, quality in self.qualities.items():
@@ -79,8 +55,8 @@ def make_column(
     masks: Mapping[str, np.ndarray],
     kind: str | None,
     standardize: bool,
-) -> Column:
-    """The column of one modality, after every value in every split has been checked.
+) -> Preprocessing:
+    """The preprocessing of one modality, after every value in every split has been checked.
 
     Args:
       name: of the modality.
@@ -98,13 +74,18 @@ def make_column(
     stated, kind = kind, kind or infer_kind(train.shape[1:], train.dtype, f"train/{name}")
     for split, array in arrays.items():
         _check_array(f"{split}/{name}", array, train.shape[1:], f"train/{name}")
-    shape, add_axis = fit_shape(name, train.shape[1:], kind)
+    raw_shape = train.shape[1:]
+    shape, _ = fit_shape(name, raw_shape, kind)
+    dtypes = {array.dtype for array in arrays.values()}
+    raw_dtype = str(dtypes.pop()) if len(dtypes) == 1 else "float32"
     if stated is None and (line := doubt(ModalityInfo(name, kind, shape))):
         logging.getLogger(__name__).warning(line)
     if kind == "tokens":
         largest = max(_largest_token(f"{split}/{name}", array) for split, array in arrays.items())
         size = max(1 + largest, 2)  # the least that a table of embeddings may have
-        return Column(ModalityInfo(name, kind, shape, "int32", vocab_size=size), add_axis)
+        return Preprocessing(
+            ModalityInfo(name, kind, shape, "int32", vocab_size=size), raw_shape, raw_dtype
+        )
 
     moments = Moments(shape[-1])
     for split, array in arrays.items():
@@ -116,11 +97,12 @@ def make_column(
         pixels = ModalityInfo(
             name, kind, shape, "uint8", mean=tuple(mean.tolist()), std=tuple(std.tolist())
         )
-        return Column(pixels, add_axis)
+        return Preprocessing(pixels, raw_shape, raw_dtype)
     if not standardize:
-        return Column(ModalityInfo(name, kind, shape, "float32"), add_axis)
+        return Preprocessing(ModalityInfo(name, kind, shape, "float32"), raw_shape, raw_dtype)
     standard = ModalityInfo(name, kind, shape, "float32", unit=1.0)
-    return Column(standard, add_axis, *moments.mean_and_std())
+    mean, std = (tuple(values.tolist()) for values in moments.mean_and_std())
+    return Preprocessing(standard, raw_shape, raw_dtype, mean, std)
 
 
 def _check_array(key: str, array: np.ndarray, shape: tuple[int, ...], reference: str) -> None:

@@ -37,6 +37,7 @@ from rollingq_jax.data.media_arrays import (
     read_value,
 )
 from rollingq_jax.data.options import choice, local_path, option
+from rollingq_jax.data.preprocessing import Preprocessing
 from rollingq_jax.data.types import Dataset, Example, ModalityInfo
 from rollingq_jax.errors import DataError
 
@@ -96,18 +97,29 @@ def load(config_data: Any, *, seed: int) -> Dataset:
     }
     splits = with_valid(sources, labels["train"], seed=seed)
     floats = option(config_data, "standardize", True)
-    splits, infos = standardize(
-        splits, _infos(types, sizes), most=sizes.stats_examples, floats=floats
+    splits, modalities = standardize(
+        splits, _modalities(types, sizes), most=sizes.stats_examples, floats=floats
     )
-    return Dataset(splits, infos, num_classes, class_names, f"files of {manifest.path.name}")
+    return Dataset(
+        splits,
+        {name: one.info for name, one in modalities.items()},
+        num_classes,
+        class_names,
+        f"files of {manifest.path.name}",
+        preprocessing=modalities,
+    )
 
 
-def _infos(types: Mapping[str, str], sizes: MediaSizes) -> dict[str, ModalityInfo]:
-    infos = {}
+def _modalities(types: Mapping[str, str], sizes: MediaSizes) -> dict[str, Preprocessing]:
+    """How files become arrays, before anything is measured."""
+    modalities = {}
     for name, type_ in types.items():
         vocab_size = BYTE_VOCABULARY if KINDS[type_] == "tokens" else None
-        infos[name] = ModalityInfo(name, KINDS[type_], *example_form(type_, sizes), vocab_size)
-    return infos
+        shape, dtype = example_form(type_, sizes)
+        info = ModalityInfo(name, KINDS[type_], shape, dtype, vocab_size)
+        media = {"type": type_, **dataclasses.asdict(sizes)}
+        modalities[name] = Preprocessing(info, shape, dtype, media=media)
+    return modalities
 
 
 class FolderSource:

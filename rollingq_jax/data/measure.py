@@ -5,14 +5,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from rollingq_jax.data.labels import labels_of
-from rollingq_jax.data.types import Example, ModalityInfo, Source
-
-# Standardised features are cut off here: a feature that is almost constant in training and not so
-# later would otherwise reach hundreds of standard deviations.
-CLIP = 10.0
-
-Scale = tuple[np.ndarray, np.ndarray]
+from rollingq_jax.data.preprocessing import Preprocessed, Preprocessing
+from rollingq_jax.data.types import Source
 
 
 class Moments:
@@ -50,76 +44,55 @@ def evenly(count: int, most: int) -> list[int]:
 
 def standardize(
     splits: Mapping[str, Source],
-    modalities: Mapping[str, ModalityInfo],
+    modalities: Mapping[str, Preprocessing],
     *,
     most: int,
     floats: bool = True,
-) -> tuple[dict[str, Source], dict[str, ModalityInfo]]:
+) -> tuple[dict[str, Source], dict[str, Preprocessing]]:
     """Gives every modality but tokens mean 0 and standard deviation 1 along its last axis.
 
     Args:
-      splits: sources that are not standardised.
-      modalities: what they hold.
+      splits: sources of raw examples.
+      modalities: what they hold, without statistics.
       most: how many training examples are read at most, evenly spaced, to measure.
-      floats: whether float modalities are standardised; if not, they stay as they are.
+      floats: whether float modalities are standardized; if not, they stay as they are.
 
     Returns:
-      The splits, float modalities standardised, and the modalities, with ``mean`` and ``std`` where
-      they are uint8 (the model normalises those) and ``unit`` where they are standardised.
+      The splits, float modalities standardized, and the modalities: with `mean` and `std` where
+      they are standardized, and those of the pixels in `info` where they are uint8 (the model
+      normalizes those).
     """
     train = splits["train"]
     moments = {
-        name: Moments(info.shape[-1])
-        for name, info in modalities.items()
-        if info.kind != "tokens" and (floats or info.dtype == "uint8")
+        name: Moments(one.info.shape[-1])
+        for name, one in modalities.items()
+        if one.info.kind != "tokens" and (floats or one.info.dtype == "uint8")
     }
     for index in evenly(len(train), most):
         example = train[index]
         for name, of_modality in moments.items():
             values, mask = example[name], example.get(f"{name}_mask", np.True_)
             of_modality.add(values[mask].reshape(-1, values.shape[-1]))
-    infos, scales = dict(modalities), {}
+    measured = dict(modalities)
     for name, of_modality in moments.items():
-        if infos[name].dtype == "uint8":
-            mean, std = (tuple(v.tolist()) for v in of_modality.mean_and_std(scale=255.0))
-            infos[name] = dataclasses.replace(infos[name], mean=mean, std=std)
+        one = modalities[name]
+        pixels = one.info.dtype == "uint8"
+        scale = 255.0 if pixels else 1.0
+        mean, std = (tuple(v.tolist()) for v in of_modality.mean_and_std(scale))
+        if pixels:
+            info = dataclasses.replace(one.info, mean=mean, std=std)
+            measured[name] = dataclasses.replace(one, info=info)
         else:
-            infos[name] = dataclasses.replace(infos[name], unit=1.0)
-            scales[name] = of_modality.mean_and_std()
-    if not scales:
-        return dict(splits), infos
-    return {split: Standardized(source, scales) for split, source in splits.items()}, infos
+            info = dataclasses.replace(one.info, unit=1.0)
+            measured[name] = dataclasses.replace(one, info=info, mean=mean, std=std)
+    return preprocessed(splits, measured), measured
 
 
-def zero_masked(value: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """0 where the mask, over the first axes of ``value``, is False."""
-    if mask is None:
-        return value
-    return np.where(mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim)), value, 0)
-
-
-class Standardized:
-    """A source with (x - mean) / std in place of the modalities in ``scales``; 0 where masked."""
-
-    def __init__(self, source: Source, scales: Mapping[str, Scale]) -> None:
-        self.source, self.scales = source, dict(scales)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Example:
-        example = dict(self.source[index])
-        for name, (mean, std) in self.scales.items():
-            value = np.clip((example[name] - mean) / std, -CLIP, CLIP).astype(np.float32)
-            mask = example.get(f"{name}_mask")
-            if mask is not None:
-                value = np.where(
-                    mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim)), value, 0
-                )
-            example[name] = value.astype(np.float32)
-        return example
-
-    @property
-    def labels(self) -> np.ndarray:
-        """All labels, int32 [N]."""
-        return labels_of(self.source)
+def preprocessed(
+    splits: Mapping[str, Source], modalities: Mapping[str, Preprocessing]
+) -> dict[str, Source]:
+    """The splits, with the modalities standardized that have statistics."""
+    scaled = {name: one for name, one in modalities.items() if one.mean is not None}
+    if not scaled:
+        return dict(splits)
+    return {split: Preprocessed(source, scaled) for split, source in splits.items()}

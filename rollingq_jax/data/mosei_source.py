@@ -22,7 +22,6 @@ class SentenceSource:
     Args:
       folder: of the arrays.
       split: "train", "valid" or "test".
-      moments: {modality: (mean, std)} float32 [D] to standardise with; empty for none.
       modalities: those to give.
       labels: int32 [N].
     """
@@ -33,9 +32,8 @@ class SentenceSource:
         split: str,
         modalities: tuple[str, ...],
         labels: np.ndarray,
-        moments: dict[str, tuple[np.ndarray, np.ndarray]],
     ) -> None:
-        self.labels, self._moments = labels, moments
+        self.labels = labels
         self._sequences = {
             m: open_array(folder / f"{split}_{m}.npy", len(labels)) for m in modalities
         }
@@ -49,11 +47,8 @@ class SentenceSource:
     def __getitem__(self, index: int) -> Example:
         example: Example = {"label": self.labels[index]}
         for name, sequences in self._sequences.items():
-            sequence, mask = np.array(sequences[index]), np.array(self._masks[name][index])
-            if name in self._moments:
-                mean, std = self._moments[name]
-                sequence = np.where(mask[:, None], (sequence - mean) / std, np.float32(0))
-            example[name], example[f"{name}_mask"] = sequence, mask
+            example[name] = np.array(sequences[index])
+            example[f"{name}_mask"] = np.array(self._masks[name][index])
         return example
 
 

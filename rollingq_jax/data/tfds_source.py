@@ -16,6 +16,7 @@ from rollingq_jax.data.labels import check_name
 from rollingq_jax.data.load import LOADERS
 from rollingq_jax.data.measure import standardize
 from rollingq_jax.data.options import local_path, mapping_option, option
+from rollingq_jax.data.preprocessing import Preprocessing
 from rollingq_jax.data.reading import reading
 from rollingq_jax.data.tfds_forms import Form, make_form
 from rollingq_jax.data.types import Dataset, Example, Source
@@ -76,14 +77,21 @@ def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None)
         )
         for split, instruction in _splits(config_data, builder).items()
     }
-    splits, infos = standardize(
+    splits, modalities = standardize(
         splits,
-        {name: form.info for name, form in forms.items()},
+        {n: Preprocessing(f.info, f.info.shape, f.info.dtype) for n, f in forms.items()},
         most=option(config_data, "stats_examples", 256, minimum=1),
         floats=option(config_data, "standardize", True),
     )
     class_names = tuple(available[label_feature].names)
-    return Dataset(splits, infos, num_classes, class_names, f"TFDS {builder.info.full_name}")
+    return Dataset(
+        splits,
+        {name: one.info for name, one in modalities.items()},
+        num_classes,
+        class_names,
+        f"TFDS {builder.info.full_name}",
+        preprocessing=modalities,
+    )
 
 
 class TfdsSource:

@@ -1,0 +1,191 @@
+"""From raw arrays to what the model reads: measured on the training split, saved with the model.
+
+A raw array is one as it stood in the training file, or as a media file gave it; `Preprocessing`
+turns it into the model's input, and `InputSpec` is all that a trained model has to know of its
+data. Both go through JSON, into each checkpoint's record, `summary.json` and the model card, so
+that inference needs no data set.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from rollingq_jax.data.labels import labels_of
+from rollingq_jax.data.types import Dataset, Example, ModalityInfo, Source
+from rollingq_jax.errors import DataError
+
+# Standardized features are cut off here: a feature that is almost constant in training and not so
+# later would otherwise reach hundreds of standard deviations.
+CLIP = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How one modality's raw arrays become what the model reads.
+
+    Attributes:
+      info: the modality as the model reads it.
+      raw_shape: of one raw example; `info.shape`, or that without its last axis of size 1.
+      raw_dtype: of the raw arrays, as they are stored.
+      mean, std: one number for each entry of the last axis of `info.shape`, in the raw array's
+        units; None leaves the values as they are.
+      clip: the largest standardized magnitude; None for no limit. Not used where `mean` is None.
+      media: for files, what `rollingq_jax.data.media_arrays.read_value` needs to make a raw array
+        of one: "type" and the fields of `MediaSizes`; None for data that come as arrays.
+    """
+
+    info: ModalityInfo
+    raw_shape: tuple[int, ...]
+    raw_dtype: str
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    clip: float | None = CLIP
+    media: Mapping[str, Any] | None = None
+
+    @functools.cached_property
+    def _scale(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.asarray(self.mean, np.float64), np.asarray(self.std, np.float64)
+
+    def apply(self, raw: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """`[..., *raw_shape]` -> `[..., *info.shape]` in `info.dtype`; 0 where the mask is False.
+
+        Args:
+          raw: one example or a batch; the computation is in float64.
+          mask: bool, over the first axes of `raw`; what stands where it is False may be anything.
+        """
+        raw = np.asarray(raw)
+        value = raw.reshape(raw.shape[: raw.ndim - len(self.raw_shape)] + self.info.shape)
+        if self.mean is not None:
+            mean, std = self._scale
+            limit = math.inf if self.clip is None else self.clip
+            with np.errstate(invalid="ignore", over="ignore"):  # masked positions hold anything
+                value = np.clip((value - mean) / std, -limit, limit)
+        return np.ascontiguousarray(zero_masked(value, mask), dtype=self.info.dtype)
+
+    def apply_traced(self, raw: Array, mask: Array) -> Array:
+        """`apply` of a batch `[B, *raw_shape]` under `jit`, in float32.
+
+        float32 holds `mean` to 7 digits, so what is left of it is subtracted after it. An input that
+        is stored as float64 is rounded to float32 before it comes here.
+        """
+        value = raw.reshape(raw.shape[0], *self.info.shape)
+        if self.mean is not None:
+            mean, std = self._scale
+            limit = math.inf if self.clip is None else self.clip
+            first = mean.astype(np.float32)
+            rest = (mean - first).astype(np.float32)
+            value = jnp.clip(
+                ((value.astype(jnp.float32) - first) - rest) / std.astype(np.float32),
+                -limit,
+                limit,
+            )
+        real = mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim))
+        return jnp.where(real, value, jnp.zeros([], value.dtype)).astype(self.info.dtype)
+
+    def lost_digits(self) -> float:
+        """The largest error, in standard deviations, of rounding the raw array to float32."""
+        if self.mean is None or np.dtype(self.raw_dtype).itemsize <= 4:
+            return 0.0
+        mean, std = self._scale
+        return float(np.max(np.abs(mean) / std, initial=0.0) * np.finfo(np.float32).eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class InputSpec:
+    """What a trained model has to know of its data.
+
+    Attributes:
+      modalities: name -> `Preprocessing`, in alphabetical order.
+      num_classes: labels are 0 .. num_classes - 1.
+      class_names: one for each class; empty where the data set has none.
+      description: of the training data.
+    """
+
+    modalities: Mapping[str, Preprocessing]
+    num_classes: int
+    class_names: tuple[str, ...] = ()
+    description: str = ""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """A name for each class; its number where the data set has none."""
+        return self.class_names or tuple(map(str, range(self.num_classes)))
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object from which `from_json` makes an equal `InputSpec`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "InputSpec":
+        """What `to_json` wrote, after a passage through a file.
+
+        Raises:
+          DataError: a field is missing or of another type.
+        """
+        try:
+            return cls(
+                {name: _modality(value) for name, value in sorted(content["modalities"].items())},
+                int(content["num_classes"]),
+                tuple(map(str, content["class_names"])),
+                str(content["description"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"preprocessing in a run's record cannot be read ({error!r})") from None
+
+
+def _modality(content: Mapping[str, Any]) -> Preprocessing:
+    info = {name: _tuple(value) for name, value in content["info"].items()}
+    fields = {name: _tuple(value) for name, value in content.items() if name != "info"}
+    return Preprocessing(info=ModalityInfo(**info), **fields)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def input_spec(dataset: Dataset) -> InputSpec:
+    """The specification of a data set; a modality of which it says nothing is taken as it is."""
+    unchanged = {
+        name: Preprocessing(info, info.shape, info.dtype)
+        for name, info in dataset.modalities.items()
+    }
+    return InputSpec(
+        unchanged | dict(dataset.preprocessing),
+        dataset.num_classes,
+        tuple(dataset.class_names),
+        dataset.description,
+    )
+
+
+def zero_masked(value: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """0 where the mask, over the first axes of `value`, is False."""
+    if mask is None:
+        return value
+    return np.where(mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim)), value, 0)
+
+
+class Preprocessed:
+    """A source of raw examples, with `Preprocessing.apply` on each of the modalities given."""
+
+    def __init__(self, source: Source, modalities: Mapping[str, Preprocessing]) -> None:
+        self.source, self.modalities = source, dict(modalities)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        example = dict(self.source[index])
+        for name, preprocessing in self.modalities.items():
+            example[name] = preprocessing.apply(example[name], example.get(f"{name}_mask"))
+        return example
+
+    @property
+    def labels(self) -> np.ndarray:
+        """All labels, int32 [N]."""
+        return labels_of(self.source)
