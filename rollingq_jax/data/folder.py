@@ -217,7 +217,8 @@ def _read_sizes(config_data: Any, types: Mapping[str, str], train: Sequence[Row]
 
 
 def _sound_seconds(file: Path) -> float:
-    return media.video_seconds(file) if is_video(file) else media.sound_seconds(file)
+    seconds = media.video_seconds if is_video(file) else media.sound_seconds
+    return seconds(file, MAX_SECONDS)
 
 
 def _text_bytes(cell: Path | str) -> int:

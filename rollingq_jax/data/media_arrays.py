@@ -7,6 +7,8 @@ import numpy as np
 
 from rollingq_jax.data import media
 from rollingq_jax.data.manifest import SUFFIXES
+from rollingq_jax.data.reading import HEAD, check_lfs_pointer
+from rollingq_jax.data.sound import samples_in
 from rollingq_jax.data.speech import log_mel
 from rollingq_jax.errors import DataError
 
@@ -55,7 +57,7 @@ def read_value(value: Path | str, type_: str, sizes: MediaSizes) -> np.ndarray:
     size = (sizes.image_size, sizes.image_size)
     if type_ == "audio":
         reader = media.read_video_audio if is_video(value) else media.read_audio
-        return sound_features(*reader(value), sizes)
+        return sound_features(*reader(value, sizes.audio_seconds), sizes)
     if type_ == "image":
         return media.resize_image(media.read_image(value), size)
     if type_ == "video":
@@ -64,9 +66,10 @@ def read_value(value: Path | str, type_: str, sizes: MediaSizes) -> np.ndarray:
     if isinstance(value, Path):
         try:
             with value.open("rb") as file:
-                data = file.read(sizes.text_length)
+                data = file.read(max(sizes.text_length, HEAD))
         except OSError as error:
             raise DataError(f"text {value}: cannot be read ({error.strerror})") from None
+        check_lfs_pointer(data, f"text {value}")
     else:
         data = value.encode("utf-8", "replace")
     return byte_tokens(data, sizes.text_length)
@@ -84,7 +87,7 @@ def sound_features(waveform: np.ndarray, rate: int, sizes: MediaSizes) -> np.nda
     """float32 [samples] -> [audio_bins, audio_frames, 1], decibels under the loudest."""
     length = round(sizes.audio_seconds * sizes.audio_rate)
     # Cut before resampling: of a long recording only the beginning is used.
-    waveform = waveform[: round(sizes.audio_seconds * rate) + 1]
+    waveform = waveform[: samples_in(sizes.audio_seconds, rate)]
     samples = media.resample(waveform, rate, sizes.audio_rate)[:length]
     samples = np.pad(samples, (0, length - len(samples)))
     hop = sizes.audio_seconds / sizes.audio_frames

@@ -7,19 +7,29 @@ name could).
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+import struct
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from rollingq_jax.data.images import resize_short_side
-from rollingq_jax.data.reading import reading
-from rollingq_jax.data.sound import average_channels
+from rollingq_jax.data.containers import missing_bytes
+from rollingq_jax.data.images import check_pixels, resize_short_side
+from rollingq_jax.data.reading import HEAD, check_impostor, reading
+from rollingq_jax.data.sound import (
+    average_channels,
+    check_sound_format,
+    check_waveform,
+    samples_in,
+)
 from rollingq_jax.errors import DataError
 
 # FFmpeg's demuxers for files that hold their own media. Its playlist formats (hls, dash, concat)
 # stay out: they read whatever paths and addresses the file names.
 VIDEO_FORMATS = "avi,flv,matroska,mov,mp4,mpeg,mpegts,webm"
+# Of a file that was cut off, this much may be missing: the last frames of real files often are.
+MISSING = 0.05
 
 
 def evenly_spaced(count: int, num: int) -> np.ndarray:
@@ -41,10 +51,10 @@ def read_video_frames(
     fps: float | None = None,
     short_side: int | None = None,
 ) -> np.ndarray:
-    """Frames of a video (FLV, MP4, AVI, MKV ...) as uint8 [T, H, W, 3].
+    """Frames of a video (FLV, MP4, AVI, MKV ...) as uint8 [T, H, W, 3], turned as players show it.
 
     At most one choice of frames may be given; none gives every frame. Only the chosen frames are
-    held in memory. Rotation that the container notes is not applied.
+    held in memory.
 
     Args:
       path: the file.
@@ -54,99 +64,210 @@ def read_video_frames(
       short_side: if given, each frame is scaled to this shorter side.
 
     Raises:
-      DataError: the file is missing, damaged, has no video, or the video has no frames.
+      DataError: the file is missing, damaged, cut off, has no video, or the video has no frames or
+        frames of more than ``MAX_PIXELS``.
     """
     if sum(choice is not None for choice in (num_frames, indices, fps)) > 1:
         raise DataError("read_video_frames: give only one of num_frames, indices and fps")
-    wanted = None if indices is None else [int(index) for index in indices]
-    if num_frames is not None:
-        wanted = evenly_spaced(count_video_frames(path), num_frames).tolist()
-    if wanted is not None and (not wanted or wanted != sorted(wanted) or wanted[0] < 0):
-        raise DataError(f"frame indices {wanted}; ascending and not negative")
 
     def convert(frame: Any) -> np.ndarray:
-        image = frame.to_ndarray(format="rgb24")
+        image = _as_shown(frame)
         return image if short_side is None else resize_short_side(image, short_side)
 
-    frames, last, next_time = [], None, 0.0
+    if num_frames is not None:
+        count = count_video_frames(path)
+        frames, found = _pick_frames(path, evenly_spaced(count, num_frames).tolist(), convert)
+        if found < count:  # some packets hold no picture, or half of one
+            wanted = evenly_spaced(found, num_frames).tolist()
+            frames, _ = _pick_frames(path, wanted, convert)
+    elif indices is not None:
+        wanted = [int(index) for index in indices]
+        if not wanted or wanted != sorted(wanted) or wanted[0] < 0:
+            raise DataError(f"frame indices {wanted}; ascending and not negative")
+        frames, _ = _pick_frames(path, wanted, convert)
+    else:
+        frames = [convert(frame) for frame in _decoded_frames(path, fps)]
+    with reading(path, "video"):
+        return np.stack(frames)
+
+
+def _pick_frames(
+    path: str | os.PathLike, wanted: list[int], convert: Callable[[Any], np.ndarray]
+) -> tuple[list[np.ndarray], int]:
+    """The frames of these numbers, and how many the clip has if the last of them is past its end.
+
+    A number past the end gives the last frame. The count is the largest integer if it is not.
+    """
+    frames: list[np.ndarray] = []
+    last, number = None, -1
+    for number, last in enumerate(_decoded_frames(path)):
+        frames += [convert(last)] * wanted.count(number)
+        if number >= wanted[-1]:
+            return frames, sys.maxsize
+    frames += [convert(last)] * (len(wanted) - len(frames))
+    return frames, number + 1
+
+
+def _decoded_frames(path: str | os.PathLike, fps: float | None = None) -> Iterator[Any]:
+    """PyAV's frames, at least one; with ``fps`` those of :func:`read_video_frames`."""
+    next_time, found = 0.0, False
     with _open_video(path) as container:
         stream = container.streams.video[0]
         rate = float(stream.average_rate or 25)
         for number, frame in enumerate(container.decode(stream)):
-            last = frame
-            if wanted is not None:
-                frames += [convert(frame)] * wanted.count(number)
-                if number >= wanted[-1]:
-                    break
-            elif fps is None:
-                frames.append(convert(frame))
-            else:
-                seconds = number / rate if frame.time is None else frame.time
-                if seconds >= next_time - 1e-6:
-                    frames.append(convert(frame))
-                    next_time = (int(seconds * fps + 1e-6) + 1) / fps
-        if last is None:
+            check_pixels(frame.width, frame.height, f"video {path}")
+            found = True
+            if fps is None:
+                yield frame
+                continue
+            seconds = number / rate if frame.time is None else frame.time
+            if seconds >= next_time - 1e-6:
+                yield frame
+                next_time = (int(seconds * fps + 1e-6) + 1) / fps
+        if not found:
             raise DataError(f"video {path}: holds no frames")
-        if wanted is not None:
-            frames += [convert(last)] * (len(wanted) - len(frames))
-        return np.stack(frames)
+
+
+def _as_shown(frame: Any) -> np.ndarray:
+    """uint8 [H, W, 3] as a player shows the frame: turned and mirrored to the nearest right angle.
+
+    The file may hold a matrix that takes the point (x, y) of the picture to (a x + c y, b x + d y)
+    on the screen; both have y downwards. Phones write one instead of turning the pixels.
+    """
+    image = frame.to_ndarray(format="rgb24")
+    matrix = next((bytes(s) for s in frame.side_data if s.type.name == "DISPLAYMATRIX"), None)
+    if matrix is None:
+        return image
+    a, b, _, c, d = struct.unpack("=5i", matrix[:20])
+    if abs(b) + abs(c) > abs(a) + abs(d):  # x and y change places
+        image = image.transpose(1, 0, 2)
+        a, d = c, b
+    return np.ascontiguousarray(image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
 def count_video_frames(path: str | os.PathLike) -> int:
     """The number of encoded frames, counted without decoding them.
+
+    Frames that the file says not to show (before the start that an edit list sets) are left out.
 
     Raises:
       DataError: as in :func:`read_video_frames`.
     """
     with _open_video(path) as container:
         packets = container.demux(container.streams.video[0])
-        count = sum(packet.size > 0 for packet in packets)
+        count = sum(packet.size > 0 and not packet.is_discard for packet in packets)
     if count == 0:
         raise DataError(f"video {path}: holds no frames")
     return count
 
 
-def read_video_audio(path: str | os.PathLike) -> tuple[np.ndarray, int]:
+def read_video_audio(
+    path: str | os.PathLike, seconds: float | None = None
+) -> tuple[np.ndarray, int]:
     """The first sound track of a video as float32 [samples], channels averaged, and its rate.
 
+    Args:
+      path: the file.
+      seconds: only the beginning is decoded,
+        :func:`~rollingq_jax.data.sound.samples_in` of it; None decodes all.
+
     Raises:
-      DataError: the file is missing or damaged, or has no sound.
+      DataError: the file is missing, damaged or cut off, or has no sound.
     """
     with _open_video(path, track="audio") as container:
         import av
 
-        stream = container.streams.audio[0]
         # Planar float without a layout or rate: the channels stay apart and are averaged below.
         to_float = av.AudioResampler(format="fltp")
-        parts, rate = [], int(stream.rate)
-        for frame in container.decode(stream):
-            parts += [part.to_ndarray() for part in to_float.resample(frame)]
-        if not sum(part.shape[1] for part in parts):
+        parts, count, rate, most = [], 0, 0, sys.maxsize
+        for frame in container.decode(container.streams.audio[0]):
+            if not rate:  # that of the header may be half of it (HE-AAC)
+                rate = int(frame.sample_rate)
+                check_sound_format(rate, frame.layout.nb_channels, path)
+                most = sys.maxsize if seconds is None else samples_in(seconds, rate)
+            for part in to_float.resample(frame):
+                parts.append(average_channels(part.to_ndarray().T))
+                count += len(parts[-1])
+            if count >= most:
+                break
+        if not count:
             raise DataError(f"video {path}: its sound track is empty")
-        return average_channels(np.concatenate(parts, axis=1).T, path), rate
+        return check_waveform(np.concatenate(parts)[:most], path), rate
 
 
-def video_seconds(path: str | os.PathLike) -> float:
-    """The length of a video that has sound, from its header; 0 where the header does not say.
+def video_seconds(path: str | os.PathLike, at_most: float | None = None) -> float:
+    """The length of a video's sound track, by decoding it: headers often lack it or are wrong.
+
+    Args:
+      path: the file.
+      at_most: decoding ends there, so that a longer track counts as about this long.
 
     Raises:
-      DataError: the file is missing or damaged, or has no sound.
+      DataError: as in :func:`read_video_audio`.
     """
-    with _open_video(path, track="audio") as container:
-        return (container.duration or 0) / 1_000_000  # FFmpeg counts in microseconds
+    waveform, rate = read_video_audio(path, at_most)
+    return len(waveform) / rate
 
 
 @contextlib.contextmanager
 def _open_video(path: str | os.PathLike, track: str = "video") -> Iterator[Any]:
-    """An open PyAV container that has the track ("video" or "audio")."""
+    """An open PyAV container that has the track ("video" or "audio") and was not cut off."""
     with reading(path, "video"):
         import av
 
         with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                raise DataError(f"video {path}: the file is empty")
+            check_impostor(file.read(HEAD), path, "video")
+            missing = missing_bytes(file)
             options = {"format_whitelist": VIDEO_FORMATS}
+            if missing:
+                with av.open(file, options=options) as container:
+                    _check_whole(container, path, track, missing)
+                file.seek(0)
             with av.open(file, options=options) as container:
-                if not getattr(container.streams, track):
-                    raise DataError(f"video {path}: has no {track} track, or its index was cut off")
+                _check_track(container, path, track)
+                if track == "video":
+                    context = container.streams.video[0].codec_context
+                    check_pixels(context.width, context.height, f"video {path}")
                 yield container
+
+
+def _check_track(container: Any, path: str | os.PathLike, track: str) -> None:
+    if not getattr(container.streams, track):
+        raise DataError(f"video {path}: has no {track} track, or its index was cut off")
+
+
+def _check_whole(container: Any, path: str | os.PathLike, track: str, missing: int) -> None:
+    """Compares what is left of a file that was cut off with what its header says.
+
+    Raises:
+      DataError: more than ``MISSING`` of the track is missing, and more than one frame; or nothing
+        says how long it was.
+    """
+    _check_track(container, path, track)
+    stream = getattr(container.streams, track)[0]
+    count, own_end, any_end = 0, 0.0, 0.0
+    for packet in container.demux():
+        if packet.size == 0:
+            continue
+        count += packet.stream.index == stream.index
+        if packet.pts is not None:
+            end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+            any_end = max(any_end, end)
+            own_end = max(own_end, end) if packet.stream.index == stream.index else own_end
+    name = container.format.name
+    if track == "video" and stream.frames:
+        there, promised, unit, slack = float(count), float(stream.frames), "frames", 1.0
+    elif name == "avi":  # its header counts in units of the track
+        there, promised, unit, slack = own_end, float(stream.frames * stream.time_base), "s", 0.05
+    elif stream.duration:
+        promised = float(stream.duration * stream.time_base)
+        there, unit, slack = own_end, "s", 0.05
+    else:
+        there, promised, unit, slack = any_end, (container.duration or 0) / 1e6, "s", 0.05
+    if promised <= 0 and name == "flv":
+        return  # a stream that was recorded until it broke off
+    if promised - there > max(MISSING * promised, slack) or promised <= 0:
+        of = f"{there:.4g} of {promised:.4g} {unit} of its {track}, " if promised > 0 else ""
+        raise DataError(
+            f"video {path}: was cut off: {of}at least {missing:,} bytes at its end are missing"
+        )
