@@ -56,6 +56,7 @@ def evaluate(
     Raises:
       CheckpointError: the folder holds no run that can be restored.
       ConfigError, DataError: the split, a corruption or the folder cannot be used as asked.
+      NonFiniteError: the model's logits are NaN or infinite for every example of the split.
     """
     folder = check_workdir(workdir)
     run = load_run(folder)
@@ -92,12 +93,17 @@ def evaluate(
 def condition(
     probe: Probe, text: str, clean: predictions.Predictions, config: Any
 ) -> dict[str, Any]:
-    """Scores of the split under one corruption, without those of each class."""
+    """Scores of the split under one corruption, without those of each class.
+
+    With "drop", "kept" counts the modalities that stayed because they are an example's last.
+    """
     found = probes.answers(probe, text)
     scores = predictions.scores(found, config.model.num_classes)
     del scores["per_class"]
-    unchanged = float((found.predicted == clean.predicted).mean())
-    return {"corrupt": text, **scores, "unchanged": unchanged}
+    result = {"corrupt": text, **scores, "unchanged": found.unchanged(clean)}
+    if found.kept:
+        result["kept"] = sum(int(kept.sum()) for kept in found.kept.values())
+    return result
 
 
 def all_probes(

@@ -26,6 +26,7 @@ from rollingq_jax.observing import (
 )
 from rollingq_jax.rotation import (
     HIGHEST,
+    ZERO_NORM,
     mend,
     rotation_between,
     safe_norm,
@@ -45,7 +46,7 @@ class RollInfo(NamedTuple):
     """
 
     scores: Array  # [H, M], c^m
-    imbalance: Array  # [H], max_m c^m - min_m c^m
+    imbalance: Array  # [H], max_m c^m - min_m c^m, over the modalities that were observed
     weights: Array  # [H, M], alpha
     anchor: Array  # [H, d], q_b; the query itself where the anchor is not defined
     angle: Array  # [H], between query and anchor, in radians
@@ -79,6 +80,16 @@ def of_lowest_layer(due: Array, layers: int) -> Array:
     return (together & (jnp.arange(layers) == lowest)[:, None]).reshape(due.shape)
 
 
+def imbalance_of_known(scores: Array, known: Array) -> Array:
+    """`imbalance` `[H]` of scores `[H, M]` over the known modalities; 0 for fewer than two.
+
+    What was never observed (mean key 0) has no score, and its 0 is no measure of anything.
+    """
+    count = jnp.sum(known.astype(scores.dtype), axis=-1, keepdims=True)
+    mean = jnp.sum(jnp.where(known, scores, 0.0), axis=-1, keepdims=True) / jnp.maximum(count, 1.0)
+    return imbalance(jnp.where(known, scores, mean))
+
+
 def roll(
     state: RollingState,
     query: Array,
@@ -109,7 +120,7 @@ def roll(
         together = by_layer(scores, layers)
         mean = jnp.mean(together, axis=1, keepdims=True)
         scores = jnp.broadcast_to(mean, together.shape).reshape(scores.shape)
-    heads_imbalance = imbalance(scores)
+    heads_imbalance = imbalance_of_known(scores, safe_norm(mean_keys) > ZERO_NORM)
     weights = jax.vmap(rebalance_weights, (0, None))(scores, rho)
     anchor = jax.vmap(rebalance_anchor)(query, mean_keys, weights)
     defined = jax.vmap(has_anchor)(query, mean_keys, weights)

@@ -1,6 +1,5 @@
 """An evaluation shown: pictures, a report and a table for the terminal."""
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from rollingq_jax.analysis.plots.style import signed
 from rollingq_jax.analysis.predictions import Predictions
 from rollingq_jax.analysis.probes import Probe
 from rollingq_jax.analysis.report import ReportFigure, Table, write_report
+from rollingq_jax.analysis.statistics import written
 
 
 def write_pictures(
@@ -58,7 +58,7 @@ def _figures(
             "share_quality",
             ReportFigure(
                 "Does attention follow quality?",
-                plots.share_quality_figure({"": (share, {m: quality[m] for m in share})}),
+                plots.share_quality_figure({"": (clean.shares(), {m: quality[m] for m in share})}),
                 "Scatter plot of each example's attention share against its quality contrast; "
                 f"their correlation is {signed(result['quality_correlation'])}.",
                 narrative.HOW_TO_READ["share_quality"],
@@ -92,8 +92,17 @@ def _figures(
 
 def _tables(result: Mapping[str, Any]) -> Iterator[Table]:
     if result["corrupted"]:
-        rows = [(c["corrupt"], c["accuracy"], c["unchanged"]) for c in result["corrupted"]]
-        yield Table("Corrupted", ("corruption", "accuracy", "predictions unchanged"), rows)
+        fields = ["corrupt", "accuracy", "unchanged"]
+        columns = ["corruption", "accuracy", "predictions unchanged"]
+        for field, words in (
+            ("kept", "examples that keep their last modality"),
+            ("nonfinite", "NaN or infinite logits"),
+        ):
+            if any(field in found for found in result["corrupted"]):
+                fields.append(field)
+                columns.append(words)
+        rows = [[found.get(field) for field in fields] for found in result["corrupted"]]
+        yield Table("Corrupted", columns, rows)
     if "reliance" in result:
         rows = [
             (m, way, *(found.get(f) for f in ("accuracy", "unchanged", "follows")))
@@ -109,27 +118,52 @@ def _tables(result: Mapping[str, Any]) -> Iterator[Table]:
             "Shuffled: taken from another example. Swapped: from an example of another class; "
             "then 'follows it' is the share of predictions of that class. Replaced: by noise.",
         )
+    if "modality_examples" in result:
+        counts = result["modality_examples"]
+        share = result.get("attention_share", {})
+        rows = [(m, count, share.get(m)) for m, count in counts.items()]
+        text = "Shares and correlations are over the examples that have the modality."
+        yield Table("Modalities", ("modality", "examples that have it", "its share"), rows, text)
     classes = result["per_class"].items()
     rows = [(name, *(found[f] for f in ("examples", "accuracy", "f1"))) for name, found in classes]
     yield Table("Classes", ("class", "examples", "accuracy", "F1"), rows)
 
 
+def _share_rows(
+    scores: Mapping[str, Any], words: str = "attention share, {}"
+) -> list[tuple[str, str]]:
+    """The share of each modality, with the examples behind it where some lack one."""
+    counts = scores.get("modality_examples", {})
+    return [
+        (words.format(m), written(share, count=counts.get(m)))
+        for m, share in scores.get("attention_share", {}).items()
+    ]
+
+
 def summary_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The table that the command prints."""
     rows = [(f"{result['split']} examples", str(result["num_examples"]))]
+    if "nonfinite" in result:
+        rows.append(("examples with NaN or infinite logits", str(result["nonfinite"])))
+    paired = min(result.get("contrast_examples", {}).values(), default=None)
     rows += [
-        (name.replace("_", " "), "-" if math.isnan(result[name]) else f"{result[name]:.3f}")
+        (
+            name.replace("_", " "),
+            written(result[name], count=paired if name == "quality_correlation" else None),
+        )
         for name in ("accuracy", "macro_f1", "calibration_error", "quality_correlation")
         if name in result
     ]
-    rows += [
-        (f"attention share, {m}", f"{s:.3f}") for m, s in result.get("attention_share", {}).items()
-    ]
+    rows += _share_rows(result)
     for found in result["corrupted"]:
-        text = f"accuracy {found['accuracy']:.3f}"
-        text += "".join(f", share {m} {s:.3f}" for m, s in found.get("attention_share", {}).items())
+        text = f"accuracy {written(found['accuracy'])}"
+        text += "".join(f", {words} {value}" for words, value in _share_rows(found, "share {}"))
+        if "nonfinite" in found:
+            text += f", {found['nonfinite']} with NaN or infinite logits"
+        if "kept" in found:
+            text += f", {found['kept']} examples keep their last modality"
         rows.append((found["corrupt"], text))
     for m, ways in result.get("reliance", {}).items():
-        text = ", ".join(f"{way} {found['accuracy']:.3f}" for way, found in ways.items())
+        text = ", ".join(f"{way} {written(found['accuracy'])}" for way, found in ways.items())
         rows.append((f"accuracy with {m}", text))
     return rows

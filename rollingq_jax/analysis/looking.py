@@ -9,6 +9,7 @@ import numpy as np
 from rollingq_jax.analysis import statistics, tokens
 from rollingq_jax.analysis.plots import AttentionExample, ModalityView
 from rollingq_jax.analysis.predictions import Predictions, model_input
+from rollingq_jax.data.masking import has_modality
 from rollingq_jax.data.pipeline import eval_batches
 from rollingq_jax.data.types import Dataset, Subset
 
@@ -18,15 +19,17 @@ Array = np.ndarray
 def choose_examples(predictions: Predictions, count: int = 4) -> Array:
     """Numbers of examples that differ as much as possible in which modality is the better one.
 
-    From the lowest to the highest quality contrast of the first modality, in even steps; where the
-    quality is not known, in even steps through the data. No example twice.
+    From the lowest to the highest quality contrast of the first modality, in even steps, of the
+    examples that have it and another; where the quality is not known, in even steps through the
+    data. No example twice.
     """
-    total = len(predictions.label)
-    steps = np.linspace(0, total - 1, min(count, total)).round().astype(int)
-    if len(predictions.quality) < 2:
-        return steps
-    contrast = statistics.quality_contrast(predictions.quality)
-    return np.argsort(contrast[sorted(contrast)[0]], kind="stable")[steps]
+    order = np.arange(len(predictions.label))
+    if len(predictions.quality) > 1:
+        contrasts = statistics.quality_contrast(predictions.quality)
+        contrast = contrasts[sorted(contrasts)[0]]
+        known = int(np.isfinite(contrast).sum())
+        order = np.argsort(contrast, kind="stable")[: known or None]  # NaN comes last
+    return order[np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)]
 
 
 def attention_examples(
@@ -62,9 +65,13 @@ def attention_examples(
     )(model_input(batch))
     attention = np.array(out["attention"], np.float64)
     attention[..., 0] = 0.0
-    # Each head's weights over the modalities' tokens sum to 1, as in the attention share.
-    attention = (attention / attention.sum(axis=-1, keepdims=True)).mean(axis=1)
-    predicted = np.asarray(logits).argmax(axis=-1)
+    # Each head's weights over the modalities' tokens sum to 1, as in the attention share; to 0 in
+    # an example without any modality, or without finite weights.
+    attention = np.where(np.isfinite(attention), attention, 0.0)
+    total = attention.sum(axis=-1, keepdims=True)
+    attention = (attention / np.where(total > 0, total, 1.0)).mean(axis=1)
+    logits = np.asarray(logits)
+    predicted = np.where(np.isfinite(logits).all(axis=-1), logits.argmax(axis=-1), -1)
     encoders = sorted(model.spec.encoders, key=lambda encoder: encoder.name)
     lengths = {
         e.name: tokens.num_tokens(e.kind, batch[e.name].shape[1:], e.patch) for e in encoders
@@ -83,10 +90,13 @@ def attention_examples(
 
 
 def _caption(batch: dict[str, Array], row: int, predicted: int, names: Sequence[str]) -> str:
-    shown = [names[c] if names else str(c) for c in (int(batch["label"][row]), predicted)]
+    classes = (int(batch["label"][row]), predicted)
+    shown = ["none" if c < 0 else names[c] if names else str(c) for c in classes]
     lines = [f"true {shown[0]}", f"predicted {shown[1]}"]
+    example = {name: value[row] for name, value in batch.items()}
     for name in sorted(batch):
         if name.startswith("quality_"):
-            noise = -float(batch[name][row])
-            lines.append(f"{name.removeprefix('quality_')} noise {max(noise, 0.0):.1f}")
+            modality, noise = name.removeprefix("quality_"), -float(batch[name][row])
+            if np.isfinite(noise) and has_modality(example, modality):
+                lines.append(f"{modality} noise {max(noise, 0.0):.1f}")
     return "\n".join(lines)

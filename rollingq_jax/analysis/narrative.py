@@ -133,8 +133,8 @@ def describe_noise(points: Sequence[Mapping[str, Any]]) -> str:
             f"With noise from {low['level']:g} to {high['level']:g} in {name}, accuracy goes from "
             f"{100 * low['accuracy']:.1f} to {100 * high['accuracy']:.1f}\N{NO-BREAK SPACE}%"
         )
-        if name in high.get("attention_share", {}) and name in low.get("attention_share", {}):
-            shares = [point["attention_share"][name] for point in (low, high)]
+        shares = [point.get("attention_share", {}).get(name) for point in (low, high)]
+        if all(curves.is_number(share) for share in shares):
             text += f" and the attention share of {name} from {shares[0]:.2f} to {shares[1]:.2f}"
         parts.append(text + ".")
     return " ".join(parts)

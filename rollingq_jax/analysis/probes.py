@@ -6,7 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rollingq_jax.analysis.predictions import Predict, Predictions, collect, mean_shares
+from rollingq_jax.analysis.predictions import (
+    Predict,
+    Predictions,
+    check_answers,
+    collect,
+    mean_shares,
+)
 from rollingq_jax.data.corruption import corrupt
 from rollingq_jax.data.labels import labels_of
 from rollingq_jax.data.pipeline import eval_batches
@@ -40,8 +46,12 @@ class Probe(NamedTuple):
 def answers(probe: Probe, corruption: str = "") -> Predictions:
     """Predictions for the split, corrupted as ``corruption`` says (`rollingq_jax.data.corruption`).
 
+    Examples whose logits are not finite are warned of. Under a corruption all may be so: that is
+    an answer about the corruption, and the accuracy is 0.
+
     Raises:
       ConfigError: the corruption is malformed or does not fit the modality.
+      NonFiniteError: without a corruption, the logits of every example are NaN or infinite.
     """
     source = probe.dataset.splits[probe.split]
     if not corruption:
@@ -54,7 +64,7 @@ def answers(probe: Probe, corruption: str = "") -> Predictions:
         seed=probe.seed,
         encoders=probe.encoders,
     )
-    return _read(probe, corrupted, corrupted.splits["probed"])
+    return _read(probe, corrupted, corrupted.splits["probed"], corruption)
 
 
 def corruption_curve(
@@ -104,7 +114,7 @@ def reliance(probe: Probe, modality: str, clean: Predictions) -> dict[str, dict[
     others = other_class_partners(labels, rng)
     partners = {"shuffled": rng.permutation(len(source)), "swapped": others}
     found = {
-        way: _read(probe, probe.dataset, Exchanged(source, modality, chosen))
+        way: _read(probe, probe.dataset, Exchanged(source, modality, chosen), f"{modality} {way}")
         for way, chosen in partners.items()
         if chosen is not None
     }
@@ -112,7 +122,7 @@ def reliance(probe: Probe, modality: str, clean: Predictions) -> dict[str, dict[
     result = {
         way: {
             "accuracy": predictions.accuracy,
-            "unchanged": float((predictions.predicted == clean.predicted).mean()),
+            "unchanged": predictions.unchanged(clean),
             "attention_share": mean_shares(predictions),
         }
         for way, predictions in found.items()
@@ -156,11 +166,15 @@ def other_class_partners(labels: Array, rng: np.random.Generator) -> Array | Non
     return partners
 
 
-def _read(probe: Probe, dataset: Dataset, source: Source) -> Predictions:
+def _read(probe: Probe, dataset: Dataset, source: Source, changed: str = "") -> Predictions:
+    """One pass; `changed` says what is not as it was in the split."""
     batches = eval_batches(
         source,
         batch_size=probe.batch_size,
         seed=probe.seed,
         transforms=dataset.eval_transforms,
     )
-    return collect(probe.predict, batches)
+    found = collect(probe.predict, batches)
+    where = f"split {probe.split!r}" + (f" under {changed}" if changed else "")
+    check_answers(found.nonfinite, len(found.label), where, fail=not changed)
+    return found

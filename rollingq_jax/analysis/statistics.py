@@ -1,10 +1,12 @@
 """The numbers behind the tables: correlations, intervals, calibration and per-class scores.
 
 Pure NumPy on host arrays, float64 throughout. A value that the data do not define (the
-correlation with a constant, the interval of a single run) is NaN, never an invented number.
+correlation with a constant, the interval of a single run) is NaN, never an invented number. In what
+is measured of each example, NaN says that the example has no such value: it is left out.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,9 +44,10 @@ def pearson(x: Array, y: Array) -> float:
     """Pearson's correlation of x [N] with y [N]; NaN if N < 2 or one of them is constant.
 
     r = sum (x - mean x)(y - mean y) / (norm(x - mean x) norm(y - mean y)).
-    Raises ValueError where the shapes differ or are not one-dimensional.
+    Pairs in which a number is NaN or infinite are left out. Raises ValueError where the shapes
+    differ or are not one-dimensional.
     """
-    x, y = _pair(x, y)
+    x, y = _finite(*_pair(x, y))
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return float("nan")
     # Dividing by the largest deviation first keeps the squares of tiny or huge values finite.
@@ -63,17 +66,39 @@ def ranks(x: Array) -> Array:
 
 def spearman(x: Array, y: Array) -> float:
     """Spearman's rank correlation: `pearson` of the ranks, ties averaged."""
-    x, y = _pair(x, y)
+    x, y = _finite(*_pair(x, y))
     return pearson(ranks(x), ranks(y))
 
 
 def quality_contrast(quality: Mapping[str, Array]) -> dict[str, Array]:
-    """Quality of each modality [N] minus the mean quality of the others [N], by modality."""
+    """Quality of each modality [N] minus the mean quality of the others [N], by modality.
+
+    NaN is the quality of what an example lacks: the mean is over the others that it has, and the
+    contrast is NaN where it lacks the modality or has no other.
+    """
     names = sorted(quality)
     if len(names) < 2:
         raise ValueError(f"quality needs at least two modalities to contrast, got {names}")
     values = {m: np.asarray(quality[m], np.float64) for m in names}
-    return {m: values[m] - np.mean([values[n] for n in names if n != m], axis=0) for m in names}
+    return {m: values[m] - _mean_known([values[n] for n in names if n != m]) for m in names}
+
+
+def _mean_known(values: Sequence[Array]) -> Array:
+    """Mean over those of several [N] that are finite, example by example; NaN where none is."""
+    stacked = np.stack(values)
+    known = np.isfinite(stacked)
+    count = known.sum(axis=0)
+    total = np.where(known, stacked, 0.0).sum(axis=0)
+    return np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
+
+
+def mean_finite(values: Array) -> float:
+    """Mean of the finite ones of values [N]; NaN where there is none."""
+    values = np.asarray(values)
+    finite = np.isfinite(values)
+    if not finite.any():
+        return float("nan")
+    return float((values if finite.all() else values[finite]).mean())
 
 
 def quality_contrast_correlation(share: Mapping[str, Array], quality: Mapping[str, Array]) -> float:
@@ -83,12 +108,14 @@ def quality_contrast_correlation(share: Mapping[str, Array], quality: Mapping[st
     modalities, averaged over m. In [-1, 1]; 0 when attention does not see quality. The quantity
     is the one the paper reports for a sample's attention against its modality's quality (Ni et
     al., ICML 2025); the contrast makes it independent of noise that hits all modalities alike.
+    A modality that no example has beside another (see `quality_contrast`) is left out of the mean.
     Raises ValueError where the two mappings name different modalities.
     """
     if sorted(share) != sorted(quality):
         raise ValueError(f"share names {sorted(share)} but quality names {sorted(quality)}")
     contrast = quality_contrast(quality)
-    return float(np.mean([pearson(share[m], contrast[m]) for m in sorted(share)]))
+    known = [m for m in sorted(share) if np.isfinite(contrast[m]).any()]
+    return float(np.mean([pearson(share[m], contrast[m]) for m in known])) if known else math.nan
 
 
 def bootstrap_mean(
@@ -144,10 +171,14 @@ def expected_calibration_error(probabilities: Array, label: Array, num_bins: int
     """Mean gap between confidence and accuracy, for probabilities [N, C] and label [N].
 
     ECE = sum_b (n_b / N) |accuracy_b - confidence_b| over equal-width bins (b / n, (b + 1) / n]
-    of the largest probability (Guo et al., ICML 2017).
+    of the largest probability (Guo et al., ICML 2017). An example whose probabilities are not
+    finite has no confidence and is left out; NaN where there is no other.
     """
     probabilities = np.asarray(probabilities, np.float64)
-    label = np.asarray(label)
+    finite = np.isfinite(probabilities).all(axis=-1)
+    probabilities, label = probabilities[finite], np.asarray(label)[finite]
+    if not len(label):
+        return float("nan")
     confidence, correct = probabilities.max(-1), probabilities.argmax(-1) == label
     bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
     gap = np.bincount(bins, correct - confidence, minlength=num_bins)
@@ -155,10 +186,14 @@ def expected_calibration_error(probabilities: Array, label: Array, num_bins: int
 
 
 def confusion_matrix(prediction: Array, label: Array, num_classes: int) -> Array:
-    """Counts [C, C]: row = true class, column = predicted class."""
-    prediction, label = np.asarray(prediction), np.asarray(label)
-    flat = label.astype(np.int64) * num_classes + prediction.astype(np.int64)
-    return np.bincount(flat, minlength=num_classes**2).reshape(num_classes, num_classes)
+    """Counts [C, C]: row = true class, column = predicted class.
+
+    [C, C + 1] where a prediction is -1, none at all: the last column counts those.
+    """
+    prediction, label = (np.asarray(values).astype(np.int64) for values in (prediction, label))
+    columns = num_classes + int((prediction < 0).any())
+    flat = label * columns + np.where(prediction < 0, num_classes, prediction)
+    return np.bincount(flat, minlength=num_classes * columns).reshape(num_classes, columns)
 
 
 def per_class_accuracy(confusion: Array) -> Array:
@@ -169,7 +204,7 @@ def per_class_accuracy(confusion: Array) -> Array:
 
 def per_class_f1(confusion: Array) -> Array:
     """F1 = 2 TP / (2 TP + FP + FN) of each class, [C]; NaN if it never occurs nor is predicted."""
-    total = confusion.sum(axis=0) + confusion.sum(axis=1)
+    total = confusion.sum(axis=0)[: len(confusion)] + confusion.sum(axis=1)
     return np.where(total > 0, 2 * np.diag(confusion) / np.maximum(total, 1), np.nan)
 
 
@@ -184,6 +219,23 @@ def weighted_f1(confusion: Array) -> float:
     if not support.sum():
         return float("nan")
     return float(np.nan_to_num(per_class_f1(confusion)) @ support / support.sum())
+
+
+def written(value: float | None, form: str = ".3f", count: int | None = None) -> str:
+    """A measured value for the terminal: "-" where it is not defined, with its count where given.
+
+    Example:
+      >>> written(2 / 3, count=6), written(float("nan")), written(None, count=0)
+      ('0.667 (n = 6)', '-', '- (n = 0)')
+    """
+    text = "-" if value is None or not math.isfinite(value) else format(value, form)
+    return text if count is None else f"{text} (n = {count})"
+
+
+def _finite(x: Array, y: Array) -> tuple[Array, Array]:
+    """The pairs of two [N] in which both numbers are finite."""
+    finite = np.isfinite(x) & np.isfinite(y)
+    return (x, y) if finite.all() else (x[finite], y[finite])
 
 
 def _pair(x: Array, y: Array) -> tuple[Array, Array]:

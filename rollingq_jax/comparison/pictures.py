@@ -83,7 +83,7 @@ def all_figures(
         figure = plots.arms_figure(rows)
         yield "dynamics", ReportFigure("Imbalance and share", figure, alt, how["arms"])
     if samples:
-        found = {arm: (p.attention_share, p.quality) for arm, p in samples.items()}
+        found = {arm: (p.shares(), p.quality) for arm, p in samples.items()}
         alt = "Attention share of each test example against its quality, an arm a panel."
         text = how["share_quality"] + " One run of each arm."
         figure = plots.share_quality_figure(found)

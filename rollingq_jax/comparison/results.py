@@ -41,6 +41,10 @@ def run_record(arm: str, seed: int, setting: Mapping[str, Any], summary: Mapping
     record["quality_correlation"] = summary.get("quality_correlation")
     for kind in ("attention_share", "probe_accuracy"):
         record |= {f"{kind}/{m}": value for m, value in summary.get(kind, {}).items()}
+    counts = summary.get("modality_examples", {})
+    record |= {f"examples/{m}": count for m, count in counts.items()}
+    if "test_nonfinite" in summary:
+        record["test_nonfinite"] = summary["test_nonfinite"]
     return record
 
 

@@ -12,12 +12,15 @@ from rollingq_jax.data.transforms import check_share
 from rollingq_jax.data.types import Example, ModalityInfo
 from rollingq_jax.errors import ConfigError
 
+KEPT = "kept/"  # before a modality's name: whether an example keeps it because it is its last
+
 
 @dataclasses.dataclass(frozen=True)
 class ModalityDropout(grain.transforms.RandomMap):
     """Marks the modality as missing: ``"<m>_mask"`` False, which the model leaves out.
 
-    The last modality that an example has is never dropped.
+    The last modality that an example has is never dropped; ``"kept/<m>"``, a bool scalar, says
+    where it would have been.
 
     Attributes:
       info: the modality.
@@ -41,9 +44,20 @@ class ModalityDropout(grain.transforms.RandomMap):
         """The example with the mask set, whether dropped or not."""
         key = f"{self.info.name}_mask"
         mask = np.asarray(element.get(key, True))
-        left = any(np.any(element.get(f"{name}_mask", True)) for name in self.others)
-        dropped = rng.random() < self.share and left
-        return element | {key: np.zeros_like(mask) if dropped else mask}
+        left = any(has_modality(element, name) for name in self.others)
+        chosen = rng.random() < self.share and has_modality(element, self.info.name)
+        kept = (chosen and not left) or bool(element.get(KEPT + self.info.name, False))
+        return element | {
+            key: np.zeros_like(mask) if chosen and left else mask,
+            KEPT + self.info.name: np.asarray(kept),
+        }
+
+
+def has_modality(example: Example, name: str) -> bool:
+    """Whether an example has a modality, as the model sees it: token id 0 is padding."""
+    mask = np.asarray(example.get(f"{name}_mask", True))
+    value = np.asarray(example[name])
+    return bool(np.any(mask & (value != 0) if value.dtype.kind == "i" else mask))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What the user sees in the terminal while a run goes on. Only the first process prints."""
 
+import collections
 from collections.abc import Iterable
 from typing import Any
 
@@ -7,6 +8,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from rollingq_jax.analysis.statistics import written
+from rollingq_jax.data.masking import KEPT
 from rollingq_jax.data.types import Dataset
 from rollingq_jax.train.setup import Setup
 from rollingq_jax.train.state import TrainState
@@ -44,6 +47,8 @@ class Console:
         self._first = jax.process_index() == 0 and not quiet
         self._state, self._dataset, self._setup = state, dataset, setup
         self._bar: Any = None
+        self._kept: collections.Counter[str] = collections.Counter()
+        self._kept_said = False
 
     def __enter__(self) -> "Console":
         step = int(self._state.step)
@@ -74,12 +79,29 @@ class Console:
         """One step is under way."""
         self._bar.update()
 
+    def _count_kept(self, row: Row) -> None:
+        """Adds up, over the first epoch that is seen, what `data.corruptions` could not drop."""
+        if self._kept_said:
+            return
+        for name, count in row.items():
+            if name.startswith(KEPT):
+                self._kept[name.removeprefix(KEPT)] += count
+        if row["step"] % self._setup.epoch_steps:
+            return
+        self._kept_said = True
+        for modality, count in sorted(self._kept.items()):
+            self._print(
+                f"data.corruptions: in epoch {row['epoch']}, {count} examples keep {modality}, "
+                "which was to be dropped, because it is their last modality"
+            )
+
     def show(self, rows: Iterable[Row]) -> None:
         """Puts training rows on the bar; prints validation and rotations on lines of their own."""
         for row in rows:
             if row["split"] == "train":
                 names = ("loss", "accuracy", "imbalance")
-                self._bar.set_postfix({n: f"{row[n]:.3f}" for n in names if n in row})
+                self._bar.set_postfix({n: written(row[n]) for n in names if n in row})
+                self._count_kept(row)
                 if row.get("skipped"):
                     self._print(
                         f"epoch {row['epoch']}, step {row['step']}: skipped {row['skipped']} "
@@ -99,11 +121,13 @@ class Console:
 
 def epoch_line(row: Row) -> str:
     """An epoch's validation in one line; says so where the run waits for its input."""
-    parts = [f"epoch {row['epoch']}: validation loss {row['loss']:.3f}"]
-    parts.append(f"accuracy {row['accuracy']:.3f}")
+    parts = [f"epoch {row['epoch']}: validation loss {written(row['loss'])}"]
+    parts.append(f"accuracy {written(row['accuracy'])}")
     if "imbalance" in row:
-        parts.append(f"imbalance {row['imbalance']:.3f}")
-    shares = [f"{n[16:]} {v:.2f}" for n, v in row.items() if n.startswith("attention_share/")]
+        parts.append(f"imbalance {written(row['imbalance'])}")
+    shares = [
+        f"{n[16:]} {written(v, '.2f')}" for n, v in row.items() if n.startswith("attention_share/")
+    ]
     if shares:
         parts.append("attention " + " ".join(shares))
     parts.append(f"{row['seconds']:.1f} s, {row['examples_per_second']:,.0f} examples/s")

@@ -38,7 +38,8 @@ class Meter:
     ) -> None:
         self._parallel, self._setup, self._skip = parallel, setup, skip
         self._names = flag_names(params)
-        self._sums: dict[str, Any] = dict(record.get("sums", {}))
+        sums = record.get("sums", {})  # older versions counted otherwise; theirs cannot be added to
+        self._sums: dict[str, Any] = dict(sums) if "unscored" in sums else {}
         self._turn: Turn | None = record.get("turn")
         self._on_device: list[tuple[int, Any]] = []
         self._checks: list[tuple[int, Any]] = []

@@ -1,8 +1,13 @@
 """Losses and metrics as sums over examples, divided once at the end.
 
-A padding row has weight 0, so every example counts once however the data are batched.
+A padding row has weight 0, so every example counts once however the data are batched. What is said
+of one modality (its probe, cosine, attention share) is summed over the examples that have it. An
+example that has none still gets an answer of the main head, which counts in the accuracy and the
+loss, and counts nowhere else. Logits that are NaN or infinite are an answer to no example: it is
+counted as wrong, and left out of the loss.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +17,7 @@ import numpy as np
 import optax
 from jax import Array
 
+from rollingq_jax.data.masking import KEPT
 from rollingq_jax.rotation import dot, unit
 
 Sums = dict[str, Array]
@@ -35,6 +41,11 @@ def modality_weight(out: Mapping[str, Any], weight: Array) -> Array:
     return weight[None] * present.astype(weight.dtype)
 
 
+def finite_rows(values: Array) -> Array:
+    """Whether all numbers of an example are finite: `[B, ...] -> [B]` bool."""
+    return jnp.all(jnp.isfinite(values), axis=tuple(range(1, values.ndim)))
+
+
 def batch_sums(logits: Array, out: Mapping[str, Any], batch: Mapping[str, Array]) -> Sums:
     """Weighted sums over one batch of everything that is reported.
 
@@ -44,34 +55,44 @@ def batch_sums(logits: Array, out: Mapping[str, Any], batch: Mapping[str, Array]
       batch: with "label" `[B]` and, where there is padding, "example_mask" `[B]`.
 
     Returns:
-      Sums by name, `[]` or, for the cosines, `[H]`; `weight` and `weight/<m>` normalise them.
-      `loss` is that of the main head.
+      Sums by name, `[]` or, for the cosines, `[H]`. What normalises them: `weight`; `weight/<m>`,
+      examples that have the modality; `attended/<m>`, those of them whose attention and keys are
+      finite; `unscored` and `unscored/<m>`, examples whose logits are not. `loss` is that of the
+      main head. `kept/<m>` counts what `data.masking.ModalityDropout` could not drop.
     """
     weight, label = example_weight(batch), batch["label"]
 
     def total(values: Array, weight: Array = weight) -> Array:
         return jnp.sum(jnp.where(weight > 0, values.astype(jnp.float32), 0.0) * weight)
 
-    sums = {
-        "weight": jnp.sum(weight),
-        "loss": total(cross_entropy(logits, label)),
-        "accuracy": total(jnp.argmax(logits, axis=-1) == label),
-    }
+    def of_head(logits: Array, weight: Array) -> tuple[Array, Array, Array]:
+        """Loss, right answers, and examples without an answer."""
+        finite = finite_rows(logits)
+        losses = jnp.where(finite, cross_entropy(logits, label), 0.0)
+        right = finite & (jnp.argmax(logits, axis=-1) == label)
+        return total(losses, weight), total(right, weight), total(~finite, weight)
+
+    sums = {"weight": jnp.sum(weight)}
+    sums["loss"], sums["accuracy"], sums["unscored"] = of_head(logits, weight)
+    modalities = sorted(out["present"])
+    weights = dict(zip(modalities, modality_weight(out, weight), strict=True))
     for m, probe in out["probe_logits"].items():
-        sums[f"probe_loss/{m}"] = total(cross_entropy(probe, label))
-        sums[f"probe_accuracy/{m}"] = total(jnp.argmax(probe, axis=-1) == label)
+        loss, right, unscored = of_head(probe, weights[m])
+        sums |= {f"probe_loss/{m}": loss, f"probe_accuracy/{m}": right, f"unscored/{m}": unscored}
+        sums[f"weight/{m}"] = jnp.sum(weights[m])
     if "mean_keys" in out:
         query = unit(out["query"])
-        weights = modality_weight(out, weight)
-        for m, of_modality in zip(sorted(out["mean_keys"]), weights, strict=True):
-            cosines = dot(query, unit(out["mean_keys"][m]))
-            of_modality = of_modality[:, None]
+        for m in modalities:
+            key, share = out["mean_keys"][m], out["attention_share"][m]
+            finite = finite_rows(key) & finite_rows(share)
+            attended = weights[m] * finite.astype(weight.dtype)
+            cosines = dot(query, unit(key))
             sums[f"cosine/{m}"] = jnp.sum(
-                jnp.where(of_modality > 0, cosines, 0.0) * of_modality, axis=0
+                jnp.where(attended[:, None] > 0, cosines, 0.0) * attended[:, None], axis=0
             )
-            sums[f"weight/{m}"] = jnp.sum(of_modality)
-            share = out["attention_share"][m]
-            sums[f"attention_share/{m}"] = total(jnp.mean(share, axis=-1))
+            sums[f"attention_share/{m}"] = total(jnp.mean(share, axis=-1), attended)
+            sums[f"attended/{m}"] = jnp.sum(attended)
+    sums |= {name: total(value) for name, value in batch.items() if name.startswith(KEPT)}
     return sums
 
 
@@ -83,31 +104,53 @@ def add_sums(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, A
     return total
 
 
-def finish(sums: Mapping[str, Any]) -> dict[str, float]:
+def finish(sums: Mapping[str, Any]) -> dict[str, Any]:
     """Means from sums: the row of `metrics.jsonl`.
 
     Adds `imbalance`, the mean over heads of max_m c^m - min_m c^m, and, for two modalities, `air`,
-    the mean over heads of c^1 - c^2. Means over no example are NaN; `skipped` stays a count.
+    the mean over heads of c^1 - c^2. Both are over the modalities that an example had, and need two
+    of them. Means over no example are NaN. Counts: `skipped`; `kept/<m>`; `examples/<m>`, those
+    that have the modality, where some lack it; `nonfinite` and `nonfinite/<m>`, those whose logits
+    were NaN or infinite, where there are any.
     """
-    weight = float(sums["weight"]) or float("nan")
-    row, scores = {}, []
+    weight = float(sums["weight"])
+
+    def number(kind: str, modality: str) -> float:
+        """Examples behind a sum of a modality."""
+        return float(sums.get(f"{kind}/{modality}", sums.get(f"weight/{modality}", weight)))
+
+    row: dict[str, Any] = {}
+    scores, cosines = [], 0
     for name, value in sums.items():
         kind, _, modality = name.partition("/")
-        if kind == "weight":
-            continue
         if kind == "cosine":
-            score = np.asarray(value) / max(float(sums[f"weight/{modality}"]), 1.0)
-            scores.append(score)
+            cosines += 1
+            count = number("attended", modality)
+            score = np.asarray(value) / (count or math.nan)
+            if count:
+                scores.append(score)
             row[name] = float(np.mean(score))
-        elif kind == "skipped":
+        elif kind in ("loss", "accuracy"):
+            unscored = float(sums.get("unscored", 0.0)) if kind == "loss" else 0.0
+            row[name] = float(value) / ((weight - unscored) or math.nan)
+        elif kind in ("probe_loss", "probe_accuracy"):
+            count = number("weight", modality)
+            if kind == "probe_loss":
+                count -= float(sums.get(f"unscored/{modality}", 0.0))
+            row[name] = float(value) / (count or math.nan)
+        elif kind == "attention_share":
+            row[name] = float(value) / (number("attended", modality) or math.nan)
+        elif kind == "unscored" and value:
+            row[name.replace("unscored", "nonfinite")] = int(value)
+        elif kind == "weight" and modality and float(value) < weight:
+            row[f"examples/{modality}"] = int(value)
+        elif name == "skipped" or name.startswith(KEPT):
             row[name] = int(value)
-        else:
-            row[name] = float(value) / weight
-    if scores:
-        stacked = np.stack(scores)
+    if cosines:
+        stacked = np.stack(scores) if len(scores) > 1 else np.full([1, 1], np.nan)
         row["imbalance"] = float(np.mean(stacked.max(0) - stacked.min(0)))
-    if len(scores) == 2:
-        row["air"] = float(np.mean(scores[0] - scores[1]))
+    if cosines == 2:
+        row["air"] = float(np.mean(scores[0] - scores[1])) if len(scores) == 2 else math.nan
     return row
 
 

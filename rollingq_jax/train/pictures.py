@@ -73,7 +73,7 @@ def report_figures(
     if predictions.quality:
         figures["share_quality"] = ReportFigure(
             "Does attention follow quality?",
-            share_quality_figure({"": (predictions.attention_share, predictions.quality)}),
+            share_quality_figure({"": (predictions.shares(), predictions.quality)}),
             "Scatter plot of attention share against the difference in quality, test data.",
             narrative.HOW_TO_READ["share_quality"],
         )

@@ -19,7 +19,8 @@ class Snapshot(NamedTuple):
 
     Attributes:
       step, epoch: when.
-      keys: modality -> mean keys of validation examples, `[N, d_h]`, at the epoch's end.
+      keys: modality -> mean keys of the validation examples that have it, `[N_m, d_h]`, at the
+        epoch's end.
       query: `[d_h]`, just before the rotation.
       anchor: `[d_h]`, where it went.
     """
@@ -51,7 +52,10 @@ def save_snapshot(
         "query": np.asarray(turn["query"], np.float32),
         "anchor": np.asarray(turn["anchor"], np.float32),
     }
-    arrays |= {n: v[:MAX_EXAMPLES] for n, v in columns.items() if n.startswith("mean_keys/")}
+    names = sorted(name for name in columns if name.startswith("mean_keys/"))
+    for name, has in zip(names, columns["present"][:MAX_EXAMPLES].T, strict=True):
+        keys = columns[name][:MAX_EXAMPLES]
+        arrays[name] = keys[has.astype(bool) & np.isfinite(keys).all(axis=-1)]
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     folder = workdir / "rotations"

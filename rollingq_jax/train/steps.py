@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from rollingq_jax.analysis.predictions import class_probabilities
 from rollingq_jax.baselines.hooks import NO_BASELINE, Baseline, Seen
 from rollingq_jax.imbalance import imbalance
 from rollingq_jax.observing import RollingState, scores_and_means
@@ -148,9 +149,14 @@ def batch_imbalance(query: Array, mean_keys: Array, weight: Array, axis_name: st
 
 
 def batch_scores(sums: Sums) -> Array:
-    """c^m of one batch, `[H, M]`, from its sums."""
+    """c^m of one batch, `[H, M]`, from its sums; NaN, which triggers nothing, where no example has
+    the modality."""
     names = sorted(name for name in sums if name.startswith("cosine/"))
-    columns = [sums[n] / jnp.maximum(sums[n.replace("cosine", "weight")], 1.0) for n in names]
+    counts = [sums[name.replace("cosine", "attended")] for name in names]
+    columns = [
+        jnp.where(count > 0, sums[name] / jnp.maximum(count, 1.0), jnp.nan)
+        for name, count in zip(names, counts, strict=True)
+    ]
     return jnp.stack(columns, axis=-1)
 
 
@@ -254,14 +260,16 @@ def make_eval_step(model: Any) -> Callable[..., tuple[Sums, dict[str, Array]]]:
 
     Returns:
       `eval_step(params, rotation, batch, axis_name=None) -> (sums, examples)`: the global batch's
-      sums, and row by row `probabilities` `[B, C]` and, with a class query, `attention_share` and
-      `mean_keys/<m>` (first head, `[B, M]` and `[B, d_h]`).
+      sums, and row by row `probabilities` `[B, C]` (NaN where a logit is not finite), `present`
+      `[B, M]` and, with a class query, `attention_share` and `mean_keys/<m>` (first head, `[B, M]`
+      and `[B, d_h]`).
     """
 
     def eval_step(params: Any, rotation: Array | None, batch: Batch, axis_name: str | None = None):
         logits, out = model.apply({"params": params}, batch, rotation=rotation)
         sums = psum(batch_sums(logits, out, batch), axis_name)
-        examples = {"probabilities": jax.nn.softmax(logits, axis=-1)}
+        present = jnp.stack([out["present"][m] for m in sorted(out["present"])], axis=-1)
+        examples = {"probabilities": class_probabilities(logits), "present": present}
         if "attention_share" in out:
             shares = [jnp.mean(out["attention_share"][m], axis=1) for m in sorted(out["mean_keys"])]
             examples["attention_share"] = jnp.stack(shares, axis=-1)

@@ -65,7 +65,10 @@ def test_it_writes_numbers_pictures_and_a_report(workdir, capsys):
         "audio=1.0",
         "audio=drop,visual=0.5",
     ]
-    assert result["corrupted"][1]["attention_share"]["audio"] == 0.0
+    dropped = result["corrupted"][1]  # nobody has audio, so nothing is known of its share
+    assert dropped["attention_share"] == {"audio": None, "visual": pytest.approx(1.0)}
+    assert dropped["modality_examples"] == {"audio": 0, "visual": 9} and dropped["kept"] == 0
+    assert "kept" not in result["corrupted"][0]
     levels = [(p["modality"], p["level"]) for p in result["noise"]]
     assert levels == [(m, v) for m in ("audio", "visual") for v in (0.0, 0.5, 2.0)]
     assert set(result["reliance"]["audio"]) == {"shuffled", "swapped", "replaced"}

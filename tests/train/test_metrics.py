@@ -75,20 +75,21 @@ def test_means_do_not_depend_on_how_the_data_are_batched(size):
     np.testing.assert_allclose(row["accuracy"], np.mean(logits.argmax(-1) == label), rtol=1e-6)
     cosines = {}
     for m in "ab":
-        probe = out["probe_logits"][m]
-        expected = cross_entropy(probe, label).mean()
+        probe, has = out["probe_logits"][m], out["present"][m]
+        expected = cross_entropy(probe, label)[has].mean()
         np.testing.assert_allclose(row[f"probe_loss/{m}"], expected, rtol=1e-6)
-        expected = np.mean(probe.argmax(-1) == label)
+        expected = np.mean((probe.argmax(-1) == label)[has])
         np.testing.assert_allclose(row[f"probe_accuracy/{m}"], expected, rtol=1e-6)
-        share = out["attention_share"][m].mean()
+        share = out["attention_share"][m][has].mean()
         np.testing.assert_allclose(row[f"attention_share/{m}"], share, rtol=1e-6)
-        q, k, has = out["query"], out["mean_keys"][m], out["present"][m]
+        q, k = out["query"], out["mean_keys"][m]
         cosine = (q * k).sum(-1) / np.linalg.norm(q, axis=-1) / np.linalg.norm(k, axis=-1)
         cosines[m] = cosine[has].mean(0)  # [H], over the examples that have the modality
         np.testing.assert_allclose(row[f"cosine/{m}"], cosines[m].mean(), rtol=1e-5)
     difference = cosines["a"] - cosines["b"]
     np.testing.assert_allclose(row["imbalance"], np.abs(difference).mean(), rtol=1e-5)
     np.testing.assert_allclose(row["air"], difference.mean(), rtol=1e-5)
+    assert row["examples/a"] == 7 and "examples/b" not in row and "nonfinite" not in row
 
 
 def test_three_modalities_have_an_imbalance_and_no_air():

@@ -1,5 +1,6 @@
 """Attention drawn over what it looks at."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -66,11 +67,12 @@ def attention_figure(examples: Sequence[AttentionExample]) -> Figure:
             left, right = grid[row, 2 * column : 2 * column + 2]
             _draw_input(left, view)
             _draw_weights(right, view, weights[column], norm)
-            share = view.weights.sum() / sum(v.weights.sum() for v in example.views)
+            total = sum(float(np.sum(v.weights)) for v in example.views)
+            share = float(np.sum(view.weights)) / total if total else math.nan
             for axes in (left, right):
                 axes.set_box_aspect(1 / _aspect(view))
             left.set_title(style.plain(view.name), fontsize=9.5, pad=4)
-            right.set_title(f"share {share:.2f}", fontsize=9.5, pad=4)
+            right.set_title(f"share {style.signed(share)}", fontsize=9.5, pad=4)
         grid[row, 0].set_ylabel(
             style.plain(example.caption),
             fontsize=9.5,
@@ -102,7 +104,7 @@ def _relative_weights(example: AttentionExample) -> list[Array]:
 
 def _draw_input(axes: Axes, view: ModalityView) -> None:
     if view.kind in ("tokens", "vector"):
-        values = np.asarray(view.values, np.float64)
+        values = np.nan_to_num(np.asarray(view.values, np.float64))
         axes.bar(np.arange(len(values)), values, color=style.MUTED, width=1.0)
         return
     axes.imshow(_picture(view), cmap="gray", **_placing(view))
@@ -137,7 +139,8 @@ def _picture(view: ModalityView) -> Array:
         values = values.T[..., None]
     elif view.kind == "video":
         values = _tile(values)
-    low, high = np.nanmin(values), np.nanmax(values)
+    values = np.nan_to_num(values)  # what an example lacks may hold anything
+    low, high = values.min(), values.max()
     values = (values - low) / (high - low if high > low else 1.0)
     return values if values.shape[-1] == 3 and view.kind != "sequence" else values.mean(axis=-1)
 

@@ -48,16 +48,19 @@ def project(keys: Mapping[str, Array], query: Array, anchor: Array | None = None
     With unit vectors k/|k| and q/|q|, and mu_m the mean of a modality's unit keys, the plane is
     spanned by q and mu_a - mu_b, where a and b are the modalities of the highest and the lowest
     cosine score mean_i cos(q, k_i). So the first coordinate of a point is cos(q, k), and the second
-    separates the two. Where q and the difference are parallel the second axis is any direction.
+    separates the two. Where q and the difference are parallel, or no two modalities have a sample,
+    the second axis is any direction.
     """
-    query, names = _unit(query), sorted(keys)
+    query, names = _unit(query), sorted(m for m in keys if len(keys[m]))
     unit = {m: _unit(keys[m]) for m in names}
     mean = {m: unit[m].mean(axis=0) for m in names}
     cosines = {m: float(mean[m] @ query) for m in names}
-    most, least = max(names, key=cosines.__getitem__), min(names, key=cosines.__getitem__)
-    # The alphabetically first of the two comes out on the left, before and after a rotation alike.
-    first, second = sorted((most, least))
-    across = mean[second] - mean[first]
+    across = np.zeros_like(query)
+    if names:
+        most, least = max(names, key=cosines.__getitem__), min(names, key=cosines.__getitem__)
+        # The alphabetically first of the two is on the left, before and after a rotation alike.
+        first, second = sorted((most, least))
+        across = mean[second] - mean[first]
     across = across - (across @ query) * query
     if np.linalg.norm(across) < 1e-9:
         across = np.eye(len(query))[np.argmin(np.abs(query))]

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rollingq_jax.analysis import statistics
+from rollingq_jax.analysis.curves import is_number
 from rollingq_jax.analysis.plots import style
 
 Array = np.ndarray
@@ -21,7 +22,7 @@ def share_quality_figure(
 
     Args:
       arms: name -> (share {m: [N]}, quality {m: [N]}); a panel each, one arm for a single run
-        (its name may be empty).
+        (its name may be empty). NaN is what an example lacks: it is no point.
       modality: the one to show; the first in alphabetical order by default. With two modalities
         the other is the same picture turned by half.
 
@@ -37,8 +38,9 @@ def share_quality_figure(
     panels = grid.flat
     for (name, (share, quality)), axes in zip(arms.items(), panels, strict=False):
         shown = sorted(share)[0] if modality is None else modality
-        contrast = statistics.quality_contrast(quality)[shown]
-        _scatter(axes, contrast, np.asarray(share[shown], np.float64))
+        contrast, values = statistics.quality_contrast(quality)[shown], np.asarray(share[shown])
+        known = np.isfinite(contrast) & np.isfinite(values)
+        _scatter(axes, contrast[known], values[known].astype(np.float64))
         last = axes in grid[:, -1] or axes is list(grid.flat)[len(arms) - 1]
         style.reference_line(axes, 1 / len(share), "even\nshare" if last else "")
         label = style.plain(shown)
@@ -110,6 +112,9 @@ def noise_figure(
 
 
 def _scatter(axes: Axes, contrast: Array, share: Array) -> None:
+    if not len(contrast):
+        style.empty_note(axes, "no example has both")
+        return
     axes.scatter(
         contrast, share, s=12, color=style.color(0), alpha=0.35, linewidths=0, rasterized=True
     )
@@ -129,7 +134,7 @@ def _noise_line(axes: Axes, runs: Sequence, modality: str, index: int, value: An
     by_level: dict[float, list[float]] = {}
     for run in runs:
         for point in run:
-            if point["modality"] == modality and value(point) is not None:
+            if point["modality"] == modality and is_number(value(point)):
                 by_level.setdefault(float(point["level"]), []).append(float(value(point)))
     levels = sorted(by_level)
     mean = np.array([np.mean(by_level[level]) for level in levels])

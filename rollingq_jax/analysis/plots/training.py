@@ -68,7 +68,13 @@ def accuracy_figure(rows: Sequence[Row], *, chance: float | None = None) -> Figu
     for i, name in enumerate(curves.modalities(rows, "probe_accuracy")):
         label = f"probe on {style.plain(name)} alone"
         series.append(
-            (f"probe_accuracy/{name}", label, style.color(i), (0, (5, 1.6)), style.MARKERS[i + 1])
+            (
+                f"probe_accuracy/{name}",
+                label,
+                style.color(i),
+                (0, (5, 1.6)),
+                style.MARKERS[(i + 1) % len(style.MARKERS)],
+            )
         )
     ends = []
     for field, label, colour, dashes, marker in series:
