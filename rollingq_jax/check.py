@@ -22,7 +22,7 @@ from rollingq_jax.data.labels import labels_of
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.manifest import read_manifest
 from rollingq_jax.data.types import Dataset
-from rollingq_jax.errors import ConfigError, DataError
+from rollingq_jax.errors import ConfigError, DataError, printable
 
 QUICK = 100
 SHOWN = 20
@@ -47,6 +47,7 @@ def describe(dataset: Dataset, encoders: Any = None) -> Iterator[str]:
         yield f"{split}: {of_split.sum()} examples"
     yield f"classes: {dataset.num_classes}"
     names = dataset.class_names or tuple(map(str, range(dataset.num_classes)))
+    names = tuple(printable(name, keep="") for name in names)
     for number in range(min(SHOWN, dataset.num_classes)):
         parts = ", ".join(f"{split} {of_split[number]}" for split, of_split in counts.items())
         yield f"  {names[number]}: {parts}"

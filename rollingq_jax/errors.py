@@ -4,6 +4,12 @@ Each message is one line that names the field, the value that came and what is a
 lines print it without a traceback and leave with exit code 2.
 """
 
+import re
+
+# Control characters, line separators, what turns the direction of text around, and halves of
+# letters, as undecodable file names have them.
+_HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 class UserError(ValueError):
     """A mistake on the user's side: the message says what to change.
@@ -64,3 +70,17 @@ class NonFiniteError(UserError):
 def said(error: BaseException) -> str:
     """What the system, or a client of gs://, said: in one line, to be quoted in a message."""
     return getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    r"""The text as a terminal may have it: names in it cannot move the cursor or set colors.
+
+    Args:
+      text: any text.
+      keep: control characters that stay; the others are written as escapes.
+
+    Example:
+      >>> print(printable("a\x1b[31mb"))
+      a\x1b[31mb
+    """
+    return _HIDDEN.sub(lambda found: found[0] if found[0] in keep else repr(found[0])[1:-1], text)

@@ -1,17 +1,20 @@
 """Command lines: what a command raises becomes one line on standard error and an exit code."""
 
+import contextlib
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from absl import flags
 
-from rollingq_jax.errors import UserError
+from rollingq_jax.errors import UserError, printable
 from rollingq_jax.train.arguments import TRAIN_USAGE, parse
 from rollingq_jax.train.distributed import join
 from rollingq_jax.train.interrupt import EXIT_CODE, Interrupted, Interruption
+from rollingq_jax.train.output import shown
 from rollingq_jax.train.profiling import default_cache, keep_compiled
 
 USER_ERROR = 2
@@ -26,9 +29,16 @@ def run_command(command: Callable[[Sequence[str]], Any], argv: Sequence[str]) ->
     state saved, 130 for SIGINT elsewhere. All but 0 come with one line on standard error, without a
     traceback.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax prints what it also raises
-    previous, sys.unraisablehook = sys.unraisablehook, _without_closed_loops
+    with shown() as output:
+        code = _run(command, argv)
+    return code or (IO_ERROR if output.failed else 0)
+
+
+def _run(command: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> int:
     try:
         command(argv)
     except Interrupted as stopped:
@@ -39,20 +49,37 @@ def run_command(command: Callable[[Sequence[str]], Any], argv: Sequence[str]) ->
         return _fail(f"error: {error}", IO_ERROR)
     except KeyboardInterrupt:
         return _fail("interrupted", KILLED_BY_SIGINT)
-    finally:
-        sys.unraisablehook = previous
+    except Exception:
+        problem = platform_problem()
+        if problem is None:
+            raise
+        return _fail(f"error: {problem}", USER_ERROR)
     return 0
 
 
-def _without_closed_loops(unraisable: Any) -> None:
-    """Where a checkpoint cannot be read or written, TensorStore still reports to Orbax's event
-    loop when Orbax has raised the error and closed it."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
+def platform_problem() -> str | None:
+    """Why JAX has no device at all, as where `JAX_PLATFORMS` names what the machine lacks."""
+    try:
+        jax.devices()
+    except Exception as error:  # a RuntimeError, or for cuda without its package an AssertionError
+        reason = " ".join(str(error).split()) or "JAX finds no such device"
+        return (
+            f"JAX_PLATFORMS is {jax.config.jax_platforms!r}; allowed: a platform that this machine "
+            f"and the installed jaxlib have, as cpu, or none, to let JAX choose ({reason})"
+        )
+    return None
+
+
+class _Printable(logging.Formatter):
+    """Lines without control characters, which a name in a message may hold."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def _fail(message: str, code: int) -> int:
-    print(" ".join(message.split()), file=sys.stderr)
+    with contextlib.suppress(OSError):  # `2>&1 | head -1`: the exit code is left to tell
+        print(printable(" ".join(message.split())), file=sys.stderr)
     return code
 
 

@@ -16,16 +16,29 @@ from rollingq_jax.train.console import Console
 from rollingq_jax.train.interrupt import Interrupted, Interruption
 from rollingq_jax.train.lock import locked
 from rollingq_jax.train.meter import Meter
+from rollingq_jax.train.output import shown
 from rollingq_jax.train.parallel import Parallel
 from rollingq_jax.train.profiling import profiled
 from rollingq_jax.train.run import Run
 from rollingq_jax.train.schedule import SaveSchedule
 from rollingq_jax.train.snapshot import save_snapshot
 from rollingq_jax.train.state import TrainState
-from rollingq_jax.train.storage import explained, writing
-from rollingq_jax.train.summary import finish_run, print_summary, read_summary
+from rollingq_jax.train.storage import explained, within_memory, writing
+from rollingq_jax.train.summary import (
+    finish_run,
+    moved,
+    print_summary,
+    read_summary,
+    with_inputs,
+)
 from rollingq_jax.train.upstream import roll_after_epoch
-from rollingq_jax.train.workdir import check_free, check_workdir, claim
+from rollingq_jax.train.workdir import (
+    check_free,
+    check_workdir,
+    claim,
+    remember,
+    with_absolute_paths,
+)
 from rollingq_jax.train.writer import MetricsWriter, Row
 
 log = logging.getLogger(__name__)
@@ -110,25 +123,29 @@ def train_and_evaluate(
             )
     check_config(config)
     workdir = check_workdir(workdir)
-    run = Run(
-        config,
-        load_dataset(config.data, seed=config.seed, encoders=config.model.encoders),
-        workdir,
-        profile,
-    )
-    check_free(workdir, run.config)
-    summary = read_summary(workdir)
-    if summary is not None:
-        run.check_data(summary, f"the summary in {workdir}")
-    else:
-        if config.vit_weights and not (workdir / "checkpoints").exists():
-            run.initial_state()  # a wrong file is told while the folder is as it was
-        with writing(workdir), locked(workdir):
-            claim(workdir, run.config)
-            with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
-                summary = complete(run, checkpoints, interruption, max_steps, test, quiet)
-    if test and not quiet:
-        print_summary(summary, workdir)
+    config = with_absolute_paths(config)
+    with within_memory(config), shown():
+        run = Run(
+            config,
+            load_dataset(config.data, seed=config.seed, encoders=config.model.encoders),
+            workdir,
+            profile,
+        )
+        check_free(workdir, run.config)
+        summary = read_summary(workdir)
+        if summary is not None:
+            run.check_data(summary, f"the summary in {workdir}")
+            summary = moved(workdir, summary, run.config)
+            summary = with_inputs(workdir, summary, run.inputs)
+        else:
+            if config.vit_weights and not (workdir / "checkpoints").exists():
+                run.initial_state()  # a wrong file is told while the folder is as it was
+            with writing(workdir), locked(workdir):
+                claim(workdir, run.config)
+                with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
+                    summary = complete(run, checkpoints, interruption, max_steps, test, quiet)
+        if test and not quiet:
+            print_summary(summary, workdir)
     return summary
 
 
@@ -142,6 +159,8 @@ def complete(
 ) -> dict[str, Any]:
     """From the newest checkpoint to the summary; without a test, to the best by validation."""
     found = checkpoints.restore_newest(run.abstract_state(), run.check_record)
+    if found is not None:  # its data are the same, wherever they are now
+        remember(run.workdir, run.config)
     silent = quiet or jax.process_index() > 0
     state, record = found or (run.initial_state((lambda _: None) if silent else print), {})
     with explained(lambda: checkpoints.newest), writing(run.workdir):

@@ -20,6 +20,11 @@ def as_tree(state: TrainState) -> dict[str, Any]:
     )
 
 
+def key_type(key: jax.Array | None = None) -> str:
+    """Name of a PRNG key's implementation; without a key, of JAX's default."""
+    return str(jax.random.key_impl(jax.random.key(0) if key is None else key))
+
+
 def to_host(state: TrainState) -> dict[str, Any]:
     """`as_tree` in host memory."""
     return jax.tree.map(np.asarray, jax.device_get(as_tree(state)))

@@ -1,14 +1,17 @@
-"""A folder that cannot be written any more, in one line: full, read-only, over its quota."""
+"""What has no room left, in one line: a folder (full, read-only, over its quota), the memory."""
 
 import contextlib
 import errno
+import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from etils import epath
 
-from rollingq_jax.errors import CheckpointError, UserError
+from rollingq_jax.errors import CheckpointError, ConfigError, UserError
 
 ROOM = 1 << 20  # bytes beside the arrays: their metadata, one block at least a file, metrics
 CODES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EIO)
@@ -40,9 +43,32 @@ def saving(directory: epath.Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # Orbax and TensorStore raise many types
+        silence_closed_loops()
         raise CheckpointError(
             f"a checkpoint in {directory} is not saved ({reason_of(error)})"
         ) from error
+
+
+def silence_closed_loops() -> None:
+    """Drops reports that no caller can catch, of an error that is raised as well.
+
+    Where a checkpoint cannot be read or written, TensorStore still reports to Orbax's event loop
+    when Orbax has raised the error and closed the loop, and asyncio logs what nobody waits for.
+    Called when the first such error has come; all other reports go where they went.
+    """
+    shown = sys.unraisablehook
+    if getattr(shown, "drops_closed_loops", False):
+        return
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            shown(unraisable)
+
+    hook.drops_closed_loops = True  # type: ignore[attr-defined]
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(
+        lambda record: not (record.exc_info and "tensorstore_spec" in str(record.exc_info[1]))
+    )
 
 
 def reason_of(error: BaseException) -> str:
@@ -68,6 +94,29 @@ def writing(workdir: epath.Path) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(
             f"workdir {workdir} cannot be written ({reason_of(error)})"
+        ) from error
+
+
+@contextlib.contextmanager
+def within_memory(config: Any) -> Iterator[None]:
+    """Turns what XLA or Python raises where memory is exhausted into one line.
+
+    Raises:
+      ConfigError: names the fields that decide how much memory a run takes.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in reason:
+            raise
+        raise ConfigError(
+            f"memory is exhausted with config.batch_size {config.batch_size} and config.model.dim "
+            f"{config.model.dim}; allowed: what fits: a smaller batch_size, model.dim or "
+            "model.depth, model.remat=True, data.prefetch=0, or more devices "
+            f"({reason[:160] or type(error).__name__})"
         ) from error
 
 

@@ -12,13 +12,16 @@ import jax
 import numpy as np
 from etils import epath
 
-from rollingq_jax.analysis.predictions import Predictions, scores
+from rollingq_jax.analysis.predictions import Predictions, scores, where_present
+from rollingq_jax.analysis.statistics import written
+from rollingq_jax.data.preprocessing import InputSpec
 from rollingq_jax.errors import CheckpointError
 from rollingq_jax.train.checkpoint import Checkpoints, DamagedError
 from rollingq_jax.train.console import count, device_line
 from rollingq_jax.train.evaluation import Columns, by_modality
 from rollingq_jax.train.run import Run
 from rollingq_jax.train.state import TrainState
+from rollingq_jax.train.workdir import remember
 from rollingq_jax.train.writer import MetricsWriter, json_ready, read_rows, table, write_json
 
 log = logging.getLogger(__name__)
@@ -52,21 +55,58 @@ def read_summary(workdir: epath.Path) -> dict[str, Any] | None:
     return summary
 
 
+def moved(workdir: epath.Path, summary: dict[str, Any], config: Any) -> dict[str, Any]:
+    """A finished run's summary with the place where its data are now, which `config` says.
+
+    To be called when the data are known to be the same. The summary and `config.json` are written
+    anew where that has changed.
+    """
+    places = {name: config.data.get(name) for name in ("path", "cache_dir")}
+    told = summary.get("config")
+    if not isinstance(told, dict) or not isinstance(told.get("data"), dict):
+        return summary
+    if all(told["data"].get(name) == place for name, place in places.items()):
+        return summary
+    summary = summary | {"config": told | {"data": told["data"] | places}}
+    if jax.process_index() == 0:
+        write_json(workdir / "summary.json", summary)
+    remember(workdir, config)
+    return summary
+
+
+def with_inputs(workdir: epath.Path, summary: dict[str, Any], inputs: InputSpec) -> dict[str, Any]:
+    """A finished run's summary, with what inference needs of its data if an older version left it
+    out; the file is then written anew."""
+    if "inputs" in summary:
+        return summary
+    summary = summary | {"inputs": json_ready(inputs.to_json())}
+    if jax.process_index() == 0:
+        write_json(workdir / "summary.json", summary)
+    return summary
+
+
 def predictions_of(run: Run, columns: Columns) -> Predictions:
     """The columns of a pass over a split in the form that the analysis reads."""
     modalities = run.setup.model.spec.modalities
+    present = by_modality(modalities, columns, "present")
+    quality = by_modality(modalities, columns, "quality")
     return Predictions(
         probabilities=columns["probabilities"],
         label=columns["label"],
         attention_share=by_modality(modalities, columns, "attention_share"),
-        quality=by_modality(modalities, columns, "quality"),
+        quality={m: where_present(q, present.get(m)) for m, q in quality.items()},
+        present=present,
     )
 
 
 def test_scores(predictions: Predictions, run: Run) -> dict[str, Any]:
-    """Accuracy, F1 and calibration as `test_*`; each class, the shares and what they follow."""
+    """Accuracy, F1 and calibration as `test_*`; each class, the shares and what they follow.
+
+    Where they apply, "test_nonfinite", examples whose logits were not finite, and
+    "modality_examples", how many have each modality.
+    """
     found = scores(predictions, run.config.model.num_classes, run.dataset.class_names)
-    named = ("accuracy", "macro_f1", "weighted_f1", "calibration_error")
+    named = ("accuracy", "macro_f1", "weighted_f1", "calibration_error", "nonfinite")
     return {f"test_{n}" if n in named else n: value for n, value in found.items()}
 
 
@@ -131,21 +171,26 @@ def finish_run(run: Run, checkpoints: Checkpoints, best: Mapping[str, Any]) -> d
 def print_summary(summary: dict[str, Any], workdir: epath.Path) -> None:
     """The table at the end of a run."""
     best = summary["best"]
+    counts = summary.get("modality_examples", {})  # where some example lacks one
     rows = [
-        ("best epoch by validation", f"{best['epoch']} ({best['accuracy']:.3f})"),
-        ("test accuracy", f"{summary['test_accuracy']:.3f}"),
-        ("test macro F1", f"{summary['test_macro_f1']:.3f}"),
+        ("best epoch by validation", f"{best['epoch']} ({written(best['accuracy'])})"),
+        ("test accuracy", written(summary["test_accuracy"])),
+        ("test macro F1", written(summary["test_macro_f1"])),
     ]
-    rows += [
-        (f"test accuracy, {m} alone", f"{v:.3f}") for m, v in summary["probe_accuracy"].items()
-    ]
-    rows += [
-        (f"attention share, {m}", f"{v:.3f}") for m, v in summary.get("attention_share", {}).items()
-    ]
+    if "test_nonfinite" in summary:
+        rows.append(("test examples with NaN or infinite logits", str(summary["test_nonfinite"])))
+    for words, name in (
+        ("test accuracy, {} alone", "probe_accuracy"),
+        ("attention share, {}", "attention_share"),
+    ):
+        rows += [
+            (words.format(m), written(value, count=counts.get(m)))
+            for m, value in summary.get(name, {}).items()
+        ]
     if "quality_correlation" in summary:
         value = summary["quality_correlation"]  # undefined where a quality is constant
-        known = value is not None and np.isfinite(value)
-        rows.append(("correlation of share and quality", f"{value:+.3f}" if known else "-"))
+        count = min(summary.get("contrast_examples", {}).values(), default=None)
+        rows.append(("correlation of share and quality", written(value, "+.3f", count)))
     if summary["rotations"] is not None:
         rows.append(("rotations in the best checkpoint", str(sum(summary["rotations"]))))
     if jax.process_index() == 0:

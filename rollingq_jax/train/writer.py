@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from rollingq_jax.errors import CheckpointError
+from rollingq_jax.errors import CheckpointError, printable
 
 Row = dict[str, Any]
 
@@ -127,7 +127,7 @@ class MetricsWriter:
 
 def table(rows: Iterable[tuple[str, str]]) -> str:
     """Two aligned columns, the second to the right."""
-    rows = list(rows)
+    rows = [(printable(name, keep=""), printable(value, keep="")) for name, value in rows]
     left = max(len(name) for name, _ in rows)
     right = max(len(value) for _, value in rows)
     return "\n".join(f"  {name:<{left}}  {value:>{right}}" for name, value in rows)

@@ -1,6 +1,10 @@
 """Checkpoints: to the last bit, verified, kept by rule."""
 
 import json
+import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -13,7 +17,7 @@ from rollingq_jax import rolling_query
 from rollingq_jax.errors import CheckpointError, NonFiniteError
 from rollingq_jax.train import checkpoint
 from rollingq_jax.train.checkpoint import Checkpoints, DamagedError
-from rollingq_jax.train.packing import checksum, to_host
+from rollingq_jax.train.packing import checksum, seal, to_host
 from rollingq_jax.train.state import TrainState
 
 RECORD = {"best": {"step": -1}, "sums": {"loss": 1 / 3, "cosine/a": [0.1, 1e-30]}}
@@ -218,3 +222,166 @@ def test_checksum_sees_values_shapes_dtypes_and_names():
     ]
     sums = {checksum(other) for other in [tree, *others]}
     assert len(sums) == 5 and checksum({"a": np.zeros((2, 3), np.float32)}) == checksum(tree)
+
+
+ODD_NAMES = [
+    "[lr=0.1]",
+    "a?b",
+    "a*b",
+    "**",
+    "[!x]",
+    "x[",
+    "{a,b}",
+    "a b",
+    "\u65e5\u672c",
+    "a#b",
+    "%20",
+]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+@pytest.mark.parametrize("place", ["itself", "a parent"])
+def test_a_folder_whose_name_reads_as_a_pattern(tmp_path, name, place):
+    path = epath.Path(tmp_path / name / ("checkpoints" if place == "itself" else "run/checkpoints"))
+    with Checkpoints(path, keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(make_state(step), record())
+    with Checkpoints(path, read_only=True) as checkpoints:
+        assert_same(checkpoints.restore_newest(make_state(0))[0], make_state(2))
+    shutil.move(path.parent, tmp_path / "plain")  # nothing in it depends on the name
+    with Checkpoints(epath.Path(tmp_path) / "plain" / "checkpoints", read_only=True) as checkpoints:
+        assert_same(checkpoints.restore(1, make_state(0))[0], make_state(1))
+
+
+def test_glob_reads_the_pattern_and_not_the_folder(tmp_path):
+    folder = checkpoint.LiteralPath(tmp_path) / "[a]*"
+    for name in ("x/one.txt", "x/two.json", "y/one.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
+    (checkpoint.LiteralPath(tmp_path) / "a").mkdir()  # what the folder's name would match
+    found = [str(path.relative_to(folder)) for path in folder.glob("*/one.*")]
+    assert found == ["x/one.txt", "y/one.txt"] and list(folder.glob("z*")) == []
+    assert list((folder / "nowhere").glob("*")) == []
+
+
+def test_the_first_save_is_read_back(tmp_path, monkeypatch):
+    """On a storage that loses the arrays."""
+    path = epath.Path(tmp_path) / "c"
+    read = Checkpoints._read
+
+    def lossy(self, step, item, args):
+        shutil.rmtree(path / str(step) / "state" / "d", ignore_errors=True)
+        return read(self, step, item, args)
+
+    monkeypatch.setattr(Checkpoints, "_read", lossy)
+    with Checkpoints(path, keep=2) as checkpoints:
+        with pytest.raises(CheckpointError, match="the first checkpoint in .* cannot be read back"):
+            checkpoints.save(make_state(1), record())
+    monkeypatch.undo()
+    assert [p.name for p in path.iterdir()] == ["1.damaged"]
+    with Checkpoints(path, keep=2) as checkpoints:  # and the folder can be used again
+        assert checkpoints.restore_newest(make_state(0)) is None
+        checkpoints.save(make_state(1), record())
+        assert_same(checkpoints.restore_newest(make_state(0))[0], make_state(1))
+
+
+def test_other_random_numbers_are_named_by_their_setting(folder, monkeypatch):
+    with jax.default_prng_impl("rbg"), Checkpoints(folder, read_only=True) as checkpoints:
+        line = "JAX_DEFAULT_PRNG_IMPL is rbg and was threefry2x32; allowed: JAX_DEFAULT_PRNG_IMPL=t"
+        with pytest.raises(CheckpointError, match=line):
+            checkpoints.restore_newest(make_state(0))
+
+
+def test_random_numbers_of_a_checkpoint_of_an_older_version(tmp_path):
+    """Its record does not name them; the key's width does."""
+    path = epath.Path(tmp_path) / "c"
+    with jax.default_prng_impl("rbg"), Checkpoints(path, keep=1) as checkpoints:
+        checkpoints.save(make_state(1), record())
+    file = path / "1" / "record" / "metadata"
+    older = json.loads(file.read_text())["record"]
+    assert older.pop("key_type") == "rbg"
+    file.write_text(json.dumps({"record": older, "sha256": seal(older)}))
+    with Checkpoints(path, read_only=True) as checkpoints:
+        with pytest.raises(
+            CheckpointError, match="JAX_DEFAULT_PRNG_IMPL is threefry2x32 and was r"
+        ):
+            checkpoints.restore_newest(make_state(0))
+        with jax.default_prng_impl("rbg"):
+            assert_same(checkpoints.restore_newest(make_state(0))[0], make_state(1))
+
+
+def flipped(content, draw):
+    """One bit, a run of zeros, an end cut off, or bytes put in between."""
+    content, place = bytearray(content), draw.randrange(len(content))
+    kind = draw.choice(["bit", "bit", "bit", "zeros", "cut", "more"])
+    if kind == "bit":
+        content[place] ^= 1 << draw.randrange(8)
+    elif kind == "zeros":
+        content[place : place + 16] = bytes(len(content[place : place + 16]))
+    elif kind == "cut":
+        del content[place:]
+    else:
+        content[place:place] = draw.randbytes(5)
+    return bytes(content)
+
+
+def test_whatever_is_damaged_the_state_is_right_or_refused(folder):
+    """In `_METADATA`, which no checksum of Orbax covers, more often than elsewhere."""
+    draw = random.Random(0)
+    paths = [Path(path) for path in sorted(Path(folder / "3").rglob("*")) if path.is_file()]
+    paths = [path for path in paths if path.stat().st_size]
+    assert len(paths) > 8
+    structure = next(path for path in paths if path.name == "_METADATA")
+    refused = 0
+    for path in [*paths, *[structure] * 40]:
+        before = path.read_bytes()
+        path.write_bytes(flipped(before, draw))
+        with Checkpoints(folder, read_only=True) as checkpoints:
+            try:
+                state, _ = checkpoints.restore(3, make_state(0))
+            except DamagedError:
+                refused += 1
+            else:
+                assert_same(state, make_state(3))
+        path.write_bytes(before)
+    assert refused > 20
+
+
+def test_an_empty_node_that_has_become_another_is_damage(folder):
+    """The arrays are right; the place of one that holds none is taken by an array's name."""
+    path = folder / "3" / "state" / "_METADATA"
+    text = path.read_text()
+    assert "opt_state" in text and '"1"' in text
+    content = json.loads(text)
+    (empty,) = [n for n in content["tree_metadata"] if n == "('opt_state', '1')"]
+    entry = content["tree_metadata"].pop(empty)
+    entry["key_metadata"][1]["key"] = "7"
+    content["tree_metadata"]["('opt_state', '7')"] = entry
+    path.write_text(json.dumps(content))
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        with pytest.raises(DamagedError, match="checkpoint 3 is damaged: its structure is not as"):
+            checkpoints.restore(3, make_state(0))
+        assert_same(checkpoints.restore_newest(make_state(0))[0], make_state(2))
+
+
+def test_damage_read_from_python_prints_nothing(folder):
+    """Not what Orbax's event loop says when it is closed, either."""
+    flip_a_byte_of_the_largest_file(folder / "3")
+    (folder / "2" / "state" / "manifest.ocdbt").write_bytes(b"")
+    code = f"""
+import gc, logging, sys, time
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+logging.getLogger("rollingq_jax").setLevel(logging.CRITICAL)
+sys.path[:0] = {[str(Path(__file__).parent)]!r}
+from etils import epath
+from test_checkpoint import Checkpoints, make_state
+with Checkpoints(epath.Path({str(folder)!r}), read_only=True) as checkpoints:
+    for _ in range(3):
+        state, _ = checkpoints.restore_newest(make_state(0))
+gc.collect()
+time.sleep(0.2)
+print(int(state.step))
+"""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "1\n" and done.stderr == ""

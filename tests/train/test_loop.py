@@ -1,6 +1,7 @@
 """Whole runs: resuming to the last bit, the best checkpoint, the test set read once."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -364,3 +365,142 @@ def test_a_full_disk(arrays, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=line):
         train_and_evaluate(config, tmp_path)
     assert state_at(config, tmp_path, 6)[1]["best"]["step"] == 6
+
+
+class Exhausted:
+    """A training step for which the memory does not suffice."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, *_):
+        raise self.error
+
+
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory allocating 9876543210 bytes."
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (jax.errors.JaxRuntimeError(OUT_OF_MEMORY), "allocating 9876543210 bytes"),
+        (MemoryError(), "MemoryError"),
+        (np._core._exceptions._ArrayMemoryError((10**9,), np.dtype("f4")), "Unable to allocate"),
+    ],
+    ids=["XLA", "Python", "NumPy"],
+)
+def test_memory_that_is_exhausted_is_one_line_and_the_folder_is_free(
+    arrays, tmp_path, monkeypatch, error, reason
+):
+    config = tiny_config(arrays)
+    init = Run.__init__
+
+    def exhausted(self, *args):
+        init(self, *args)
+        self.parallel = self.parallel._replace(train_step=Exhausted(error))
+
+    monkeypatch.setattr(Run, "__init__", exhausted)
+    line = "memory is exhausted with config.batch_size 8 and config.model.dim 8; allowed: "
+    with pytest.raises(ConfigError, match=rf"{line}.*smaller batch_size.*\(.*{reason}"):
+        train_and_evaluate(config, tmp_path / "run")
+    monkeypatch.undo()
+    smaller = tiny_config(arrays, batch_size=16, **{"model.num_heads": 1})
+    with pytest.raises(Interrupted):
+        train_and_evaluate(smaller, tmp_path / "run", max_steps=1)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["batch_size"] == 16
+    with pytest.raises(CheckpointError, match="holds another run: config.batch_size is 8 and was"):
+        train_and_evaluate(config, tmp_path / "run")
+
+
+def test_an_error_that_is_not_of_the_memory_stays_what_it_is(arrays, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "complete", Exhausted(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        train_and_evaluate(tiny_config(arrays), tmp_path)
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_does_not_own_its_folder(arrays, tmp_path):
+    first, second = tiny_config(arrays), tiny_config(arrays, seed=5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train", Exhausted(Interrupted()))
+        with pytest.raises(Interrupted):
+            train_and_evaluate(first, tmp_path)
+    (tmp_path / "rotations").mkdir()
+    (tmp_path / "rotations" / "6.npz").write_bytes(b"of the first run")
+    with pytest.raises(Interrupted):
+        train_and_evaluate(second, tmp_path, max_steps=2)
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 5
+    assert not (tmp_path / "rotations").exists()
+    for path in (tmp_path / "checkpoints").iterdir():
+        path.rename(path.with_name(f"{path.name}.damaged"))  # what is damaged is the run's, too
+    with pytest.raises(CheckpointError, match="config.seed is 0 and was 5"):
+        train_and_evaluate(first, tmp_path)
+
+
+@pytest.mark.parametrize("epochs", [2, 6])
+def test_a_finished_run_asked_for_other_epochs_says_what_can_be_done(finished, epochs):
+    config, workdir, _ = finished
+    before = files(workdir)
+    other = config.copy_and_resolve_references()
+    other.epochs = epochs
+    line = (
+        f"config.epochs is {epochs} and was 3; allowed: the 3 epochs with which it began, or "
+        f"another workdir, in which all {epochs} are trained from the start: a run cannot be made "
+        "longer, since the learning rate falls to 0"
+    )
+    with pytest.raises(CheckpointError, match=line):
+        train_and_evaluate(other, workdir)
+    assert files(workdir) == before
+
+
+@pytest.mark.parametrize("stop", [9, None])
+def test_data_given_by_a_relative_path_are_found_from_another_folder(tmp_path, monkeypatch, stop):
+    """And the place to which they were moved is remembered, if they are the same there."""
+    for name in ("here", "elsewhere"):
+        (tmp_path / name).mkdir()
+    write_arrays(tmp_path / "here" / "data.npz")
+    monkeypatch.chdir(tmp_path / "here")
+    workdir = tmp_path / "run"
+    config = tiny_config("data.npz", **{"data.cache_dir": "cache"})
+
+    def place():
+        return json.loads((workdir / "config.json").read_text())["data"]["path"]
+
+    def train(path=None):
+        if path is not None:
+            config.data.path = str(path)
+        try:
+            return train_and_evaluate(config, workdir, max_steps=stop, quiet=True)
+        except Interrupted:
+            return None
+
+    made = train()
+    stored = json.loads((workdir / "config.json").read_text())
+    assert place() == str(tmp_path / "here" / "data.npz") and config.data.path == "data.npz"
+    assert stored["data"]["cache_dir"] == str(tmp_path / "here" / "cache")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    stop = 12 if stop else None
+    train(place())
+    shutil.move(tmp_path / "here" / "data.npz", "moved.npz")
+    write_arrays("other.npz", seed=1)
+    before = files(workdir)
+    with pytest.raises(CheckpointError, match="has other values"):
+        train("other.npz")
+    assert {n: v for n, v in files(workdir).items() if n != ".lock"} == {
+        n: v for n, v in before.items() if n != ".lock"
+    }
+    stop = 14 if stop else None
+    again = train("moved.npz")
+    assert place() == str(tmp_path / "elsewhere" / "moved.npz")
+    if made is not None:
+        assert again["config"]["data"]["path"] == place()
+        assert again == json.loads((workdir / "summary.json").read_text())
+        assert again["test_accuracy"] == made["test_accuracy"]
+
+
+@pytest.mark.parametrize("name", ["[lr=0.1]", "a*/b?"])
+def test_a_workdir_whose_name_reads_as_a_pattern(finished, tmp_path, name):
+    config, undisturbed, summary = finished
+    with pytest.raises(Interrupted):
+        train_and_evaluate(config, tmp_path / name, max_steps=7)
+    assert train_and_evaluate(config, tmp_path / name)["test_loss"] == summary["test_loss"]
+    assert_same_result(config, undisturbed, tmp_path / name)

@@ -129,6 +129,9 @@ ROWS = [
     ([*TINY, "--config.data.prefetch=few"], "config.data.prefetch is 'few'; allowed: an integer"),
     (["--config", "no_prefetch.py"], "config.data.prefetch is missing; allowed: an integer"),
     # the folder
+    ([*TINY, "--workdir=a\\b"], r"allowed: a path without a backslash"),
+    ([*TINY, "--workdir=gs:/bucket/run"], "allowed: a local folder, or gs://BUCKET/FOLDER"),
+    ([*TINY, "--workdir=\udcff"], "allowed: a path in UTF-8"),
     ([*TINY, "--workdir="], "workdir is empty; allowed: a folder that can be written"),
     ([*TINY, "--workdir", " "], "workdir is empty"),
     ([*TINY, "--workdir=a_file"], "workdir is 'a_file'; allowed: a folder that can be written"),
@@ -188,6 +191,7 @@ def foreign(here):
             return "config.json holds list; allowed: a JSON object"
         if kind == "another seed":
             (run / "config.json").write_text(json.dumps(config.to_dict() | {"seed": 5}))
+            (run / "checkpoints" / "6").mkdir(parents=True)
             return "holds another run: config.seed is 0 and was 5"
         if kind == "checkpoints alone":
             (run / "config.json").unlink()

@@ -1,0 +1,74 @@
+"""Standard output that is always written, whatever stands in a name and whoever has left."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from rollingq_jax.errors import printable, said
+
+
+class Output:
+    """A text stream over another one that a run or a command does not fail at.
+
+    Control characters are written as escapes, as are letters that the stream's encoding lacks, and
+    each line is there at once. Where nothing can be written any more (`train.py ... | head -1`),
+    standard error says so, once, and what would follow is dropped.
+
+    Args:
+      stream: the stream; None, as where a process has no standard output, takes nothing.
+
+    Attributes:
+      failed: whether something was lost that somebody still wanted, as on a full disk.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream, self._open, self.failed = stream, stream is not None, False
+
+    def write(self, text: str) -> int:
+        """Writes the text; returns its length."""
+        if self._open and self._stream is not None:
+            encoding = getattr(self._stream, "encoding", None) or "utf-8"
+            safe = printable(text).encode(encoding, "backslashreplace").decode(encoding)
+            try:
+                self._stream.write(safe)
+                if "\n" in text:
+                    self._stream.flush()
+            except OSError as error:
+                self._give_up(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Hands on what has been written."""
+        if self._open and self._stream is not None:
+            try:
+                self._stream.flush()
+            except OSError as error:
+                self._give_up(error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _give_up(self, error: OSError) -> None:
+        closed = isinstance(error, BrokenPipeError)
+        self._open, self.failed = False, not closed
+        what = "was closed" if closed else f"cannot be written ({said(error)})"
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            # What is still in the stream's buffer shall not fail once more when Python ends.
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())  # type: ignore[union-attr]
+            os.close(null)
+        with contextlib.suppress(OSError):
+            print(f"standard output {what}; the command goes on without it", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def shown() -> Iterator[Output]:
+    """Makes `sys.stdout` an `Output` for a while; one that is an `Output` already stays."""
+    if isinstance(sys.stdout, Output):
+        yield sys.stdout
+        return
+    output = Output(sys.stdout)
+    with contextlib.redirect_stdout(output):  # type: ignore[type-var]
+        yield output
