@@ -1,17 +1,21 @@
-"""Checks of labels and modality names, and the validation split for data that have none."""
+"""Checks of labels, groups and names; validation and test splits for data that have none."""
 
+import itertools
+import logging
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from rollingq_jax.data.splits import stratified_split
+from rollingq_jax.data.splits import hold_out_groups, stratified_split
 from rollingq_jax.data.types import ArraySource, Source, Subset
 from rollingq_jax.errors import DataError
 
 MAX_CLASSES = 100_000
 VALID_FRACTION = 0.1
-RESERVED_NAMES = ("example", "label", "split")
+TEST_FRACTION = 0.2
+RESERVED_NAMES = ("example", "group", "id", "label", "split")
 
 
 def check_name(name: str, where: str) -> str:
@@ -85,35 +89,150 @@ def count_classes(labels: Mapping[str, np.ndarray], class_names: Sequence[str] =
 
 
 def with_valid(
-    splits: Mapping[str, Source], train_labels: np.ndarray, *, seed: int
+    splits: Mapping[str, Source],
+    train_labels: np.ndarray,
+    *,
+    seed: int,
+    groups: np.ndarray | None = None,
 ) -> dict[str, Source]:
     """The splits, with 10 % of train as "valid" where there is none.
 
-    Each class gives 10 % of its examples, rounded; where that comes to nothing at all (few examples
-    of every class), each class with two or more gives one. No class is left without a training
+    Without groups each class gives 10 % of its examples, rounded; where that comes to nothing at
+    all (few examples of every class), each class with two or more gives one. Groups are kept whole,
+    so that the sizes are as near to that as they allow. No class is left without a training
     example.
 
+    Args:
+      splits: with "train".
+      train_labels: int32 [N], of train.
+      seed: of the choice.
+      groups: [N] integers or strings: which of train's examples must not be parted.
+
     Raises:
-      DataError: every class has a single example, so that none can be spared.
+      DataError: none can be spared: every class has a single example, or every group a class that
+        no other has.
     """
     if "valid" in splits:
         return dict(splits)
-    train, valid = stratified_split(train_labels, [1 - VALID_FRACTION, VALID_FRACTION], seed=seed)
-    if len(valid) == 0:
-        order = np.random.default_rng(seed).permutation(len(train_labels))
-        classes, first, counts = np.unique(
-            train_labels[order], return_index=True, return_counts=True
-        )
-        valid = np.sort(order[first[counts > 1]])
-        train = np.setdiff1d(np.arange(len(train_labels)), valid)
-    if len(valid) == 0:
+    valid = _hold_out(train_labels, VALID_FRACTION, seed, groups, "validation; give valid/*")
+    return _divided(splits, valid, "valid")
+
+
+def with_test(
+    splits: Mapping[str, Source], train_labels: np.ndarray, *, groups: np.ndarray | None = None
+) -> dict[str, Source]:
+    """The splits, with 20 % of train as "test" where there is none; for data in a single table.
+
+    The choice is as in :func:`with_valid`, but always the same: whatever is chosen by training with
+    several seeds, no run has seen another's test examples. What is left in train has to serve
+    :func:`with_valid`, with `labels_of` and `groups_of` it.
+
+    Raises:
+      DataError: as :func:`with_valid`.
+    """
+    if "test" in splits:
+        return dict(splits)
+    further = "valid" not in splits
+    test = _hold_out(train_labels, TEST_FRACTION, 0, groups, "the test; give test/*", further)
+    return _divided(splits, test, "test")
+
+
+def _hold_out(
+    labels: np.ndarray,
+    fraction: float,
+    seed: int,
+    groups: np.ndarray | None,
+    purpose: str,
+    further: bool = False,
+) -> np.ndarray:
+    """The numbers of the examples to set aside, in ascending order."""
+    if groups is not None:
+        chosen = hold_out_groups(labels, groups, fraction, seed=seed, further=further)
+        if len(chosen) == 0:
+            count = len(np.unique(groups))
+            why = "every group has a label of its own" if count > 1 else "there is a single group"
+            raise DataError(
+                f"train/group: {why} ({count} group{'s' * (count > 1)}), so none can be set aside "
+                f"whole for {purpose}"
+            )
+        return chosen
+    _, chosen = stratified_split(labels, [1 - fraction, fraction], seed=seed)
+    if len(chosen) == 0:
+        order = np.random.default_rng(seed).permutation(len(labels))
+        _, first, counts = np.unique(labels[order], return_index=True, return_counts=True)
+        chosen = np.sort(order[first[counts > 1]])
+    if len(chosen) == 0:
         raise DataError(
-            "train/label: every class has a single example, so none can be set aside for "
-            "validation; give valid/*"
+            f"train/label: every class has a single example, so none can be set aside for {purpose}"
         )
+    return chosen
+
+
+def _divided(splits: Mapping[str, Source], chosen: np.ndarray, name: str) -> dict[str, Source]:
+    """The splits, the chosen examples of train under a name of their own."""
     source = splits["train"]
-    others = {name: other for name, other in splits.items() if name != "train"}
-    return {"train": Subset(source, train), "valid": Subset(source, valid), **others}
+    rest = np.setdiff1d(np.arange(len(source)), chosen)
+    parts = {**splits, "train": Subset(source, rest), name: Subset(source, chosen)}
+    return {split: parts[split] for split in ("train", "valid", "test") if split in parts}
+
+
+def check_tags(values: np.ndarray, where: str) -> np.ndarray:
+    """Groups or ids: int64 [N], or strings [N] (bytes are decoded).
+
+    Raises:
+      DataError: not one axis, neither integers nor strings, or an empty string.
+    """
+    values = np.asarray(values)
+    if values.ndim != 1 or values.dtype.kind not in "iuSUT":
+        raise DataError(
+            f"{where}: {values.dtype}{list(values.shape)}; must be [N] integers or strings"
+        )
+    if values.dtype.kind in "iu":
+        if len(values) and values.max() > np.iinfo(np.int64).max:
+            raise DataError(f"{where}: {values.max()} is too large for a 64-bit signed integer")
+        return values.astype(np.int64)
+    values = np.array([as_text(value) for value in values.tolist()], str)
+    if len(empty := np.flatnonzero(values == "")):
+        raise DataError(f"{where}: example {empty[0]} has an empty one; give every example its own")
+    return values
+
+
+def as_text(value: Any) -> str:
+    """A string, or bytes in UTF-8; other bytes are written as escapes."""
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
+
+
+def warn_of_shared_groups(groups: Mapping[str, np.ndarray]) -> None:
+    """Logs, for each two splits, how many groups have examples in both of them."""
+    for first, second in itertools.combinations(groups, 2):
+        shared = np.intersect1d(groups[first], groups[second])
+        if len(shared):
+            stand = "groups stand" if len(shared) > 1 else "group stands"
+            logging.getLogger(__name__).warning(
+                f"{len(shared)} {stand} in both {first} and {second} (such as "
+                f"{shared[0].item()!r}): what is learnt of a group by heart counts as success there"
+            )
+
+
+def groups_of(source: Source) -> np.ndarray | None:
+    """The group of each example of a source, int64 or strings [N]; None where it has none."""
+    return _tags_of(source, "groups")
+
+
+def ids_of(source: Source) -> np.ndarray | None:
+    """The id of each example of a source, int64 or strings [N]; None where it has none."""
+    return _tags_of(source, "ids")
+
+
+def _tags_of(source: Any, name: str) -> np.ndarray | None:
+    """The attribute of a source, or of the one that it stands around."""
+    tags = getattr(source, name, None)
+    if tags is not None:
+        return np.asarray(tags)
+    if not hasattr(source, "source"):
+        return None
+    tags = _tags_of(source.source, name)
+    return tags[source.indices] if isinstance(source, Subset) and tags is not None else tags
 
 
 def labels_of(source: Source) -> np.ndarray:
