@@ -5,37 +5,49 @@ FFmpeg reads a file that was cut off to its end without a word.
 
 import os
 import struct
-from typing import Any
+from typing import Any, NamedTuple
 
 
-def missing_bytes(file: Any) -> int:
-    """How many bytes at least are missing at the end of an MP4, MOV, AVI, Matroska, WebM or FLV.
+class Missing(NamedTuple):
+    """What a container's lengths show to be missing.
 
-    0 where nothing shows that any are: also for other formats, for lengths that were left open
-    because the file was written to a pipe, and for what is no such file at all. ``file`` is binary
-    and seekable, and is left at its start.
+    Attributes:
+      bytes: at least so many; 0 where nothing shows that any are.
+      fragment: the file ends within one of a sequence of fragments. How many were to follow is
+        written nowhere.
+    """
+
+    bytes: int
+    fragment: bool = False
+
+
+def find_missing(file: Any) -> Missing:
+    """What is missing at the end of an MP4, MOV, AVI, Matroska, WebM or FLV.
+
+    Nothing for other formats, for lengths that were left open because the file was written to a
+    pipe, and for what is no such file at all. ``file`` is binary and seekable, and is left at its
+    start.
     """
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
     head = file.read(12)
     file.seek(0)
+    end, fragment = 0, False
     if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"pnot"):
-        end = _end_of_boxes(file, size)
+        end, fragment = _end_of_boxes(file, size)
     elif head[:4] == b"RIFF" and head[8:] == b"AVI ":
         end = _end_of_riff(file, size)
     elif head[:4] == b"\x1a\x45\xdf\xa3":
         end = _end_of_segment(file)
     elif head[:3] == b"FLV":
         end = _end_of_tags(file, size)
-    else:
-        end = 0
     file.seek(0)
-    return max(end - size, 0)
+    return Missing(end - size, fragment) if end > size else Missing(0)
 
 
-def _end_of_boxes(file: Any, size: int) -> int:
-    """MP4 and MOV: where the last of the outermost boxes ends."""
-    position = 0
+def _end_of_boxes(file: Any, size: int) -> tuple[int, bool]:
+    """MP4 and MOV: where the last of the outermost boxes ends; whether it is of a fragment."""
+    position, name, fragments = 0, b"", False
     while position < size:
         file.seek(position)
         length, name = struct.unpack(">I4s", file.read(8).ljust(8, b"\0"))
@@ -44,7 +56,8 @@ def _end_of_boxes(file: Any, size: int) -> int:
         if length < 8 or not name.isalnum():  # 0 reaches to the end of the file
             break
         position += length
-    return position
+        fragments |= name == b"moof"
+    return position, fragments and name in (b"moof", b"mdat")
 
 
 def _end_of_riff(file: Any, size: int) -> int:

@@ -11,6 +11,7 @@ from rollingq_jax.data.sound import read_audio, resample, sound_seconds
 from rollingq_jax.data.video import (
     count_video_frames,
     evenly_spaced,
+    iterate_frames,
     read_video_audio,
     read_video_frames,
     video_seconds,
@@ -21,6 +22,7 @@ __all__ = [
     "decode_image",
     "encode_jpeg",
     "evenly_spaced",
+    "iterate_frames",
     "read_audio",
     "read_image",
     "read_video_audio",

@@ -8,7 +8,7 @@ from pathlib import Path
 from rollingq_jax.data.media import (
     decode_image,
     encode_jpeg,
-    read_video_frames,
+    iterate_frames,
     resize_short_side,
 )
 from rollingq_jax.errors import DataError
@@ -54,11 +54,20 @@ def stored_clip(frames: Sequence[tuple[str, bytes]], short_side: int = SHORT_SID
     """
     stored = [stored_jpeg(data, short_side, name) for name, data in frames]
     check_count(len(stored))
+    check_sizes(stored)
+    return stored
+
+
+def check_sizes(stored: Sequence[bytes]) -> None:
+    """The JPEGs of a clip have one size.
+
+    Raises:
+      DataError: they differ.
+    """
     sizes = {_jpeg_size(data) for data in stored}
     if len(sizes) > 1:
         found = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
         raise DataError(f"frames of different sizes in one clip: {found}")
-    return stored
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:
@@ -88,9 +97,11 @@ def clip_from_video(path: Path, fps: float, short_side: int = SHORT_SIDE) -> lis
     """``fps`` frames of each second of a video as the JPEGs to store, the first frame among them.
 
     Raises:
-      DataError: the file is missing or damaged, or holds no frame.
+      DataError: the file is missing or damaged, holds no frame, or frames of different sizes.
     """
-    video = read_video_frames(path, fps=fps)
-    if min(video.shape[1:3]) <= short_side:
-        return [encode_jpeg(frame) for frame in video]
-    return [encode_jpeg(resize_short_side(frame, short_side)) for frame in video]
+    stored = []
+    for frame in iterate_frames(path, fps):
+        small = min(frame.shape[:2]) <= short_side
+        stored.append(encode_jpeg(frame if small else resize_short_side(frame, short_side)))
+    check_sizes(stored)
+    return stored

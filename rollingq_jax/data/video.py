@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rollingq_jax.data.containers import missing_bytes
+from rollingq_jax.data.containers import Missing, find_missing
 from rollingq_jax.data.images import check_pixels, resize_short_side
 from rollingq_jax.data.reading import HEAD, check_impostor, reading
 from rollingq_jax.data.sound import (
@@ -30,6 +30,7 @@ from rollingq_jax.errors import DataError
 VIDEO_FORMATS = "avi,flv,matroska,mov,mp4,mpeg,mpegts,webm"
 # Of a file that was cut off, this much may be missing: the last frames of real files often are.
 MISSING = 0.05
+SLACK = 0.15  # seconds, however short the clip is
 
 
 def evenly_spaced(count: int, num: int) -> np.ndarray:
@@ -86,9 +87,22 @@ def read_video_frames(
             raise DataError(f"frame indices {wanted}; ascending and not negative")
         frames, _ = _pick_frames(path, wanted, convert)
     else:
-        frames = [convert(frame) for frame in _decoded_frames(path, fps)]
+        frames = list(iterate_frames(path, fps, short_side))
     with reading(path, "video"):
         return np.stack(frames)
+
+
+def iterate_frames(
+    path: str | os.PathLike, fps: float | None = None, short_side: int | None = None
+) -> Iterator[np.ndarray]:
+    """The frames uint8 [H, W, 3] of :func:`read_video_frames`, one at a time.
+
+    Raises:
+      DataError: as there, when the iteration comes to it.
+    """
+    for frame in _decoded_frames(path, fps):
+        image = _as_shown(frame)
+        yield image if short_side is None else resize_short_side(image, short_side)
 
 
 def _pick_frames(
@@ -114,7 +128,7 @@ def _decoded_frames(path: str | os.PathLike, fps: float | None = None) -> Iterat
     with _open_video(path) as container:
         stream = container.streams.video[0]
         rate = float(stream.average_rate or 25)
-        for number, frame in enumerate(container.decode(stream)):
+        for number, frame in enumerate(_decode(container, stream)):
             check_pixels(frame.width, frame.height, f"video {path}")
             found = True
             if fps is None:
@@ -126,6 +140,24 @@ def _decoded_frames(path: str | os.PathLike, fps: float | None = None) -> Iterat
                 next_time = (int(seconds * fps + 1e-6) + 1) / fps
         if not found:
             raise DataError(f"video {path}: holds no frames")
+
+
+def _decode(container: Any, stream: Any) -> Iterator[Any]:
+    """The frames of a stream. Of a file whose end was cut off, the last packet may be damaged."""
+    import av
+
+    failure, found = None, False
+    for packet in container.demux(stream):
+        if failure and packet.size:
+            raise failure
+        try:
+            frames = packet.decode()
+        except av.error.InvalidDataError as error:
+            failure, frames = failure or error, []
+        found |= bool(frames)
+        yield from frames
+    if failure and not found:
+        raise failure
 
 
 def _as_shown(frame: Any) -> np.ndarray:
@@ -180,7 +212,7 @@ def read_video_audio(
         # Planar float without a layout or rate: the channels stay apart and are averaged below.
         to_float = av.AudioResampler(format="fltp")
         parts, count, rate, most = [], 0, 0, sys.maxsize
-        for frame in container.decode(container.streams.audio[0]):
+        for frame in _decode(container, container.streams.audio[0]):
             if not rate:  # that of the header may be half of it (HE-AAC)
                 rate = int(frame.sample_rate)
                 check_sound_format(rate, frame.layout.nb_channels, path)
@@ -217,9 +249,9 @@ def _open_video(path: str | os.PathLike, track: str = "video") -> Iterator[Any]:
 
         with open(path, "rb") as file:
             check_impostor(file.read(HEAD), path, "video")
-            missing = missing_bytes(file)
+            missing = find_missing(file)
             options = {"format_whitelist": VIDEO_FORMATS}
-            if missing:
+            if missing.bytes:
                 with av.open(file, options=options) as container:
                     _check_whole(container, path, track, missing)
                 file.seek(0)
@@ -236,12 +268,12 @@ def _check_track(container: Any, path: str | os.PathLike, track: str) -> None:
         raise DataError(f"video {path}: has no {track} track, or its index was cut off")
 
 
-def _check_whole(container: Any, path: str | os.PathLike, track: str, missing: int) -> None:
+def _check_whole(container: Any, path: str | os.PathLike, track: str, missing: Missing) -> None:
     """Compares what is left of a file that was cut off with what its header says.
 
     Raises:
-      DataError: more than ``MISSING`` of the track is missing, and more than one frame; or nothing
-        says how long it was.
+      DataError: more than ``MISSING`` of the track is missing, and more than one frame or
+        ``SLACK``; or nothing says how long it was.
     """
     _check_track(container, path, track)
     stream = getattr(container.streams, track)[0]
@@ -255,19 +287,22 @@ def _check_whole(container: Any, path: str | os.PathLike, track: str, missing: i
             any_end = max(any_end, end)
             own_end = max(own_end, end) if packet.stream.index == stream.index else own_end
     name = container.format.name
-    if track == "video" and stream.frames:
+    if missing.fragment:
+        there, promised, unit, slack = own_end, 0.0, "s", 0.0
+    elif track == "video" and stream.frames:
         there, promised, unit, slack = float(count), float(stream.frames), "frames", 1.0
     elif name == "avi":  # its header counts in units of the track
-        there, promised, unit, slack = own_end, float(stream.frames * stream.time_base), "s", 0.05
+        there, promised, unit, slack = own_end, float(stream.frames * stream.time_base), "s", SLACK
     elif stream.duration:
         promised = float(stream.duration * stream.time_base)
-        there, unit, slack = own_end, "s", 0.05
+        there, unit, slack = own_end, "s", SLACK
     else:
-        there, promised, unit, slack = any_end, (container.duration or 0) / 1e6, "s", 0.05
+        there, promised, unit, slack = any_end, (container.duration or 0) / 1e6, "s", SLACK
     if promised <= 0 and name == "flv":
         return  # a stream that was recorded until it broke off
     if promised - there > max(MISSING * promised, slack) or promised <= 0:
-        of = f"{there:.4g} of {promised:.4g} {unit} of its {track}, " if promised > 0 else ""
+        of = f"{there:.4g} of {promised:.4g} {unit}" if promised > 0 else f"only {there:.4g} s"
         raise DataError(
-            f"video {path}: was cut off: {of}at least {missing:,} bytes at its end are missing"
+            f"video {path}: was cut off: {of} of its {track} are there, at least "
+            f"{missing.bytes:,} bytes at its end are missing"
         )
