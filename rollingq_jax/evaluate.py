@@ -4,7 +4,8 @@
     python -m rollingq_jax.evaluate --workdir runs/demo --corrupt audio=1.0
     python -m rollingq_jax.evaluate --workdir runs/demo --probes
 
-Writes ``evaluation.json``, ``evaluation.html`` and ``figures/evaluation_*.png`` into the workdir.
+Writes ``evaluation.json``, ``evaluation.html``, ``figures/evaluation_*.png`` and, a line for each
+example, ``predictions.csv`` into the workdir. With ``--path NEW`` other data are evaluated.
 The parameters are those of the best checkpoint by validation accuracy.
 """
 
@@ -19,11 +20,15 @@ from etils import epath
 from rollingq_jax.analysis import predictions, probes
 from rollingq_jax.analysis.evaluation_report import summary_rows, write_pictures
 from rollingq_jax.analysis.probes import Probe
+from rollingq_jax.analysis.table import header, rows, written_whole
 from rollingq_jax.data.corruption import parse_corruptions
+from rollingq_jax.data.labels import ids_of
+from rollingq_jax.data.new_data import as_dataset, open_new_data
+from rollingq_jax.data.types import Dataset, Source
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.train.cli import run_command
 from rollingq_jax.train.console import device_line
-from rollingq_jax.train.restore import load_run
+from rollingq_jax.train.restore import LoadedRun, load_run
 from rollingq_jax.train.summary import versions
 from rollingq_jax.train.workdir import check_workdir
 from rollingq_jax.train.writer import table, write_json
@@ -32,6 +37,7 @@ from rollingq_jax.train.writer import table, write_json
 def evaluate(
     workdir: epath.PathLike,
     *,
+    path: str | None = None,
     split: str = "test",
     corrupt: Sequence[str] = (),
     full_probes: bool = False,
@@ -43,7 +49,9 @@ def evaluate(
 
     Args:
       workdir: the run's folder.
-      split: of its data set.
+      path: of labeled data that are evaluated in the place of the run's own, read with the run's
+        preprocessing (see `rollingq_jax.data.new_data`); the training data need not be there.
+      split: of the data.
       corrupt: conditions, each a specification as in `rollingq_jax.data.corruption`; several
         corruptions in one specification are applied together.
       full_probes: whether each modality is noised at every level, shuffled, swapped and replaced.
@@ -51,7 +59,7 @@ def evaluate(
       batch_size, seed: of the passes; the run's own where they are None.
 
     Returns:
-      What ``evaluation.json`` holds.
+      What ``evaluation.json`` holds. Each example's answer is in ``predictions.csv``.
 
     Raises:
       CheckpointError: the folder holds no run that can be restored.
@@ -60,13 +68,14 @@ def evaluate(
     """
     folder = check_workdir(workdir)
     run = load_run(folder)
-    if split not in run.dataset.splits:
-        raise ConfigError(f"split: {split!r}; one of {', '.join(run.dataset.splits)}")
+    dataset = run.dataset if path is None else _new_dataset(run, path, split)
+    if split not in dataset.splits:
+        raise ConfigError(f"split: {split!r}; one of {', '.join(dataset.splits)}")
     for text in corrupt:  # a mistake is told before the first pass
-        parse_corruptions(text, run.dataset.modalities)
+        parse_corruptions(text, dataset.modalities)
     probe = Probe(
         predictions.predictor(run.model, run.params, run.rotation),
-        run.dataset,
+        dataset,
         split,
         batch_size=batch_size or run.config.batch_size,
         seed=run.config.seed if seed is None else seed,
@@ -76,18 +85,44 @@ def evaluate(
     result = {
         "workdir": str(folder),
         "split": split,
+        **({} if path is None else {"path": path}),
         "step": run.step,
         "seed": probe.seed,
         "num_examples": len(clean.label),
-        **predictions.scores(clean, run.config.model.num_classes, run.dataset.class_names),
+        **predictions.scores(clean, run.config.model.num_classes, run.inputs.class_names),
         "corrupted": [condition(probe, text, clean, run.config) for text in corrupt],
     }
     if full_probes:
         result |= all_probes(probe, clean, levels)
     result |= {"versions": versions(), "device": device_line()}
     write_json(folder / "evaluation.json", result)
+    write_predictions(folder, run, dataset.splits[split], clean)
     write_pictures(folder, run, probe, clean, result)
     return result
+
+
+def _new_dataset(run: LoadedRun, path: str, split: str) -> Dataset:
+    names, seed = run.model.spec.modalities, run.config.seed
+    data = open_new_data(path, run.config.data, run.inputs, names, split=split, seed=seed)
+    return as_dataset(data, run.inputs, names, split, run.config.model.encoders)
+
+
+def write_predictions(
+    folder: epath.Path, run: LoadedRun, source: Source, answers: predictions.Predictions
+) -> None:
+    """Writes ``predictions.csv``, as `rollingq_jax.predict` does for new data."""
+    classes, ids = run.inputs.classes, ids_of(source)
+    with written_whole(folder / "predictions.csv") as write:
+        write(iter([header(classes, tuple(answers.attention_share), labeled=True)]))
+        write(
+            rows(
+                classes,
+                range(len(answers.label)) if ids is None else list(ids),
+                answers.probabilities,
+                answers.attention_share,
+                [classes[label] for label in answers.label],
+            )
+        )
 
 
 def condition(
@@ -136,6 +171,11 @@ def make_parser() -> argparse.ArgumentParser:
         description="Evaluates a trained run and probes what its attention follows.",
     )
     parser.add_argument("--workdir", required=True, help="the run's folder")
+    parser.add_argument(
+        "--path",
+        help="labeled data in the place of the run's own, read with the run's preprocessing: data "
+        "that have moved, or new ones",
+    )
     parser.add_argument("--split", default="test", help="train, valid or test (default: test)")
     parser.add_argument(
         "--corrupt",
@@ -191,6 +231,7 @@ def command(argv: Sequence[str]) -> None:
         raise ConfigError("--levels is given without --probes; allowed: both, or neither")
     result = evaluate(
         arguments.workdir,
+        path=arguments.path,
         split=arguments.split,
         corrupt=arguments.corrupt,
         full_probes=arguments.probes,
@@ -199,7 +240,9 @@ def command(argv: Sequence[str]) -> None:
         seed=arguments.seed,
     )
     print(table(summary_rows(result)))
-    print(f"evaluation.json, evaluation.html and figures are in {arguments.workdir}")
+    print(
+        f"evaluation.json, evaluation.html, predictions.csv and figures are in {arguments.workdir}"
+    )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ where the architecture is upstream's, else ours, joined by dots, with the rotati
 
 import argparse
 import hashlib
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -26,7 +27,7 @@ from rollingq_jax.exported import (
     input_shapes,
     named_tensors,
     save_safetensors,
-    serialise,
+    serialize,
     write_bytes,
 )
 from rollingq_jax.train.cli import run_command
@@ -34,27 +35,35 @@ from rollingq_jax.train.restore import LoadedRun, load_run
 from rollingq_jax.train.summary import read_summary, versions
 from rollingq_jax.train.writer import json_ready, table, write_json
 
+log = logging.getLogger(__name__)
+# Of rounding raw arrays to float32, in standard deviations, above which the user is told.
+ROUNDING = 1e-4
 
-def model_card(run: LoadedRun, workdir: epath.Path, **files: Any) -> dict[str, Any]:
-    """What the model is, and where it comes from."""
+
+def model_card(
+    run: LoadedRun, workdir: epath.Path, standardized: bool = False, **files: Any
+) -> dict[str, Any]:
+    """What the model is, where it comes from, and how raw data become its input."""
     summary = read_summary(workdir) or {}
     metrics = {n: v for n, v in summary.items() if n.startswith("test_")}
     more = ("per_class", "probe_accuracy", "attention_share", "quality_correlation", "best")
     metrics |= {name: summary[name] for name in more if name in summary}
     inputs = {
         name: {"shape": ["N", *one.shape[1:]], "dtype": str(one.dtype)}
-        for name, one in input_shapes(run, 1).items()
+        for name, one in input_shapes(run, 1, standardized).items()
     }
     card = {
         "description": "Multimodal Transformer trained with rollingq-jax",
         "method": "Rolling Query, arXiv 2506.11465",
         **files,
         "inputs": inputs,
+        "inputs_are": "standardized" if standardized else "raw",
+        "preprocessing": run.inputs.to_json()["modalities"],
         "outputs": {"probabilities": ["N", run.model.spec.num_classes]},
         "masks": "True: real. An example lacks a modality where its mask is False throughout.",
-        "class_names": list(run.dataset.class_names),
+        "class_names": list(run.inputs.class_names),
         "num_parameters": sum(leaf.size for leaf in jax.tree.leaves(run.params)),
-        "data": run.dataset.description,
+        "data": run.inputs.description,
         "metrics": metrics,
         "finished": bool(summary),
         "step": run.step,
@@ -70,14 +79,16 @@ def export(
     *,
     stablehlo: epath.PathLike | None = None,
     fold: bool = False,
+    standardized: bool = False,
 ) -> dict[str, Any]:
     """Writes the weights of a run's best checkpoint, the model card, and a function if asked for.
 
     Args:
       workdir: the run's folder.
       out: path of the weights, ending in ``.safetensors``; the card has ``.json`` in its place.
-      stablehlo: path of the serialised function.
+      stablehlo: path of the serialized function.
       fold: fold the rotation into the query projection, which leaves an ordinary Transformer.
+      standardized: the function takes what the model reads, and not raw arrays.
 
     Returns:
       The model card.
@@ -94,7 +105,9 @@ def export(
     if function_path in (path, card_path):
         raise UserError(f"--stablehlo is {str(stablehlo)!r}, which is written by --out as well")
     folder = epath.Path(workdir).expanduser()
-    return export_run(load_run(folder), folder, path, function_path, fold)
+    if standardized and stablehlo is None:
+        raise UserError("--standardized is given without --stablehlo; allowed: both, or neither")
+    return export_run(load_run(folder), folder, path, function_path, fold, standardized)
 
 
 def export_run(
@@ -103,10 +116,11 @@ def export_run(
     path: epath.Path,
     function_path: epath.Path | None = None,
     fold: bool = False,
+    standardized: bool = False,
 ) -> dict[str, Any]:
     """`export` of a run that has been read."""
     tensors, names, rotation = named_tensors(run, fold)
-    function = None if function_path is None else serialise(run, fold)
+    function = None if function_path is None else serialize(run, fold, standardized)
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = save_safetensors(path, tensors, {"format": "rollingq-jax", "names": names})
     weights = {"file": path.name, "sha256": digest, "names": names, "rotation": rotation}
@@ -120,9 +134,25 @@ def export_run(
             "platforms": list(PLATFORMS),
             "call": "jax.export.deserialize(bytearray(open(file, 'rb').read())).call(batch)",
         }
-    card = model_card(run, workdir, **files)
+        if not standardized:
+            warn_of_rounding(run)
+    card = model_card(run, workdir, standardized, **files)
     write_json(path.with_suffix(".json"), card)
     return card
+
+
+def warn_of_rounding(run: LoadedRun) -> None:
+    """Says where a function of float32 arrays cannot give the numbers that training gave."""
+    for m in run.model.spec.modalities:
+        lost = run.inputs.modalities[m].lost_digits()
+        if lost > ROUNDING:
+            log.warning(
+                "%s was stored as float64, and the function takes float32: rounding moves it by up "
+                "to %.1g standard deviations; --standardized gives a function without that loss, "
+                "for arrays that are standardized as the card says",
+                m,
+                lost,
+            )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -143,7 +173,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--stablehlo",
         metavar="FILE",
-        help="also a serialised function, which jax alone can run (jax.export)",
+        help="also a serialized function of raw arrays, which jax alone can run (jax.export)",
+    )
+    parser.add_argument(
+        "--standardized",
+        action="store_true",
+        help="that function takes arrays that are standardized already, as the card says",
     )
     parser.add_argument(
         "--fold",
@@ -157,7 +192,11 @@ def command(argv: Sequence[str]) -> None:
     """`python -m rollingq_jax.export`; ``argv`` begins with the program's name."""
     arguments = make_parser().parse_args(list(argv[1:]))
     card = export(
-        arguments.workdir, arguments.out, stablehlo=arguments.stablehlo, fold=arguments.fold
+        arguments.workdir,
+        arguments.out,
+        stablehlo=arguments.stablehlo,
+        fold=arguments.fold,
+        standardized=arguments.standardized,
     )
     rows = [
         ("weights", f"{arguments.out}, {card['weights']['names']} names"),

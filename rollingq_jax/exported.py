@@ -30,7 +30,7 @@ from rollingq_jax.train.restore import LoadedRun
 
 ROTATION = "rolling.rotation"
 PLATFORMS = ("cpu", "cuda", "tpu")
-LARGEST = 2**31 - 1  # bytes of a serialised function, which holds the weights too
+LARGEST = 2**31 - 1  # bytes of a serialized function, which holds the weights too
 
 
 def is_upstream(run: LoadedRun) -> bool:
@@ -47,7 +47,7 @@ def _has_upstreams_inputs(run: LoadedRun) -> bool:
     shapes = [upstream_shapes(dataset) for dataset in ("CREMAD", "KineticSound")]
     lengths = {"audio": slice(None), "visual": slice(1, None)}  # any number of frames
     return all(
-        run.dataset.modalities[m].shape[lengths[m]] in [one[m][lengths[m]] for one in shapes]
+        run.inputs.modalities[m].info.shape[lengths[m]] in [one[m][lengths[m]] for one in shapes]
         for m in run.model.spec.modalities
     )
 
@@ -157,19 +157,39 @@ def write_bytes(path: epath.Path, content: bytes) -> None:
         raise
 
 
-def input_shapes(run: LoadedRun, size: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the serialised function takes: each modality and its mask, for `size` examples."""
+def input_shapes(
+    run: LoadedRun, size: Any, standardized: bool = False
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the serialized function takes: each modality and its mask, for `size` examples.
+
+    Raw arrays keep the dtype in which the training data were stored, except for 64 bits, which jax
+    reads as 32 by default.
+    """
     shapes = {}
     for m in run.model.spec.modalities:
-        info = run.dataset.modalities[m]
-        shapes[m] = jax.ShapeDtypeStruct((size, *info.shape), np.dtype(info.dtype))
+        one = run.inputs.modalities[m]
+        info = one.info
+        shape, dtype = (info.shape, info.dtype) if standardized else (one.raw_shape, one.raw_dtype)
+        shapes[m] = jax.ShapeDtypeStruct((size, *shape), _at_most_32_bits(np.dtype(dtype)))
         positions = info.shape[:1] if info.kind in ("sequence", "tokens") else ()
         shapes[f"{m}_mask"] = jax.ShapeDtypeStruct((size, *positions), np.dtype(bool))
     return shapes
 
 
-def serialise(run: LoadedRun, fold: bool, platforms: Sequence[str] = PLATFORMS) -> bytes:
+def _at_most_32_bits(dtype: np.dtype) -> np.dtype:
+    return np.dtype(f"{dtype.kind}4") if dtype.itemsize > 4 else dtype
+
+
+def serialize(
+    run: LoadedRun,
+    fold: bool,
+    standardized: bool = False,
+    platforms: Sequence[str] = PLATFORMS,
+) -> bytes:
     """`batch -> (probabilities [B, C], attention_share {m: [B, n H]})` with the weights inside.
+
+    The batch holds raw arrays, as they stood in the training file, which the function preprocesses;
+    with `standardized` what the model reads.
 
     For any batch size, through `jax.export`: `jax.export.deserialize(content).call(batch)` runs it
     where there are jax and flatbuffers without this package. The batch holds each modality and its
@@ -189,13 +209,21 @@ def serialise(run: LoadedRun, fold: bool, platforms: Sequence[str] = PLATFORMS) 
     model = build_model(run.model.spec, attention_fn=dense_attention)  # the same on all platforms
     params, rotation = (folded(run), None) if fold else (run.params, run.rotation)
     answer = answer_function(model)
+    preprocessing = {m: run.inputs.modalities[m] for m in run.model.spec.modalities}
 
     @jax.jit
     def function(batch: dict[str, jax.Array]) -> Any:
+        if not standardized:
+            batch = batch | {
+                m: one.apply_traced(batch[m], batch[f"{m}_mask"])
+                for m, one in preprocessing.items()
+            }
         return answer(params, rotation, batch)
 
     (examples,) = jax.export.symbolic_shape("examples")
-    exported = jax.export.export(function, platforms=platforms)(input_shapes(run, examples))
+    exported = jax.export.export(function, platforms=platforms)(
+        input_shapes(run, examples, standardized)
+    )
     return bytes(exported.serialize())
 
 

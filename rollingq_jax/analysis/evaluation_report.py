@@ -43,7 +43,7 @@ def write_pictures(
         key_numbers={name.replace("_", " "): result[name] for name in names if name in result},
         figures=figures,
         tables=list(_tables(result)),
-        data=run.dataset.description,
+        data=probe.dataset.description,
         config=run.config,
         versions=result["versions"] | {"device": result["device"]},
     )
@@ -77,7 +77,7 @@ def _figures(
     if share:
         chosen = looking.choose_examples(clean)
         examples = looking.attention_examples(
-            run.model, run.params, run.rotation, run.dataset, probe.split, chosen, seed=probe.seed
+            run.model, run.params, run.rotation, probe.dataset, probe.split, chosen, seed=probe.seed
         )
         yield (
             "attention",

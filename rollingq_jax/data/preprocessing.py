@@ -71,8 +71,8 @@ class Preprocessing:
     def apply_traced(self, raw: Array, mask: Array) -> Array:
         """`apply` of a batch `[B, *raw_shape]` under `jit`, in float32.
 
-        float32 holds `mean` to 7 digits, so what is left of it is subtracted after it. An input that
-        is stored as float64 is rounded to float32 before it comes here.
+        float32 holds `mean` to 7 digits, so what is left of it is subtracted after it. Arrays that
+        are stored as float64 are rounded to float32 before they come here.
         """
         value = raw.reshape(raw.shape[0], *self.info.shape)
         if self.mean is not None:

@@ -9,14 +9,11 @@ channels last.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from rollingq_jax.errors import DataError
-
-if TYPE_CHECKING:
-    from rollingq_jax.data.preprocessing import Preprocessing
 
 Example = dict[str, np.ndarray]
 
@@ -93,8 +90,8 @@ class Dataset:
         ``modalities`` describes, where that is not done by the source itself (frames kept as JPEG
         bytes are decoded and cropped here): Grain Map and RandomMap, for the pipeline's
         ``transforms``, before any others.
-      preprocessing: name -> how a raw array of the modality became what the source gives; a
-        modality that is not in it is given as it is stored.
+      preprocessing: name -> `rollingq_jax.data.preprocessing.Preprocessing`, how a raw array of
+        the modality became what the source gives; one that is not in it is given as it is stored.
     """
 
     splits: Mapping[str, Source]
@@ -104,7 +101,7 @@ class Dataset:
     description: str = ""
     train_transforms: tuple[Any, ...] = ()
     eval_transforms: tuple[Any, ...] = ()
-    preprocessing: Mapping[str, "Preprocessing"] = dataclasses.field(default_factory=dict)
+    preprocessing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.class_names and len(self.class_names) != self.num_classes:

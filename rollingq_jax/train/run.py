@@ -7,6 +7,7 @@ import jax
 from etils import epath
 
 from rollingq_jax.data.pipeline import eval_batches, train_batches
+from rollingq_jax.data.preprocessing import input_spec
 from rollingq_jax.data.signature import difference, signature
 from rollingq_jax.data.types import Dataset
 from rollingq_jax.errors import CheckpointError
@@ -29,6 +30,7 @@ class Run:
       workdir: the run's folder.
       profile: whether some training steps are traced.
       setup: model, optimiser, lengths.
+      inputs: what a model has to know of its data, for inference without them.
       signature: of the data, so that the run does not go on with others.
       parallel: the steps over all devices.
 
@@ -43,6 +45,7 @@ class Run:
         self.config = resolve_config(config, dataset)
         self.dataset, self.workdir, self.profile = dataset, workdir, profile
         self.setup: Setup = build(self.config, dataset)
+        self.inputs = input_spec(dataset)
         self.signature = signature(dataset)
         parallel_lib.check_batch_size(config.batch_size)
         compat = self.config.upstream_compat
@@ -105,11 +108,14 @@ class Run:
         """Means over a split, and each of its examples' outputs (see `evaluation.evaluate`).
 
         `check` is called before each batch, and may end the pass by raising.
+
+        Raises:
+          NonFiniteError: the logits of every example are NaN or infinite.
         """
         batches = eval_batches(
             self.dataset.splits[split], transforms=self.dataset.eval_transforms, **self._reading()
         )
-        return evaluate(self.parallel, state, self._checked(batches), check)
+        return evaluate(self.parallel, state, self._checked(batches), check, f"split {split!r}")
 
     def _reading(self) -> dict[str, Any]:
         return {
@@ -125,12 +131,16 @@ class Run:
         return Feed(batches, self.dataset, self.setup.model.spec.modalities, rows)
 
     def identity(self) -> dict[str, Any]:
-        """The configuration and the data of the run, as JSON, for checkpoints and the summary."""
+        """The configuration and the data of the run, as JSON, for checkpoints and the summary.
+
+        `inputs` is what inference needs of the data; the rest tells the run from others.
+        """
         examples = {split: len(source) for split, source in self.dataset.splits.items()}
         return {
             "config": self.config.to_dict(),
             "examples": examples,
             "signature": self.signature,
+            "inputs": self.inputs.to_json(),
         }
 
     def record(self, best: Mapping[str, Any], **rest: Any) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from ml_collections import ConfigDict
 
 import rollingq_jax as rq
 from rollingq_jax.convert import upstream_model, upstream_shapes
-from rollingq_jax.data.types import ArraySource, Dataset, ModalityInfo
+from rollingq_jax.data.preprocessing import InputSpec, Preprocessing
+from rollingq_jax.data.types import ModalityInfo
 from rollingq_jax.models import build_model
 from rollingq_jax.train.restore import LoadedRun
 
@@ -17,6 +18,14 @@ MODALITIES = {
     "text": ModalityInfo("text", "tokens", (6,), "int32", vocab_size=11),
     "visual": ModalityInfo("visual", "image", (4, 4, 3), "uint8", mean=(0.5,), std=(0.3,)),
 }
+
+
+def unchanged(modalities):
+    """Raw arrays that are the model's input already."""
+    return {m: Preprocessing(info, info.shape, info.dtype) for m, info in modalities.items()}
+
+
+INPUTS = InputSpec(unchanged(MODALITIES), CLASSES, ("a", "b", "c", "d"), "made up")
 
 
 def make_batch(size, seed=0):
@@ -50,12 +59,8 @@ def made_run(fusion="attention", heads=HEADS):
     if fusion == "attention":
         pair = jax.random.normal(jax.random.key(1), (2, heads, DIM // heads))
         rotation = rq.rotation_between(pair[0], pair[1])
-    source = ArraySource({**batch, "label": np.zeros(3, np.int32)})
-    dataset = Dataset(
-        {"train": source, "test": source}, MODALITIES, CLASSES, ("a", "b", "c", "d"), "made up"
-    )
     config = ConfigDict({"seed": 0, "model": fields})
-    return LoadedRun(model, params, rotation, config, dataset, 7)
+    return LoadedRun(model, params, rotation, config, INPUTS, 7)
 
 
 def upstream_run(fusion="attention"):
@@ -71,5 +76,5 @@ def upstream_run(fusion="attention"):
         rotation = rq.rotation_between(pair[0], pair[1])
     kinds = {"audio": "spectrogram", "visual": "video"}
     modalities = {m: ModalityInfo(m, kinds[m], shape) for m, shape in shapes.items()}
-    dataset = Dataset({}, modalities, 6)
-    return LoadedRun(model, params, rotation, ConfigDict({"model": {}}), dataset, 1)
+    inputs = InputSpec(unchanged(modalities), 6)
+    return LoadedRun(model, params, rotation, ConfigDict({"model": {}}), inputs, 1)

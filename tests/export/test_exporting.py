@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from export_cases import MODALITIES, made_run, make_batch, upstream_run
+from export_cases import INPUTS, made_run, make_batch, upstream_run
 from flax import traverse_util
 
 import rollingq_jax as rq
@@ -18,7 +18,7 @@ from rollingq_jax import export as export_module
 from rollingq_jax.convert import load_state_dict
 from rollingq_jax.errors import UserError
 from rollingq_jax.export import command, export_run
-from rollingq_jax.exported import is_upstream, read_exported, serialise
+from rollingq_jax.exported import is_upstream, read_exported, serialize
 from rollingq_jax.inference import Predictor
 from rollingq_jax.models import build_model
 from rollingq_jax.train.cli import run_command
@@ -92,16 +92,18 @@ def test_what_a_state_dict_cannot_say_has_to_be_upstreams(change):
     if "num_heads" in change:
         encoders = tuple(dataclasses.replace(e, num_heads=6) for e in spec.encoders)
         change = {**change, "encoders": encoders}
-    assert not is_upstream(run._replace(model=build_model(dataclasses.replace(spec, **change))))
+    assert not is_upstream(
+        dataclasses.replace(run, model=build_model(dataclasses.replace(spec, **change)))
+    )
 
 
 def test_inputs_of_another_size_keep_our_names(run):
     theirs = upstream_run()
-    info = dataclasses.replace(theirs.dataset.modalities["audio"], shape=(128, 128, 1))
-    dataset = dataclasses.replace(
-        theirs.dataset, modalities=theirs.dataset.modalities | {"audio": info}
-    )
-    assert not is_upstream(theirs._replace(dataset=dataset))
+    one = theirs.inputs.modalities["audio"]
+    info = dataclasses.replace(one.info, shape=(128, 128, 1))
+    modalities = theirs.inputs.modalities | {"audio": dataclasses.replace(one, info=info)}
+    inputs = dataclasses.replace(theirs.inputs, modalities=modalities)
+    assert not is_upstream(dataclasses.replace(theirs, inputs=inputs))
     assert not is_upstream(run)
 
 
@@ -112,8 +114,8 @@ def test_folded_weights_answer_alike_without_a_rotation(heads, tmp_path):
     params, rotation = read_exported(path)
     assert rotation is None and card["weights"]["rotation"] == "folded"
     batch = make_batch(4)
-    found = Predictor(run.model, params, None, MODALITIES)(batch)
-    expected = Predictor(run.model, run.params, run.rotation, MODALITIES)(batch)
+    found = Predictor(run.model, params, None, INPUTS)(batch)
+    expected = Predictor(run.model, run.params, run.rotation, INPUTS)(batch)
     np.testing.assert_allclose(found.probabilities, expected.probabilities, atol=1e-6)
     for m, share in expected.attention_share.items():
         np.testing.assert_allclose(found.attention_share[m], share, atol=1e-6)
@@ -150,7 +152,7 @@ def test_the_function_runs_with_jax_alone(run, tmp_path, fold):
         [sys.executable, "-I", "-c", ALONE, *files], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    expected = Predictor(run.model, run.params, run.rotation, MODALITIES)(batch)
+    expected = Predictor(run.model, run.params, run.rotation, INPUTS)(batch)
     found = np.load(tmp_path / "out.npz")
     for size in (1, 3):
         np.testing.assert_allclose(found[f"{size}/p"], expected[0][:size], atol=1e-5)
@@ -159,9 +161,9 @@ def test_the_function_runs_with_jax_alone(run, tmp_path, fold):
 
 
 def test_weights_too_large_for_a_function_are_refused(run):
-    large = run._replace(params={"x": jax.ShapeDtypeStruct((2**29,), np.float32)})
+    large = dataclasses.replace(run, params={"x": jax.ShapeDtypeStruct((2**29,), np.float32)})
     with pytest.raises(UserError, match="the weights have 2147483648 bytes; allowed"):
-        serialise(large, fold=False)
+        serialize(large, fold=False)
 
 
 def test_nothing_to_fold(tmp_path):

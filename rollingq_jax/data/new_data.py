@@ -1,0 +1,278 @@
+"""New data for a trained model: opened with the model's own preprocessing, labels or not.
+
+Whatever can be trained on can be read: an `.npz` file, a folder of `.npy` files, a manifest of
+media files, a prepared TFDS data set, and the prepared data of the built-in sets. Nothing is
+measured: statistics, sizes and class names are the model's.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from rollingq_jax.data.labels import ids_of, labels_of
+from rollingq_jax.data.load import LOADERS, load_dataset
+from rollingq_jax.data.npz import read_arrays
+from rollingq_jax.data.options import array_path, local_path, mapping_option
+from rollingq_jax.data.preprocessing import InputSpec, Preprocessed, Preprocessing
+from rollingq_jax.data.types import ArraySource, Dataset, Example, ModalityInfo, Source
+from rollingq_jax.errors import ConfigError, DataError
+
+SPLITS = ("train", "valid", "test")
+MANIFESTS = (".csv", ".tsv", ".jsonl")
+
+
+class NewData(NamedTuple):
+    """Examples for a trained model.
+
+    Attributes:
+      source: raw arrays by modality, `"<m>_mask"` where examples may lack m or have fewer positions,
+        `"quality_<m>"` where it is known; no labels.
+      ids: one for each example.
+      labels: the name of each example's class, or its number as text where the classes have no
+        names; "" where it is not given.
+      standardized: whether the arrays are the model's input already, and not raw.
+    """
+
+    source: Source
+    ids: Sequence[str]
+    labels: Sequence[str]
+    standardized: bool = False
+
+
+def open_new_data(
+    path: str,
+    config_data: Any,
+    inputs: InputSpec,
+    modalities: Sequence[str],
+    *,
+    split: str | None = None,
+    seed: int = 0,
+) -> NewData:
+    """Opens data that a model was not trained on.
+
+    Args:
+      path: of the data, in a form that can be trained on; for TFDS and the built-in sets the data
+        directory.
+      config_data: the run's `config.data`, for the name and the features of a TFDS data set and the
+        columns of a manifest.
+      inputs: the model's preprocessing and classes.
+      modalities: those that the model reads; one that the new data lack is missing throughout.
+      split: which part, where the data have splits: by default the only one, else "test".
+      seed: of the run, for built-in sets whose split is drawn.
+
+    Raises:
+      DataError: the data are missing, damaged or do not fit the model.
+      ConfigError: there is no such split.
+    """
+    used = {m: inputs.modalities[m] for m in modalities}
+    place = array_path(path, "path")
+    if place.suffix.lower() in MANIFESTS or any(
+        (place / f"manifest{suffix}").exists() for suffix in MANIFESTS
+    ):
+        from rollingq_jax.data.folder import open_manifest
+
+        columns = mapping_option(config_data, "columns")
+        return NewData(*open_manifest(local_path(path, "path"), used, split=split, columns=columns))
+    name = config_data.name
+    if place.suffix.lower() in (".npz", ".npy") or name in ("arrays", "folder", "av_digits"):
+        return open_arrays(place, used, inputs.classes, split)
+    if name in LOADERS:
+        return _open_prepared(path, config_data, inputs, split or "test", seed)
+    from rollingq_jax.data.tfds_source import open_tfds
+
+    return NewData(*open_tfds(config_data, used, path=path, split=split or "test"))
+
+
+def open_arrays(
+    path: Path | epath.Path,
+    modalities: Mapping[str, Preprocessing],
+    classes: Sequence[str],
+    split: str | None = None,
+) -> NewData:
+    """Arrays under `<split>/<m>` as in training, or under `<m>` alone.
+
+    Beside a modality there may be `mask_<m>`, `quality_<m>`, `label` and `id`; other keys are not
+    read.
+
+    Args:
+      path: an `.npz` file or a folder of `.npy` files.
+      modalities: those that the model reads.
+      classes: the name of each class.
+      split: the keys to take; None for those without a split, else the only one, else "test".
+
+    Raises:
+      DataError: the file is damaged, holds none of the modalities, or lengths differ.
+      ConfigError: there is no such split.
+    """
+    arrays = read_arrays(path)
+    found = {s for s in SPLITS if any(key.startswith(f"{s}/") for key in arrays)}
+    plain = {key: array for key, array in arrays.items() if "/" not in key}
+    if split is None and not plain.keys() & modalities.keys():
+        split = next(iter(found)) if len(found) == 1 else "test"
+    if split is not None and split not in found:
+        raise ConfigError(
+            f"split is {split!r}; allowed: {', '.join(sorted(found)) or 'none'}, which {path} has"
+        )
+    where = "" if split is None else f"{split}/"
+    given = {key.removeprefix(where): a for key, a in arrays.items() if key.startswith(where)}
+    present = [m for m in modalities if m in given]
+    if not present:
+        raise DataError(
+            f"{path} holds {', '.join(sorted(given)[:8]) or 'nothing'}; allowed: at least one of "
+            f"{', '.join(f'{where}{m}' for m in modalities)}"
+        )
+    columns = {m: given[m] for m in present}
+    for m in present:
+        if f"mask_{m}" in given:
+            columns[f"{m}_mask"] = np.asarray(given[f"mask_{m}"], bool)
+        if f"quality_{m}" in given:
+            columns[f"quality_{m}"] = np.asarray(given[f"quality_{m}"], np.float32)
+    source = ArraySource(columns)
+    texts = {key: given[key] for key in ("label", "id") if key in given}
+    for key, array in texts.items():
+        if array.shape != (len(source),) or array.dtype.kind not in "biuSU":
+            raise DataError(
+                f"{where}{key}: {array.dtype}{list(array.shape)}; allowed: one integer or string "
+                f"for each of the {len(source)} examples"
+            )
+    labels = [_label(value, classes) for value in texts["label"]] if "label" in texts else []
+    ids = [_text(value) for value in texts.get("id", np.arange(len(source)))]
+    return NewData(source, ids, labels or [""] * len(source))
+
+
+def _text(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _label(value: Any, classes: Sequence[str]) -> str:
+    """A class number or name as a name; a number that no class has stays as it is."""
+    if isinstance(value, str | bytes):
+        return _text(value)
+    return classes[int(value)] if 0 <= int(value) < len(classes) else str(int(value))
+
+
+def _open_prepared(
+    path: str, config_data: Any, inputs: InputSpec, split: str, seed: int
+) -> NewData:
+    """The prepared data of a built-in set, elsewhere; what its examples pass through is applied."""
+    moved = copy.deepcopy(config_data)
+    with moved.unlocked():
+        moved.path = path
+    dataset = load_dataset(moved, seed=seed)
+    if split not in dataset.splits:
+        raise ConfigError(f"split is {split!r}; allowed: {', '.join(dataset.splits)}")
+    source = dataset.splits[split]
+    labels = [_label(value, inputs.classes) for value in labels_of(source)]
+    ids = ids_of(source)
+    names = [str(number) for number in range(len(source))] if ids is None else list(map(str, ids))
+    return NewData(Transformed(source, dataset.eval_transforms), names, labels, standardized=True)
+
+
+class Transformed:
+    """A source with a data set's own transformations for evaluation on each example."""
+
+    def __init__(self, source: Source, transforms: Sequence[Any]) -> None:
+        self.source, self.transforms = source, tuple(transforms)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self.source[index]
+        for transform in self.transforms:
+            example = transform.map(example)
+        return example
+
+
+def as_dataset(
+    data: NewData,
+    inputs: InputSpec,
+    modalities: Sequence[str],
+    split: str,
+    encoders: Mapping[str, Any] | None = None,
+) -> Dataset:
+    """New data with labels as the one split of a data set, to be evaluated on.
+
+    Args:
+      data: from `open_new_data`.
+      inputs: the model's preprocessing and classes.
+      modalities: those that the model reads.
+      split: the name that the data get.
+      encoders: ``config.model.encoders``: pixels that the model does not normalize by the training
+        data's own statistics have no known unit of noise.
+
+    Raises:
+      DataError: an example has no label, or one of no class of the model.
+    """
+    numbers = {name: number for number, name in enumerate(inputs.classes)}
+    for place, label in enumerate(data.labels):
+        if label not in numbers:
+            shown = repr(label) if label else "missing"
+            raise DataError(
+                f"label of example {data.ids[place]!r} is {shown}; allowed: "
+                f"{', '.join(inputs.classes[:20])}"
+            )
+    labels = np.array([numbers[label] for label in data.labels], np.int32)
+    used = {m: inputs.modalities[m] for m in modalities}
+    source: Source = Complete(data.source, used, data.standardized)
+    if not data.standardized:
+        source = Preprocessed(source, used)
+    return Dataset(
+        {split: Labeled(source, labels, data.ids)},
+        {m: _with_unit(one.info, (encoders or {}).get(m)) for m, one in used.items()},
+        inputs.num_classes,
+        inputs.class_names,
+        "new data",
+    )
+
+
+def _with_unit(info: ModalityInfo, encoder: Any) -> ModalityInfo:
+    """Pixels normalized by the training data's mean and deviation have a deviation of 1 there."""
+    stated = [] if encoder is None else [encoder.get("mean"), encoder.get("std")]
+    own = all(one is None or tuple(one) == ours for one, ours in zip(stated, (info.mean, info.std)))
+    return dataclasses.replace(info, unit=1.0) if info.std and own else info
+
+
+class Complete:
+    """A source in which every example has every modality's fields, zeros and a mask if it lacks it.
+
+    A mask that some data have and others lack, as of a modality that is never missing, is added
+    too: the model's shapes follow from the fields.
+    """
+
+    def __init__(
+        self, source: Source, modalities: Mapping[str, Preprocessing], standardized: bool
+    ) -> None:
+        self.source, self.modalities, self.standardized = source, dict(modalities), standardized
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        example = dict(self.source[index])
+        for m, one in self.modalities.items():
+            if m not in example:
+                shape = one.info.shape if self.standardized else one.raw_shape
+                example[m] = np.zeros(shape, one.info.dtype)
+                example[f"{m}_mask"] = np.asarray(False)
+            elif f"{m}_mask" not in example:
+                example[f"{m}_mask"] = np.asarray(True)
+        return example
+
+
+class Labeled:
+    """A source with a label for each example."""
+
+    def __init__(self, source: Source, labels: np.ndarray, ids: Sequence[str]) -> None:
+        self.source, self.labels, self.ids = source, labels, list(ids)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        return {**self.source[index], "label": self.labels[index]}

@@ -1,0 +1,172 @@
+"""A trained model's answers on new data, as a table.
+
+    python -m rollingq_jax.predict --workdir runs/demo --path NEW --out predictions.csv
+
+NEW is anything that can be trained on, with or without labels: an `.npz` file, a folder of `.npy`
+files, a manifest of media files, the data directory of a TFDS data set. It is read as the training
+data were; these need not be there. The table has a line for each example: id, predicted class,
+probability of each class, attention share of each modality and, where it is given, the label.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NoReturn
+
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from rollingq_jax.analysis import table
+from rollingq_jax.analysis.predictions import check_answers
+from rollingq_jax.data.new_data import NewData, open_new_data
+from rollingq_jax.data.pipeline import collate
+from rollingq_jax.errors import ConfigError
+from rollingq_jax.inference import Prediction, Predictor, check_batch_size
+from rollingq_jax.train.cli import run_command
+from rollingq_jax.train.restore import load_run
+from rollingq_jax.train.writer import table as aligned
+
+log = logging.getLogger(__name__)
+READERS = 2  # threads that read and decode examples
+
+
+def predict(
+    workdir: epath.PathLike,
+    path: str,
+    out: epath.PathLike,
+    *,
+    split: str | None = None,
+    batch_size: int = 64,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Writes the predictions of a run's best checkpoint on new data.
+
+    Args:
+      workdir: the run's folder.
+      path: of the new data.
+      out: the table, a CSV file; an old one is replaced when all is predicted.
+      split: which part, where the data have splits; by default the only one, else "test".
+      batch_size: of the passes; a power of two.
+      quiet: show no progress.
+
+    Returns:
+      `"examples"`; `"missing"` `{m: examples that lack it}`; where labels are given `"labeled"`,
+      how many, and their `"accuracy"`; `"nonfinite"`, examples without an answer, where there are.
+
+    Raises:
+      CheckpointError: there is no run or no intact checkpoint in the folder.
+      DataError, ConfigError: the data cannot be read as the run's.
+      NonFiniteError: no example gets a finite answer.
+    """
+    check_batch_size(batch_size)
+    run = load_run(workdir)
+    predictor = Predictor(run.model, run.params, run.rotation, run.inputs, batch_size)
+    names = run.model.spec.modalities
+    seed = run.config.seed
+    data = open_new_data(path, run.config.data, run.inputs, names, split=split, seed=seed)
+    classes, labeled = run.inputs.classes, any(data.labels)
+    target = epath.Path(out).expanduser()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    answered, correct, missing = 0, 0, dict.fromkeys(names, 0)
+    known = sum(label in classes for label in data.labels)
+    with table.written_whole(target) as write:
+        shares = names if run.model.spec.scores_attention else ()
+        write(iter([table.header(classes, shares, labeled)]))
+        for place, batch, found in _answers(predictor, data, batch_size, quiet):
+            rows = slice(place, place + len(found.probabilities))
+            ids, labels = data.ids[rows], data.labels[rows]
+            write(
+                table.rows(
+                    classes,
+                    ids,
+                    found.probabilities,
+                    found.attention_share,
+                    labels if labeled else None,
+                )
+            )
+            finite = np.isfinite(found.probabilities).all(axis=-1)
+            predicted = found.probabilities.argmax(axis=-1)
+            answered += int(finite.sum())
+            correct += sum(
+                ok and classes[p] == label
+                for ok, p, label in zip(finite, predicted, labels, strict=True)
+            )
+            for m in names:
+                missing[m] += _lacking(batch, m, len(ids))
+        check_answers(len(data.ids) - answered, len(data.ids), path)
+    result: dict[str, Any] = {"examples": len(data.ids), "missing": missing}
+    if labeled:
+        result |= {"labeled": known, "accuracy": correct / known if known else None}
+    if answered < len(data.ids):
+        result["nonfinite"] = len(data.ids) - answered
+    unknown = sum(bool(label) for label in data.labels) - known
+    if unknown:
+        log.warning("%d labels are of no class of the model, and count in no accuracy", unknown)
+    return result
+
+
+def _answers(
+    predictor: Predictor, data: NewData, batch_size: int, quiet: bool
+) -> Iterator[tuple[int, dict[str, np.ndarray], Prediction]]:
+    """(place of the first example, batch, answers) for all of the data, in order."""
+    total = len(data.source)
+    with (
+        ThreadPoolExecutor(READERS) as pool,
+        tqdm(total=total, unit="example", disable=True if quiet else None) as progress,
+    ):
+        for start in range(0, total, batch_size):
+            places = range(start, min(start + batch_size, total))
+            batch = collate(list(pool.map(data.source.__getitem__, places)))
+            yield start, batch, predictor.predict(batch, standardized=data.standardized)
+            progress.update(len(places))
+
+
+def _lacking(batch: dict[str, np.ndarray], modality: str, rows: int) -> int:
+    """How many examples of a batch lack a modality."""
+    if modality not in batch:
+        return rows
+    mask = batch.get(f"{modality}_mask")
+    return 0 if mask is None else int((~mask.reshape(rows, -1).any(axis=-1)).sum())
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes become a `ConfigError`, which is printed as one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = _Parser(
+        prog="python -m rollingq_jax.predict",
+        description="Predicts on new data with a trained run, and writes a table.",
+    )
+    parser.add_argument("--workdir", required=True, help="the run's folder")
+    parser.add_argument("--path", required=True, help="the new data, in any form for training")
+    parser.add_argument("--out", default="predictions.csv", help="default: predictions.csv")
+    parser.add_argument("--split", help="train, valid or test, where the data have splits")
+    parser.add_argument("--batch_size", type=int, default=64, help="a power of two (default: 64)")
+    return parser
+
+
+def command(argv: Sequence[str]) -> None:
+    """`python -m rollingq_jax.predict`; `argv` begins with the program's name."""
+    given = make_parser().parse_args(list(argv[1:]))
+    result = predict(
+        given.workdir, given.path, given.out, split=given.split, batch_size=given.batch_size
+    )
+    lines = [("examples", str(result["examples"]))]
+    lines += [(f"examples without {m}", str(n)) for m, n in result["missing"].items() if n]
+    if "accuracy" in result:
+        value = "-" if result["accuracy"] is None else f"{result['accuracy']:.3f}"
+        lines += [("examples with a label", str(result["labeled"])), ("accuracy", value)]
+    print(aligned(lines))
+    print(f"predictions are in {given.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command, sys.argv))
