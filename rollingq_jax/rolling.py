@@ -81,10 +81,12 @@ def of_lowest_layer(due: Array, layers: int) -> Array:
 
 
 def imbalance_of_known(scores: Array, known: Array) -> Array:
-    """`imbalance` `[H]` of scores `[H, M]` over the known modalities; 0 for fewer than two.
+    """`imbalance` `[H]` of scores `[H, M]` over the modalities where `known`, `[H, M]` or `[1, M]`;
+    0 for fewer than two.
 
     What was never observed (mean key 0) has no score, and its 0 is no measure of anything.
     """
+    known = jnp.broadcast_to(known, scores.shape)
     count = jnp.sum(known.astype(scores.dtype), axis=-1, keepdims=True)
     mean = jnp.sum(jnp.where(known, scores, 0.0), axis=-1, keepdims=True) / jnp.maximum(count, 1.0)
     return imbalance(jnp.where(known, scores, mean))

@@ -85,10 +85,14 @@ def describe_rolls(rows: Sequence[Row]) -> str:
             f"The query was rotated {count}, after epochs {', '.join(times[:-1])} and {times[-1]}."
         )
     if np.isfinite(first.angle_degrees):
-        text += (
-            f" The first rotation, by {first.angle_degrees:.0f}°, took the imbalance from "
-            f"{first.imbalance_before:.2f} to {first.imbalance_after:.2f}."
-        )
+        angle, ends = first.angle_degrees, (first.imbalance_before, first.imbalance_after)
+        if np.isfinite(ends).all():
+            text += (
+                f" The first rotation, by {angle:.0f}°, took the imbalance from {ends[0]:.2f} to "
+                f"{ends[1]:.2f}."
+            )
+        else:
+            text += f" The first rotation was by {angle:.0f}°."
     return text
 
 

@@ -77,8 +77,9 @@ class Predictions(NamedTuple):
         return counts if any(n < len(self.label) for n in counts.values()) else {}
 
     def shares(self) -> dict[str, Array]:
-        """`attention_share`, NaN for the examples that lack the modality."""
-        return {m: where_present(s, self.present.get(m)) for m, s in self.attention_share.items()}
+        """`attention_share`, NaN for the examples that lack the modality or have no answer."""
+        known = {m: self.present.get(m, True) & self.finite for m in self.attention_share}
+        return {m: where_present(s, known[m]) for m, s in self.attention_share.items()}
 
 
 def where_present(values: Array, present: Array | None) -> Array:

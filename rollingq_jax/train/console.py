@@ -112,7 +112,7 @@ class Console:
                 self._print(
                     f"epoch {row['epoch']}, head {row['head']}: rotated the query by "
                     f"{row['angle_degrees']:.1f} degrees; imbalance "
-                    f"{row['imbalance_before']:.3f} -> {row['imbalance_after']:.3f}"
+                    f"{written(row['imbalance_before'])} -> {written(row['imbalance_after'])}"
                     f"{mended if row.get('mended') else ''}"
                 )
             else:

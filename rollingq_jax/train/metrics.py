@@ -4,7 +4,7 @@ A padding row has weight 0, so every example counts once however the data are ba
 of one modality (its probe, cosine, attention share) is summed over the examples that have it. An
 example that has none still gets an answer of the main head, which counts in the accuracy and the
 loss, and counts nowhere else. Logits that are NaN or infinite are an answer to no example: it is
-counted as wrong, and left out of the loss.
+counted as wrong, and left out of the losses, the cosines and the shares.
 """
 
 import math
@@ -56,9 +56,9 @@ def batch_sums(logits: Array, out: Mapping[str, Any], batch: Mapping[str, Array]
 
     Returns:
       Sums by name, `[]` or, for the cosines, `[H]`. What normalises them: `weight`; `weight/<m>`,
-      examples that have the modality; `attended/<m>`, those of them whose attention and keys are
-      finite; `unscored` and `unscored/<m>`, examples whose logits are not. `loss` is that of the
-      main head. `kept/<m>` counts what `data.masking.ModalityDropout` could not drop.
+      examples that have the modality; `attended/<m>`, those of them whose logits are finite;
+      `unscored` and `unscored/<m>`, those whose logits, or the probe's, are not. `loss` is that of
+      the main head. `kept/<m>` counts what `data.masking.ModalityDropout` could not drop.
     """
     weight, label = example_weight(batch), batch["label"]
 
@@ -81,16 +81,16 @@ def batch_sums(logits: Array, out: Mapping[str, Any], batch: Mapping[str, Array]
         sums |= {f"probe_loss/{m}": loss, f"probe_accuracy/{m}": right, f"unscored/{m}": unscored}
         sums[f"weight/{m}"] = jnp.sum(weights[m])
     if "mean_keys" in out:
-        query = unit(out["query"])
+        query, answered = unit(out["query"]), finite_rows(logits)
         for m in modalities:
-            key, share = out["mean_keys"][m], out["attention_share"][m]
-            finite = finite_rows(key) & finite_rows(share)
-            attended = weights[m] * finite.astype(weight.dtype)
-            cosines = dot(query, unit(key))
+            attended = weights[m] * answered.astype(weight.dtype)
+            cosines = dot(query, unit(out["mean_keys"][m]))
             sums[f"cosine/{m}"] = jnp.sum(
                 jnp.where(attended[:, None] > 0, cosines, 0.0) * attended[:, None], axis=0
             )
-            sums[f"attention_share/{m}"] = total(jnp.mean(share, axis=-1), attended)
+            sums[f"attention_share/{m}"] = total(
+                jnp.mean(out["attention_share"][m], axis=-1), attended
+            )
             sums[f"attended/{m}"] = jnp.sum(attended)
     sums |= {name: total(value) for name, value in batch.items() if name.startswith(KEPT)}
     return sums

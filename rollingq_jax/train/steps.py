@@ -15,9 +15,8 @@ from jax import Array
 
 from rollingq_jax.analysis.predictions import class_probabilities
 from rollingq_jax.baselines.hooks import NO_BASELINE, Baseline, Seen
-from rollingq_jax.imbalance import imbalance
 from rollingq_jax.observing import RollingState, scores_and_means
-from rollingq_jax.rolling import RollInfo, RollingQuery
+from rollingq_jax.rolling import RollInfo, RollingQuery, imbalance_of_known
 from rollingq_jax.rotation import dot, unit
 from rollingq_jax.train.metrics import (
     Sums,
@@ -140,12 +139,15 @@ def current_query(model: Any, params: Any, rolling: RollingState) -> Array:
 def batch_imbalance(query: Array, mean_keys: Array, weight: Array, axis_name: str | None) -> Array:
     """Imbalance of the class query `[H, d_h]` over one global batch -> `[H]`.
 
-    `mean_keys` is `[M, B, H, d_h]`, `weight` `[M, B]`.
+    `mean_keys` is `[M, B, H, d_h]`, `weight` `[M, B]`. Over the modalities that an example has; NaN
+    for fewer than two.
     """
     cosines = dot(unit(query)[None, None], unit(mean_keys))
     sums = jnp.sum(jnp.where(weight[..., None] > 0, cosines, 0.0) * weight[..., None], axis=1)
     sums, total = psum((sums, jnp.sum(weight, axis=1)), axis_name)
-    return imbalance((sums / jnp.maximum(total, 1.0)[:, None]).T)
+    known = total > 0
+    found = imbalance_of_known((sums / jnp.maximum(total, 1.0)[:, None]).T, known[None])
+    return jnp.where(jnp.sum(known) > 1, found, jnp.nan)
 
 
 def batch_scores(sums: Sums) -> Array:

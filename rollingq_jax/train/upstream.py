@@ -44,7 +44,8 @@ def upstream_statistics(
     """Mean query and mean keys from a whole extra pass, in evaluation mode.
 
     Upstream averages each batch, then the batches, so that a smaller last batch weighs as much as
-    the others. Rows whose `example_mask` is False (padding) are left out of their batch's mean.
+    the others. Rows whose `example_mask` is False (padding) are left out of their batch's mean; of
+    a modality's mean keys, so are examples, and batches, that lack it; they are 0 where all do.
 
     Args:
       model: with attention fusion.
@@ -61,8 +62,12 @@ def upstream_statistics(
     means = [_batch_means(model, params, rotation, _arrays(batch)) for batch in batches]
     if not means:
         raise UserError("batches is empty; allowed: at least one batch")
-    query, mean_keys = jax.tree.map(lambda *parts: jnp.mean(jnp.stack(parts), axis=0), *means)
-    return query, mean_keys
+    query = jnp.mean(jnp.stack([query for query, _, _ in means]), axis=0)
+    mean_keys = []
+    for m in range(means[0][1].shape[0]):
+        seen = [keys[m] for _, keys, counts in means if counts[m] > 0] or [means[0][1][m]]
+        mean_keys.append(jnp.mean(jnp.stack(seen), axis=0))
+    return query, jnp.stack(mean_keys)
 
 
 def upstream_roll(
@@ -164,14 +169,16 @@ def _arrays(batch: Mapping[str, Any]) -> dict[str, Array]:
 @functools.partial(jax.jit, static_argnums=0)
 def _batch_means(
     model: nn.Module, params: Any, rotation: Array | None, batch: Mapping[str, Array]
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
+    """Mean query `[H, d]`, mean keys `[M, H, d]`, and how many examples have a modality, `[M]`."""
     _, out = model.apply({"params": params}, batch, rotation=rotation)
     query, mean_keys = out["query"], _stack(out["mean_keys"])
-    real = batch.get("example_mask", jnp.ones(query.shape[0], jnp.bool_))[:, None, None]
-    count = jnp.maximum(jnp.sum(real), 1).astype(query.dtype)
+    real = batch.get("example_mask", jnp.ones(query.shape[0], jnp.bool_))
+    has = real[None] & _stack(out["present"])  # [M, B]
 
-    def mean(values: Array, axis: int) -> Array:
-        mask = real if axis == 0 else real[None]
-        return jnp.sum(jnp.where(mask, values, 0.0), axis=axis) / count
+    def mean(values: Array, mask: Array) -> Array:
+        count = jnp.maximum(jnp.sum(mask, axis=-1), 1).astype(values.dtype)
+        total = jnp.sum(jnp.where(mask[..., None, None], values, 0.0), axis=-3)
+        return total / count[..., None, None]
 
-    return mean(query, 0), mean(mean_keys, 1)
+    return mean(query, real), mean(mean_keys, has), jnp.sum(has, axis=1)
