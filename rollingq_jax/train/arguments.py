@@ -22,7 +22,8 @@ from rollingq_jax.train.config import allowed_in, from_json
 USAGE = "--config FILE or --config_json FILE, --config.FIELD=VALUE, --workdir FOLDER"
 TRAIN_USAGE = (
     f"{USAGE}; optional: --profile, --compilation_cache=FOLDER, --distributed, or "
-    "--coordinator=HOST:PORT --num_processes=N --process_id=I"
+    "--coordinator=HOST:PORT --num_processes=N --process_id=I; with several processes "
+    "--initialization_timeout=SECONDS"
 )
 
 

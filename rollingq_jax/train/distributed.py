@@ -1,13 +1,33 @@
-"""Several processes as one run: joined before anything uses a device."""
+"""Several processes as one run: joined before anything uses a device.
+
+`jax.distributed.initialize` waits in silence, and where a process does not come or a port is in use
+it takes this one down with it. So the processes meet at the coordinator's address first, over plain
+TCP, where they say whom they wait for and can give up in one line.
+"""
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+import errno
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
 
 import jax
 
-from rollingq_jax.errors import ConfigError
+from rollingq_jax.errors import ConfigError, said
 
 FLAGS = ("coordinator", "num_processes", "process_id")
+TIMEOUT = 300
+EVERY = 5.0  # seconds between two lines of what is waited for
+AGAIN = 0.2  # seconds between two attempts to reach the coordinator
+USER_ERROR = 2
+GREETING = "rollingq_jax: process {} of {}"
+ALL_HERE = "rollingq_jax: all are here"
+REFUSED = "rollingq_jax: refused: "
 
 
 def join(argv: Sequence[str]) -> list[str]:
@@ -15,7 +35,8 @@ def join(argv: Sequence[str]) -> list[str]:
 
     `--distributed` finds the others through the cluster (TPU pods, Slurm, Open MPI and what else
     `jax.distributed.initialize` knows). Where there is none, `--coordinator=HOST:PORT` (an address
-    of process 0 that all reach), `--num_processes=N` and `--process_id=I` say the same.
+    of process 0 that all reach), `--num_processes=N` and `--process_id=I` say the same. Either
+    waits for `--initialization_timeout=SECONDS`, and says on standard error for what.
 
     Raises:
       ConfigError: a flag is ill-typed or missing, or the processes do not find each other.
@@ -25,24 +46,239 @@ def join(argv: Sequence[str]) -> list[str]:
     parser.add_argument("--coordinator")
     parser.add_argument("--num_processes", type=int)
     parser.add_argument("--process_id", type=int)
+    parser.add_argument("--initialization_timeout", type=int)
     given, rest = parser.parse_known_args(list(argv[1:]))
     values = {name: getattr(given, name) for name in FLAGS}
     missing = [f"--{name}" for name, value in values.items() if value is None]
     if 0 < len(missing) < len(FLAGS):
         raise ConfigError(f"{', '.join(missing)} is missing; allowed: all of {_names()}, or none")
+    timeout = TIMEOUT if given.initialization_timeout is None else given.initialization_timeout
+    if not 1 <= timeout <= 1_000_000:
+        raise ConfigError(
+            f"--initialization_timeout is {timeout}; allowed: seconds, 1 to 1,000,000"
+        )
     if given.distributed or not missing:
-        if not missing and not 0 <= given.process_id < given.num_processes:
-            raise ConfigError(
-                f"--process_id is {given.process_id}; allowed: 0 to {given.num_processes - 1}"
-            )
+        place = "the cluster"
+        if not missing:
+            if not 0 <= given.process_id < given.num_processes:
+                raise ConfigError(
+                    f"--process_id is {given.process_id}; allowed: 0 to {given.num_processes - 1}"
+                )
+            place = given.coordinator
+            meet(given.coordinator, given.num_processes, given.process_id, timeout)
         try:
-            jax.distributed.initialize(given.coordinator, given.num_processes, given.process_id)
+            with _ended_in_time(place, timeout):
+                jax.distributed.initialize(
+                    given.coordinator,
+                    given.num_processes,
+                    given.process_id,
+                    initialization_timeout=timeout + 60,
+                )
         except (RuntimeError, ValueError) as error:
             raise ConfigError(
-                f"the run's processes do not find each other ({error}); allowed: --distributed in "
-                f"a cluster that JAX knows, elsewhere {_names()}"
+                f"the run's processes do not find each other ({said(error)}); allowed: "
+                f"--distributed in a cluster that JAX knows, elsewhere {_names()}"
             ) from None
+    elif given.initialization_timeout is not None:
+        raise ConfigError(
+            "--initialization_timeout is given for one process; allowed: with --distributed or "
+            f"with {_names()}"
+        )
     return [argv[0], *rest]
+
+
+def meet(coordinator: str, num_processes: int, process_id: int, timeout: float) -> None:
+    """Returns when all processes have come to the coordinator's address; its port is free then.
+
+    Raises:
+      ConfigError: the address is none, its port is in use, or not all came within `timeout`
+        seconds.
+    """
+    host, port = _address(coordinator)
+    if process_id == 0:
+        _await_all(coordinator, port, num_processes, timeout)
+    else:
+        _report_to(coordinator, (host, port), num_processes, process_id, timeout)
+
+
+def _address(coordinator: str) -> tuple[str, int]:
+    host, _, port = coordinator.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65_536):
+        raise ConfigError(f"--coordinator is {coordinator!r}; allowed: HOST:PORT of process 0")
+    return host, int(port)
+
+
+class _Waiting:
+    """Says every few seconds what is waited for, and when that has been long enough."""
+
+    def __init__(self, timeout: float) -> None:
+        self._start = self._said = time.monotonic()
+        self._timeout = timeout
+
+    def over(self, what: str) -> bool:
+        now = time.monotonic()
+        if now - self._said >= EVERY:
+            self._said = now
+            print(f"waiting for {what}", file=sys.stderr, flush=True)
+        return now - self._start >= self._timeout
+
+
+def _did_not_come(who: str, coordinator: str, timeout: float, reason: str = "") -> ConfigError:
+    return ConfigError(
+        f"{who} did not come to {coordinator} within {timeout:g} s{reason}; allowed: all "
+        "processes, started with the same --coordinator and --num_processes, or a longer "
+        "--initialization_timeout"
+    )
+
+
+def _await_all(coordinator: str, port: int, num_processes: int, timeout: float) -> None:
+    """Process 0: holds the port until each of the others has reported and still listens."""
+    try:
+        server = _listen(port)
+    except OSError as error:
+        raise ConfigError(
+            f"--coordinator is {coordinator!r}: port {port} cannot be used ({said(error)}); "
+            "allowed: a free port of this machine"
+        ) from None
+    waiting, present = _Waiting(timeout), dict[int, socket.socket]()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(server)
+        selector = stack.enter_context(selectors.DefaultSelector())
+        selector.register(server, selectors.EVENT_READ)
+        stack.callback(lambda: [found.close() for found in present.values()])
+
+        while len(present) < num_processes - 1:
+            for key, _ in selector.select(AGAIN):
+                if key.fileobj is server:
+                    connection, _ = server.accept()
+                    connection.setblocking(False)
+                    selector.register(connection, selectors.EVENT_READ)
+                    continue
+                connection = key.fileobj  # type: ignore[assignment]
+                number = _number(_read(connection), num_processes, present)
+                if isinstance(number, int):
+                    present[number] = connection
+                    continue
+                for place in [n for n, found in present.items() if found is connection]:
+                    del present[place]  # it has ended while it waited
+                if number:
+                    _send(connection, REFUSED + number)
+                selector.unregister(connection)
+                connection.close()
+            away = num_processes - 1 - len(present)
+            if away and waiting.over(f"{away} of {num_processes} processes at {coordinator}"):
+                who = sorted(set(range(1, num_processes)) - present.keys())
+                words = ", ".join(map(str, who[:8])) + (" and others" if len(who) > 8 else "")
+                raise _did_not_come(
+                    f"process{'' if len(who) == 1 else 'es'} {words}", coordinator, timeout
+                )
+        server.close()  # before the others go on: JAX uses the same port
+        for connection in present.values():
+            _send(connection, ALL_HERE)
+
+
+def _listen(port: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        try:
+            return socket.create_server(
+                ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
+            )
+        except OSError as error:  # a machine may know IPv6 and have no address of it
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise
+    return socket.create_server(("", port), backlog=1024)
+
+
+def _number(told: str | None, num_processes: int, present: dict[int, socket.socket]) -> int | str:
+    """The process that a connection tells of; else why it is refused, empty for a stranger."""
+    words = (told or "").split()
+    if len(words) != 5 or told != GREETING.format(words[2], words[4]):
+        return ""
+    if not (words[2].isascii() and words[2].isdigit()):
+        return ""
+    if words[4] != str(num_processes):
+        return f"process 0 has --num_processes={num_processes}"
+    if int(words[2]) in present:
+        return f"another process has --process_id={words[2]}"
+    return int(words[2])
+
+
+def _report_to(
+    coordinator: str,
+    address: tuple[str, int],
+    num_processes: int,
+    process_id: int,
+    timeout: float,
+) -> None:
+    """Another process: tells process 0 of itself, and waits until all are there."""
+    waiting, reason = _Waiting(timeout), ""
+    state = f"process 0 at {coordinator}"
+    while True:
+        try:
+            with socket.create_connection(address, timeout=EVERY) as connection:
+                _send(connection, GREETING.format(process_id, num_processes))
+                connection.settimeout(AGAIN)
+                state, reason = f"all of {num_processes} processes at {coordinator}", ""
+                while not (told := _read(connection)):
+                    if told is None:
+                        break  # process 0 has ended, and may come again
+                    if waiting.over(state):
+                        raise _did_not_come("some other process", coordinator, timeout)
+                if told == ALL_HERE:
+                    return
+                if told is not None:
+                    refused = told.startswith(REFUSED)
+                    why = told.removeprefix(REFUSED) if refused else "another program answers there"
+                    raise ConfigError(
+                        f"process {process_id} of {num_processes} is not taken at {coordinator}: "
+                        f"{why}; allowed: the same --coordinator and --num_processes in all "
+                        "processes, and a --process_id of its own in each"
+                    )
+        except OSError as error:
+            reason = f" ({said(error)})"
+        state = f"process 0 at {coordinator}"
+        if waiting.over(state):
+            raise _did_not_come("process 0", coordinator, timeout, reason)
+        time.sleep(AGAIN)
+
+
+def _send(connection: socket.socket, text: str) -> None:
+    with contextlib.suppress(OSError):
+        connection.sendall(text.encode() + b"\n")
+
+
+def _read(connection: socket.socket) -> str | None:
+    """What has come: one line, empty where there is none yet, None at the end."""
+    try:
+        told = connection.recv(200)
+    except (TimeoutError, BlockingIOError):
+        return ""
+    except OSError:
+        return None
+    return told.decode(errors="replace").strip() if told else None
+
+
+@contextlib.contextmanager
+def _ended_in_time(place: str, timeout: float) -> Iterator[None]:
+    """Speaks while JAX waits, and ends the process in one line before JAX would with many."""
+    done = threading.Event()
+
+    def watch() -> None:
+        waiting = _Waiting(timeout)
+        while not done.wait(AGAIN):
+            if waiting.over(f"the run's processes at {place}"):
+                error = _did_not_come("some of the run's processes", place, timeout)
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                os._exit(USER_ERROR)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _names() -> str:
