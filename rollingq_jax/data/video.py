@@ -30,7 +30,7 @@ from rollingq_jax.errors import DataError
 VIDEO_FORMATS = "avi,flv,matroska,mov,mp4,mpeg,mpegts,webm"
 # Of a file that was cut off, this much may be missing: the last frames of real files often are.
 MISSING = 0.05
-SLACK = 0.15  # seconds, however short the clip is
+SLACK = 0.12  # seconds, however short the clip is
 
 
 def evenly_spaced(count: int, num: int) -> np.ndarray:

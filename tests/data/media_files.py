@@ -50,3 +50,75 @@ def write_wav(path, seconds=0.5, rate=16000, frequency=440.0, channels=1):
     time = np.arange(int(seconds * rate)) / rate
     tone = 0.5 * np.sin(2 * np.pi * frequency * time)
     soundfile.write(path, np.repeat(tone[:, None], channels, axis=1), rate)
+
+
+class Pipe:
+    """A file to write to that cannot be sought in, as a pipe."""
+
+    def __init__(self, path):
+        self.file = open(path, "wb")
+
+    def write(self, data):
+        return self.file.write(data)
+
+    def close(self):
+        self.file.close()
+
+
+def write_clip(
+    path,
+    num_frames=50,
+    *,
+    codec="mpeg4",
+    sound="aac",
+    audio_rate=16000,
+    size=(48, 64),
+    fps=25,
+    pipe=False,
+    format=None,
+    **options,
+):
+    """Noise over grey level 2 i in frame i, and a tone of the same length, interleaved.
+
+    Either track is left out with None. ``pipe``: written without seeking back, so that what is not
+    known at the beginning stays open. ``options`` are the muxer's.
+    """
+    import av
+
+    rng = np.random.default_rng(0)
+    format = format or {"mkv": "matroska", "m4v": "mp4"}.get(*[str(path).rsplit(".", 1)[-1]] * 2)
+    target = Pipe(path) if pipe else str(path)
+    with av.open(target, "w", format=format, options=options) as container:
+        video = tone = None
+        if codec:
+            video = container.add_stream(codec, rate=fps)
+            video.height, video.width = size
+            video.pix_fmt = "yuv420p"
+        if sound:
+            tone = container.add_stream(sound, rate=audio_rate)
+            tone.layout = "mono"
+        done = 0
+        for number in range(num_frames):
+            if video:
+                image = np.clip(2 * number + rng.integers(0, 40, (*size, 3)), 0, 255)
+                frame = av.VideoFrame.from_ndarray(image.astype(np.uint8), format="rgb24")
+                container.mux(video.encode(frame))
+            if tone:
+                until = round((number + 1) / fps * audio_rate)
+                samples = 0.5 * np.sin(2 * np.pi * 440 * np.arange(done, until) / audio_rate)
+                layout = tone.format.name
+                if layout.startswith("s16"):
+                    samples = np.rint(32767 * samples).astype(np.int16)
+                elif layout.startswith("s32"):
+                    samples = np.rint((2**31 - 1) * samples).astype(np.int32)
+                else:
+                    samples = samples.astype(np.float32)
+                frame = av.AudioFrame.from_ndarray(samples[None], layout, "mono")
+                frame.sample_rate, frame.pts = audio_rate, done
+                container.mux(tone.encode(frame))
+                done = until
+        for stream in (video, tone):
+            if stream:
+                container.mux(stream.encode())
+    if pipe:
+        target.close()
