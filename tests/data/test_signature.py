@@ -1,12 +1,14 @@
 """Other data of the same shapes are told apart; the same data are not, on another machine too."""
 
+import dataclasses
+import hashlib
 import json
 
 import numpy as np
 import pytest
 
 from rollingq_jax.data.signature import SAMPLED, difference, signature
-from rollingq_jax.data.types import ArraySource, Dataset, ModalityInfo
+from rollingq_jax.data.types import ArraySource, Dataset, ModalityInfo, Subset
 
 
 def made(seed=0, count=20, **columns):
@@ -17,16 +19,96 @@ def made(seed=0, count=20, **columns):
 
 
 def test_numbers_are_mean_absolute_values_of_evenly_spaced_examples():
-    data = made(a=np.arange(20, dtype=np.float32)[:, None] * np.array([1, -1, 1, -1, 1.0]))
-    found = signature(data)["train"]
-    assert found["a"] == [0, 2, 5, 8, 10, 13, 16, 19] and len(found["a"]) == SAMPLED
+    values = np.arange(71, dtype=np.float32)[:, None] * np.array([1, -1, 1, -1, 1.0])
+    found = signature(made(count=71, a=values))["train"]
+    assert found["a"] == list(range(0, 71, 2)) and len(found["a"]) == SAMPLED
     assert found["label"] == [place % 3 for place in found["a"]]
+
+
+def test_labels_are_hashed_whole():
+    """SHA-256 of 0, 1, 2, 0, ... as little-endian int32."""
+    expected = hashlib.sha256(b"".join(bytes([n % 3, 0, 0, 0]) for n in range(1000))).hexdigest()
+    assert signature(made(count=1000))["test"]["label/sha256"] == expected
+
+
+def changed(data, split, places):
+    """The data with the labels of some places moved on by one."""
+    labels = data.splits[split].columns["label"].copy()
+    labels[places] = (labels[places] + 1) % 3
+    splits = data.splits | {split: ArraySource(data.splits[split].columns | {"label": labels})}
+    return dataclasses.replace(data, splits=splits)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("place", [1, 437, 998])
+def test_one_label_of_many_that_has_changed(split, place):
+    ours = signature(made(count=1000))
+    other = signature(changed(made(count=1000), split, [place]))
+    assert difference(ours, json.loads(json.dumps(other))) == f"{split}/label"
+
+
+def test_labels_of_part_of_another_source_and_of_a_wrapped_one():
+    class Wrapped:
+        def __init__(self, source):
+            self.source = source
+
+        def __len__(self):
+            return len(self.source)
+
+        def __getitem__(self, index):
+            return self.source[index]
+
+    class Unknown(Wrapped):
+        def __len__(self):
+            return len(self.source) - 1  # its labels are not those of the source, place by place
+
+    data = made(count=50)
+    places = np.arange(0, 50, 3)  # all of class 0
+    expected = hashlib.sha256(bytes(4 * len(places))).hexdigest()
+    subset = Subset(Wrapped(data.splits["train"]), places)
+    splits = {"train": subset, "test": Unknown(data.splits["test"])}
+    found = signature(dataclasses.replace(data, splits=splits))
+    assert found["train"]["label/sha256"] == expected and "label/sha256" not in found["test"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 8, 20, 35, 36, 37, 200])
+def test_records_of_earlier_versions_are_compared_by_their_own_rule(count):
+    """Eight examples at i (N - 1) // 7, and no hash."""
+    places = sorted({i * (count - 1) // 7 for i in range(8)} if count else ())
+
+    def earlier(data):
+        return {
+            split: {
+                "a": [float(np.abs(source.columns["a"][p]).mean()) for p in places],
+                "label": [float(source.columns["label"][p]) for p in places],
+            }
+            if places
+            else {}
+            for split, source in data.splits.items()
+        }
+
+    data = made(count=count)
+    assert difference(signature(data), earlier(data)) == ""
+    if count > 3:
+        assert difference(signature(data), earlier(changed(data, "test", [places[1]])))
+        assert difference(signature(data), earlier(made(seed=1, count=count))) == "test/a"
+        assert (
+            difference(signature(changed(data, "test", [places[0] + 1])), earlier(data))
+            in (("", "test/label")[count <= 8 :])
+        )
+
+
+@pytest.mark.parametrize(
+    "odd", [[], None, {"train": 3}, {"train": {"a": "x"}}, {"train": {"a": [None], "label": {}}}]
+)
+def test_a_record_of_odd_content_is_of_other_data(odd):
+    assert difference(signature(made()), odd) != ""
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_few_examples(count):
     found = signature(made(count=count))["test"]
-    assert all(len(numbers) == count for numbers in found.values())
+    assert all(len(values) == count for name, values in found.items() if "/" not in name)
 
 
 def test_through_json_and_with_other_last_bits_it_is_the_same():
