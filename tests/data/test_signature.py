@@ -92,10 +92,6 @@ def test_records_of_earlier_versions_are_compared_by_their_own_rule(count):
     if count > 3:
         assert difference(signature(data), earlier(changed(data, "test", [places[1]])))
         assert difference(signature(data), earlier(made(seed=1, count=count))) == "test/a"
-        assert (
-            difference(signature(changed(data, "test", [places[0] + 1])), earlier(data))
-            in (("", "test/label")[count <= 8 :])
-        )
 
 
 @pytest.mark.parametrize(
