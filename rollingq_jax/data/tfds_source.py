@@ -2,28 +2,41 @@
 
 ``data.name`` is a TFDS name ("my_set", "cifar10:3.0.2", "my_set/config"), ``data.path`` its data
 directory, ``data.features`` which feature is which: "visual=image, sound=audio/mel, label=label",
-or the same as a mapping. Without TensorFlow, TFDS reads records in random access from array_record
-files, and that is what is used here; how to make them is said where they are missing.
-:mod:`rollingq_jax.data.tfds_forms` lists what the kinds of feature become.
+or the same as a mapping. ``group`` (a speaker, a video, a patient: never on both sides of an
+automatic split) and ``id`` may be features, too. Without TensorFlow, TFDS reads records in random
+access from array_record files, and that is what is used here; how to make them is said where they
+are missing. :mod:`rollingq_jax.data.tfds_forms` lists what the kinds of feature become.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from rollingq_jax.data.labels import check_name
+from rollingq_jax.data.labels import (
+    as_text,
+    check_name,
+    check_tags,
+    groups_of,
+    labels_of,
+    warn_of_shared_groups,
+    with_test,
+    with_valid,
+)
 from rollingq_jax.data.load import LOADERS
 from rollingq_jax.data.measure import standardize
 from rollingq_jax.data.options import local_path, mapping_option, option
 from rollingq_jax.data.preprocessing import Preprocessing
 from rollingq_jax.data.reading import reading
+from rollingq_jax.data.tfds_files import check_prepared, find_prepared, parse_name
 from rollingq_jax.data.tfds_forms import Form, make_form
 from rollingq_jax.data.types import Dataset, Example, Source
 from rollingq_jax.errors import ConfigError, DataError
 
 VALID_NAMES = ("valid", "validation", "val", "dev")
 HELD_OUT = "train[90%:]"
+SPECIAL = ("label", "group", "id")
 
 
 def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None) -> Dataset:
@@ -32,81 +45,192 @@ def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None)
     Args:
       config_data: ``name``, ``path`` (data directory; else ``cache_dir``, else TFDS's default),
         ``features``; optional ``tfds_splits`` ("train=train[:80%], valid=..., test=..."; without it
-        train, test, and validation or the last 10 % of train), ``kinds`` ("m=kind, m=kind"),
-        ``image_size`` (64), ``text_length`` (128), ``sequence_length`` (128), ``vocab_size``
-        (needed for integers), ``standardize`` (True), ``stats_examples`` (256).
-      seed: not used; TFDS's own order decides what the last 10 % are.
+        train, test, and validation or the last 10 % of train; a set of one split is divided),
+        ``kinds`` ("m=kind, m=kind"), ``image_size`` (64), ``text_length`` (128),
+        ``sequence_length`` (128), ``vocab_size`` (needed for integers), ``standardize`` (True),
+        ``stats_examples`` (256).
+      seed: of the validation split where it keeps groups whole; without groups TFDS's own order
+        decides what the last 10 % are.
       kinds: {modality: kind}, before ``config_data.kinds`` and the shape.
 
     Raises:
-      DataError: TFDS does not know the name, the data are not prepared, or need TensorFlow; a
-        feature is missing or of a form that cannot be used.
+      DataError: TFDS does not know the name, the data are not prepared, need TensorFlow, or name
+        code of their own; a feature is missing or of a form that cannot be used.
       ConfigError: ``features`` is missing or malformed.
     """
-    del seed
     builder = _open_builder(config_data)
-    chosen = mapping_option(config_data, "features")
+    features = mapping_option(config_data, "features")
     available = _flatten(builder.info.features)
-    if "label" not in chosen or len(chosen) < 2:
+    modalities = {name: f for name, f in sorted(features.items()) if name not in SPECIAL}
+    if "label" not in features or not modalities:
         raise ConfigError(
-            f"data.features: {chosen!r}; must give the label and at least one modality, such as "
+            f"data.features: {features!r}; must give the label and at least one modality, such as "
             f"'visual=image, label=label'; {config_data.name} has {', '.join(available)}"
         )
-    for name, feature in chosen.items():
+    for name, feature in features.items():
         if feature not in available:
             raise DataError(
                 f"data.features: {name}={feature}; {config_data.name} has {', '.join(available)}"
             )
-    label_feature = chosen.pop("label")
-    num_classes = getattr(available[label_feature], "num_classes", None)
+    num_classes = getattr(available[features["label"]], "num_classes", None)
     if not num_classes:
         raise DataError(
-            f"data.features: label={label_feature}; must be a ClassLabel with a known number of "
-            "classes"
+            f"data.features: label={features['label']}; must be a ClassLabel with a known number "
+            "of classes"
         )
     kind_of = mapping_option(config_data, "kinds") | dict(kinds or {})
     forms = {
         check_name(name, "data.features"): make_form(
             name, available[feature], kind_of.get(name), config_data
         )
-        for name, feature in sorted(chosen.items())
+        for name, feature in modalities.items()
     }
     splits: dict[str, Source] = {
-        split: TfdsSource(
-            _open_split(builder, instruction), chosen, forms, label_feature, num_classes
-        )
-        for split, instruction in _splits(config_data, builder).items()
+        split: TfdsSource(builder, instruction, features, forms, num_classes)
+        for split, instruction in _splits(config_data, builder, "group" in features).items()
     }
-    splits, modalities = standardize(
+    splits = _complete(splits, seed)
+    splits, measured = standardize(
         splits,
         {n: Preprocessing(f.info, f.info.shape, f.info.dtype) for n, f in forms.items()},
         most=option(config_data, "stats_examples", 256, minimum=1),
         floats=option(config_data, "standardize", True),
     )
-    class_names = tuple(available[label_feature].names)
+    class_names = tuple(available[features["label"]].names)
     return Dataset(
         splits,
-        {name: one.info for name, one in modalities.items()},
+        {name: one.info for name, one in measured.items()},
         num_classes,
         class_names,
         f"TFDS {builder.info.full_name}",
-        preprocessing=modalities,
+        preprocessing=measured,
     )
 
 
+def _complete(splits: dict[str, Any], seed: int) -> dict[str, Source]:
+    """With automatic splits for those that are not there; groups are never parted."""
+    groups = {split: source.groups for split, source in splits.items()}
+    if groups["train"] is not None:
+        warn_of_shared_groups(groups)
+    if {"valid", "test"} <= splits.keys():
+        return dict(splits)
+    complete = with_test(splits, splits["train"].labels, groups=groups["train"])
+    train = complete["train"]
+    return with_valid(complete, labels_of(train), seed=seed, groups=groups_of(train))
+
+
+def open_tfds(
+    config_data: Any,
+    modalities: Mapping[str, Preprocessing],
+    *,
+    path: str,
+    split: str | None = None,
+) -> tuple[Source, list[str], list[str]]:
+    """New examples for a trained model, from a prepared TFDS data set.
+
+    Args:
+      config_data: the run's ``config.data``: ``name``, ``features``, and ``tfds_splits``, whose
+        names may be given as `split`.
+      modalities: those that the model reads; one whose feature is absent is missing throughout.
+      path: TFDS's data directory.
+      split: one of the data set's own, or a slice of it; None for the only one, else "test".
+
+    Returns:
+      A source of raw arrays `{m: array}` and masks, without labels; for each example its id (its
+      number where there is no feature for it) and the name of its class, or its number where
+      classes have no names, "" where it is not known.
+
+    Raises:
+      DataError: as :func:`load`, or the data do not fit the model.
+    """
+    builder = _open_builder(config_data, path)
+    available = _flatten(builder.info.features)
+    features = {
+        name: feature
+        for name, feature in mapping_option(config_data, "features").items()
+        if feature in available and (name in modalities or name in SPECIAL)
+    }
+    forms = {
+        name: _saved_form(modalities[name], available[feature])
+        for name, feature in features.items()
+        if name in modalities
+    }
+    if not forms:
+        raise DataError(
+            f"data.features: none of {', '.join(modalities)} is there; {config_data.name} has "
+            f"{', '.join(available)}"
+        )
+    source = TfdsSource(builder, _own_split(config_data, builder, split), features, forms, 0)
+    ids = [str(number) for number in range(len(source))]
+    if source.ids is not None:
+        ids = [str(value) for value in source.ids.tolist()]
+    labels = [""] * len(source)
+    if "label" in features:
+        names = tuple(getattr(available[features["label"]], "names", None) or ())
+        labels = [_class_text(value, names) for value in source.column("label")]
+    return source, ids, labels
+
+
+def _saved_form(one: Preprocessing, feature: Any) -> Form:
+    """The form that gave a model's raw arrays, if it can give them of this feature."""
+    name, shape = one.info.name, one.raw_shape
+    sizes = dict.fromkeys(("image_size", "text_length", "sequence_length"), shape[0])
+    kind = one.info.kind
+    form = make_form(name, feature, kind, sizes | {"vocab_size": one.info.vocab_size or 0})
+    if form.info.shape != tuple(shape) or form.info.kind != kind:
+        raise DataError(
+            f"data.features: {name}: {form.info.kind} {list(form.info.shape)}; the model was "
+            f"trained on {kind} {list(shape)}"
+        )
+    return form
+
+
+def _class_text(value: Any, names: tuple[str, ...]) -> str:
+    """A record's label as text; -1 is how TFDS writes that there is none."""
+    if isinstance(value, bytes | str):
+        return as_text(value)
+    number = int(value)
+    if number < 0:
+        return ""
+    return names[number] if number < len(names) else str(number)
+
+
+def _own_split(config_data: Any, builder: Any, split: str | None) -> str:
+    """The instruction for TFDS that a split's name means."""
+    names = list(builder.info.splits)
+    if split is None:
+        split = names[0] if len(names) == 1 else "test"
+    if instruction := mapping_option(config_data, "tfds_splits").get(split):
+        return instruction
+    if split == "valid":
+        return next((name for name in VALID_NAMES if name in names), split)
+    return split
+
+
 class TfdsSource:
-    """One split; records become examples when they are read."""
+    """One split; records become examples when they are read.
+
+    Args:
+      builder: of the data set.
+      instruction: the split or slice.
+      features: {modality, "label", "group" or "id": feature}; examples have a label where
+        `num_classes` is not 0, and never a group or an id.
+      forms: {modality: what the feature becomes}.
+      num_classes: labels are 0 .. num_classes - 1; 0 for examples without them.
+    """
 
     def __init__(
         self,
-        records: Any,
+        builder: Any,
+        instruction: str,
         features: Mapping[str, str],
         forms: Mapping[str, Form],
-        label_feature: str,
         num_classes: int,
     ) -> None:
-        self.records, self.features, self.forms = records, dict(features), dict(forms)
-        self.label_feature, self.num_classes = label_feature, num_classes
+        self.builder, self.instruction = builder, instruction
+        self.features, self.forms, self.num_classes = dict(features), dict(forms), num_classes
+        read = [features[name] for name in (*forms, *(["label"] if num_classes else []))]
+        self.records = _open_split(builder, instruction, read)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -114,44 +238,127 @@ class TfdsSource:
     def __getitem__(self, index: int) -> Example:
         with reading(str(index), "TFDS record"):
             record = self.records[index]
-        label = int(_pick(record, self.label_feature))
-        if not 0 <= label < self.num_classes:
-            raise DataError(
-                f"TFDS record {index}: {self.label_feature} is {label}; must be from 0 to "
-                f"{self.num_classes - 1}"
-            )
-        example: Example = {"label": np.asarray(label, np.int32)}
-        for name, feature in self.features.items():
-            example |= self.forms[name].convert(_pick(record, feature))
+        example: Example = {}
+        if self.num_classes:
+            label = self._label(index, _pick(record, self.features["label"]))
+            example["label"] = np.asarray(label, np.int32)
+        for name, form in self.forms.items():
+            example |= form.convert(_pick(record, self.features[name]))
         return example
 
+    def column(self, name: str) -> list[Any]:
+        """What one of `features` is in every record; nothing else of them is decoded."""
+        feature = self.features[name]
+        records = _open_split(self.builder, self.instruction, [feature])
+        values = []
+        for index in range(len(records)):
+            with reading(str(index), "TFDS record"):
+                values.append(_pick(records[index], feature))
+        return values
 
-def _open_builder(config_data: Any) -> Any:
-    """The TFDS builder that ``name`` means."""
-    name = option(config_data, "name", "")
-    path, cache_dir = option(config_data, "path", ""), option(config_data, "cache_dir", "")
+    def _label(self, index: int, value: Any) -> int:
+        label = int(value)
+        if not 0 <= label < self.num_classes:
+            raise DataError(
+                f"TFDS record {index}: {self.features['label']} is {label}; must be from 0 to "
+                f"{self.num_classes - 1}"
+            )
+        return label
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """All labels, int32 [N]."""
+        values = [self._label(*item) for item in enumerate(self.column("label"))]
+        return np.array(values, np.int32)
+
+    @functools.cached_property
+    def groups(self) -> np.ndarray | None:
+        """All groups, int64 or strings [N], if there is a feature for them."""
+        return self._tags("group")
+
+    @functools.cached_property
+    def ids(self) -> np.ndarray | None:
+        """All ids, int64 or strings [N], if there is a feature for them."""
+        return self._tags("id")
+
+    def _tags(self, name: str) -> np.ndarray | None:
+        if name not in self.features:
+            return None
+        values = [as_text(v) if isinstance(v, bytes) else v for v in self.column(name)]
+        try:
+            return check_tags(np.asarray(values), f"data.features: {name}={self.features[name]}")
+        except ValueError as error:  # of differing lengths
+            if isinstance(error, DataError):
+                raise
+            raise DataError(
+                f"data.features: {name}={self.features[name]}; must be one integer or string"
+            ) from None
+
+
+def _open_builder(config_data: Any, path: str = "") -> Any:
+    """The TFDS builder that ``name`` means; from files where there are any, else TFDS's own."""
+    text = option(config_data, "name", "")
+    path = path or option(config_data, "path", "")
+    cache_dir = option(config_data, "cache_dir", "")
     folder = path or cache_dir
     if folder:  # TFDS takes gs://, too, but array_record files are read from local paths alone
         folder = str(local_path(folder, "data.path" if path else "data.cache_dir"))
+    where = f" under {folder}" if folder else ""
+    unknown = (
+        f"data.name: {text[:100]!r}: neither one of {', '.join(sorted(LOADERS))} nor a TFDS data "
+        f"set{where}"
+    )
     try:
         import tensorflow_datasets as tfds
 
-        return tfds.builder(name, **({"data_dir": folder} if folder else {}))
+        name = parse_name(text)
+        if name is None:
+            raise DataError(f"{unknown} (a name, name/config or name/config:1.2.3)")
+        if place := find_prepared(name, folder):
+            check_prepared(place)
+            return tfds.builder_from_directory(place)
+        chosen = {"config": name.config, "version": name.version, "data_dir": folder or None}
+        return tfds.builder_cls(name.name)(**chosen)
     except ImportError as error:
         raise DataError(
-            f"data.name: {name!r}: TFDS needs the package {error.name} for it"
+            f"data.name: {text!r}: TFDS needs the package {error.name} for it"
         ) from None
+    except DataError:
+        raise
     except Exception as error:  # an unknown name, a malformed one, metadata that cannot be read
         reason = " ".join(str(error).split()).split(" Available datasets:")[0]
-        where = f" under {folder}" if folder else ""
-        raise DataError(
-            f"data.name: {name!r}: neither one of {', '.join(sorted(LOADERS))} nor a TFDS data set"
-            f"{where} ({reason[:200]})"
-        ) from None
+        raise DataError(f"{unknown} ({reason[:200]})") from None
 
 
-def _open_split(builder: Any, instruction: str) -> Any:
-    """Random access to a split."""
+class _Undecoded:
+    """Stands for the decoder of a feature that is not used, as :class:`tfds.decode.Decoder` does.
+
+    TFDS's own SkipDecoding needs TensorFlow.
+    """
+
+    def setup(self, *, feature: Any) -> None:
+        """Needs nothing of the feature."""
+
+    def decode_example_np(self, serialized: Any) -> Any:
+        """The feature as it is stored."""
+        return serialized
+
+    decode_batch_example_np = decode_ragged_example_np = decode_example_np
+
+
+def _decoders(features: Any, read: list[str], prefix: str = "") -> dict[str, Any]:
+    """Decoders that leave out all but the features to be read."""
+    decoders: dict[str, Any] = {}
+    for name, feature in features.items():
+        if hasattr(feature, "items"):
+            decoders[name] = _decoders(feature, read, f"{prefix}{name}/")
+        elif f"{prefix}{name}" not in read:
+            decoders[name] = _Undecoded()
+    return decoders
+
+
+def _open_split(builder: Any, instruction: str, read: list[str]) -> Any:
+    """Random access to a split, in which only some of the features are decoded."""
     if not builder.data_path.exists():
         folder = builder.data_path.parent.parent
         raise DataError(
@@ -161,7 +368,8 @@ def _open_split(builder: Any, instruction: str) -> Any:
             "(some data sets need TensorFlow for that)"
         )
     try:
-        return builder.as_data_source(split=instruction)
+        decoders = _decoders(builder.info.features, read)
+        return builder.as_data_source(split=instruction, decoders=decoders)
     except NotImplementedError:
         raise DataError(
             f"data.name: {builder.data_path} holds no array_record files; prepare it with "
@@ -172,13 +380,15 @@ def _open_split(builder: Any, instruction: str) -> Any:
         raise DataError(f"data.tfds_splits: {instruction!r}: cannot be read ({reason})") from None
 
 
-def _splits(config_data: Any, builder: Any) -> dict[str, str]:
-    """{split of ours: TFDS's name or slice}."""
+def _splits(config_data: Any, builder: Any, grouped: bool) -> dict[str, str]:
+    """{split of ours: TFDS's name or slice}; without those that are to be made of train."""
     if given := mapping_option(config_data, "tfds_splits"):
         if not {"train", "test"} <= given.keys() <= {"train", "valid", "test"}:
             raise ConfigError(f"data.tfds_splits: {given!r}; train, test and optionally valid")
         return given
     names = list(builder.info.splits)
+    if len(names) == 1:
+        return {"train": names[0]}
     if builder.data_path.exists() and not {"train", "test"} <= set(names):
         raise DataError(
             f"data.tfds_splits: {builder.name!r} has the splits {', '.join(names)}; say which to "
@@ -187,13 +397,15 @@ def _splits(config_data: Any, builder: Any) -> dict[str, str]:
     valid = next((name for name in VALID_NAMES if name in names), None)
     if valid:
         return {"train": "train", "valid": valid, "test": "test"}
+    if grouped:
+        return {"train": "train", "test": "test"}
     return {"train": "train[:90%]", "valid": HELD_OUT, "test": "test"}
 
 
 def _flatten(features: Any, prefix: str = "") -> dict[str, Any]:
     """{"outer/inner": feature} of nested features."""
     flat: dict[str, Any] = {}
-    for name, feature in features.items():
+    for name, feature in sorted(features.items()):
         if hasattr(feature, "items"):
             flat |= _flatten(feature, f"{prefix}{name}/")
         else:

@@ -1,14 +1,20 @@
 """A TFDS data set written here and read through a mapping of features."""
 
 import io
+import json
+import logging
+import shutil
+import sys
 import types
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from rollingq_jax.data.labels import groups_of, ids_of, labels_of
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.pipeline import eval_batches
+from rollingq_jax.data.tfds_source import open_tfds
 from rollingq_jax.errors import ConfigError, DataError
 
 
@@ -32,6 +38,7 @@ class RqToySet(tfds.core.GeneratorBasedBuilder):
             "label": tfds.features.ClassLabel(names=["cat", "dog"]),
             "number": tfds.features.Scalar(np.int64),
             "broken": tfds.features.ClassLabel(num_classes=3),
+            "speaker": tfds.features.Text(),
         }
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
@@ -61,6 +68,7 @@ class RqToySet(tfds.core.GeneratorBasedBuilder):
                     "label": number % 2,
                     "number": number,
                     "broken": -1,
+                    "speaker": f"s{number // 4}",
                 },
             )
 
@@ -127,7 +135,7 @@ def test_splits_can_be_given_and_mappings_used(prepared):
     [
         ("", {}, ["data.features", "visual=image, label=label", "nested/table"]),
         ("grey=grey", {}, ["data.features", "label"]),
-        ("grey=gray,label=label", {}, ["grey=gray", "grey, steps"]),
+        ("grey=gray,label=label", {}, ["grey=gray", "grey, ids"]),
         ("grey:grey", {}, ["name=value"]),
         ("odd=odd,label=label", {}, ["odd", "only the first axis"]),
         ("ids=ids,label=label", {}, ["vocab_size", "'ids'"]),
@@ -164,3 +172,263 @@ def test_a_data_set_that_is_not_there(tmp_path, name, words):
     for word in words:
         assert word in message, message
     assert list(tmp_path.iterdir()) == []
+
+
+OWN = "tensorflow_datasets.core.features"
+
+
+@pytest.fixture
+def stranger(prepared, tmp_path, monkeypatch):
+    """A copy of the data set, and beside the user a module that must not be imported."""
+    shutil.copytree(prepared, tmp_path / "data")
+    (tmp_path / "payload.py").write_text(
+        "import pathlib\n"
+        f"pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
+        "from tensorflow_datasets.core.features.tensor_feature import Tensor\n"
+        "class Feature(Tensor):\n    pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    yield tmp_path
+    sys.modules.pop("payload", None)
+
+
+def refused(folder, *words, name="rq_toy_set"):
+    with pytest.raises(DataError) as caught:
+        read(str(folder / "data"), "grey=grey,label=label", name=name)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 700
+    for word in words:
+        assert word in message, message
+    assert not (folder / "ran").exists()
+
+
+def features_file(folder):
+    return folder / "data" / "rq_toy_set" / "1.0.0" / "features.json"
+
+
+TENSOR = {"tensor": {"dtype": "float32", "shape": {}}}
+OLD_TENSOR = {"shape": [], "dtype": "float32"}
+PAYLOADS = {
+    "at the top": lambda name: {"pythonClassName": name, **TENSOR},
+    "a proto's own field name": lambda name: {"python_class_name": name, **TENSOR},
+    "nested": lambda name: {
+        "pythonClassName": f"{OWN}.features_dict.FeaturesDict",
+        "featuresDict": {"features": {"a": {"pythonClassName": name, **TENSOR}}},
+    },
+    "in a sequence": lambda name: {
+        "pythonClassName": f"{OWN}.sequence_feature.Sequence",
+        "sequence": {"feature": {"pythonClassName": name, **TENSOR}},
+    },
+    "old form": lambda name: {"type": name, "content": OLD_TENSOR},
+    "old form, nested": lambda name: {
+        "type": f"{OWN}.features_dict.FeaturesDict",
+        "content": {"a": {"type": name, "content": OLD_TENSOR}},
+    },
+    "json in a proto": lambda name: {
+        "pythonClassName": f"{OWN}.features_dict.FeaturesDict",
+        "jsonFeature": {"json": json.dumps({"a": {"type": name, "content": OLD_TENSOR}})},
+    },
+    "a proto in json": lambda name: {
+        "type": f"{OWN}.features_dict.FeaturesDict",
+        "proto_cls": "tensorflow_datasets.FeaturesDict",
+        "content": json.dumps({"features": {"a": {"pythonClassName": name, **TENSOR}}}),
+    },
+}
+
+
+@pytest.mark.parametrize("place", PAYLOADS)
+def test_a_stranger_s_classes_are_not_imported(stranger, place):
+    features_file(stranger).write_text(json.dumps(PAYLOADS[place]("payload.Feature")))
+    refused(stranger, "features.json", "'payload.Feature'", "refused")
+
+
+def test_the_payloads_would_run(stranger):
+    """What is refused above is what TFDS imports."""
+    content = PAYLOADS["json in a proto"]("payload.Feature")
+    features_file(stranger).write_text(json.dumps(content))
+    tfds.builder_from_directory(features_file(stranger).parent)
+    assert (stranger / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "payload.Feature",
+        "os.system",
+        "tensorflow_datasets.payload.Feature",
+        "tensorflow_datasets_evil.core.features.Feature",
+        "tensorflow_datasets.core.features.feature.importlib.import_module",
+        "tensorflow_datasets.core.features..payload.Feature",
+        "test_tfds_source.RqToySet",
+        " tensorflow_datasets.core.features.text_feature.Text",
+        "Feature",
+        "",
+    ],
+)
+def test_only_classes_of_tfds_features(stranger, name):
+    features_file(stranger).write_text(json.dumps(PAYLOADS["nested"](name)))
+    refused(stranger, repr(name), "refused")
+
+
+def test_classes_under_older_names_of_tfds_pass(stranger):
+    file = features_file(stranger)
+    text = file.read_text()
+    assert "tensor_feature.Tensor" in text
+    file.write_text(text.replace("tensor_feature.Tensor", "feature.Tensor"))
+    assert read(str(stranger / "data"), "table=nested/table,label=label").num_classes == 2
+
+
+def test_every_way_to_the_files_is_guarded(stranger):
+    """Of several versions, through links, by a default config, the files read are those checked."""
+    root = stranger / "data" / "rq_toy_set"
+    shutil.copytree(root / "1.0.0", stranger / "elsewhere")
+    (stranger / "elsewhere" / "features.json").write_text(
+        json.dumps(PAYLOADS["nested"]("payload.Feature"))
+    )
+    (root / "1.2.0").symlink_to(stranger / "elsewhere")
+    refused(stranger, "1.2.0", "'payload.Feature'")
+    refused(stranger, "'payload.Feature'", name="rq_toy_set:1.2.0")
+    refused(stranger, "'payload.Feature'", name="rq_toy_set:1.*.*")
+    refused(stranger, "'payload.Feature'", name="RqToySet")
+    config = {"name": "rq_toy_set:1.0.0", "path": str(stranger / "data")}
+    config |= {"features": "grey=grey,label=label"}
+    assert load_dataset(config, seed=0).num_classes == 2
+    other = stranger / "data" / "of_strangers"
+    (other / ".config").mkdir(parents=True)
+    (other / ".config" / "metadata.json").write_text('{"default_config_name": "small"}')
+    (other / "small").mkdir()
+    (other / "small" / "2.0.0").symlink_to(stranger / "elsewhere")
+    refused(stranger, "'payload.Feature'", name="of_strangers")
+    refused(stranger, "'payload.Feature'", name="of_strangers/small")
+    (other / ".config" / "metadata.json").write_text('{"default_config_name": "../elsewhere"}')
+    refused(stranger, "default_config_name", name="of_strangers")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        json.dumps({"jsonFeature": {"json": "[" * 100_000}}),
+        "[]",
+        "null",
+        "{",
+        "\udcff",
+        "{}" + " " * (17 << 20),
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        json.dumps({"type": f"{OWN}.class_label_feature.ClassLabel",
+                    "content": {"names_file": "/etc/passwd"}}),
+    ],
+    ids=range(10),
+)  # fmt: skip
+def test_odd_descriptions_of_features(stranger, content):
+    features_file(stranger).write_text(content, errors="surrogateescape")
+    refused(stranger, "features.json")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "huggingface:mnist",
+        "kaggle:rq_toy_set",
+        "ns:rq_toy_set/a:1.0.0",
+        "rq_toy_set/..",
+        "rq_toy_set/../../data",
+        "/etc/rq_toy_set",
+        "./rq_toy_set",
+        "rq_toy_set/",
+        "rq_toy_set/a/b",
+        "rq_toy_set/config=payload",
+        "rq_toy_set:1.0",
+        "rq_toy_set:../../x",
+        "rq_toy_set\n",
+        "payload.Feature",
+        "",
+        "x" * 10_000,
+    ],
+)
+def test_names_of_other_forms(stranger, name):
+    refused(stranger, repr(name[:100]), name=name)
+
+
+def test_damaged_records_are_one_line(stranger):
+    for shard in features_file(stranger).parent.glob("*.array_record*"):
+        shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    refused(stranger, "git lfs pull")
+
+
+GROUPED = "grey=grey, label=label, group=speaker, id=number"
+
+
+def test_groups_stay_whole(prepared, caplog):
+    caplog.set_level(logging.WARNING, "rollingq_jax")
+    dataset = read(prepared, GROUPED)
+    groups = {split: set(groups_of(source)) for split, source in dataset.splits.items()}
+    assert not groups["train"] & groups["valid"]
+    assert groups["train"] | groups["valid"] == {f"s{number}" for number in range(10)}
+    assert groups["test"] == {"s0", "s1"}
+    assert "in both train and test" in caplog.text
+    for source in dataset.splits.values():
+        examples = [source[index] for index in range(len(source))]
+        assert set(examples[0]) == {"grey", "label"}
+        numbers = [int(example["grey"][0, 0, 0]) for example in examples]
+        assert ids_of(source).tolist() == numbers
+        assert groups_of(source).tolist() == [f"s{number // 4}" for number in numbers]
+        assert labels_of(source).tolist() == [number % 2 for number in numbers]
+
+
+def test_a_single_split_is_divided(stranger):
+    info = features_file(stranger).with_name("dataset_info.json")
+    content = json.loads(info.read_text())
+    content["splits"] = [one for one in content["splits"] if one["name"] == "train"]
+    info.write_text(json.dumps(content))
+    for features in (GROUPED, GROUPED.replace("group=speaker, ", "")):
+        dataset = read(str(stranger / "data"), features)
+        ids = {split: set(ids_of(source).tolist()) for split, source in dataset.splits.items()}
+        assert sorted(sum(map(list, ids.values()), [])) == list(range(40))
+        assert [len(ids[split]) for split in ("train", "valid", "test")] == [28, 4, 8]
+        if "group" in features:
+            groups = [{number // 4 for number in of_split} for of_split in ids.values()]
+            assert sum(map(len, groups)) == 10
+
+
+def test_groups_that_cannot_be_used_are_named(prepared):
+    for feature in ("nested/table", "steps"):
+        with pytest.raises(DataError, match=f"group={feature}"):
+            read(prepared, f"grey=grey, label=label, group={feature}")
+
+
+def test_new_data_for_a_trained_model(prepared):
+    config = types.SimpleNamespace(
+        name="rq_toy_set",
+        path="the place of the training data",
+        features="photo=image, steps=steps, words=text, ids=ids, lost=absent, label=label",
+        vocab_size=9,
+        image_size=16,
+        text_length=6,
+        sequence_length=4,
+    )
+    trained = read(prepared, config.features.replace("lost=absent,", ""), **{
+        name: getattr(config, name)
+        for name in ("image_size", "text_length", "sequence_length", "vocab_size")
+    })  # fmt: skip
+    modalities = trained.preprocessing
+    source, ids, labels = open_tfds(config, modalities, path=prepared, split="test")
+    assert ids == [str(number) for number in range(8)] and len(source) == 8
+    numbers = [int(source[index]["photo"][0, 0, 0]) for index in range(8)]
+    assert labels == [("cat", "dog")[number % 2] for number in numbers]
+    for index, number in enumerate(numbers):
+        example = source[index]
+        assert set(example) == {"photo", "steps", "steps_mask", "words", "ids"}
+        assert (example["steps"][: 1 + number % 5] == number).all()  # raw, not standardized
+        standardized = modalities["steps"].apply(example["steps"], example["steps_mask"])
+        np.testing.assert_allclose(standardized, trained.splits["test"][index]["steps"], atol=1e-6)
+    config.features = config.features.replace("label=label", "label=broken, id=speaker")
+    source, ids, labels = open_tfds(config, modalities, path=prepared, split="train[:5]")
+    assert labels == [""] * 5 and set(ids) <= {f"s{number}" for number in range(10)}
+    with pytest.raises(DataError, match="none of lost"):
+        open_tfds(config, {"lost": modalities["photo"]}, path=prepared, split="test")
+    config.features = "steps=nested/table"
+    with pytest.raises(DataError, match="data.features: steps"):
+        open_tfds(config, modalities, path=prepared, split="test")
