@@ -7,6 +7,8 @@ import os
 import struct
 from typing import Any, NamedTuple
 
+_BLOCK = 4096  # of a file system: fewer zeros at the end may be samples or padding
+
 
 class Missing(NamedTuple):
     """What a container's lengths show to be missing.
@@ -22,11 +24,11 @@ class Missing(NamedTuple):
 
 
 def find_missing(file: Any) -> Missing:
-    """What is missing at the end of an MP4, MOV, AVI, Matroska, WebM or FLV.
+    """What is missing at the end of an MP4, MOV, AVI, Matroska, WebM or FLV, or is zeros there.
 
-    Nothing for other formats, for lengths that were left open because the file was written to a
-    pipe, and for what is no such file at all. ``file`` is binary and seekable, and is left at its
-    start.
+    No more than zeros for other formats, for lengths that were left open because the file was
+    written to a pipe, and for what is no such file at all. ``file`` is binary and seekable, and is
+    left at its start.
     """
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
@@ -41,8 +43,24 @@ def find_missing(file: Any) -> Missing:
         end = _end_of_segment(file)
     elif head[:3] == b"FLV":
         end = _end_of_tags(file, size)
+    missing = (
+        Missing(end - size, fragment) if end > size else Missing(_zeros_at_the_end(file, size))
+    )
     file.seek(0)
-    return Missing(end - size, fragment) if end > size else Missing(0)
+    return missing
+
+
+def _zeros_at_the_end(file: Any, size: int) -> int:
+    """How many bytes at the end were reserved and never written, as broken downloads leave them."""
+    end = size
+    while end > 0:
+        start = max(end - _BLOCK, 0)
+        file.seek(start)
+        written = len(file.read(end - start).rstrip(b"\0"))
+        end = start + written
+        if written:
+            break
+    return size - end if size - end >= _BLOCK else 0
 
 
 def _end_of_boxes(file: Any, size: int) -> tuple[int, bool]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rollingq_jax.data.containers import Missing, find_missing
-from rollingq_jax.data.images import check_pixels, resize_short_side
+from rollingq_jax.data.images import MAX_PIXELS, check_pixels, resize_short_side
 from rollingq_jax.data.reading import HEAD, check_impostor, reading
 from rollingq_jax.data.sound import (
     average_channels,
@@ -250,7 +250,8 @@ def _open_video(path: str | os.PathLike, track: str = "video") -> Iterator[Any]:
         with open(path, "rb") as file:
             check_impostor(file.read(HEAD), path, "video")
             missing = find_missing(file)
-            options = {"format_whitelist": VIDEO_FORMATS}
+            # The second also keeps FFmpeg from decoding a huge frame to learn of its properties.
+            options = {"format_whitelist": VIDEO_FORMATS, "max_pixels": str(MAX_PIXELS)}
             if missing.bytes:
                 with av.open(file, options=options) as container:
                     _check_whole(container, path, track, missing)
@@ -258,9 +259,18 @@ def _open_video(path: str | os.PathLike, track: str = "video") -> Iterator[Any]:
             with av.open(file, options=options) as container:
                 _check_track(container, path, track)
                 if track == "video":
-                    context = container.streams.video[0].codec_context
-                    check_pixels(context.width, context.height, f"video {path}")
+                    _limit_pixels(container.streams.video[0].codec_context, path)
                 yield container
+
+
+def _limit_pixels(context: Any, path: str | os.PathLike) -> None:
+    """Refuses huge frames by the header, and keeps the decoder from making them later on."""
+    if context.width == 0:  # FFmpeg gives up on what is above the limit
+        raise DataError(
+            f"video {path}: its frames have no size, or more than {MAX_PIXELS:,} pixels, the limit"
+        )
+    check_pixels(context.width, context.height, f"video {path}")
+    context.options = {"max_pixels": str(MAX_PIXELS)}
 
 
 def _check_track(container: Any, path: str | os.PathLike, track: str) -> None:
@@ -273,7 +283,8 @@ def _check_whole(container: Any, path: str | os.PathLike, track: str, missing: M
 
     Raises:
       DataError: more than ``MISSING`` of the track is missing, and more than one frame or
-        ``SLACK``; or nothing says how long it was.
+        ``SLACK``; or the file ends within a fragment, and nothing says how many were to follow.
+        Where the header does not say how long it was, as of a live stream, what is there counts.
     """
     _check_track(container, path, track)
     stream = getattr(container.streams, track)[0]
@@ -298,11 +309,9 @@ def _check_whole(container: Any, path: str | os.PathLike, track: str, missing: M
         there, unit, slack = own_end, "s", SLACK
     else:
         there, promised, unit, slack = any_end, (container.duration or 0) / 1e6, "s", SLACK
-    if promised <= 0 and name == "flv":
-        return  # a stream that was recorded until it broke off
-    if promised - there > max(MISSING * promised, slack) or promised <= 0:
+    if promised - there > max(MISSING * promised, slack) or missing.fragment:
         of = f"{there:.4g} of {promised:.4g} {unit}" if promised > 0 else f"only {there:.4g} s"
         raise DataError(
             f"video {path}: was cut off: {of} of its {track} are there, at least "
-            f"{missing.bytes:,} bytes at its end are missing"
+            f"{missing.bytes:,} bytes at its end are missing or zeros"
         )

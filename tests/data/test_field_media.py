@@ -613,7 +613,36 @@ def test_a_video_of_huge_frames_is_refused(tmp_path):
         packet.stream, packet.pts, packet.dts, packet.time_base = stream, 0, 0, Fraction(1, 25)
         container.mux(packet)
     for reader in (media.count_video_frames, media.read_video_frames):
-        refuses(lambda r=reader: r(path), path, "16000 x 16000 = 256,000,000 pixels")
+        refuses(lambda r=reader: r(path), path, "more than 67,108,864 pixels")
+
+
+def test_a_video_whose_end_was_never_written_is_refused(tmp_path):
+    for name, options in (
+        ("a.mkv", {}),
+        ("a.avi", {"sound": "pcm_s16le"}),
+        ("a.mp4", {"movflags": "faststart"}),
+    ):
+        path = tmp_path / name
+        media_files.write_clip(path, 50, **options)
+        data = path.read_bytes()
+        assert len(data) > 10_000
+        path.write_bytes(data[: len(data) // 2].ljust(len(data), b"\0"))
+        refuses(lambda p=path: media.read_video_frames(p, 3), path)
+        refuses(lambda p=path: media.read_video_audio(p), path)
+
+
+def test_a_video_that_ends_in_silence_is_whole(tmp_path):
+    import av
+
+    path = tmp_path / "silence.mkv"
+    with av.open(str(path), "w", format="matroska", options={"live": "1"}) as container:
+        stream = container.add_stream("pcm_s16le", rate=16000)
+        stream.layout = "mono"
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.int16), "s16", "mono")
+        silence.sample_rate, silence.pts = 16000, 0
+        container.mux(stream.encode(silence))
+        container.mux(stream.encode())
+    assert len(media.read_video_audio(path)[0]) == 16000
 
 
 def test_what_pillow_warns_of_stays_quiet_in_threads():
