@@ -33,7 +33,7 @@ class ConfigError(UserError):
       ...     rq.build_model({"num_classes": 3, "dim": "wide"})
       ... except rq.ConfigError as error:
       ...     print(error)
-      model.dim is 'wide'; allowed: an integer >= 1
+      model.dim is 'wide'; allowed: an integer >= 1 and at most 1,048,576
     """
 
 

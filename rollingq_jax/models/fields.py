@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from rollingq_jax.errors import ConfigError
 
+INT32_MAX = 2**31 - 1  # a step number and a count of rotations are int32
+
 
 class Rule(NamedTuple):
     """What a field may hold: in words, as a test, and how the value is kept."""
@@ -23,12 +25,18 @@ def is_integer(value: Any) -> bool:
 
 def is_real(value: Any) -> bool:
     """Python's or NumPy's finite integer or float; True and False are not."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that float64 does not hold
+        return False
 
 
-def integer(low: int) -> Rule:
-    """An integer of at least `low`."""
-    return Rule(f"an integer >= {low}", lambda v: is_integer(v) and v >= low, int)
+def integer(low: int, high: int = INT32_MAX) -> Rule:
+    """An integer of at least `low` and at most `high`."""
+    words = f"an integer >= {low} and at most {high:,}"
+    return Rule(words, lambda v: is_integer(v) and low <= v <= high, int)
 
 
 def real(words: str, accepts: Callable[[float], bool]) -> Rule:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.models.fields import (
     FLAG,
+    INT32_MAX,
     RATE,
     Rule,
     as_mapping,
@@ -26,17 +27,20 @@ PATCH_AXES = {"spectrogram": 2, "image": 2, "video": 3, "sequence": 0, "tokens":
 FUSIONS = ("unimodal", "sum", "concat", "film", "gated", "attention", "mbt")
 MBT_HEADS = ("attention", "concat", "sum")
 MOST_FUSION_LAYERS = 8
+MAX_LAYERS, MAX_WIDTH = 1000, 2**20
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 ENCODER_RULES = {
     "kind": one_of(PATCH_AXES),
     "patch": several(lambda v: is_integer(v) and v >= 1, int, "integers >= 1"),
-    "depth": integer(0),
-    "width": integer(1),
+    "depth": integer(0, MAX_LAYERS),
+    "width": integer(1, MAX_WIDTH),
     "num_heads": integer(1),
     "vocab_size": Rule(
-        "an integer >= 2", lambda v: v is None or (is_integer(v) and v >= 2), lambda v: v and int(v)
+        f"an integer >= 2 and at most {INT32_MAX:,}",
+        lambda v: v is None or (is_integer(v) and 2 <= v <= INT32_MAX),
+        lambda v: v and int(v),
     ),
     "mean": several(is_real, float, "numbers, one a channel or one for all"),
     "std": several(
@@ -49,11 +53,12 @@ MODEL_RULES = {
     "modality": Rule(
         "the name of an encoder", lambda v: v is None or isinstance(v, str), lambda v: v or None
     ),
-    "num_classes": integer(2)._replace(
-        allowed="an integer >= 2 (a run fills in a config's 0 when it has loaded the data)"
+    "num_classes": integer(2, MAX_WIDTH)._replace(
+        allowed=f"an integer >= 2 and at most {MAX_WIDTH:,} (a run fills in a config's 0 when it "
+        "has loaded the data)"
     ),
-    "dim": integer(1),
-    "depth": integer(0),
+    "dim": integer(1, MAX_WIDTH),
+    "depth": integer(0, MAX_LAYERS),
     "num_heads": integer(1),
     "fusion_heads": integer(1),
     "fusion_layers": Rule(
@@ -61,14 +66,14 @@ MODEL_RULES = {
         lambda v: is_integer(v) and 1 <= v <= MOST_FUSION_LAYERS,
         int,
     ),
-    "mlp_ratio": real("a number > 0", lambda v: v > 0),
+    "mlp_ratio": real("a number > 0 and at most 1000", lambda v: 0 < v <= 1000),
     "dropout": RATE,
     "encoder_dropout": RATE,
     "gelu": one_of(("exact", "tanh")),
     "dtype": one_of(DTYPES),
     "fusion_token_scale": real("a number >= 0", lambda v: v >= 0),
-    "mbt_layers": integer(1),
-    "mbt_tokens": integer(1),
+    "mbt_layers": integer(1, MAX_LAYERS),
+    "mbt_tokens": integer(1, MAX_WIDTH),
     "mbt_head": one_of(MBT_HEADS),
     "scan_layers": FLAG,
     "remat": FLAG,

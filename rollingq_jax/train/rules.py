@@ -16,7 +16,7 @@ TEXT = Rule("a string", lambda v: isinstance(v, str), str)
 
 RULES = {
     "": {
-        "seed": integer(0),
+        "seed": integer(0, 2**32 - 1),
         "epochs": integer(1),
         "batch_size": integer(1),
         "log_every": integer(1),
@@ -56,7 +56,7 @@ RULES = {
         "joint_weight": _at_least(0),
     },
     "compare": {
-        "tune_seeds": integer(1),
+        "tune_seeds": integer(1, 1_000_000),
         "grid": Rule(
             "a mapping of fields to tuples of values", lambda v: hasattr(v, "keys"), lambda v: v
         ),
@@ -75,4 +75,4 @@ RULES = {
     },
 }
 # Of `config.data`, what every data set has; its loader checks the rest.
-DATA_RULES = {"prefetch": integer(0)}
+DATA_RULES = {"prefetch": integer(0, 1024)}  # each batch made ahead has a thread

@@ -15,6 +15,7 @@ from rollingq_jax.data.pipeline import collate, steps_per_epoch
 from rollingq_jax.data.types import Dataset
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.models import build_model
+from rollingq_jax.models.fields import INT32_MAX
 from rollingq_jax.rolling import RollingQuery, rolling_query
 from rollingq_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from rollingq_jax.train.state import TrainState, create_state
@@ -117,6 +118,11 @@ def build(config: Any, dataset: Dataset) -> Setup:
         )
     epoch_steps = steps_per_epoch(examples, config.batch_size)
     total_steps = epoch_steps * config.epochs
+    if total_steps > INT32_MAX:
+        raise ConfigError(
+            f"config.epochs is {config.epochs}; allowed with {epoch_steps} steps an epoch: at most "
+            f"{INT32_MAX // epoch_steps:,}"
+        )
     learning_rate = learning_rate_schedule(
         config.optimizer.learning_rate,
         epoch_steps,

@@ -1,7 +1,6 @@
 """The end of a run: the test set, read once, then `summary.json`, figures and the report."""
 
 import importlib.metadata
-import json
 import logging
 import platform
 import sys
@@ -22,7 +21,15 @@ from rollingq_jax.train.evaluation import Columns, by_modality
 from rollingq_jax.train.run import Run
 from rollingq_jax.train.state import TrainState
 from rollingq_jax.train.workdir import remember
-from rollingq_jax.train.writer import MetricsWriter, json_ready, read_rows, table, write_json
+from rollingq_jax.train.writer import (
+    MetricsWriter,
+    is_number,
+    json_ready,
+    read_object,
+    read_rows,
+    table,
+    write_json,
+)
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +53,17 @@ def read_summary(workdir: epath.Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        summary = json.loads(path.read_text())
-        summary["best"]["step"], summary["test_accuracy"]
-    except (ValueError, TypeError, KeyError):
+        summary = read_object(path)
+        best = summary["best"]
+        fits = is_number(best["step"]) and "epoch" in best and "accuracy" in best
+        if not fits or not (
+            summary["test_accuracy"] is None or is_number(summary["test_accuracy"])
+        ):
+            raise TypeError("numbers are missing")
+    except (CheckpointError, TypeError, KeyError) as error:
+        reason = f" ({error})" if isinstance(error, CheckpointError) else ""
         raise CheckpointError(
-            f"{path} is damaged; allowed: the summary of a run, or none, to make it anew"
+            f"{path} is damaged{reason}; allowed: the summary of a run, or none, to make it anew"
         ) from None
     return summary
 
@@ -168,14 +181,23 @@ def finish_run(run: Run, checkpoints: Checkpoints, best: Mapping[str, Any]) -> d
     return summary
 
 
-def print_summary(summary: dict[str, Any], workdir: epath.Path) -> None:
-    """The table at the end of a run."""
+def print_summary(summary: Mapping[str, Any], workdir: epath.Path) -> None:
+    """The table at the end of a run; of a summary that lacks something, what it has."""
     best = summary["best"]
-    counts = summary.get("modality_examples", {})  # where some example lacks one
+
+    def mapping(name: str) -> Mapping[str, Any]:
+        found = summary.get(name)
+        return found if isinstance(found, Mapping) else {}
+
+    def shown(value: Any, form: str = ".3f", count: Any = None) -> str:
+        count = count if isinstance(count, int) else None
+        return written(value if is_number(value) else None, form, count)
+
+    counts = mapping("modality_examples")  # where some example lacks one
     rows = [
-        ("best epoch by validation", f"{best['epoch']} ({written(best['accuracy'])})"),
-        ("test accuracy", written(summary["test_accuracy"])),
-        ("test macro F1", written(summary["test_macro_f1"])),
+        ("best epoch by validation", f"{best['epoch']} ({shown(best['accuracy'])})"),
+        ("test accuracy", shown(summary["test_accuracy"])),
+        ("test macro F1", shown(summary.get("test_macro_f1"))),
     ]
     if "test_nonfinite" in summary:
         rows.append(("test examples with NaN or infinite logits", str(summary["test_nonfinite"])))
@@ -184,15 +206,17 @@ def print_summary(summary: dict[str, Any], workdir: epath.Path) -> None:
         ("attention share, {}", "attention_share"),
     ):
         rows += [
-            (words.format(m), written(value, count=counts.get(m)))
-            for m, value in summary.get(name, {}).items()
+            (words.format(m), shown(value, count=counts.get(m)))
+            for m, value in mapping(name).items()
         ]
     if "quality_correlation" in summary:
         value = summary["quality_correlation"]  # undefined where a quality is constant
-        count = min(summary.get("contrast_examples", {}).values(), default=None)
-        rows.append(("correlation of share and quality", written(value, "+.3f", count)))
-    if summary["rotations"] is not None:
-        rows.append(("rotations in the best checkpoint", str(sum(summary["rotations"]))))
+        examples = [n for n in mapping("contrast_examples").values() if isinstance(n, int)]
+        count = min(examples, default=None)
+        rows.append(("correlation of share and quality", shown(value, "+.3f", count)))
+    rotations = summary.get("rotations")
+    if isinstance(rotations, list) and all(map(is_number, rotations)):
+        rows.append(("rotations in the best checkpoint", str(sum(rotations))))
     if jax.process_index() == 0:
         print(table(rows))
         print(f"figures, report.html and summary.json are in {workdir}")

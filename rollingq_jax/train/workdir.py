@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from rollingq_jax.errors import CheckpointError, ConfigError, said
 from rollingq_jax.train.config import default_config, differing_fields, with_defaults
-from rollingq_jax.train.writer import write_whole
+from rollingq_jax.train.writer import read_object, write_whole
 
 
 def absolute(workdir: epath.PathLike) -> epath.Path:
@@ -98,13 +98,7 @@ def read_config(workdir: epath.Path) -> dict[str, Any] | None:
     path = workdir / "config.json"
     if not path.exists():
         return None
-    try:
-        config = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds {type(config).__name__}; allowed: a JSON object")
-    return with_defaults(config, default_config().to_dict())
+    return with_defaults(read_object(path), default_config().to_dict())
 
 
 def check_same_run(config: Any, theirs: Mapping[str, Any], where: str) -> None:

@@ -10,47 +10,102 @@ import jax
 import numpy as np
 from etils import epath
 
-from rollingq_jax.errors import CheckpointError, printable
+from rollingq_jax.errors import CheckpointError, printable, said
 
 Row = dict[str, Any]
+MAX_DEPTH = 50
+NUMBERS = {  # what a row of a split has to hold for those that read it
+    "roll": ("epoch", "head", "imbalance_before", "imbalance_after", "angle_degrees"),
+    "valid": ("epoch",),
+}
+
+
+def read_object(path: epath.Path) -> dict[str, Any]:
+    """What a JSON file of a run holds.
+
+    Raises:
+      CheckpointError: it is no file, not JSON, or not an object of at most 50 levels.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON ({said(error)})") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({said(error)})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds {type(content).__name__}; allowed: a JSON object")
+    level: list[Any] = [content]
+    for _ in range(MAX_DEPTH):
+        inner = [v.values() if isinstance(v, dict) else v for v in level]
+        level = [v for values in inner for v in values if isinstance(v, dict | list)]
+    if level:
+        raise CheckpointError(f"{path} is nested too deep; allowed: at most {MAX_DEPTH} levels")
+    return content
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from JSON is a number that float64 holds; true and false are not."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) < 2**1023
 
 
 def read_rows(path: epath.PathLike) -> list[Row]:
     """Rows of a `metrics.jsonl`; a last line cut short by a crash is left out.
 
     Raises:
-      CheckpointError: an earlier line is not a row.
+      CheckpointError: an earlier line is not a row, or the file cannot be read.
     """
     path = epath.Path(path)
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    try:
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({said(error)})") from None
     while lines and not lines[-1]:
         lines.pop()
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            row["step"] + 0, row["split"] + ""
-        except (ValueError, TypeError, KeyError, RecursionError):
-            if number < len(lines):
-                text = line[:60].decode(errors="replace")
-                raise CheckpointError(
-                    f"{path} line {number} is {text!r}; allowed: a JSON object with step and split"
-                ) from None
-        else:
+        except (ValueError, RecursionError):
+            row = None
+        if _is_row(row):
             rows.append(row)
+        elif number < len(lines):
+            text = line[:60].decode(errors="replace")
+            raise CheckpointError(
+                f"{path} line {number} is {text!r}; allowed: a JSON object with step and split, "
+                "and the numbers of such a row"
+            )
     return rows
 
 
-def write_whole(path: epath.PathLike, text: str) -> None:
-    """Writes a file so that a reader sees the old text or the new, never a part."""
+def _is_row(row: Any) -> bool:
+    """Whether a run may have written the row, so that what reads it finds what it needs."""
+    if not (isinstance(row, dict) and isinstance(row.get("split"), str)):
+        return False
+    step = row.get("step")
+    if not (isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 2**31):
+        return False
+    scalars = (v is None or isinstance(v, str | bool) or is_number(v) for v in row.values())
+    return all(scalars) and all(is_number(row.get(n)) for n in NUMBERS.get(row["split"], ()))
+
+
+def write_bytes(path: epath.PathLike, content: bytes) -> None:
+    """Writes a file so that a reader sees the old content or the new, never a part."""
     path = epath.Path(path)
     temporary = path.parent / f".{path.name}.tmp"
     try:
-        temporary.write_text(text)
+        temporary.write_bytes(content)
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_whole(path: epath.PathLike, text: str) -> None:
+    """As `write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def json_ready(value: Any) -> Any:

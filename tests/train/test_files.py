@@ -2,8 +2,11 @@
 
 import errno
 import fcntl
+import io
+import json
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -21,9 +24,10 @@ from rollingq_jax.train import schedule
 from rollingq_jax.train.events import EventLog
 from rollingq_jax.train.lock import locked
 from rollingq_jax.train.schedule import SaveSchedule
+from rollingq_jax.train.snapshot import load_snapshots, save_snapshot
 from rollingq_jax.train.storage import check_room, explained, reason_of, saving, writing
-from rollingq_jax.train.summary import print_summary
-from rollingq_jax.train.workdir import check_workdir
+from rollingq_jax.train.summary import print_summary, read_summary
+from rollingq_jax.train.workdir import check_workdir, read_config
 from rollingq_jax.train.writer import MetricsWriter, as_json, json_ready, read_rows, write_whole
 
 
@@ -58,9 +62,30 @@ def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
     assert [r["step"] for r in read_rows(path)] == [1]
 
 
-@pytest.mark.parametrize(
-    "line", ["{", "3", "[]", '{"step": "x", "split": "train"}', '{"split": "train"}', "\xff"]
-)
+ODD_ROWS = [
+    "{",
+    "3",
+    "[]",
+    "null",
+    "\xff",
+    "[" * 5000,
+    '{"split": "train"}',
+    '{"step": "x", "split": "train"}',
+    '{"step": true, "split": "train"}',
+    '{"step": NaN, "split": "train"}',
+    '{"step": -1, "split": "train"}',
+    '{"step": 1e300, "split": "train"}',
+    f'{{"step": {10**30}, "split": "train"}}',
+    '{"step": 1, "split": ["train"]}',
+    '{"step": 1, "split": "train", "loss": {"a": 1}}',
+    f'{{"step": 1, "split": "train", "loss": {10**400}}}',
+    '{"step": 1, "split": "roll"}',
+    '{"step": 1, "split": "roll", "epoch": 1, "head": 0, "imbalance_before": null, '
+    '"imbalance_after": 1, "angle_degrees": 2}',
+]
+
+
+@pytest.mark.parametrize("line", ODD_ROWS, ids=lambda line: line[:60])
 def test_a_damaged_line_in_the_middle_is_named(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     content = f"{as_json(row(1))}\n{line}\n{as_json(row(2))}\n"
@@ -79,12 +104,12 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "config.json"
     write_whole(path, "old")
 
-    def full(self, text):
-        with open(self, "w") as file:
-            file.write(text[:1])
+    def full(self, content):
+        with open(self, "wb") as file:
+            file.write(content[:1])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(type(epath.Path(path)), "write_text", full)
+    monkeypatch.setattr(type(epath.Path(path)), "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         write_whole(path, "new")
     assert files(tmp_path).keys() == {"config.json"} and path.read_text() == "old"
@@ -253,3 +278,172 @@ def test_a_folder_is_checked_without_being_made(tmp_path):
 def test_numbers_that_are_not_defined_become_null():
     value = {"a": (math.nan, np.float32(0.5)), 1: np.int64(3), "inf": math.inf, "flag": np.True_}
     assert json_ready(value) == {"a": [None, 0.5], "1": 3, "inf": None, "flag": True}
+
+
+def test_a_folder_in_the_place_of_the_rows_is_one_line(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl cannot be read \(Is a directory\)"):
+        read_rows(tmp_path / "metrics.jsonl")
+
+
+ODD_OBJECTS = [
+    ("", "not JSON"),
+    ("{", "not JSON"),
+    ("\udcff", "not JSON"),
+    ("[" * 100_000, "not JSON"),
+    ("null", "holds NoneType; allowed: a JSON object"),
+    ("[]", "holds list; allowed: a JSON object"),
+    ('{"a": ' * 400 + "1" + "}" * 400, "is nested too deep; allowed: at most 50 levels"),
+    (None, "cannot be read (Is a directory)"),
+]
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json"])
+@pytest.mark.parametrize(("content", "line"), ODD_OBJECTS)
+def test_odd_content_in_the_place_of_a_runs_json(tmp_path, name, content, line):
+    read = {"config.json": read_config, "summary.json": read_summary}[name]
+    assert read(epath.Path(tmp_path)) is None
+    if content is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_text(content, errors="surrogateescape")
+    with pytest.raises(CheckpointError, match=f"{name} .*{re.escape(line)}"):
+        read(epath.Path(tmp_path))
+
+
+SUMMARY = {
+    "best": {"step": 6, "epoch": 1, "accuracy": 0.25},
+    "test_accuracy": 0.5,
+    "test_macro_f1": 0.75,
+    "probe_accuracy": {"a": 0.125},
+    "attention_share": {"a": 0.375},
+    "quality_correlation": 0.0625,
+    "rotations": [1, 2],
+}
+ABSENT = ...
+ODD_VALUES = [None, [], {}, "x", True, -1, 10**400, {"a": None}, {"a": []}, [None], [[1]], ABSENT]
+
+
+def put(summary, name, value):
+    """The summary with a field replaced, or without it."""
+    summary = json.loads(json.dumps(summary))
+    *outer, last = name.split(".")
+    place = summary
+    for part in outer:
+        place = place[part]
+    if value is ABSENT:
+        del place[last]
+    else:
+        place[last] = value
+    return summary
+
+
+@pytest.mark.parametrize("value", ODD_VALUES, ids=repr)
+def test_a_summary_of_odd_content_is_refused_in_one_line_or_shown(tmp_path, capsys, value):
+    """Field by field; what is still there is shown."""
+    names = [*SUMMARY, *(f"best.{name}" for name in SUMMARY["best"]), "modality_examples"]
+    for name in names:
+        if name == "modality_examples" and value is ABSENT:
+            continue
+        (tmp_path / "summary.json").write_text(json.dumps(put(SUMMARY, name, value)))
+        try:
+            summary = read_summary(epath.Path(tmp_path))
+        except CheckpointError as error:
+            assert "summary.json is damaged" in str(error)
+            assert name in ("best", "best.step", "best.epoch", "best.accuracy", "test_accuracy")
+        else:
+            print_summary(summary, tmp_path)
+            printed = capsys.readouterr().out
+            for field, shown in (("test_macro_f1", "0.750"), ("probe_accuracy", "0.125")):
+                assert name in (field, "modality_examples") or shown in printed
+
+
+def test_a_best_epoch_whose_accuracy_is_not_known_is_shown(tmp_path, capsys):
+    (tmp_path / "summary.json").write_text(json.dumps(put(SUMMARY, "best.accuracy", None)))
+    print_summary(read_summary(epath.Path(tmp_path)), tmp_path)
+    assert re.search(r"best epoch by validation +1 \(-\)\n", capsys.readouterr().out)
+
+
+@pytest.fixture
+def rotations(tmp_path):
+    """Pictures of the rotations at the steps 6, 12 and 18."""
+    keys = {f"mean_keys/{m}": np.ones((5, 3), np.float32) for m in "ab"}
+    columns = keys | {"present": np.ones((5, 2), np.float32)}
+    for step in (6, 12, 18):
+        turn = {"query": [1.0, 0.0, 0.0], "anchor": [0.0, 1.0, 0.0]}
+        save_snapshot(epath.Path(tmp_path), step, step // 6, turn, columns)
+    return tmp_path / "rotations"
+
+
+def npz(**arrays):
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+VECTOR = np.ones(3, np.float32)
+DAMAGED = {
+    "empty": b"",
+    "noise": bytes(range(256)) * 4,
+    "of other arrays": npz(a=VECTOR),
+    "of other widths": npz(
+        step=12, epoch=2, query=VECTOR, anchor=VECTOR[:2], **{"mean_keys/a": np.ones((5, 3))}
+    ),
+    "of no numbers": npz(
+        step=12, epoch=2, query=VECTOR, anchor=VECTOR, **{"mean_keys/a": np.array([["x"] * 3])}
+    ),
+    "not finite": npz(
+        step=12, epoch=2, query=VECTOR * np.nan, anchor=VECTOR, **{"mean_keys/a": np.ones((5, 3))}
+    ),
+    "without an axis": npz(step=12, epoch=2, query=np.float32(1), anchor=VECTOR),
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_picture_of_a_rotation_is_left_out_with_a_warning(rotations, caplog, content):
+    (rotations / "12.npz").write_bytes(content)
+    (rotations / "99999999999999999999.npz").write_bytes(b"")
+    found = load_snapshots(epath.Path(rotations.parent), 18)
+    assert [snapshot.step for snapshot in found] == [6, 18]
+    assert re.search(r"12\.npz is damaged, and not drawn \(", caplog.text)
+
+
+def test_wherever_a_picture_is_cut_or_flipped_it_is_left_out_or_right(rotations, caplog):
+    path = rotations / "12.npz"
+    content = path.read_bytes()
+    whole = load_snapshots(epath.Path(rotations.parent), 12)[1]
+    draw = random.Random(0)
+    for _ in range(300):
+        broken, place = bytearray(content), draw.randrange(len(content))
+        if draw.random() < 0.5:
+            del broken[place:]
+        else:
+            broken[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(bytes(broken))
+        for snapshot in load_snapshots(epath.Path(rotations.parent), 12)[1:]:
+            np.testing.assert_equal(snapshot, whole)
+
+
+def test_a_folder_or_file_in_the_place_of_pictures(rotations, caplog):
+    (rotations / "12.npz").unlink()
+    (rotations / "12.npz").mkdir()
+    assert [s.step for s in load_snapshots(epath.Path(rotations.parent), 18)] == [6, 18]
+    shutil.rmtree(rotations)
+    rotations.write_text("")
+    assert load_snapshots(epath.Path(rotations.parent), 18) == []
+
+
+def test_a_picture_is_written_whole(rotations, monkeypatch):
+    before = files(rotations)
+
+    def full(self, content):
+        with open(self, "wb") as file:
+            file.write(content[:9])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(epath.Path(rotations)), "write_bytes", full)
+    turn = {"query": [1.0, 0.0, 0.0], "anchor": [0.0, 1.0, 0.0]}
+    columns = {"mean_keys/a": np.ones((5, 3)), "present": np.ones((5, 1))}
+    with pytest.raises(OSError):
+        save_snapshot(epath.Path(rotations.parent), 12, 2, turn, columns)
+    assert files(rotations) == before

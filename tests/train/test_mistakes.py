@@ -51,6 +51,8 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "dotted.json").write_text('{"optimizer": {"a.b": 1}}')
     (tmp_path / "section.json").write_text('{"optimizer": 3}')
     (tmp_path / "extra.json").write_text(json.dumps(resolved | {"epoch": 3}))
+    huge = json.dumps(resolved).replace('"learning_rate": 0.05', f'"learning_rate": {10**400}')
+    (tmp_path / "huge.json").write_text(huge)
     (tmp_path / "a_file").write_text("x")
     return tmp_path
 
@@ -119,6 +121,22 @@ ROWS = [
     ),
     ([*TINY, "--config.model.num_heads=3"], "num_heads is 3; allowed: a divisor of"),
     ([*TINY, "--config.model.num_classes=2"], "num_classes"),
+    # integers without end
+    ([*TINY, "--config.epochs=1000000000"], "allowed with 6 steps an epoch: at most 357,913,941"),
+    ([*TINY, f"--config.epochs={2**70}"], "allowed: an integer >= 1 and at most 2,147,483,647"),
+    ([*TINY, f"--config.seed={2**32}"], "allowed: an integer >= 0 and at most 4,294,967,295"),
+    ([*TINY, f"--config.batch_size={2**31}"], "an integer >= 1 and at most 2,147,483,647"),
+    ([*TINY, f"--config.rolling.max_rotations={10**12}"], "is 1000000000000; allowed: an integer"),
+    ([*TINY, f"--config.rolling.check_every={2**63}"], "config.rolling.check_every is 92233720"),
+    ([*TINY, f"--config.log_every={10**400}"], "allowed: an integer >= 1 and at most"),
+    ([*TINY, f"--config.optimizer.learning_rate={10**400}"], "is inf; allowed: a number > 0"),
+    ([*TINY, "--config.checkpoint.keep=99999999999"], "is 99999999999; allowed: an integer >= 1"),
+    ([*TINY, "--config.data.prefetch=1000000"], "allowed: an integer >= 0 and at most 1,024"),
+    ([*TINY, "--config.model.dim=9999999"], "model.dim is 9999999; allowed: an integer >= 1"),
+    ([*TINY, "--config.model.depth=5000"], "model.depth is 5000; allowed: an integer >= 0 and at"),
+    ([*TINY, "--config.model.num_heads=4294967296"], "model.num_heads is 4294967296; allowed: an"),
+    ([*TINY, "--config.model.mlp_ratio=1e300"], "is 1e+300; allowed: a number > 0 and at most 10"),
+    (["--config_json", "huge.json"], "allowed: a number > 0"),
     # the data
     ([*TINY, "--config.batch_size=64"], "is 64; allowed: at most the number of training examples"),
     ([*TINY, "--config.batch_size=12"], "is 12; allowed: a multiple of the number of devices"),
