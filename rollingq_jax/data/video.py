@@ -248,15 +248,19 @@ def _open_video(path: str | os.PathLike, track: str = "video") -> Iterator[Any]:
         import av
 
         with open(path, "rb") as file:
-            check_impostor(file.read(HEAD), path, "video")
+            head = file.read(HEAD)
+            check_impostor(head, path, "video")
             missing = find_missing(file)
-            # The second also keeps FFmpeg from decoding a huge frame to learn of its properties.
-            options = {"format_whitelist": VIDEO_FORMATS, "max_pixels": str(MAX_PIXELS)}
+            options: dict[str, Any] = {"container_options": {"format_whitelist": VIDEO_FORMATS}}
+            # FLV and MPEG tell of their tracks as they come; older PyAV then crashes on options.
+            if not head.startswith((b"FLV", b"G", b"\0\0\1\xba", b"\0\0\1\xb3")):
+                # FFmpeg would decode a huge frame to learn of its properties.
+                options["options"] = {"max_pixels": str(MAX_PIXELS)}
             if missing.bytes:
-                with av.open(file, options=options) as container:
+                with av.open(file, **options) as container:
                     _check_whole(container, path, track, missing)
                 file.seek(0)
-            with av.open(file, options=options) as container:
+            with av.open(file, **options) as container:
                 _check_track(container, path, track)
                 if track == "video":
                     _limit_pixels(container.streams.video[0].codec_context, path)

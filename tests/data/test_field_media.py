@@ -94,7 +94,7 @@ def test_a_wrong_length_in_the_header_is_not_believed(tmp_path, seconds):
     where = data.index(b"\x44\x89\x88") + 3  # Duration, a double, in milliseconds
     assert struct.unpack(">d", data[where : where + 8])[0] == pytest.approx(2000, abs=100)
     path.write_bytes(data[:where] + struct.pack(">d", 1000 * seconds) + data[where + 8 :])
-    assert media.video_seconds(path, 10) == pytest.approx(2.0, abs=0.1)
+    assert media.video_seconds(path, 10) == pytest.approx(2.0, abs=0.15)
     assert media.count_video_frames(path) == 50
 
 
@@ -428,7 +428,7 @@ def test_other_modes_become_rgb(mode):
 
     white = Image.new("RGBA", (4, 3), "white").convert("RGB").convert(mode if mode != "PA" else "P")
     white = white.convert("PA") if mode == "PA" else white
-    format = {"CMYK": "TIFF", "PA": "TIFF", "YCbCr": "TIFF"}.get(mode, "PNG")
+    format = {"CMYK": "TIFF", "PA": "TIFF", "YCbCr": "JPEG"}.get(mode, "PNG")
     image = media.decode_image(encoded(white, format))
     assert image.shape == (3, 4, 3) and image.min() >= 254
 
