@@ -38,7 +38,7 @@ def evaluate(
     workdir: epath.PathLike,
     *,
     path: str | None = None,
-    split: str = "test",
+    split: str | None = None,
     corrupt: Sequence[str] = (),
     full_probes: bool = False,
     levels: Sequence[float] = probes.NOISE_LEVELS,
@@ -51,7 +51,7 @@ def evaluate(
       workdir: the run's folder.
       path: of labeled data that are evaluated in the place of the run's own, read with the run's
         preprocessing (see `rollingq_jax.data.new_data`); the training data need not be there.
-      split: of the data.
+      split: of the data; by default "test", and of new data the only one, if they have one.
       corrupt: conditions, each a specification as in `rollingq_jax.data.corruption`; several
         corruptions in one specification are applied together.
       full_probes: whether each modality is noised at every level, shuffled, swapped and replaced.
@@ -69,6 +69,7 @@ def evaluate(
     folder = check_workdir(workdir)
     run = load_run(folder)
     dataset = run.dataset if path is None else _new_dataset(run, path, split)
+    split = split or "test"
     if split not in dataset.splits:
         raise ConfigError(f"split: {split!r}; one of {', '.join(dataset.splits)}")
     for text in corrupt:  # a mistake is told before the first pass
@@ -101,10 +102,10 @@ def evaluate(
     return result
 
 
-def _new_dataset(run: LoadedRun, path: str, split: str) -> Dataset:
+def _new_dataset(run: LoadedRun, path: str, split: str | None) -> Dataset:
     names, seed = run.model.spec.modalities, run.config.seed
     data = open_new_data(path, run.config.data, run.inputs, names, split=split, seed=seed)
-    return as_dataset(data, run.inputs, names, split, run.config.model.encoders)
+    return as_dataset(data, run.inputs, names, split or "test", run.config.model.encoders)
 
 
 def write_predictions(
@@ -176,7 +177,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="labeled data in the place of the run's own, read with the run's preprocessing: data "
         "that have moved, or new ones",
     )
-    parser.add_argument("--split", default="test", help="train, valid or test (default: test)")
+    parser.add_argument("--split", help="train, valid or test (default: test)")
     parser.add_argument(
         "--corrupt",
         action="append",

@@ -30,8 +30,8 @@ class NewData(NamedTuple):
     """Examples for a trained model.
 
     Attributes:
-      source: raw arrays by modality, `"<m>_mask"` where examples may lack m or have fewer positions,
-        `"quality_<m>"` where it is known; no labels.
+      source: raw arrays by modality, `"<m>_mask"` where examples may lack m or some of its
+        positions, `"quality_<m>"` where it is known; no labels.
       ids: one for each example.
       labels: the name of each example's class, or its number as text where the classes have no
         names; "" where it is not given.
@@ -233,8 +233,8 @@ def as_dataset(
 
 def _with_unit(info: ModalityInfo, encoder: Any) -> ModalityInfo:
     """Pixels normalized by the training data's mean and deviation have a deviation of 1 there."""
-    stated = [] if encoder is None else [encoder.get("mean"), encoder.get("std")]
-    own = all(one is None or tuple(one) == ours for one, ours in zip(stated, (info.mean, info.std)))
+    given = encoder or {}
+    own = all(given.get(field) in (None, getattr(info, field)) for field in ("mean", "std"))
     return dataclasses.replace(info, unit=1.0) if info.std and own else info
 
 

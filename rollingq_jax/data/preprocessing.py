@@ -76,7 +76,7 @@ class Preprocessing:
         """
         value = raw.reshape(raw.shape[0], *self.info.shape)
         if self.mean is not None:
-            mean, std = self._scale
+            mean, std = (x.reshape((1,) * (value.ndim - 1) + x.shape) for x in self._scale)
             limit = math.inf if self.clip is None else self.clip
             first = mean.astype(np.float32)
             rest = (mean - first).astype(np.float32)
