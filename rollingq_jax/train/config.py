@@ -5,6 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from rollingq_jax.data.options import check_fields, fields_of
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.models.fields import Rule, as_mapping, read_fields
 from rollingq_jax.models.spec import ENCODER_RULES, MODEL_RULES
@@ -119,7 +120,7 @@ def default_config() -> ConfigDict:
 
 
 def check_config(config: Any) -> None:
-    """Checks the fields that the training loop reads; the model and the data check their own.
+    """Checks the fields that the training loop and the data read; the model checks its own.
 
     Raises:
       ConfigError: a field is unknown or missing, or its value is not allowed; says which.
@@ -138,6 +139,7 @@ def check_config(config: Any) -> None:
         elif name == "data":
             shared = {field: value for field, value in section.items() if field in DATA_RULES}
             _complete(read_fields(shared, DATA_RULES, "config.data"), DATA_RULES, "config.data")
+            check_fields(section)
     warmup, epochs = fields["optimizer"]["warmup_epochs"], fields["epochs"]
     if warmup >= epochs:
         raise ConfigError(
@@ -158,6 +160,9 @@ def allowed_in(field: str, config: Any) -> str:
     rules = RULES.get(section, {})
     if section == "data":
         rules = DATA_RULES
+        described = fields_of(config.data.get("name", "")).get(name)
+        if name not in rules and described is not None:
+            return described.allowed
     elif section == "model":
         rules = MODEL_RULES
     elif section.startswith("model.encoders."):
