@@ -85,7 +85,7 @@ def open_new_data(
         return _open_prepared(path, config_data, inputs, split or "test", seed)
     from rollingq_jax.data.tfds_source import open_tfds
 
-    return NewData(*open_tfds(config_data, used, path=path, split=split or "test"))
+    return NewData(*open_tfds(config_data, used, path=path, split=split))
 
 
 def open_arrays(
@@ -112,7 +112,7 @@ def open_arrays(
     arrays = read_arrays(path)
     found = {s for s in SPLITS if any(key.startswith(f"{s}/") for key in arrays)}
     plain = {key: array for key, array in arrays.items() if "/" not in key}
-    if split is None and not plain.keys() & modalities.keys():
+    if split is None and found and not plain.keys() & modalities.keys():
         split = next(iter(found)) if len(found) == 1 else "test"
     if split is not None and split not in found:
         raise ConfigError(
