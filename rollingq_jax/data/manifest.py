@@ -155,7 +155,8 @@ def read_manifest(
     given = dict(columns or {})
     if types is not None:  # the training file's names; the new one may have some of them
         given = {ours: header for ours, header in given.items() if header in headers}
-    special, found_columns = _sort_columns(path, headers, given, modalities or types or ())
+    wanted = tuple(modalities or types or ())
+    special, found_columns = _sort_columns(path, headers, given, wanted)
     if types is None:
         _check_needed(path, headers, special, found_columns, modalities)
     elif not found_columns:
@@ -168,7 +169,7 @@ def read_manifest(
         name: _type(path, name, header, stated, (types or {}).get(name), records)
         for name, (header, stated) in sorted(found_columns.items())
     }
-    quality_of = _quality_columns(path, special, type_of, modalities or types or ())
+    quality_of = _quality_columns(path, special, type_of, wanted)
     root, rows = Path(os.path.realpath(path.parent)), []
     for number, (where, record) in enumerate(records):
         values: dict[str, Path | str | None] = {}

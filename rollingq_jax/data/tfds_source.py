@@ -29,7 +29,7 @@ from rollingq_jax.data.measure import standardize
 from rollingq_jax.data.options import local_path, mapping_option, option
 from rollingq_jax.data.preprocessing import Preprocessing
 from rollingq_jax.data.reading import reading
-from rollingq_jax.data.tfds_files import check_prepared, find_prepared, parse_name
+from rollingq_jax.data.tfds_files import find_prepared, open_prepared, parse_name
 from rollingq_jax.data.tfds_forms import Form, make_form
 from rollingq_jax.data.types import Dataset, Example, Source
 from rollingq_jax.errors import ConfigError, DataError
@@ -315,8 +315,7 @@ def _open_builder(config_data: Any, path: str = "") -> Any:
         if name is None:
             raise DataError(f"{unknown} (a name, name/config or name/config:1.2.3)")
         if place := find_prepared(name, folder):
-            check_prepared(place)
-            return tfds.builder_from_directory(place)
+            return open_prepared(place)
         chosen = {"config": name.config, "version": name.version, "data_dir": folder or None}
         return tfds.builder_cls(name.name)(**chosen)
     except ImportError as error:

@@ -6,14 +6,18 @@ import logging
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from rollingq_jax.data.av_digits import AvDigits, av_digits_config
+from rollingq_jax.data.cache import build_once
 from rollingq_jax.data.labels import groups_of, ids_of, labels_of
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.pipeline import eval_batches
+from rollingq_jax.data.records import RecordSource
 from rollingq_jax.data.tfds_source import open_tfds
 from rollingq_jax.errors import ConfigError, DataError
 
@@ -269,6 +273,31 @@ def test_the_payloads_would_run(stranger):
 def test_only_classes_of_tfds_features(stranger, name):
     features_file(stranger).write_text(json.dumps(PAYLOADS["nested"](name)))
     refused(stranger, repr(name), "refused")
+
+
+def test_prepared_records_are_guarded_too(stranger):
+    """Those of CREMA-D and Kinetics-Sounds, whose folder a configuration names."""
+    place = features_file(stranger).parent
+    features_file(stranger).write_text(json.dumps(PAYLOADS["nested"]("payload.Feature")))
+    with pytest.raises(DataError, match=r"'payload\.Feature' is refused"):
+        RecordSource(place)
+    assert not (stranger / "ran").exists()
+
+
+def test_cached_digits_are_guarded_too(stranger):
+    """A configuration names the cache, and its checksums are only as good as who wrote them."""
+    cache = stranger / "cache"
+    made = AvDigits(config=av_digits_config("clean", seed=0, test_pairings=3), data_dir=cache)
+    place = Path(made.data_dir)
+    shutil.copytree(features_file(stranger).parent, place)
+    content = json.dumps(PAYLOADS["nested"]("payload.Feature"))
+    (place / "features.json").write_text(content)
+    build_once(place.with_name("again"), lambda scratch: shutil.copytree(place, scratch / "a"))
+    shutil.rmtree(place)
+    place.with_name("again").rename(place)
+    with pytest.raises(DataError, match=r"'payload\.Feature' is refused"):
+        load_dataset({"name": "av_digits", "regime": "clean", "cache_dir": str(cache)}, seed=0)
+    assert not (stranger / "ran").exists()
 
 
 def test_classes_under_older_names_of_tfds_pass(stranger):
