@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rollingq_jax.data.labels import (
+    MAX_CLASSES,
     as_text,
     check_name,
     check_tags,
@@ -73,10 +74,10 @@ def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None)
                 f"data.features: {name}={feature}; {config_data.name} has {', '.join(available)}"
             )
     num_classes = getattr(available[features["label"]], "num_classes", None)
-    if not num_classes:
+    if not num_classes or num_classes > MAX_CLASSES:
         raise DataError(
             f"data.features: label={features['label']}; must be a ClassLabel with a known number "
-            "of classes"
+            f"of classes, at most {MAX_CLASSES}"
         )
     kind_of = mapping_option(config_data, "kinds") | dict(kinds or {})
     forms = {

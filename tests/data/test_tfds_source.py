@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from rollingq_jax.data.av_digits import AvDigits, av_digits_config
 from rollingq_jax.data.cache import build_once
@@ -405,6 +407,46 @@ def test_groups_stay_whole(prepared, caplog):
         assert ids_of(source).tolist() == numbers
         assert groups_of(source).tolist() == [f"s{number // 4}" for number in numbers]
         assert labels_of(source).tolist() == [number % 2 for number in numbers]
+
+
+def test_a_number_of_classes_beyond_reason(stranger):
+    file = features_file(stranger)
+    file.write_text(file.read_text().replace('"numClasses": "3"', '"numClasses": "1000000000"'))
+    with pytest.raises(DataError, match="label=broken.*at most 100000"):
+        read(str(stranger / "data"), "grey=grey,label=broken")
+
+
+NODES = st.recursive(
+    st.one_of(
+        st.none(),
+        st.integers(),
+        st.text(max_size=5),
+        st.sampled_from([f"{OWN}.text_feature.Text", f"{OWN}.tensor_feature.Tensor", "payload.F"]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(
+            st.sampled_from(
+                ["type", "content", "pythonClassName", "featuresDict", "features", "tensor", "text",
+                 "shape", "dimensions", "dtype", "sequence", "feature", "jsonFeature", "json"]
+            ),
+            st.one_of(inner, inner.map(json.dumps)),
+            max_size=4,
+        ),
+    ),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(content=NODES)
+def test_any_description_opens_or_gives_one_line(stranger, content):
+    features_file(stranger).write_text(json.dumps(content))
+    with pytest.raises((DataError, ConfigError)) as caught:
+        read(str(stranger / "data"), "grey=grey,label=label")
+    assert "\n" not in str(caught.value) and not (stranger / "ran").exists()
 
 
 def test_a_single_split_is_divided(stranger):
