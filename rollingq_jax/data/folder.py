@@ -170,18 +170,10 @@ def open_manifest(
     Raises:
       DataError: as :func:`load`; there are no such rows; the model was trained on arrays.
     """
-    for name, one in modalities.items():
-        if one.media is None:
-            raise DataError(
-                f"modality {name!r}: the run was trained on arrays of it, so files cannot be read "
-                "for it; give arrays (.npz)"
-            )
-    saved = {name: dict(one.media or {}) for name, one in modalities.items()}
-    types = {name: str(media.pop("type")) for name, media in saved.items()}
+    saved = {name: _saved_form(one) for name, one in modalities.items()}
+    types = {name: form.type for name, form in saved.items()}
     manifest = read_manifest(path, columns=columns, types=types)
-    files = {
-        name: FileForm(type_, MediaSizes(**saved[name])) for name, type_ in manifest.types.items()
-    }
+    files = {name: FileForm(type_, saved[name].sizes) for name, type_ in manifest.types.items()}
     rows: Sequence[Row] = manifest.rows
     if "split" in manifest.special:
         there = {row.split for row in rows}
@@ -205,6 +197,28 @@ class FileForm(NamedTuple):
 
     type: str
     sizes: MediaSizes
+
+
+def _saved_form(one: Preprocessing) -> FileForm:
+    """How a trained model's files become raw arrays."""
+    name = one.info.name
+    if one.media is None:
+        raise DataError(
+            f"modality {name!r}: the run was trained on arrays of it, so files cannot be read for "
+            "it; give arrays (.npz)"
+        )
+    try:
+        sizes = dict(one.media)
+        form = FileForm(str(sizes.pop("type")), MediaSizes(**sizes))
+        fits = example_form(*form) == (tuple(one.raw_shape), one.raw_dtype)
+    except (KeyError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise DataError(
+            f"modality {name!r}: how its files are read cannot be told from the run's record "
+            f"({str(dict(one.media))[:200]})"
+        )
+    return form
 
 
 def _modalities(files: Mapping[str, FileForm]) -> dict[str, Preprocessing]:

@@ -148,7 +148,8 @@ def read_manifest(
     if path.is_dir():
         found = [path / f"manifest{suffix}" for suffix in MANIFEST_SUFFIXES]
         path = next((candidate for candidate in found if candidate.is_file()), found[0])
-    records, decimal_comma = _read_records(path, _read_text(path))
+    known = {*SPECIAL, *(columns or {}).values()}
+    records, decimal_comma = _read_records(path, _read_text(path), known)
     if not records:
         raise DataError(f"{path.name}: no rows; wanted {NEEDED}")
     headers = list(dict.fromkeys(key for _, record in records for key in record))
@@ -224,11 +225,11 @@ def _read_text(path: Path) -> str:
 Records = list[tuple[str, Mapping[str, Any]]]
 
 
-def _read_records(path: Path, text: str) -> tuple[Records, bool]:
+def _read_records(path: Path, text: str, known: set[str]) -> tuple[Records, bool]:
     """[(place for messages, {column: cell})], and whether numbers may have decimal commas."""
     if path.suffix.lower() == ".jsonl":
         return list(_json_records(path, text)), False
-    text, delimiter, skipped = _delimited(path, text)
+    text, delimiter, skipped = _delimited(path, text, known)
     return list(_csv_records(path, text, delimiter, skipped)), delimiter != ","
 
 
@@ -271,11 +272,11 @@ def _csv_records(
         raise DataError(f"{path.name} line {line}: not CSV ({error})") from None
 
 
-def _delimited(path: Path, text: str) -> tuple[str, str, int]:
+def _delimited(path: Path, text: str, known: set[str]) -> tuple[str, str, int]:
     """The text from its header on, what stands between cells, and how many lines were left out.
 
     Excel writes ``sep=;`` above the header. Else the header tells: of several candidates in it, the
-    one that gives more of the names that mean something in every manifest.
+    one that gives more of the names that are known.
     """
     lines = _NEW_LINE.split(text, 1)
     if found := re.fullmatch(r'"?sep=(.)"?', lines[0], re.IGNORECASE):
@@ -286,8 +287,8 @@ def _delimited(path: Path, text: str) -> tuple[str, str, int]:
     present = [mark for mark in DELIMITERS if mark in re.sub('"[^"]*"', "", header)]
     if len(present) < 2:
         return text, present[0] if present else ",", 0
-    known = {mark: len(set(SPECIAL).intersection(_cells(header, mark))) for mark in present}
-    best = [mark for mark in present if known[mark] == max(known.values())]
+    counts = {mark: len(known.intersection(_cells(header, mark))) for mark in present}
+    best = [mark for mark in present if counts[mark] == max(counts.values())]
     if len(best) > 1:
         shown = " or ".join(map(repr, best))
         raise DataError(

@@ -387,7 +387,7 @@ def _splits(config_data: Any, builder: Any, grouped: bool) -> dict[str, str]:
             raise ConfigError(f"data.tfds_splits: {given!r}; train, test and optionally valid")
         return given
     names = list(builder.info.splits)
-    if len(names) == 1:
+    if len(names) == 1 and names[0] not in ("test", *VALID_NAMES):
         return {"train": names[0]}
     if builder.data_path.exists() and not {"train", "test"} <= set(names):
         raise DataError(

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rollingq_jax import check
 from rollingq_jax.data.arrays import load as load_arrays
 from rollingq_jax.data.folder import load, open_manifest
 from rollingq_jax.data.infer import infer_model
@@ -350,6 +351,32 @@ def test_a_manifest_with_tabs_where_arrays_are_expected(tmp_path):
     assert load_arrays(config, seed=0).class_names == ("cat", "dog")
 
 
+def test_names_in_data_columns_tell_the_delimiter(tmp_path):
+    (tmp_path / "m.csv").write_text("class;said, in words\na;x\nb;y\n")
+    columns = {"label": "class", "words:string": "said, in words"}
+    manifest = read_manifest(tmp_path / "m.csv", columns=columns)
+    assert [row.values["words"] for row in manifest.rows] == ["x", "y"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
+def test_missing_files_are_listed_whatever_the_columns_are_called(tmp_path, capsys, suffix):
+    records = [{"emotion": str(n % 2), "pic": f"{n}.png", "age": "7"} for n in range(9)]
+    path = tmp_path / f"m.{suffix}"
+    if suffix == "jsonl":
+        write_jsonl(path, records)
+    else:
+        mark = "\t" if suffix == "tsv" else ";"
+        lines = [mark.join(record.values()) for record in records]
+        path.write_text("\n".join([mark.join(records[0]), *lines]))
+    with pytest.raises(DataError, match="9 missing files: '0.png'"):
+        check.command(
+            ["check", "--config=configs/own_data.py", f"--config.data.path={path}",
+             "--config.data.columns=label=emotion, picture=pic",
+             "--config.data.modalities=('picture',)"]
+        )  # fmt: skip
+    assert "missing: '3.png'" in capsys.readouterr().out
+
+
 # Columns that are called something else, or are no modality.
 
 
@@ -573,6 +600,17 @@ def test_new_data_that_cannot_be_read(tree):
     fails_clearly(lambda: open_manifest(path, trained), "refused")
     path.write_text("picture\n")
     fails_clearly(lambda: open_manifest(path, trained), "no rows")
+
+
+@pytest.mark.parametrize(
+    "media", [{}, {"type": "smell"}, {"type": "image", "image_size": 17}, {"type": "image", "x": 1}]
+)
+def test_a_record_that_says_something_else(tree, media):
+    folder, rows = tree
+    write_csv(folder / "trained.csv", rows)
+    trained = load({"path": str(folder / "trained.csv"), **SMALL}, seed=0).preprocessing
+    odd = {"picture": dataclasses.replace(trained["picture"], media=media)}
+    fails_clearly(lambda: open_manifest(folder / "trained.csv", odd), "'picture'", "record")
 
 
 def test_words_of_a_model_come_from_files_or_cells(tree):
