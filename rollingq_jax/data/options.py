@@ -1,6 +1,7 @@
 """Fields of ``config.data``: what each loader has, and how it reads them."""
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -18,13 +19,14 @@ class Field(NamedTuple):
     Attributes:
       default: its type is the field's; a tuple holds names, a mapping strings.
       meaning: in a few words.
-      minimum: the least value allowed.
+      minimum, maximum: the least and the largest value allowed.
       choices: the values allowed, where they are few.
     """
 
     default: Any
     meaning: str
     minimum: float | None = None
+    maximum: float | None = None
     choices: tuple[str, ...] = ()
 
     @property
@@ -37,38 +39,41 @@ class Field(NamedTuple):
         if isinstance(self.default, tuple):
             return "names, as 'a,b' or a tuple"
         words = {bool: "True or False", int: "an integer", float: "a number", str: "a string"}
-        least = f" >= {self.minimum:g}" if self.minimum is not None else ""
-        return words[type(self.default)] + least
+        least = f" >= {self.minimum:,}" if self.minimum is not None else ""
+        most = f" and at most {self.maximum:,}" if self.maximum is not None else ""
+        return words[type(self.default)] + least + most
 
 
 COMMON_FIELDS = {
     "name": Field("av_digits", "a data set of this package, or any TFDS name"),
     "path": Field("", "where the data are"),
     "cache_dir": Field("", "where what is made of data is kept"),
-    "prefetch": Field(2, "batches made ahead", minimum=0),
+    "prefetch": Field(2, "batches made ahead", minimum=0, maximum=1_024),
     "corruptions": Field("", "of the training split: 'audio=0..2, visual=drop:0.2'"),
 }
 _MODALITIES = Field((), "those to use; empty: all")
 _STANDARDIZE = Field(True, "float modalities get mean 0 and deviation 1")
 _KINDS = Field({}, "kinds of modalities, where the shape does not tell")
-_STATS_EXAMPLES = Field(256, "training examples that statistics are taken from", minimum=1)
+_STATS_EXAMPLES = Field(
+    256, "training examples that statistics are taken from", minimum=1, maximum=1_000_000_000
+)
 _FRAMES = {
-    "split_seed": Field(0, "of the split where it is drawn", minimum=0),
-    "num_frames": Field(3, "frames of a clip", minimum=1),
-    "frame_size": Field(224, "pixels of a frame's sides", minimum=1),
+    "split_seed": Field(0, "of the split where it is drawn", minimum=0, maximum=4_294_967_295),
+    "num_frames": Field(3, "frames of a clip", minimum=1, maximum=1_000),
+    "frame_size": Field(224, "pixels of a frame's sides", minimum=1, maximum=4_096),
 }
 _MEDIA = {
     "modalities": _MODALITIES,
     "standardize": _STANDARDIZE,
     "columns": Field({}, "which column of a manifest is what"),
     "audio_features": Field("mel", "the kind of spectrogram", choices=("mel", "stft")),
-    "audio_rate": Field(16000, "samples a second", minimum=1000),
-    "audio_seconds": Field(0.0, "of a clip; 0: the longest", minimum=0),
-    "audio_bins": Field(64, "frequencies of a spectrogram", minimum=2),
-    "audio_frames": Field(96, "times of a spectrogram", minimum=1),
-    "image_size": Field(64, "pixels of an image's sides", minimum=1),
-    "video_frames": Field(4, "frames of a video", minimum=1),
-    "text_length": Field(0, "bytes of a text; 0: the longest", minimum=0),
+    "audio_rate": Field(16000, "samples a second", minimum=1000, maximum=1_000_000),
+    "audio_seconds": Field(0.0, "of a clip; 0: the longest", minimum=0, maximum=100_000),
+    "audio_bins": Field(64, "frequencies of a spectrogram", minimum=2, maximum=10_000),
+    "audio_frames": Field(96, "times of a spectrogram", minimum=1, maximum=100_000),
+    "image_size": Field(64, "pixels of an image's sides", minimum=1, maximum=4_096),
+    "video_frames": Field(4, "frames of a video", minimum=1, maximum=1_000),
+    "text_length": Field(0, "bytes of a text; 0: the longest", minimum=0, maximum=1_000_000),
     "stats_examples": _STATS_EXAMPLES,
 }
 # The fields of each loader beside the common ones, by `data.name`; ANY_TFDS stands for all others.
@@ -82,7 +87,9 @@ FIELDS: dict[str, dict[str, Field]] = {
             "how noisy the modalities are",
             choices=("varied_test", "noisy_audio", "varied_train", "clean"),
         ),
-        "test_pairings": Field(3, "images that each spoken test digit is paired with", minimum=1),
+        "test_pairings": Field(
+            3, "images that each spoken test digit is paired with", minimum=1, maximum=1_000
+        ),
     },
     "cmu_mosei": {
         "modalities": _MODALITIES,
@@ -101,10 +108,12 @@ FIELDS: dict[str, dict[str, Field]] = {
         "tfds_splits": Field({}, "which TFDS splits are train, valid and test"),
         "kinds": _KINDS,
         "standardize": _STANDARDIZE,
-        "image_size": Field(64, "pixels of an image's sides", minimum=1),
-        "text_length": Field(128, "bytes of a text", minimum=1),
-        "sequence_length": Field(128, "positions of a sequence of varying length", minimum=1),
-        "vocab_size": Field(0, "of token ids", minimum=0),
+        "image_size": Field(64, "pixels of an image's sides", minimum=1, maximum=4_096),
+        "text_length": Field(128, "bytes of a text", minimum=1, maximum=1_000_000),
+        "sequence_length": Field(
+            128, "positions of a sequence of varying length", minimum=1, maximum=1_000_000
+        ),
+        "vocab_size": Field(0, "of token ids", minimum=0, maximum=10_000_000),
         "stats_examples": _STATS_EXAMPLES,
     },
 }
@@ -149,7 +158,9 @@ def _check_value(config_data: Any, name: str, field: Field) -> None:
     elif isinstance(field.default, Mapping):
         mapping_option(config_data, name)
     else:
-        option(config_data, name, field.default, minimum=field.minimum)
+        value = option(config_data, name, field.default, minimum=field.minimum)
+        if field.maximum is not None and value > field.maximum:
+            raise ConfigError(f"data.{name}: {value!r}; must be {field.allowed}")
 
 
 def _names(config_data: Any) -> list[str]:
@@ -189,6 +200,8 @@ def option(config_data: Any, name: str, default: T, *, minimum: float | None = N
     wanted: type[Any] = dict if isinstance(default, Mapping) else type(default)
     if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool):
         raise ConfigError(f"data.{name}: {value!r}; must be of type {wanted.__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"data.{name}: {value!r}; must be finite")
     if minimum is not None and value < minimum:
         raise ConfigError(f"data.{name}: {value!r}; must be at least {minimum:g}")
     return value
