@@ -48,6 +48,7 @@ from rollingq_jax.data.labels import (
     with_test,
     with_valid,
 )
+from rollingq_jax.data.manifest import is_manifest
 from rollingq_jax.data.npz import FORM, StoredArray, check_memory, open_arrays, unpacked
 from rollingq_jax.data.options import array_path, mapping_option, option
 from rollingq_jax.data.preprocessing import InputSpec, Preprocessing
@@ -57,7 +58,6 @@ from rollingq_jax.errors import DataError
 SPLITS = ("train", "valid", "test")
 LARGE = 64 * 2**20  # bytes of a file, from which on what was measured is kept
 MEASURE = 1  # raised whenever the checks or the statistics change
-MANIFESTS = (".csv", ".tsv", ".jsonl")
 
 Stored = np.ndarray | StoredArray
 Measure = Callable[[], dict[str, Preprocessing]]
@@ -76,8 +76,8 @@ def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None)
     Args:
       config_data: ``path``; optional ``kinds`` ("audio=spectrogram, visual=image", or a mapping),
         ``modalities`` (those to use; empty for all), ``standardize`` (True), ``cache_dir`` (see
-        :func:`~rollingq_jax.data.cache.cache_root`). A path of a manifest (.csv, .tsv, .jsonl) is
-        read as by :mod:`rollingq_jax.data.folder`.
+        :func:`~rollingq_jax.data.cache.cache_root`). A path of a manifest (.csv, .tsv, .jsonl), or
+        of a folder with one, is read as by :mod:`rollingq_jax.data.folder`.
       seed: of the validation split, where the file has none.
       kinds: {modality: kind}, before ``config_data.kinds``, ``kind/<m>`` and the shape.
 
@@ -89,7 +89,7 @@ def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None)
     if not given:
         raise DataError("data.path: not given; an .npz file, a folder of .npy files or a manifest")
     path = array_path(given, "data.path")
-    if path.suffix.lower() in MANIFESTS:
+    if is_manifest(path):
         from rollingq_jax.data import folder
 
         return folder.load(config_data, seed=seed)

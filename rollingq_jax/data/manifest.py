@@ -118,9 +118,11 @@ class Manifest:
         return tuple(str(file.relative_to(self.path.parent)) for file in files if not is_file(file))
 
 
-def is_manifest(path: Path) -> bool:
-    """Whether a path is that of a manifest, or of a folder that holds one under its usual name."""
-    return path.suffix.lower() in MANIFEST_SUFFIXES or any(
+def is_manifest(path: Any) -> bool:
+    """Whether a path is that of a manifest, or of a local folder that holds one by its usual name."""
+    if path.suffix.lower() in MANIFEST_SUFFIXES:
+        return True
+    return isinstance(path, Path) and any(
         is_file(path / f"manifest{suffix}") for suffix in MANIFEST_SUFFIXES
     )
 

@@ -16,6 +16,7 @@ from etils import epath
 
 from rollingq_jax.data.labels import ids_of, labels_of
 from rollingq_jax.data.load import LOADERS, load_dataset
+from rollingq_jax.data.manifest import is_manifest
 from rollingq_jax.data.npz import read_arrays
 from rollingq_jax.data.options import array_path, local_path, mapping_option
 from rollingq_jax.data.preprocessing import InputSpec, Preprocessed, Preprocessing
@@ -23,7 +24,6 @@ from rollingq_jax.data.types import ArraySource, Dataset, Example, ModalityInfo,
 from rollingq_jax.errors import ConfigError, DataError
 
 SPLITS = ("train", "valid", "test")
-MANIFESTS = (".csv", ".tsv", ".jsonl")
 
 
 class NewData(NamedTuple):
@@ -71,9 +71,7 @@ def open_new_data(
     """
     used = {m: inputs.modalities[m] for m in modalities}
     place = array_path(path, "path")
-    if place.suffix.lower() in MANIFESTS or any(
-        (place / f"manifest{suffix}").exists() for suffix in MANIFESTS
-    ):
+    if is_manifest(place):
         from rollingq_jax.data.folder import open_manifest
 
         columns = mapping_option(config_data, "columns")
