@@ -25,7 +25,7 @@ from rollingq_jax.data.corruption import parse_corruptions
 from rollingq_jax.data.labels import ids_of
 from rollingq_jax.data.new_data import as_dataset, open_new_data
 from rollingq_jax.data.types import Dataset, Source
-from rollingq_jax.errors import ConfigError
+from rollingq_jax.errors import ConfigError, DataError
 from rollingq_jax.train.cli import run_command
 from rollingq_jax.train.console import device_line
 from rollingq_jax.train.restore import LoadedRun, load_run
@@ -68,7 +68,7 @@ def evaluate(
     """
     folder = check_workdir(workdir)
     run = load_run(folder)
-    dataset = run.dataset if path is None else _new_dataset(run, path, split)
+    dataset = _own_dataset(run) if path is None else _new_dataset(run, path, split)
     split = split or "test"
     if split not in dataset.splits:
         raise ConfigError(f"split: {split!r}; one of {', '.join(dataset.splits)}")
@@ -100,6 +100,13 @@ def evaluate(
     write_predictions(folder, run, dataset.splits[split], clean)
     write_pictures(folder, run, probe, clean, result)
     return result
+
+
+def _own_dataset(run: LoadedRun) -> Dataset:
+    try:
+        return run.dataset
+    except DataError as error:
+        raise DataError(f"{error}; --path names the place of data that have moved") from error
 
 
 def _new_dataset(run: LoadedRun, path: str, split: str | None) -> Dataset:

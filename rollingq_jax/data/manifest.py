@@ -119,7 +119,7 @@ class Manifest:
 
 
 def is_manifest(path: Any) -> bool:
-    """Whether a path is that of a manifest, or of a local folder that holds one by its usual name."""
+    """Whether a path is that of a manifest, or of a local folder with one under its usual name."""
     if path.suffix.lower() in MANIFEST_SUFFIXES:
         return True
     return isinstance(path, Path) and any(
