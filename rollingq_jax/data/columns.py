@@ -102,10 +102,8 @@ def make_column(
             if split == "train":
                 moments.add(values.reshape(-1, shape[-1]))
     if kind in ("image", "video") and all(a.dtype == np.uint8 for a in arrays.values()):
-        mean, std = moments.mean_and_std(scale=255.0)
-        pixels = ModalityInfo(
-            name, kind, shape, "uint8", mean=tuple(mean.tolist()), std=tuple(std.tolist())
-        )
+        mean, std = (tuple(values.tolist()) for values in moments.mean_and_std(scale=255.0))
+        pixels = ModalityInfo(name, kind, shape, "uint8", mean=mean, std=std)
         return Preprocessing(pixels, raw_shape, raw_dtype)
     if not standardize:
         return Preprocessing(ModalityInfo(name, kind, shape, "float32"), raw_shape, raw_dtype)
