@@ -166,12 +166,12 @@ def command(argv: Sequence[str]) -> None:
         config = parse([argv[0], *rest, *extra, "--workdir=."]).config
         config_data, encoders, seed = config.data, config.model.encoders, config.seed
     for line in _missing_files(config_data):
-        print(line)
+        print(printable(line))
     dataset = load_dataset(config_data, seed=seed, encoders=encoders)
     for line in describe(dataset, encoders):
-        print(line)
+        print(printable(line))
     for line in read_examples(dataset, QUICK if options.quick else None):
-        print(line)
+        print(printable(line))
 
 
 if __name__ == "__main__":

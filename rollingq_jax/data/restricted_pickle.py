@@ -65,7 +65,7 @@ def _check_keys(file: BinaryIO) -> None:
     its hash visits.
     """
     stack: list[int | None] = []  # None where the stream sets a mark
-    memo: dict[int, int] = {}
+    memo: dict[Any, int] = {}
     visits = 0
     for op, argument, _ in pickletools.genops(file):
         before, items = op.stack_before, []
