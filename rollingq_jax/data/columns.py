@@ -108,8 +108,8 @@ def make_column(
     if not standardize:
         return Preprocessing(ModalityInfo(name, kind, shape, "float32"), raw_shape, raw_dtype)
     standard = ModalityInfo(name, kind, shape, "float32", unit=1.0)
-    scale = (tuple(values.tolist()) for values in moments.mean_and_std())
-    return Preprocessing(standard, raw_shape, raw_dtype, *scale)
+    center, scale = (tuple(values.tolist()) for values in moments.mean_and_std())
+    return Preprocessing(standard, raw_shape, raw_dtype, center, scale)
 
 
 def warn_of_doubts(infos: Iterable[ModalityInfo]) -> None:
