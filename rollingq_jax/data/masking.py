@@ -9,10 +9,9 @@ import grain
 import numpy as np
 
 from rollingq_jax.data.transforms import check_share
-from rollingq_jax.data.types import Example, ModalityInfo
+from rollingq_jax.data.types import KEPT, Example, ModalityInfo
 from rollingq_jax.errors import ConfigError
 
-KEPT = "kept/"  # before a modality's name: whether an example keeps it because it is its last
 
 
 @dataclasses.dataclass(frozen=True)

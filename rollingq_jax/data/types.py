@@ -17,6 +17,9 @@ from rollingq_jax.errors import DataError
 
 Example = dict[str, np.ndarray]
 
+# Before a modality's name: whether an example keeps it under "drop" because it is its last.
+KEPT = "kept/"
+
 KINDS = ("image", "sequence", "spectrogram", "tokens", "vector", "video")
 _RANKS = {"image": 3, "sequence": 2, "spectrogram": 3, "tokens": 1, "vector": 1, "video": 4}
 

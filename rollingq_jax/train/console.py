@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rollingq_jax.analysis.statistics import written
-from rollingq_jax.data.masking import KEPT
+from rollingq_jax.data.types import KEPT
 from rollingq_jax.data.types import Dataset
 from rollingq_jax.train.setup import Setup
 from rollingq_jax.train.state import TrainState

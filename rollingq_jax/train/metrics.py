@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from rollingq_jax.data.masking import KEPT
+from rollingq_jax.data.types import KEPT
 from rollingq_jax.rotation import dot, unit
 
 Sums = dict[str, Array]
