@@ -13,7 +13,6 @@ from rollingq_jax.data.types import KEPT, Example, ModalityInfo
 from rollingq_jax.errors import ConfigError
 
 
-
 @dataclasses.dataclass(frozen=True)
 class ModalityDropout(grain.transforms.RandomMap):
     """Marks the modality as missing: ``"<m>_mask"`` False, which the model leaves out.
