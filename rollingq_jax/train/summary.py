@@ -56,9 +56,9 @@ def read_summary(workdir: epath.Path) -> dict[str, Any] | None:
         summary = read_object(path)
         best = summary["best"]
         fits = is_number(best["step"]) and "epoch" in best and "accuracy" in best
-        if not fits or not (
-            summary["test_accuracy"] is None or is_number(summary["test_accuracy"])
-        ):
+        fits &= summary["test_accuracy"] is None or is_number(summary["test_accuracy"])
+        fits &= all(isinstance(summary.get(n, {}), dict) for n in ("examples", "signature"))
+        if not fits:
             raise TypeError("numbers are missing")
     except (CheckpointError, TypeError, KeyError) as error:
         reason = f" ({error})" if isinstance(error, CheckpointError) else ""

@@ -67,7 +67,7 @@ def with_objects(path, target):
 def test_an_npz_that_holds_a_pickle(attempt, tmp_path):
     with_objects(tmp_path / "data.npz", tmp_path / "owned")
     printed = attempt(f"--config.data.path={tmp_path / 'data.npz'}")
-    assert "train/a: holds Python objects (a pickle), which are refused" in printed
+    assert "'train/a': holds Python objects (a pickle), which are refused" in printed
     assert not (tmp_path / "owned").exists()
 
 
