@@ -22,6 +22,7 @@ from rollingq_jax.convert import (
     upstream_shapes,
 )
 from rollingq_jax.convert.upstream import ROTATION as UPSTREAM_ROTATION
+from rollingq_jax.data.preprocessing import CLIP, Preprocessing
 from rollingq_jax.errors import ConfigError, UserError
 from rollingq_jax.folding import fold_rotation
 from rollingq_jax.inference import answer_function
@@ -163,17 +164,32 @@ def input_shapes(
     """What the serialized function takes: each modality and its mask, for `size` examples.
 
     Raw arrays keep the dtype in which the training data were stored, except for 64 bits, which jax
-    reads as 32 by default.
+    reads as 32 by default; integers that may not fit into those are taken as float32.
     """
     shapes = {}
     for m in run.model.spec.modalities:
         one = run.inputs.modalities[m]
         info = one.info
         shape, dtype = (info.shape, info.dtype) if standardized else (one.raw_shape, one.raw_dtype)
-        shapes[m] = jax.ShapeDtypeStruct((size, *shape), _at_most_32_bits(np.dtype(dtype)))
+        dtype = np.dtype(dtype).newbyteorder("=")
+        if not standardized and dtype.itemsize > 4 and not _fits_32_bits(one, dtype):
+            dtype = np.dtype(np.float32)
+        shapes[m] = jax.ShapeDtypeStruct((size, *shape), _at_most_32_bits(dtype))
         positions = info.shape[:1] if info.kind in ("sequence", "tokens") else ()
         shapes[f"{m}_mask"] = jax.ShapeDtypeStruct((size, *positions), np.dtype(bool))
     return shapes
+
+
+def _fits_32_bits(one: Preprocessing, dtype: np.dtype) -> bool:
+    """Whether raw values are still themselves with 32 bits, as far as is known of them."""
+    if dtype.kind not in "iu" or one.info.dtype == "int32":  # ids are in the vocabulary
+        return True
+    if one.mean is None or one.std is None:
+        return False
+    mean, spread = np.asarray(one.mean), CLIP * np.asarray(one.std)
+    largest = np.iinfo(f"{dtype.kind}4").max
+    low = mean - spread if dtype.kind == "i" else -mean
+    return bool((low > -largest).all() and (mean + spread < largest).all())
 
 
 def _at_most_32_bits(dtype: np.dtype) -> np.dtype:

@@ -87,8 +87,8 @@ def make_column(
         _check_array(f"{split}/{name}", array, train.shape[1:], f"train/{name}")
     raw_shape = train.shape[1:]
     shape, _ = fit_shape(name, raw_shape, kind)
-    dtypes = {_plain(array[:0]).dtype for array in arrays.values()}
-    raw_dtype = str(dtypes.pop()) if len(dtypes) == 1 else "float32"
+    # One that holds every split's, in this machine's byte order: another one is a matter of files.
+    raw_dtype = str(np.result_type(*(_plain(array[:0]).dtype for array in arrays.values())))
     if kind == "tokens":
         largest = max(_largest_token(f"{split}/{name}", array) for split, array in arrays.items())
         size = max(1 + largest, 2)  # the least that a table of embeddings may have

@@ -729,3 +729,15 @@ def test_labels_of_any_source():
     source = ArraySource({"m": np.zeros((3, 2)), "label": np.array([2, 0, 1])})
     assert labels_of(source).tolist() == [2, 0, 1]
     assert labels_of([{"label": np.int32(4)}, {"label": np.int32(1)}]).tolist() == [4, 1]
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "raw"),
+    [((">f4", "<f4"), "float32"), ((">i2", ">i2"), "int16"), (("int32", "float64"), "float64")],
+)
+def test_the_raw_dtype_holds_every_splits_values_in_this_machines_order(dtypes, raw):
+    arrays = make_arrays(m=((4, 5), "float32"))
+    for split, dtype in zip(("train", "test"), dtypes, strict=True):
+        arrays[f"{split}/m"] = arrays[f"{split}/m"].astype(dtype)
+    found = from_arrays(arrays, kinds={"m": "sequence"}).preprocessing["m"].raw_dtype
+    assert found == raw

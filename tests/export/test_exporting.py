@@ -16,9 +16,11 @@ from flax import traverse_util
 import rollingq_jax as rq
 from rollingq_jax import export as export_module
 from rollingq_jax.convert import load_state_dict
+from rollingq_jax.data.preprocessing import Preprocessing
+from rollingq_jax.data.types import ModalityInfo
 from rollingq_jax.errors import UserError
 from rollingq_jax.export import command, export_run
-from rollingq_jax.exported import is_upstream, read_exported, serialize
+from rollingq_jax.exported import input_shapes, is_upstream, read_exported, serialize
 from rollingq_jax.inference import Predictor
 from rollingq_jax.models import build_model
 from rollingq_jax.train.cli import run_command
@@ -208,3 +210,26 @@ def test_mistakes_are_one_line(arguments, says, capsys):
     assert run_command(export_module.command, ["export", *arguments]) == 2
     out, err = capsys.readouterr()
     assert says in err and err.count("\n") == 1 and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("raw", "mean", "std", "taken"),
+    [
+        (">f4", 0.0, 1.0, "float32"),  # a run of before: such a dtype is a matter of files
+        ("float64", 0.0, 1.0, "float32"),
+        ("int64", 0.0, 1e3, "int32"),
+        ("int64", 0.0, 1e9, "float32"),
+        ("int64", 1e12, 1.0, "float32"),
+        ("uint64", 1e3, 1e3, "uint32"),
+        ("uint64", 1e9, 1e9, "float32"),
+        ("int64", None, None, "float32"),  # nothing is known of what they may be
+        (">i2", 0.0, 1e3, "int16"),
+    ],
+)
+def test_the_function_takes_a_dtype_that_holds_the_raw_values(run, raw, mean, std, taken):
+    info = ModalityInfo("audio", "sequence", (4, 1))
+    scale = {} if mean is None else {"mean": (mean,), "std": (std,)}
+    one = Preprocessing(info, (4, 1), raw, **scale)
+    inputs = dataclasses.replace(run.inputs, modalities={**run.inputs.modalities, "audio": one})
+    shapes = input_shapes(dataclasses.replace(run, inputs=inputs), 3)
+    assert shapes["audio"].dtype == np.dtype(taken) and shapes["audio"].dtype.isnative
