@@ -8,19 +8,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from rollingq_jax.analysis.predictions import class_probabilities
 from rollingq_jax.data.media_arrays import MediaSizes, read_value
-from rollingq_jax.data.preprocessing import InputSpec, Preprocessing
+from rollingq_jax.data.preprocessing import InputSpec, Preprocessing, complete
 from rollingq_jax.data.types import ModalityInfo
 from rollingq_jax.errors import DataError, UserError
 from rollingq_jax.train.restore import load_run
 
 Batch = Mapping[str, Any]
-POSITIONS = ("sequence", "tokens")  # kinds whose positions can be masked one by one
 
 
 class Prediction(NamedTuple):
@@ -174,125 +172,23 @@ def read_files(name: str, cells: Any, one: Preprocessing) -> dict[str, np.ndarra
     fields = dict(one.media)
     kind = fields.pop("type")
     sizes = MediaSizes(**fields)
-    present = np.array([cell is not None and os.fspath(cell) != "" for cell in cells], bool)
+    texts = [_cell(name, cell, strip=kind == "string") for cell in cells]
+    present = np.array([text != "" for text in texts], bool)
     raw = np.zeros((len(cells), *one.raw_shape), one.raw_dtype)
     for index in np.flatnonzero(present):
-        cell = cells[index] if kind == "string" else Path(cells[index])
+        cell = texts[index] if kind == "string" else Path(texts[index])
         raw[index] = read_value(cell, kind, sizes)
     return {name: raw, f"{name}_mask": present}
 
 
-def complete(
-    batch: Batch, modalities: Mapping[str, Preprocessing], standardized: bool = False
-) -> dict[str, np.ndarray]:
-    """The arrays that the model needs, checked; a modality that is left out is filled and masked.
-
-    Args:
-      batch: as `Predictor.predict`, without lists of files.
-      modalities: how raw arrays become the model's input.
-      standardized: whether the arrays are the model's input already.
-
-    Raises:
-      DataError: as `Predictor.predict`.
-    """
-    present = {
-        m: as_input(batch[m], one, standardized) for m, one in modalities.items() if m in batch
-    }
-    if not present:
-        names, found = ", ".join(modalities), ", ".join(map(str, batch)) or "nothing"
-        raise DataError(f"the batch has {found}; allowed: at least one of {names}")
-    sizes = {m: len(x) for m, x in present.items()}
-    if len(set(sizes.values())) != 1 or 0 in sizes.values():
-        counts = ", ".join(f"{m} {size}" for m, size in sizes.items())
-        raise DataError(f"numbers of examples: {counts}; allowed: one number, 1 or more")
-    size = next(iter(sizes.values()))
-    inputs = dict(present)
-    for m, one in modalities.items():
-        mask = batch.get(f"{m}_mask", batch.get(f"mask_{m}"))
-        if m not in present:
-            inputs[m] = np.zeros((size, *expected_shape(one, standardized)), one.info.dtype)
-            inputs[f"{m}_mask"] = np.zeros(size, bool)
-        elif mask is not None:
-            mask = np.asarray(mask)
-            if mask.dtype.kind in "iu" and np.isin(mask, (0, 1)).all():
-                mask = mask.astype(bool)  # as own data may have it
-            allowed = [
-                (size,),
-                *([(size, one.info.shape[0])] if one.info.kind in POSITIONS else []),
-            ]
-            if mask.dtype != np.bool_ or mask.shape not in allowed:
-                raise DataError(
-                    f"{m}_mask has shape {mask.shape} and dtype {mask.dtype}; allowed: "
-                    f"{' or '.join(map(str, allowed))}, bool"
-                )
-            inputs[f"{m}_mask"] = mask
-        check_values(inputs[m], inputs.get(f"{m}_mask"), one.info)
-    return inputs
-
-
-def check_values(array: np.ndarray, mask: np.ndarray | None, info: ModalityInfo) -> None:
-    """What is not masked out is finite as float32, and an id is in the vocabulary.
-
-    Raises:
-      DataError: it is not; the answer would be NaN without a word.
-    """
-    if mask is not None and mask.shape == array.shape[: mask.ndim]:
-        array = array[mask]
-    if array.dtype.kind == "f":
-        with np.errstate(over="ignore"):
-            finite = np.isfinite(array.astype(np.float32)).all()
-        if not finite:
-            raise DataError(
-                f"{info.name} holds NaN or infinity; allowed: finite numbers, or a mask"
-            )
-    if info.vocab_size is not None and array.size:
-        low, high = array.min(), array.max()
-        if low < 0 or high >= info.vocab_size:
-            wrong = low if low < 0 else high
-            raise DataError(f"{info.name} holds {wrong}; allowed: 0 to {info.vocab_size - 1}")
-
-
-def expected_shape(one: Preprocessing, standardized: bool) -> tuple[int, ...]:
-    """The shape of one example, raw or as the model reads it."""
-    return tuple(one.info.shape if standardized else one.raw_shape)
-
-
-def as_input(value: Any, one: Preprocessing, standardized: bool = False) -> np.ndarray:
-    """An array of a modality, with the shape and a dtype that its preprocessing takes.
-
-    A raw array may have the last axis of size 1 that preprocessing adds, or lack it. Integers and
-    booleans count as numbers where the model reads floats, as they do in training.
-
-    Raises:
-      DataError: the shape is another, or the dtype means something else.
-    """
-    info = one.info
-    try:
-        array = np.asarray(value)
-    except ValueError as error:  # rows of different lengths
-        raise DataError(f"{info.name} is not an array: {error}") from None
-    kinds = {"f": "float", "u": "uint8", "i": "integer"}
-    wanted = np.dtype(info.dtype)
-    shape = expected_shape(one, standardized)
-    if wanted.kind == "i":
-        fits = array.dtype.kind in "iu"
-    elif wanted.kind == "u":
-        fits = array.dtype == wanted
-    else:
-        fits = jnp.issubdtype(array.dtype, jnp.floating) or (
-            not standardized and array.dtype.kind in "biu"
-        )
-    if array.ndim and array.shape[1:] in ((*shape, 1), shape[:-1] if shape[-1:] == (1,) else shape):
-        array = array.reshape(len(array), *shape)
-    if array.ndim == 0 or array.shape[1:] != shape or not fits:
-        allowed = ", ".join(map(str, ("N", *shape)))
-        raise DataError(
-            f"{info.name} has shape {array.shape} and dtype {array.dtype}; "
-            f"allowed: [{allowed}], {kinds[wanted.kind]}"
-        )
-    if array.dtype.kind not in "biuf":  # bfloat16 and its like, which NumPy cannot compute with
-        array = array.astype(np.float32)
-    return array.astype(wanted, copy=False) if standardized or wanted.kind == "i" else array
+def _cell(name: str, cell: Any, *, strip: bool) -> str:
+    """A path, or a text without the spaces around it, as in a manifest; "" where there is none."""
+    if cell is None:
+        return ""
+    if not isinstance(cell, str | os.PathLike):
+        raise DataError(f"{name} holds {cell!r}; allowed: paths or texts, or None")
+    text = str(os.fspath(cell))
+    return text.strip() if strip else text
 
 
 def chunks(

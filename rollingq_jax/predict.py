@@ -10,9 +10,11 @@ probability of each class, attention share of each modality and, where it is giv
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -21,6 +23,7 @@ from tqdm import tqdm
 
 from rollingq_jax.analysis import table
 from rollingq_jax.analysis.predictions import check_answers
+from rollingq_jax.data.manifest import MANIFEST_SUFFIXES
 from rollingq_jax.data.new_data import NewData, open_new_data
 from rollingq_jax.data.pipeline import collate
 from rollingq_jax.errors import ConfigError
@@ -62,13 +65,14 @@ def predict(
       NonFiniteError: no example gets a finite answer.
     """
     check_batch_size(batch_size)
+    target = epath.Path(out).expanduser()
+    check_out(target, path)
     run = load_run(workdir)
     predictor = Predictor(run.model, run.params, run.rotation, run.inputs, batch_size)
     names = run.model.spec.modalities
     seed = run.config.seed
     data = open_new_data(path, run.config.data, run.inputs, names, split=split, seed=seed)
     classes, labeled = run.inputs.classes, any(data.labels)
-    target = epath.Path(out).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)
     answered, correct, missing = 0, 0, dict.fromkeys(names, 0)
     known = sum(label in classes for label in data.labels)
@@ -106,6 +110,20 @@ def predict(
     if unknown:
         log.warning("%d labels are of no class of the model, and count in no accuracy", unknown)
     return result
+
+
+def check_out(target: epath.Path, path: str) -> None:
+    """The table does not take the place of the data.
+
+    Raises:
+      ConfigError: it would.
+    """
+    place = Path(path).expanduser()
+    data = [place, *(place / f"manifest{suffix}" for suffix in MANIFEST_SUFFIXES)]
+    if os.path.realpath(target) in map(os.path.realpath, data):
+        raise ConfigError(
+            f"out is {str(target)!r}, which holds the new data; allowed: another file"
+        )
 
 
 def _answers(

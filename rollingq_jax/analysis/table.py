@@ -57,18 +57,20 @@ def written_whole(path: epath.Path) -> Iterator[Any]:
     """A CSV writer into a file that appears when all is written, and not at all if it fails."""
     temporary = path.parent / f".{path.name}.tmp"
     try:
-        with temporary.open("w") as file:
-            buffer = io.StringIO(newline="")
-            writer = csv.writer(buffer, lineterminator="\n")
+        with temporary.open("wb") as file:
 
             def write(lines: Iterator[list[str]]) -> None:
-                writer.writerows(lines)
-                file.write(buffer.getvalue())
-                buffer.seek(0)
-                buffer.truncate()
+                file.write("".join(map(_line, lines)).encode("utf-8", "backslashreplace"))
 
             yield write
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _line(cells: Sequence[str]) -> str:
+    """A line of CSV; of line ends in cells the writer quotes only those that it writes itself."""
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, lineterminator="\r\n").writerow(cells)
+    return buffer.getvalue().removesuffix("\r\n") + "\n"

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from rollingq_jax.data.labels import ids_of, labels_of
+from rollingq_jax.data.labels import ids_of, is_class_number, labels_of
 from rollingq_jax.data.load import LOADERS, load_dataset
 from rollingq_jax.data.manifest import is_manifest
 from rollingq_jax.data.npz import check_memory, open_arrays, unpacked
 from rollingq_jax.data.options import array_path, local_path, mapping_option
-from rollingq_jax.data.preprocessing import InputSpec, Preprocessed, Preprocessing
+from rollingq_jax.data.preprocessing import InputSpec, Preprocessed, Preprocessing, complete
 from rollingq_jax.data.types import ArraySource, Dataset, Example, ModalityInfo, Source
 from rollingq_jax.errors import ConfigError, DataError
 
@@ -77,13 +77,20 @@ def open_new_data(
         columns = mapping_option(config_data, "columns")
         return NewData(*open_manifest(local_path(path, "path"), used, split=split, columns=columns))
     name = config_data.name
-    if place.suffix.lower() in (".npz", ".npy") or name in ("arrays", "folder", "av_digits"):
+    arrays = place.suffix.lower() in (".npz", ".npy") or _is_folder_of_arrays(place)
+    if arrays or name in ("arrays", "folder", "av_digits"):
         return _open_arrays(place, used, inputs.classes, split)
     if name in LOADERS:
         return _open_prepared(path, config_data, inputs, split or "test", seed)
     from rollingq_jax.data.tfds_source import open_tfds
 
     return NewData(*open_tfds(config_data, used, path=path, split=split))
+
+
+def _is_folder_of_arrays(place: Path | epath.Path) -> bool:
+    """Whether `.npy` files lie in a local folder, or in those of its splits."""
+    folders = (place, *(place / split for split in SPLITS)) if isinstance(place, Path) else ()
+    return any(any(folder.glob("*.npy")) for folder in folders)
 
 
 def _open_arrays(
@@ -128,10 +135,17 @@ def _open_arrays(
     names = [name for name in (*names, "label", "id") if name in given]
     check_memory(given[name] for name in names)  # other keys are not unpacked
     values = {name: unpacked(given[name]) for name in names}
+    if single := next((key for key, array in values.items() if array.ndim == 0), None):
+        raise DataError(f"{where}{single}: a single number; allowed: an array [N, ...]")
     columns = {m: values[m] for m in present}
     for m in present:
         if f"mask_{m}" in values:
-            columns[f"{m}_mask"] = np.asarray(values[f"mask_{m}"], bool)
+            mask = columns[f"{m}_mask"] = values[f"mask_{m}"]
+            if mask.dtype.kind not in "biu" or not np.isin(mask, (0, 1)).all():
+                raise DataError(
+                    f"{where}mask_{m}: dtype {mask.dtype}; allowed: boolean, or integers 0 and 1"
+                )
+            columns[f"{m}_mask"] = mask.astype(bool)
         if f"quality_{m}" in values:
             columns[f"quality_{m}"] = np.asarray(values[f"quality_{m}"], np.float32)
     source = ArraySource(columns)
@@ -143,7 +157,7 @@ def _open_arrays(
                 f"{where}{key}: {array.dtype}{list(array.shape)}; allowed: one integer or string "
                 f"for each of the {len(source)} examples"
             )
-    labels = [_label(value, classes) for value in texts["label"]] if "label" in texts else []
+    labels = _labels(texts["label"], classes) if "label" in texts else []
     ids = [_text(value) for value in texts.get("id", range(len(source)))]
     return NewData(source, ids, labels or [""] * len(source))
 
@@ -152,11 +166,22 @@ def _text(value: Any) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-def _label(value: Any, classes: Sequence[str]) -> str:
-    """A class number or name as a name; a number that no class has stays as it is."""
-    if isinstance(value, str | bytes):
-        return _text(value)
-    return classes[int(value)] if 0 <= int(value) < len(classes) else str(int(value))
+def _labels(values: np.ndarray, classes: Sequence[str]) -> list[str]:
+    """Class numbers or names as names; a number or a name that no class has stays as it is.
+
+    Strings that all are numbers are class numbers, unless they are names, as in training.
+    """
+    if values.dtype.kind in "SU":
+        names = [_text(value).strip() for value in values]
+        given = {name for name in names if name}
+        if not all(map(is_class_number, given)) or given <= set(classes):
+            return names
+        return [_name(int(name), classes) if name else "" for name in names]
+    return [_name(int(value), classes) for value in values]
+
+
+def _name(number: int, classes: Sequence[str]) -> str:
+    return classes[number] if 0 <= number < len(classes) else str(number)
 
 
 def _open_prepared(
@@ -170,7 +195,7 @@ def _open_prepared(
     if split not in dataset.splits:
         raise ConfigError(f"split is {split!r}; allowed: {', '.join(dataset.splits)}")
     source = dataset.splits[split]
-    labels = [_label(value, inputs.classes) for value in labels_of(source)]
+    labels = _labels(labels_of(source), inputs.classes)
     ids = ids_of(source)
     names = [str(number) for number in range(len(source))] if ids is None else list(map(str, ids))
     return NewData(Transformed(source, dataset.eval_transforms), names, labels, standardized=True)
@@ -245,7 +270,8 @@ class Complete:
     """A source in which every example has every modality's fields, zeros and a mask if it lacks it.
 
     A mask that some data have and others lack, as of a modality that is never missing, is added
-    too: the model's shapes follow from the fields.
+    too: the model's shapes follow from the fields. What does not fit the model is refused, as where
+    it predicts.
     """
 
     def __init__(
@@ -257,15 +283,11 @@ class Complete:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Example:
-        example = dict(self.source[index])
-        for m, one in self.modalities.items():
-            if m not in example:
-                shape = one.info.shape if self.standardized else one.raw_shape
-                example[m] = np.zeros(shape, one.info.dtype)
-                example[f"{m}_mask"] = np.asarray(False)
-            elif f"{m}_mask" not in example:
-                example[f"{m}_mask"] = np.asarray(True)
-        return example
+        example = self.source[index]
+        batch = {name: np.asarray(value)[None] for name, value in example.items()}
+        found = complete(batch, self.modalities, self.standardized)
+        masks = {f"{m}_mask": np.asarray(True) for m in self.modalities}
+        return masks | example | {name: value[0] for name, value in found.items()}
 
 
 class Labeled:

@@ -23,6 +23,7 @@ from rollingq_jax.errors import DataError
 # Standardized features are cut off here: a feature that is almost constant in training and not so
 # later would otherwise reach hundreds of standard deviations.
 CLIP = 10.0
+POSITIONS = ("sequence", "tokens")  # kinds whose positions can be masked one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +118,14 @@ class InputSpec:
         """A name for each class; its number where the data set has none."""
         return self.class_names or tuple(map(str, range(self.num_classes)))
 
+    def with_outputs(self, num_classes: int) -> "InputSpec":
+        """With a class, and where there are names a name, for each output of a model with more."""
+        if num_classes <= self.num_classes:
+            return self
+        more = tuple(f"class {number}" for number in range(self.num_classes, num_classes))
+        names = self.class_names + more if self.class_names else ()
+        return dataclasses.replace(self, num_classes=num_classes, class_names=names)
+
     def to_json(self) -> dict[str, Any]:
         """A JSON object from which `from_json` makes an equal `InputSpec`."""
         return dataclasses.asdict(self)
@@ -168,6 +177,120 @@ def zero_masked(value: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     if mask is None:
         return value
     return np.where(mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim)), value, 0)
+
+
+def complete(
+    batch: Mapping[str, Any], modalities: Mapping[str, Preprocessing], standardized: bool = False
+) -> dict[str, np.ndarray]:
+    """The arrays that the model needs, checked; a modality that is left out is filled and masked.
+
+    Args:
+      batch: `"<m>"` `[N, ...]`, for at least one of them; `"<m>_mask"` (or `"mask_<m>"`) `[N]`, or
+        `[N, L]` of a sequence or tokens: bool, or integers 0 and 1.
+      modalities: how raw arrays become the model's input.
+      standardized: whether the arrays are the model's input already.
+
+    Raises:
+      DataError: there is no modality, or an array does not fit.
+    """
+    present = {
+        m: as_input(batch[m], one, standardized) for m, one in modalities.items() if m in batch
+    }
+    if not present:
+        names, found = ", ".join(modalities), ", ".join(map(str, batch)) or "nothing"
+        raise DataError(f"the batch has {found}; allowed: at least one of {names}")
+    sizes = {m: len(x) for m, x in present.items()}
+    if len(set(sizes.values())) != 1 or 0 in sizes.values():
+        counts = ", ".join(f"{m} {size}" for m, size in sizes.items())
+        raise DataError(f"numbers of examples: {counts}; allowed: one number, 1 or more")
+    size = next(iter(sizes.values()))
+    inputs = dict(present)
+    for m, one in modalities.items():
+        mask = batch.get(f"{m}_mask", batch.get(f"mask_{m}"))
+        if m not in present:
+            inputs[m] = np.zeros((size, *expected_shape(one, standardized)), one.info.dtype)
+            inputs[f"{m}_mask"] = np.zeros(size, bool)
+        elif mask is not None:
+            mask = np.asarray(mask)
+            if mask.dtype.kind in "iu" and np.isin(mask, (0, 1)).all():
+                mask = mask.astype(bool)  # as own data may have it
+            allowed = [
+                (size,),
+                *([(size, one.info.shape[0])] if one.info.kind in POSITIONS else []),
+            ]
+            if mask.dtype != np.bool_ or mask.shape not in allowed:
+                raise DataError(
+                    f"{m}_mask has shape {mask.shape} and dtype {mask.dtype}; allowed: "
+                    f"{' or '.join(map(str, allowed))}, bool"
+                )
+            inputs[f"{m}_mask"] = mask
+        check_values(inputs[m], inputs.get(f"{m}_mask"), one.info)
+    return inputs
+
+
+def check_values(array: np.ndarray, mask: np.ndarray | None, info: ModalityInfo) -> None:
+    """What is not masked out is finite as float32, and an id is in the vocabulary.
+
+    Raises:
+      DataError: it is not; the answer would be NaN without a word.
+    """
+    if mask is not None and mask.shape == array.shape[: mask.ndim]:
+        array = array[mask]
+    if array.dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(array.astype(np.float32)).all()
+        if not finite:
+            raise DataError(
+                f"{info.name} holds NaN or infinity; allowed: finite numbers, or a mask"
+            )
+    if info.vocab_size is not None and array.size:
+        low, high = array.min(), array.max()
+        if low < 0 or high >= info.vocab_size:
+            wrong = low if low < 0 else high
+            raise DataError(f"{info.name} holds {wrong}; allowed: 0 to {info.vocab_size - 1}")
+
+
+def expected_shape(one: Preprocessing, standardized: bool) -> tuple[int, ...]:
+    """The shape of one example, raw or as the model reads it."""
+    return tuple(one.info.shape if standardized else one.raw_shape)
+
+
+def as_input(value: Any, one: Preprocessing, standardized: bool = False) -> np.ndarray:
+    """An array of a modality, with the shape and a dtype that its preprocessing takes.
+
+    A raw array may have the last axis of size 1 that preprocessing adds, or lack it. Integers and
+    booleans count as numbers where the model reads floats, as they do in training.
+
+    Raises:
+      DataError: the shape is another, or the dtype means something else.
+    """
+    info = one.info
+    try:
+        array = np.asarray(value)
+    except ValueError as error:  # rows of different lengths
+        raise DataError(f"{info.name} is not an array: {error}") from None
+    kinds = {"f": "float", "u": "uint8", "i": "integer"}
+    wanted = np.dtype(info.dtype)
+    shape = expected_shape(one, standardized)
+    if wanted.kind == "i":
+        fits = array.dtype.kind in "iu"
+    elif wanted.kind == "u":
+        fits = array.dtype == wanted
+    else:
+        fits = jnp.issubdtype(array.dtype, jnp.floating) or (
+            not standardized and array.dtype.kind in "biu"
+        )
+    if array.ndim and array.shape[1:] in ((*shape, 1), shape[:-1] if shape[-1:] == (1,) else shape):
+        array = array.reshape(len(array), *shape)
+    if array.ndim == 0 or array.shape[1:] != shape or not fits:
+        allowed = ", ".join(map(str, ("N", *shape)))
+        raise DataError(
+            f"{info.name} has shape {array.shape} and dtype {array.dtype}; "
+            f"allowed: [{allowed}], {kinds[wanted.kind]}"
+        )
+    if array.dtype.kind not in "biuf":  # bfloat16 and its like, which NumPy cannot compute with
+        array = array.astype(np.float32)
+    return array.astype(wanted, copy=False) if standardized or wanted.kind == "i" else array
 
 
 class Preprocessed:

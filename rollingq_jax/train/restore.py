@@ -30,7 +30,7 @@ class LoadedRun:
       params: of the best checkpoint by validation accuracy.
       rotation: `[H, d_h, d_h]`, or None for a fusion without a class query.
       config: the run's configuration, complete.
-      inputs: what the model has to know of its data: preprocessing, class names.
+      inputs: what the model has to know of its data: preprocessing, and a class for each output.
       step: of the checkpoint.
     """
 
@@ -98,7 +98,7 @@ def load_run(workdir: epath.PathLike) -> LoadedRun:
         best = (summary or record)["best"]["step"]
         if best not in (-1, learned.step):
             learned, record = checkpoints.restore_params(best, like)
-    inputs = recorded_inputs(record, summary, path)
+    inputs = recorded_inputs(record, summary, path).with_outputs(config.model.num_classes)
     return LoadedRun(model, learned.params, learned.rotation, config, inputs, learned.step)
 
 

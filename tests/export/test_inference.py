@@ -1,5 +1,6 @@
 """Predictions: equal to the model's, for any batch size, with whatever modalities there are."""
 
+import dataclasses
 import json
 import logging
 
@@ -10,8 +11,11 @@ from export_cases import CLASSES, HEADS, INPUTS, made_run, make_batch
 
 import rollingq_jax as rq
 from rollingq_jax.data.load import load_dataset
+from rollingq_jax.data.media_arrays import MediaSizes
+from rollingq_jax.data.preprocessing import Preprocessing
+from rollingq_jax.data.types import ModalityInfo
 from rollingq_jax.errors import DataError, UserError
-from rollingq_jax.inference import Predictor, chunks
+from rollingq_jax.inference import Predictor, chunks, read_files
 from rollingq_jax.train import load_run
 
 
@@ -172,3 +176,14 @@ def test_load_answers_as_the_run_was_tested(workdir, caplog):
 def test_load_names_a_folder_that_holds_no_run(tmp_path):
     with pytest.raises(rq.CheckpointError, match="allowed: the folder of a run"):
         rq.load(tmp_path)
+
+
+def test_cells_are_read_as_those_of_a_manifest():
+    media = {"type": "string", **dataclasses.asdict(MediaSizes("mel", text_length=4))}
+    info = ModalityInfo("words", "tokens", (4,), "int32", 257)
+    one = Preprocessing(info, (4,), "int32", media=media)
+    found = read_files("words", [" ab ", "  ", None, "ab"], one)
+    assert found["words_mask"].tolist() == [True, False, False, True]
+    assert (found["words"] == [[98, 99, 0, 0], [0] * 4, [0] * 4, [98, 99, 0, 0]]).all()
+    with pytest.raises(DataError, match="words holds 3; allowed: paths or texts"):
+        read_files("words", ["a", 3], one)

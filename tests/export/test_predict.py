@@ -4,8 +4,12 @@ import csv
 
 import numpy as np
 import pytest
+from etils import epath
 
 import rollingq_jax as rq
+from rollingq_jax.analysis import table
+from rollingq_jax.data.preprocessing import InputSpec
+from rollingq_jax.evaluate import evaluate
 from rollingq_jax.predict import command, predict
 from rollingq_jax.train.cli import run_command
 
@@ -133,3 +137,79 @@ def test_the_command_prints_what_it_found(workdir, tmp_path, capsys):
     assert run_command(command, [*argv, "--out", str(tmp_path / "out.csv")]) == 0
     printed = capsys.readouterr().out
     assert "accuracy" in printed and "examples" in printed and "out.csv" in printed
+
+
+def evaluated(workdir, arrays, path):
+    np.savez(path, **arrays)
+    return evaluate(workdir, path=str(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"visual": np.zeros((12, 7))}, "visual has shape"),
+        ({"visual": np.full((12, 5), np.nan)}, "visual holds NaN"),
+        ({"visual": np.full((12, 5), 1e300)}, "visual holds NaN or infinity"),
+        ({"visual": np.full((12, 5), 1j)}, "complex128"),
+        ({"visual": np.full((12, 5), "1")}, "<U1"),
+        ({"visual": np.float32(1)}, "visual: a single number"),
+        ({"mask_visual": np.full(12, 0.5)}, "mask_visual: dtype float64"),
+        ({"mask_visual": np.arange(12)}, "mask_visual: dtype int64"),
+    ],
+)
+def test_evaluation_takes_no_array_that_prediction_refuses(
+    change, says, workdir, test_arrays, tmp_path
+):
+    with pytest.raises(rq.DataError, match=says):
+        evaluated(workdir, test_arrays | change, tmp_path / "new.npz")
+    with pytest.raises(rq.DataError):
+        predict(workdir, str(tmp_path / "new.npz"), tmp_path / "out.csv", quiet=True)
+
+
+@pytest.mark.parametrize("text", ["{}", " {} "])
+def test_numbers_written_as_text_are_labels_as_in_training(
+    text, workdir, test_arrays, tmp_path, expected
+):
+    written = np.array([text.format(number) for number in test_arrays["label"]], "S")
+    np.savez(tmp_path / "new.npz", **(test_arrays | {"label": written}))
+    found = predict(workdir, str(tmp_path / "new.npz"), tmp_path / "out.csv", quiet=True)
+    hits = expected.probabilities.argmax(-1) == test_arrays["label"]
+    assert (found["labeled"], found["accuracy"]) == (12, hits.mean())
+
+
+def test_names_of_classes_and_numbers_of_classes_as_text():
+    from rollingq_jax.data.new_data import _labels
+
+    assert _labels(np.array(["1", "0", ""]), ("cat", "dog")) == ["dog", "cat", ""]
+    assert _labels(np.array(["2", "1"]), ("2", "1")) == ["2", "1"]  # they are names
+    assert _labels(np.array(["dog ", "cow"]), ("cat", "dog")) == ["dog", "cow"]
+    assert _labels(np.array([1.0, 7.0]), ("cat", "dog")) == ["dog", "7"]
+
+
+@pytest.mark.parametrize("text", ["a\rb", "a\nb", "a\r\nb", 'say "a", b', "=1+1", "\ud800"])
+def test_any_text_stands_in_one_cell(text, tmp_path):
+    with table.written_whole(epath.Path(tmp_path / "out.csv")) as write:
+        write(iter([["id", text], [text, "2"]]))
+    found = [text.encode("utf-8", "backslashreplace").decode()] * 2
+    with open(tmp_path / "out.csv", newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file)) == [["id", found[0]], [found[1], "2"]]
+
+
+def test_the_table_does_not_take_the_place_of_the_data(workdir, test_arrays, tmp_path):
+    np.savez(tmp_path / "new.npz", **test_arrays)
+    (tmp_path / "link.npz").symlink_to(tmp_path / "new.npz")
+    before = (tmp_path / "new.npz").read_bytes()
+    for path in ("new.npz", "link.npz"):
+        with pytest.raises(rq.ConfigError, match="holds the new data"):
+            predict(workdir, str(tmp_path / path), tmp_path / "new.npz", quiet=True)
+    (tmp_path / "manifest.csv").write_text("label,audio\n")
+    with pytest.raises(rq.ConfigError, match="holds the new data"):
+        predict(workdir, str(tmp_path), tmp_path / "manifest.csv", quiet=True)
+    assert (tmp_path / "new.npz").read_bytes() == before
+
+
+def test_a_model_with_more_outputs_than_classes_has_a_column_for_each():
+    inputs = InputSpec({}, 2, ("cat", "dog"))
+    assert inputs.with_outputs(4).classes == ("cat", "dog", "class 2", "class 3")
+    assert InputSpec({}, 2).with_outputs(3).classes == ("0", "1", "2")
+    assert inputs.with_outputs(2) == inputs
