@@ -51,6 +51,9 @@ HOW_TO_READ = {
 }
 
 
+LISTED = 12  # rotations whose epochs are told one by one
+
+
 def describe_dynamics(rows: Sequence[Row]) -> str:
     """Where each share and the imbalance began and ended, and when the query was rotated."""
     parts = []
@@ -77,7 +80,9 @@ def describe_rolls(rows: Sequence[Row]) -> str:
         return "The query was not rotated."
     first = rolls[0]
     times = [f"{roll.epoch:.3g}" for roll in rolls]
-    if len(times) == 1:
+    if len(times) > LISTED:
+        text = f"The query was rotated {len(times)} times, from epoch {times[0]} to {times[-1]}."
+    elif len(times) == 1:
         text = f"The query was rotated once, after epoch {times[0]}."
     else:
         count = {2: "twice"}.get(len(times), f"{len(times)} times")
@@ -93,6 +98,12 @@ def describe_rolls(rows: Sequence[Row]) -> str:
             )
         else:
             text += f" The first rotation was by {angle:.0f}°."
+    used_up = curves.used_up(rows)
+    if used_up is not None:
+        text += (
+            f" By the end of epoch {used_up['epoch']} no rotations were left, and the imbalance, "
+            f"{used_up['imbalance']:.2f}, stood above beta."
+        )
     return text
 
 
