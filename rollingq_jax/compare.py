@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from rollingq_jax.analysis.probes import NOISE_LEVELS
 from rollingq_jax.comparison import results as numbers
-from rollingq_jax.comparison.arms import ARMS, FORM, Overrides, parse_arms
+from rollingq_jax.comparison.arms import ARMS, FORM, Overrides, parse_arms, resets
 from rollingq_jax.comparison.pictures import write_pictures
 from rollingq_jax.comparison.runs import (
     Plan,
@@ -103,6 +103,8 @@ def compare(
         raise ConfigError(f"--reference is {reference!r}; allowed: {', '.join(arms)}")
     check_same(plan, dataset)
     folder.mkdir(parents=True, exist_ok=True)
+    for line in resets(config, arms):
+        print(line)
     with locked(folder), compiled_programs(folder / "compiled"), Progress(plan) as progress:
         claim(plan, dataset)
         selection = tune_arms(plan, interruption, progress)

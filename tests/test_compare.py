@@ -251,6 +251,55 @@ def test_another_comparison_in_the_folder_is_refused(config_file, tmp_path, fake
     assert "on other data: test/audio has other values" in capsys.readouterr().err
 
 
+FUSIONS = ("concat", "attention", "rollingq", "sum", "film", "gated", "mbt", "mbt+rollingq")
+
+
+def test_arms_keep_what_the_configuration_sets(config_file, tmp_path, fake, capsys):
+    """A loss for each modality and no limit on rotations, in every fusion; resets are told."""
+    arms = naming.parse_arms(",".join((*FUSIONS, "ogm", "audio")), ("audio", "visual"))
+    config = default_config()
+    config.baseline.name = "joint"
+    config.rolling.max_rotations = None
+    config.rolling.check_every = 8
+    made = {name: naming.with_fields(config, fields, name) for name, fields in arms.items()}
+    names = {name: one.baseline.name for name, one in made.items()}
+    assert names == dict.fromkeys(FUSIONS, "joint") | {"ogm": "ogm", "audio": ""}
+    assert {(one.rolling.max_rotations, one.rolling.check_every) for one in made.values()} == {
+        (None, 8)
+    }
+    assert naming.resets(config, arms) == [
+        "arm ogm: config.baseline.name is 'ogm' and not 'joint'",
+        "arm audio: config.baseline.name is '' and not 'joint'",
+    ]
+    config.baseline.name = ""
+    assert naming.resets(config, arms) == []
+    more = ("--arms", "attention,x=attention:baseline.name=:rolling.rho=2.0", "--seeds", "1")
+    assert run(config_file, tmp_path / "out", "--config.baseline.name=joint", *more) == 0
+    told = capsys.readouterr().out
+    assert "arm x: config.baseline.name is '' and not 'joint'\n" in told
+    assert "arm x: config.rolling.rho is 2.0 and not 4.0\n" in told
+    assert "arm attention: config" not in told
+
+
+def test_a_comparison_of_an_older_version_goes_on_where_its_arms_are_the_same(
+    config_file, tmp_path, fake, capsys
+):
+    """Older versions wrote an empty `baseline.name` into each arm; then that was reset, too."""
+    for method, code in (("", 0), ("joint", 2)):
+        out = tmp_path / f"out{method}"
+        arguments = ("--arms", "attention", "--seeds", "2", f"--config.baseline.name={method}")
+        assert run(config_file, out, *arguments) == 0
+        path = out / "comparison.json"
+        stored = json.loads(path.read_text())
+        stored["arms"]["attention"]["baseline.name"] = ""
+        path.write_text(json.dumps(stored))
+        fake.calls = []
+        capsys.readouterr()
+        assert run(config_file, out, *arguments) == code
+        assert not fake.calls
+    assert "holds an arm 'attention' with other fields" in capsys.readouterr().err
+
+
 def test_arms_are_named_changes_of_the_configuration():
     parsed = naming.parse_arms(
         "audio, wide=rollingq:model.dim=128:rolling.method=svd,"

@@ -9,11 +9,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rollingq_jax.errors import ConfigError
-from rollingq_jax.train.config import allowed_in
+from rollingq_jax.train.config import allowed_in, default_config, flatten
 
 Overrides = dict[str, Any]
 
-PLAIN = {"rolling.enabled": False, "baseline.name": "", "model.modality": None}
+# An arm changes what it names and nothing else: a method of `config.baseline` stays, so that each
+# fusion is compared with the losses that the configuration asks for.
+PLAIN = {"rolling.enabled": False, "model.modality": None}
 STATIC = PLAIN | {"model.fusion_layers": 1}  # they have no class token that attends
 CONCAT = STATIC | {"model.fusion": "concat"}
 
@@ -41,8 +43,9 @@ FORM = "NAME, or NAME=BASE:FIELD=VALUE:FIELD=VALUE with BASE the name of an arm"
 
 def known_arms(modalities: tuple[str, ...]) -> dict[str, Overrides]:
     """The arms by name, with a unimodal one for each modality."""
-    unimodal = {m: STATIC | {"model.fusion": "unimodal", "model.modality": m} for m in modalities}
-    return unimodal | ARMS
+    # No method against imbalance fits one modality, whose loss is its own in any case.
+    alone = STATIC | {"model.fusion": "unimodal", "baseline.name": ""}
+    return {m: alone | {"model.modality": m} for m in modalities} | ARMS
 
 
 def parse_arms(text: str, modalities: tuple[str, ...]) -> dict[str, Overrides]:
@@ -110,6 +113,23 @@ def _parts(text: str, mark: str) -> Iterator[str]:
             yield text[start:place].strip()
             start = place + 1
     yield text[start:].strip()
+
+
+def resets(config: ConfigDict, arms: Mapping[str, Overrides]) -> list[str]:
+    """A line for each field in which an arm has another value than the configuration's own.
+
+    Own are values that differ from `default_config()`. What an arm is by its name, the fusion and
+    whether it rolls, is not told.
+    """
+    ours, defaults = flatten(config), flatten(default_config())
+    return [
+        f"arm {arm}: config.{field} is {value!r} and not {ours[field]!r}"
+        for arm, fields in arms.items()
+        for field, value in fields.items()
+        if field not in ("model.fusion", "rolling.enabled")
+        and field in ours
+        and ours[field] not in (value, defaults.get(field))
+    ]
 
 
 def with_fields(config: ConfigDict, fields: Mapping[str, Any], where: str) -> ConfigDict:

@@ -146,11 +146,23 @@ def check_same(plan: Plan, dataset: Dataset) -> None:
             "allowed: the same data, or another workdir"
         )
     for name in plan.arms.keys() & theirs["arms"].keys():
-        if flatten(plan.arms[name]) != flatten(theirs["arms"][name]):
+        if not _same_arm(plan.config, plan.arms[name], flatten(theirs["arms"][name])):
             raise CheckpointError(
                 f"workdir {plan.folder} holds an arm {name!r} with other fields: "
                 f"{theirs['arms'][name]}; allowed: another name"
             )
+
+
+def _same_arm(config: ConfigDict, ours: Overrides, theirs: Overrides) -> bool:
+    """Whether two arms make the same configuration; one may name a field that the other leaves as
+    the configuration has it."""
+    if flatten(ours) == theirs:
+        return True
+    try:
+        first, second = (with_fields(config, fields, "arm") for fields in (ours, theirs))
+    except ConfigError:  # a field that is none any more
+        return False
+    return flatten(first) == flatten(second)
 
 
 def claim(plan: Plan, dataset: Dataset) -> None:
