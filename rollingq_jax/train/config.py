@@ -92,6 +92,7 @@ def default_config() -> ConfigDict:
                 "name": "av_digits",
                 "path": "",
                 "cache_dir": "",
+                "corruptions": "",  # of training, fresh in every epoch: "audio=0.5, visual=drop:0.2"
                 "prefetch": 2,  # batches made ahead, each by a thread of its own
             },
             "model": {
