@@ -208,9 +208,9 @@ def with_defaults(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
     for name, value in defaults.items():
         if isinstance(value, Mapping) and isinstance(filled[name], Mapping):
             filled[name] = with_defaults(filled[name], value)
-        elif isinstance(value, config_dict.FieldReference) and name in given:
+        elif isinstance(value, config_dict.FieldReference) and filled[name] is not value:
             with contextlib.suppress(TypeError):  # of another type: a rule tells it
-                value.set(given[name])
+                value.set(filled[name])
                 filled[name] = value
     return filled
 
