@@ -14,6 +14,7 @@ from rollingq_jax.analysis.predictions import Predictions
 from rollingq_jax.baselines.build import build_baseline
 from rollingq_jax.comparison import arms as naming
 from rollingq_jax.comparison import results, runs, selection
+from rollingq_jax.data.corruption import parse_corruptions
 from rollingq_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from rollingq_jax.models.spec import ModelSpec
 from rollingq_jax.train.arguments import read_python
@@ -279,6 +280,36 @@ def test_arms_keep_what_the_configuration_sets(config_file, tmp_path, fake, caps
     assert "arm x: config.baseline.name is '' and not 'joint'\n" in told
     assert "arm x: config.rolling.rho is 2.0 and not 4.0\n" in told
     assert "arm attention: config" not in told
+
+
+def test_controls_are_arms(config_file):
+    """Even attention, one rotation, rotations at epochs' ends, and noise that is fresh."""
+    text = "uniform,rollingq-once,rollingq-epoch,uniform-fresh,attention-fresh,rollingq-fresh"
+    arms = naming.parse_arms(text, ("audio", "visual"))
+    config = read_python(str(ROOT / "configs" / "av_digits.py"))
+    made = {name: naming.with_fields(config, fields, name) for name, fields in arms.items()}
+    for one in made.values():
+        check_config(one)
+        assert one.model.fusion == "attention" and one.baseline.name == "joint"
+    rolls = {name: one.rolling.enabled for name, one in made.items()}
+    assert [name for name, does in rolls.items() if not does] == [
+        "uniform", "uniform-fresh", "attention-fresh",
+    ]  # fmt: skip
+    assert [name for name, one in made.items() if one.model.attention_scale == 0.0] == [
+        "uniform", "uniform-fresh",
+    ]  # fmt: skip
+    once, ends = made["rollingq-once"].rolling, made["rollingq-epoch"].rolling
+    assert (once.max_rotations, once.check_every) == (1, 8)
+    assert (ends.max_rotations, ends.check_every) == (None, 0)
+    fresh = "audio=0.5, audio=0..3.0@0.3, visual=0.3, visual=0..1.5@0.3"
+    assert {n for n, one in made.items() if one.data.corruptions == fresh} == {
+        n for n in made if n.endswith("-fresh")
+    }
+    kinds = {(c.modality, c.amount, c.share) for c in parse_corruptions(fresh, ("audio", "visual"))}
+    assert kinds == {
+        ("audio", 0.5, 1.0), ("audio", (0.0, 3.0), 0.3),
+        ("visual", 0.3, 1.0), ("visual", (0.0, 1.5), 0.3),
+    }  # fmt: skip
 
 
 def test_a_comparison_of_an_older_version_goes_on_where_its_arms_are_the_same(

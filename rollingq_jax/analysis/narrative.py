@@ -39,6 +39,11 @@ HOW_TO_READ = {
         "A fusion that cooperates looks away from the noised modality and loses little; one in "
         "the cycle keeps attending to it."
     ),
+    "attention_scale": (
+        "The trained class query times a factor, everything else as it is: at 0 every token has the "
+        "same weight, 1 is the model as it was trained. Where 0 is above 1, what the query prefers "
+        "whatever the sample shows does harm; where it is below, the look at the sample helps."
+    ),
     "attention": (
         "The weight that the class token gives each token, drawn over the place it was cut from "
         "(1 is the weight of even attention over all tokens of all modalities). The modality's "
@@ -153,3 +158,9 @@ def describe_noise(points: Sequence[Mapping[str, Any]]) -> str:
             text += f" and the attention share of {name} from {shares[0]:.2f} to {shares[1]:.2f}"
         parts.append(text + ".")
     return " ".join(parts)
+
+
+def describe_attention_scale(points: Sequence[Mapping[str, Any]]) -> str:
+    """Accuracy at each factor of the query."""
+    values = [f"{100 * p['accuracy']:.1f} at {p['scale']:g}" for p in points]
+    return f"Accuracy in % with the trained query times a factor: {', '.join(values)}."

@@ -19,6 +19,9 @@ PLAIN = {"rolling.enabled": False, "model.modality": None}
 STATIC = PLAIN | {"model.fusion_layers": 1}  # they have no class token that attends
 CONCAT = STATIC | {"model.fusion": "concat"}
 
+ATTENTION = PLAIN | {"model.fusion": "attention"}
+ROLLINGQ = ATTENTION | {"rolling.enabled": True}
+
 # The methods of comparison stand on concat, as the paper has them; on another fusion they are
 # written as NAME=FUSION:baseline.name=METHOD.
 ARMS: dict[str, Overrides] = {
@@ -26,8 +29,11 @@ ARMS: dict[str, Overrides] = {
     "concat": CONCAT,
     "film": STATIC | {"model.fusion": "film"},
     "gated": STATIC | {"model.fusion": "gated"},
-    "attention": PLAIN | {"model.fusion": "attention"},
-    "rollingq": PLAIN | {"model.fusion": "attention", "rolling.enabled": True},
+    "attention": ATTENTION,
+    "uniform": ATTENTION | {"model.attention_scale": 0.0},
+    "rollingq": ROLLINGQ,
+    "rollingq-once": ROLLINGQ | {"rolling.max_rotations": 1},
+    "rollingq-epoch": ROLLINGQ | {"rolling.max_rotations": None, "rolling.check_every": 0},
     "mbt": PLAIN | {"model.fusion": "mbt"},
     "mbt+rollingq": PLAIN
     | {"model.fusion": "mbt", "model.mbt_head": "attention", "rolling.enabled": True},
@@ -38,6 +44,7 @@ ARMS: dict[str, Overrides] = {
     "joint": CONCAT | {"baseline.name": "joint"},
     "config": {},  # the configuration as it is, to build own arms on
 }
+FRESH_BASES = ("concat", "attention", "uniform", "rollingq")
 FORM = "NAME, or NAME=BASE:FIELD=VALUE:FIELD=VALUE with BASE the name of an arm"
 
 
@@ -45,7 +52,17 @@ def known_arms(modalities: tuple[str, ...]) -> dict[str, Overrides]:
     """The arms by name, with a unimodal one for each modality."""
     # No method against imbalance fits one modality, whose loss is its own in any case.
     alone = STATIC | {"model.fusion": "unimodal", "baseline.name": ""}
-    return {m: alone | {"model.modality": m} for m in modalities} | ARMS
+    noise = {"data.corruptions": fresh_noise(modalities)}
+    fresh = {f"{base}-fresh": ARMS[base] | noise for base in FRESH_BASES}
+    return {m: alone | {"model.modality": m} for m in modalities} | ARMS | fresh
+
+
+def fresh_noise(modalities: tuple[str, ...]) -> str:
+    """Light noise in every modality, drawn anew in each epoch of training, so that it is not
+    learned by heart: .5 for audio and .3 else, with up to 3 and 1.5 more in 30 % of the examples.
+    """
+    levels = {m: (0.5, 3.0) if m == "audio" else (0.3, 1.5) for m in modalities}
+    return ", ".join(f"{m}={low}, {m}=0..{high}@0.3" for m, (low, high) in levels.items())
 
 
 def parse_arms(text: str, modalities: tuple[str, ...]) -> dict[str, Overrides]:

@@ -110,6 +110,7 @@ def default_config() -> ConfigDict:
                 "gelu": "exact",
                 "dtype": "float32",
                 "fusion_token_scale": 0.02,
+                "attention_scale": 1.0,  # on the class token's logits; 0: every token counts alike
                 "mbt_layers": 2,
                 "mbt_tokens": 4,
                 "mbt_head": "attention",
