@@ -40,8 +40,8 @@ HOW_TO_READ = {
         "the cycle keeps attending to it."
     ),
     "attention_scale": (
-        "The trained class query times a factor, everything else as it is: at 0 every token has the "
-        "same weight, 1 is the model as it was trained. Where 0 is above 1, what the query prefers "
+        "The trained class query times a factor, everything else as it is: at 0 every token has "
+        "the same weight, 1 is the model as it was trained. Where 0 is above 1, what the query prefers "
         "whatever the sample shows does harm; where it is below, the look at the sample helps."
     ),
     "attention": (
