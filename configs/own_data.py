@@ -30,7 +30,8 @@ def get_config() -> ConfigDict:
             **config.data,
             "name": "arrays",
             "kinds": "",  # "audio=spectrogram, visual=image": where the shape says otherwise
-            "modalities": (),  # empty: all
+            "modalities": (),  # "audio,visual"; empty: all
+            "columns": "",  # of a manifest: "label=emotion, audio=wav_path"
             "standardize": True,  # float modalities, with the training split's statistics
             "corruptions": "",  # in training: "audio=0..2, visual=drop:0.2"
         }

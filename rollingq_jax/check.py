@@ -20,7 +20,8 @@ import numpy as np
 from rollingq_jax.data.infer import infer_model, num_tokens
 from rollingq_jax.data.labels import labels_of
 from rollingq_jax.data.load import load_dataset
-from rollingq_jax.data.manifest import read_manifest
+from rollingq_jax.data.manifest import is_manifest, read_manifest
+from rollingq_jax.data.options import mapping_option, option
 from rollingq_jax.data.types import Dataset
 from rollingq_jax.errors import ConfigError, DataError, printable
 
@@ -117,16 +118,18 @@ def _example(dataset: Dataset, source: Any, index: int) -> Any:
     return example
 
 
-def _missing_files(path: str) -> Iterator[str]:
+def _missing_files(config_data: Any) -> Iterator[str]:
     """The files that a manifest names and that are not there, if the path is of a manifest."""
-    if "://" in path:
+    path = option(config_data, "path", "")
+    if not path or "://" in path:
         return
     place = Path(path).expanduser()
-    is_manifest = place.suffix.lower() in (".csv", ".jsonl") or any(
-        (place / name).is_file() for name in ("manifest.csv", "manifest.jsonl")
-    )
-    if path and is_manifest:
-        missing = read_manifest(place).missing
+    if is_manifest(place):
+        missing = read_manifest(
+            place,
+            columns=mapping_option(config_data, "columns"),
+            modalities=option(config_data, "modalities", ()),
+        ).missing
         yield from (f"missing: {name!r}" for name in missing[:SHOWN])
         if len(missing) > SHOWN:
             yield f"... and {len(missing) - SHOWN} more missing files"
@@ -162,13 +165,13 @@ def command(argv: Sequence[str]) -> None:
         extra = [f"--config.data.path={options.path}"] if options.path is not None else []
         config = parse([argv[0], *rest, *extra, "--workdir=."]).config
         config_data, encoders, seed = config.data, config.model.encoders, config.seed
-    for line in _missing_files(getattr(config_data, "path", "")):
-        print(line)
+    for line in _missing_files(config_data):
+        print(printable(line))
     dataset = load_dataset(config_data, seed=seed, encoders=encoders)
     for line in describe(dataset, encoders):
-        print(line)
+        print(printable(line))
     for line in read_examples(dataset, QUICK if options.quick else None):
-        print(line)
+        print(printable(line))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from rollingq_jax.data.corruption import parse_corruptions
 from rollingq_jax.data.labels import ids_of
 from rollingq_jax.data.new_data import as_dataset, open_new_data
 from rollingq_jax.data.types import Dataset, Source
-from rollingq_jax.errors import ConfigError
+from rollingq_jax.errors import ConfigError, DataError
 from rollingq_jax.train.cli import run_command
 from rollingq_jax.train.console import device_line
 from rollingq_jax.train.restore import LoadedRun, load_run
@@ -70,7 +70,7 @@ def evaluate(
     """
     folder = check_workdir(workdir)
     run = load_run(folder)
-    dataset = run.dataset if path is None else _new_dataset(run, path, split)
+    dataset = _own_dataset(run) if path is None else _new_dataset(run, path, split)
     split = split or "test"
     if split not in dataset.splits:
         raise ConfigError(f"split: {split!r}; one of {', '.join(dataset.splits)}")
@@ -113,6 +113,13 @@ def _with_query_times(run: LoadedRun, scale: float) -> predictions.Predict:
     spec = run.model.spec
     scaled = dataclasses.replace(spec, attention_scale=scale * spec.attention_scale)
     return predictions.predictor(run.model.clone(spec=scaled), run.params, run.rotation)
+
+
+def _own_dataset(run: LoadedRun) -> Dataset:
+    try:
+        return run.dataset
+    except DataError as error:
+        raise DataError(f"{error}; --path names the place of data that have moved") from error
 
 
 def _new_dataset(run: LoadedRun, path: str, split: str | None) -> Dataset:

@@ -36,6 +36,17 @@ class RollingState(NamedTuple):
     query_weight: Array  # []
 
 
+AXES = {  # of the arrays of a state
+    "rotation": "Hdd",
+    "count": "H",
+    "key_sum": "MHd",
+    "cosine_sum": "MH",
+    "weight_sum": "M",
+    "query_sum": "Hd",
+    "query_weight": "",
+}
+
+
 def init_state(num_modalities: int, dim: int, num_heads: int = 1) -> RollingState:
     """State with R = I and empty sums; `dim` is the head width.
 
@@ -124,10 +135,29 @@ def observe(
 
 
 def sizes(state: RollingState) -> dict[str, int]:
-    """What is known before a batch comes: broadcasting would take another number of heads."""
+    """M, H and d of a state: broadcasting would take a batch with another number of heads.
+
+    Raises:
+      UserError: it is no state, or its arrays do not have the axes of one; says where a leading
+        axis of devices comes from.
+    """
     if not isinstance(state, RollingState):
         raise UserError(f"state is a {type(state).__name__}; allowed: what `init` made")
-    return dict(zip("MHd", state.key_sum.shape, strict=True))
+    shapes = {name: tuple(getattr(array, "shape", ())) for name, array in state._asdict().items()}
+    extra = {len(shapes[name]) - len(axes) for name, axes in AXES.items()}
+    if extra == {0}:
+        known = dict(zip("MHd", shapes["key_sum"], strict=True))
+        if all(shapes[n] == tuple(known[axis] for axis in axes) for n, axes in AXES.items()):
+            return known
+    came = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+    hint = "what `init` made, unchanged in shape"
+    if extra == {1} and len({shape[0] for shape in shapes.values()}) == 1:
+        hint = (
+            "a state without the leading axis that `flax.jax_utils.replicate`, pmap or vmap gives: "
+            "call this inside pmap or vmap, or take the axis off first "
+            "(`flax.jax_utils.unreplicate`)"
+        )
+    raise UserError(f"state has the shapes {came}; allowed: {hint}")
 
 
 def scores_and_means(state: RollingState) -> tuple[Array, Array, Array]:

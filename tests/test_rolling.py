@@ -1,5 +1,6 @@
 """The (init, observe, update) transformation against its definition, in NumPy."""
 
+import flax.jax_utils
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -301,3 +302,34 @@ def test_bad_arguments(arguments, says):
 def test_bad_sizes():
     with pytest.raises(ValueError, match="num_modalities is 1; allowed: an integer >= 2"):
         rq.rolling_query().init(1, 4)
+
+
+@pytest.mark.parametrize("made", ["replicate", "stacked"])
+def test_a_state_with_a_leading_axis_is_refused_with_its_shapes(made):
+    roller = rq.rolling_query()
+    query, mean_keys = batch()
+    state = roller.observe(roller.init(M, D, H), query, mean_keys)
+    if made == "replicate":
+        many = flax.jax_utils.replicate(state)
+    else:
+        many = jax.tree.map(lambda *x: jnp.stack(x), *[state] * 5)
+    size = len(many.weight_sum)
+    shapes = rf"rotation \({size}, {H}, {D}, {D}\), .*query_weight \({size},\); allowed: a state wi"
+    words = (
+        "leading axis that `flax.jax_utils.replicate`, pmap or vmap gives: call this inside pmap"
+    )
+    for call in (lambda: roller.update(many), lambda: roller.observe(many, query, mean_keys)):
+        with pytest.raises(rq.UserError, match=f"state has the shapes {shapes}.*{words}"):
+            call()
+    inside = jax.vmap(lambda s: roller.update(s)[0].rotation)(many)
+    outside = roller.update(state)[0].rotation
+    np.testing.assert_allclose(inside, np.stack([outside] * size), atol=1e-6)
+
+
+def test_a_state_whose_arrays_do_not_fit_together_is_refused():
+    state = rq.rolling_query().init(M, D, H)
+    other = state._replace(rotation=state.rotation[:1])
+    with pytest.raises(
+        rq.UserError, match=r"state has the shapes rotation \(1, 6, 6\).* unchanged"
+    ):
+        rq.rolling_query().update(other)

@@ -112,8 +112,8 @@ def _tables(result: Mapping[str, Any]) -> Iterator[Table]:
             if any(field in found for found in result["corrupted"]):
                 fields.append(field)
                 columns.append(words)
-        rows = [[found.get(field) for field in fields] for found in result["corrupted"]]
-        yield Table("Corrupted", columns, rows)
+        corrupted = [[found.get(field) for field in fields] for found in result["corrupted"]]
+        yield Table("Corrupted", columns, corrupted)
     if "reliance" in result:
         rows = [
             (m, way, *(found.get(f) for f in ("accuracy", "unchanged", "follows")))
@@ -121,10 +121,9 @@ def _tables(result: Mapping[str, Any]) -> Iterator[Table]:
             for m, ways in result["reliance"].items()
             for way, found in ways.items()
         ]
-        columns = ("modality", "is", "accuracy", "predictions unchanged", "follows it", "its share")
         yield Table(
             "Reliance on each modality",
-            columns,
+            ("modality", "is", "accuracy", "predictions unchanged", "follows it", "its share"),
             rows,
             "Shuffled: taken from another example. Swapped: from an example of another class; "
             "then 'follows it' is the share of predictions of that class. Replaced: by noise.",
@@ -132,12 +131,12 @@ def _tables(result: Mapping[str, Any]) -> Iterator[Table]:
     if "modality_examples" in result:
         counts = result["modality_examples"]
         share = result.get("attention_share", {})
-        rows = [(m, count, share.get(m)) for m, count in counts.items()]
+        present = [(m, count, share.get(m)) for m, count in counts.items()]
         text = "Shares and correlations are over the examples that have the modality."
-        yield Table("Modalities", ("modality", "examples that have it", "its share"), rows, text)
+        yield Table("Modalities", ("modality", "examples that have it", "its share"), present, text)
     classes = result["per_class"].items()
-    rows = [(name, *(found[f] for f in ("examples", "accuracy", "f1"))) for name, found in classes]
-    yield Table("Classes", ("class", "examples", "accuracy", "F1"), rows)
+    lines = [(name, *(found[f] for f in ("examples", "accuracy", "f1"))) for name, found in classes]
+    yield Table("Classes", ("class", "examples", "accuracy", "F1"), lines)
 
 
 def _share_rows(

@@ -59,7 +59,8 @@ def answers(probe: Probe, corruption: str = "") -> Predictions:
     if not corruption:
         return _read(probe, probe.dataset, source)
     # Under a name of its own, so that probing the training split corrupts it as any other.
-    splits = {"train": probe.dataset.splits["train"], "probed": source}
+    known = probe.dataset.splits
+    splits = {"probed": source} | ({"train": known["train"]} if "train" in known else {})
     corrupted = corrupt(
         dataclasses.replace(probe.dataset, splits=splits),
         corruption,

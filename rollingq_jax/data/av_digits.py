@@ -20,6 +20,7 @@ from rollingq_jax.data import digits
 from rollingq_jax.data.cache import build_once, cache_root
 from rollingq_jax.data.digits import REGIMES, SPLITS, WORDS, Regime, generate, split_voices
 from rollingq_jax.data.options import choice, option
+from rollingq_jax.data.tfds_files import open_prepared
 from rollingq_jax.data.types import ArraySource, Dataset, ModalityInfo
 
 
@@ -129,7 +130,7 @@ def load(config_data: Any, *, seed: int) -> Dataset:
         return scratch / AvDigits.name / config.name / str(AvDigits.VERSION)
 
     build_once(target, build)
-    builder = tfds.builder_from_directory(target)
+    builder = open_prepared(target)
     splits = {name: _in_memory(builder.as_data_source(name)) for name in SPLITS}
     return Dataset(
         splits=splits,

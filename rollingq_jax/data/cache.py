@@ -1,15 +1,19 @@
-"""Where generated data are kept, and how they get there whole."""
+"""Where generated data and measurements are kept, and how they get there whole."""
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from rollingq_jax.data.options import local_path
 from rollingq_jax.errors import DataError
+
+T = TypeVar("T")
 
 _MANIFEST = "sha256.json"
 
@@ -58,6 +62,57 @@ def build_once(target: pathlib.Path, build: Callable[[pathlib.Path], pathlib.Pat
             shutil.rmtree(scratch, ignore_errors=True)
     if _recorded(target) != _checksums(target):
         raise DataError(f"cache_dir: {target} is damaged; delete it, and it is made again")
+
+
+SAMPLES = 16  # of a file's bytes, evenly spaced, by which it is known again
+SAMPLE_BYTES = 4096
+
+
+def file_states(files: Iterable[pathlib.Path]) -> list[list[Any]]:
+    """Name, size, time of change and a digest of some bytes of each file, as JSON can hold them."""
+    states = []
+    for file in files:
+        stat, digest = file.stat(), hashlib.sha256()
+        with open(file, "rb") as opened:
+            for number in range(SAMPLES):
+                opened.seek(max(0, stat.st_size - SAMPLE_BYTES) * number // (SAMPLES - 1))
+                digest.update(opened.read(SAMPLE_BYTES))
+        states.append([str(file), stat.st_size, stat.st_mtime_ns, digest.hexdigest()])
+    return states
+
+
+def remembered(
+    folder: pathlib.Path,
+    key: Any,
+    *,
+    make: Callable[[], T],
+    read: Callable[[Any], T],
+    write: Callable[[T], Any],
+) -> T:
+    """What ``make`` returns, or returned for an equal key before.
+
+    A cache that is damaged, or that cannot be written, is passed over.
+
+    Args:
+      folder: where the results lie, each a JSON file.
+      key: all that the result depends on, as JSON can hold it.
+      make: called where nothing is found.
+      read: from JSON; may raise whatever it likes on what it does not know.
+      write: to JSON.
+    """
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    place = folder / f"{name}.json"
+    try:
+        return read(json.loads(place.read_text(encoding="utf-8")))
+    except Exception:  # it is not there, or it is anything but what was written
+        made = make()
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as scratch:
+            whole = pathlib.Path(scratch) / place.name
+            whole.write_text(json.dumps(write(made)), encoding="utf-8")
+            os.replace(whole, place)
+    return made
 
 
 def _move(made: pathlib.Path, target: pathlib.Path) -> None:

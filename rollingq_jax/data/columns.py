@@ -6,8 +6,9 @@ blocks, and the same pass over the training split gives the mean and standard de
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
+import jax.numpy as jnp
 import numpy as np
 
 from rollingq_jax.data.infer import doubt, infer_kind
@@ -18,6 +19,12 @@ from rollingq_jax.errors import DataError
 
 BLOCK_BYTES = 32 * 2**20
 MAX_VOCABULARY = 1_000_000
+_NO_NUMBERS = {
+    "c": "; store real and imaginary part, or magnitude and phase, as two channels",
+    "M": "; store numbers, as seconds since a moment",
+    "m": "; store numbers, as seconds",
+    **dict.fromkeys("SUT", "; store token ids [N, L], or use a manifest with text files"),
+}
 
 
 class ColumnSource:
@@ -30,9 +37,12 @@ class ColumnSource:
         labels: np.ndarray,
         masks: Mapping[str, np.ndarray],
         qualities: Mapping[str, np.ndarray],
+        groups: np.ndarray | None = None,
+        ids: np.ndarray | None = None,
     ) -> None:
         self.columns, self.arrays, self.labels = dict(columns), dict(arrays), labels
         self.masks, self.qualities = dict(masks), dict(qualities)
+        self.groups, self.ids = groups, ids  # beside the examples: a batch holds no strings
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -41,7 +51,7 @@ class ColumnSource:
         example: Example = {"label": self.labels[index]}
         for name, column in self.columns.items():
             mask = self.masks[name][index] if name in self.masks else None
-            example[name] = column.apply(self.arrays[name][index], mask)
+            example[name] = column.apply(_plain(self.arrays[name][index]), mask)
             if mask is not None:
                 example[f"{name}_mask"] = np.asarray(mask)
         for name, quality in self.qualities.items():
@@ -71,15 +81,14 @@ def make_column(
         value is NaN or infinite, or a token id is out of range.
     """
     train = arrays["train"]
-    stated, kind = kind, kind or infer_kind(train.shape[1:], train.dtype, f"train/{name}")
+    _check_array(f"train/{name}", train, train.shape[1:], f"train/{name}")
+    kind = kind or infer_kind(train.shape[1:], _plain(train[:0]).dtype, f"train/{name}")
     for split, array in arrays.items():
         _check_array(f"{split}/{name}", array, train.shape[1:], f"train/{name}")
     raw_shape = train.shape[1:]
     shape, _ = fit_shape(name, raw_shape, kind)
-    dtypes = {array.dtype for array in arrays.values()}
+    dtypes = {_plain(array[:0]).dtype for array in arrays.values()}
     raw_dtype = str(dtypes.pop()) if len(dtypes) == 1 else "float32"
-    if stated is None and (line := doubt(ModalityInfo(name, kind, shape))):
-        logging.getLogger(__name__).warning(line)
     if kind == "tokens":
         largest = max(_largest_token(f"{split}/{name}", array) for split, array in arrays.items())
         size = max(1 + largest, 2)  # the least that a table of embeddings may have
@@ -93,22 +102,28 @@ def make_column(
             if split == "train":
                 moments.add(values.reshape(-1, shape[-1]))
     if kind in ("image", "video") and all(a.dtype == np.uint8 for a in arrays.values()):
-        mean, std = moments.mean_and_std(scale=255.0)
-        pixels = ModalityInfo(
-            name, kind, shape, "uint8", mean=tuple(mean.tolist()), std=tuple(std.tolist())
-        )
+        mean, std = (tuple(values.tolist()) for values in moments.mean_and_std(scale=255.0))
+        pixels = ModalityInfo(name, kind, shape, "uint8", mean=mean, std=std)
         return Preprocessing(pixels, raw_shape, raw_dtype)
     if not standardize:
         return Preprocessing(ModalityInfo(name, kind, shape, "float32"), raw_shape, raw_dtype)
     standard = ModalityInfo(name, kind, shape, "float32", unit=1.0)
-    mean, std = (tuple(values.tolist()) for values in moments.mean_and_std())
-    return Preprocessing(standard, raw_shape, raw_dtype, mean, std)
+    center, scale = (tuple(values.tolist()) for values in moments.mean_and_std())
+    return Preprocessing(standard, raw_shape, raw_dtype, center, scale)
+
+
+def warn_of_doubts(infos: Iterable[ModalityInfo]) -> None:
+    """Logs a line for each modality whose shape suggests another kind than the one inferred."""
+    for line in filter(None, map(doubt, infos)):
+        logging.getLogger(__name__).warning(line)
 
 
 def _check_array(key: str, array: np.ndarray, shape: tuple[int, ...], reference: str) -> None:
     """Shape as in the training split, no empty axis, a numeric dtype."""
-    if array.dtype.kind not in "biuf":
-        raise DataError(f"{key}: dtype {array.dtype}; must be integer, float or boolean")
+    dtype = _plain(array[:0]).dtype
+    if dtype.kind not in "biuf":
+        hint = _NO_NUMBERS.get(dtype.kind, "")
+        raise DataError(f"{key}: dtype {dtype}; must be integer, float or boolean{hint}")
     if array.shape[1:] != shape:
         raise DataError(
             f"{key}: examples of shape {list(array.shape[1:])}, but {list(shape)} in {reference}; "
@@ -137,7 +152,12 @@ def _blocks(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """(number of the first example, examples) in pieces of about BLOCK_BYTES."""
     step = max(1, BLOCK_BYTES // max(1, array.nbytes // len(array)))
     for start in range(0, len(array), step):
-        yield start, np.asarray(array[start : start + step])
+        yield start, _plain(np.asarray(array[start : start + step]))
+
+
+def _plain(values: np.ndarray) -> np.ndarray:
+    """The values; bfloat16, which stays so in a mapped file, as float32."""
+    return values.astype(np.float32) if values.dtype == jnp.bfloat16 else values
 
 
 def _checked_blocks(key: str, array: np.ndarray, mask: np.ndarray | None) -> Iterator[np.ndarray]:

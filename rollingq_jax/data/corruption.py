@@ -186,6 +186,11 @@ def training_deviation(dataset: Dataset, info: ModalityInfo) -> float:
     """
     if info.unit is not None:
         return info.unit
+    if "train" not in dataset.splits:
+        raise DataError(
+            f"noise in {info.name!r} is in standard deviations of the training data, which are not "
+            "known; allowed: the data that the run was trained on, or another corruption"
+        )
     source, moments = dataset.splits["train"], Moments(1)
     for index in evenly(len(source), UNIT_EXAMPLES):
         example = source[index]

@@ -74,8 +74,8 @@ REGIMES = {
     ),
     # Quality varies in training too.
     "varied_train": Regime(_LOUD, _BLURRED, _LOUD, _BLURRED),
-    # The demo's: it varies widely, alike everywhere, so that each modality alone reads about 7 digits
-    # in 10, and which of them is to be believed differs from sample to sample.
+    # The demo's: it varies widely and alike everywhere. Each modality alone reads about 7 digits in
+    # 10, and which of them is to be believed differs from sample to sample.
     "hard_train": Regime(_HARD_AUDIO, _HARD_VISUAL, _HARD_AUDIO, _HARD_VISUAL),
     # For noise that is fresh in every epoch: a random transformation in the pipeline.
     "clean": Regime(),

@@ -21,13 +21,22 @@ text, at most 512 bytes. These lengths, means and standard deviations come from 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rollingq_jax.data import media
-from rollingq_jax.data.labels import check_labels, count_classes, with_valid
-from rollingq_jax.data.manifest import Manifest, Row, is_class_number, read_manifest
+from rollingq_jax.data.labels import (
+    count_classes,
+    encode_labels,
+    groups_of,
+    is_class_number,
+    labels_of,
+    warn_of_shared_groups,
+    with_test,
+    with_valid,
+)
+from rollingq_jax.data.manifest import SPLIT_NAMES, Manifest, Row, check_task, read_manifest
 from rollingq_jax.data.measure import evenly, standardize
 from rollingq_jax.data.media_arrays import (
     BYTE_VOCABULARY,
@@ -36,9 +45,9 @@ from rollingq_jax.data.media_arrays import (
     is_video,
     read_value,
 )
-from rollingq_jax.data.options import choice, local_path, option
+from rollingq_jax.data.options import choice, local_path, mapping_option, option
 from rollingq_jax.data.preprocessing import Preprocessing
-from rollingq_jax.data.types import Dataset, Example, ModalityInfo
+from rollingq_jax.data.types import Dataset, Example, ModalityInfo, Source
 from rollingq_jax.errors import DataError
 
 MAX_SECONDS = 10.0
@@ -56,8 +65,8 @@ def load(config_data: Any, *, seed: int) -> Dataset:
     """The data set of the manifest at ``config_data.path``.
 
     Args:
-      config_data: ``path``; optional ``modalities``, ``standardize`` and the fields of
-        :class:`MediaSizes`.
+      config_data: ``path``; optional ``columns`` ("label=emotion, sound=wav_path"), ``modalities``,
+        ``standardize`` and the fields of :class:`MediaSizes`.
       seed: of the validation split, where the manifest has none.
 
     Raises:
@@ -67,38 +76,38 @@ def load(config_data: Any, *, seed: int) -> Dataset:
     """
     path = option(config_data, "path", "")
     if not path:
-        raise DataError("data.path: not given; a manifest (.csv or .jsonl) or its folder")
-    manifest = read_manifest(local_path(path, "data.path"))
+        raise DataError("data.path: not given; a manifest (.csv, .tsv or .jsonl) or its folder")
+    manifest = read_manifest(
+        local_path(path, "data.path"),
+        columns=mapping_option(config_data, "columns"),
+        modalities=option(config_data, "modalities", ()),
+    )
     if manifest.missing:
         raise DataError(describe_missing(manifest))
-    names = sorted(option(config_data, "modalities", ()) or manifest.types)
-    for name in names:
-        if name not in manifest.types:
-            raise DataError(
-                f"modality {name!r}: not in {manifest.path.name}; "
-                f"there are {', '.join(manifest.types)}"
-            )
-    types = {name: manifest.types[name] for name in names}
-    rows = {
-        split: [row for row in manifest.rows if row.split == split]
-        for split in ("train", "valid", "test")
-    }
-    rows = {split: found for split, found in rows.items() if found or split != "valid"}
-    for split in ("train", "test"):
-        if not rows[split]:
-            raise DataError(f"{manifest.path.name}: no rows of split {split!r}")
-    labels, class_names = _encode_labels(rows)
+    rows = _rows_of_splits(manifest)
+    check_task([row.label for row in manifest.rows], manifest.path.name)
+    labels, class_names = encode_labels(
+        {split: np.array([row.label for row in found], str) for split, found in rows.items()}
+    )
     num_classes = count_classes(labels, class_names)
-    sizes = _read_sizes(config_data, types, rows["train"])
-    optional = {name for name in names if any(r.values[name] is None for r in manifest.rows)}
+    sizes = _read_sizes(config_data, manifest.types, rows["train"])
+    files = {name: FileForm(type_, sizes) for name, type_ in manifest.types.items()}
+    optional = {name for name in files if any(row.values[name] is None for row in manifest.rows)}
     sources = {
-        split: FolderSource(found, labels[split], types, sizes, optional)
+        split: FolderSource(
+            found,
+            files,
+            optional,
+            labels[split],
+            groups=_tags(found, "group") if "group" in manifest.special else None,
+            ids=_tags(found, "id") if "id" in manifest.special else None,
+        )
         for split, found in rows.items()
     }
-    splits = with_valid(sources, labels["train"], seed=seed)
+    splits = _complete(sources, seed)
     floats = option(config_data, "standardize", True)
     splits, modalities = standardize(
-        splits, _modalities(types, sizes), most=sizes.stats_examples, floats=floats
+        splits, _modalities(files), most=sizes.stats_examples, floats=floats
     )
     return Dataset(
         splits,
@@ -110,10 +119,112 @@ def load(config_data: Any, *, seed: int) -> Dataset:
     )
 
 
-def _modalities(types: Mapping[str, str], sizes: MediaSizes) -> dict[str, Preprocessing]:
+def _rows_of_splits(manifest: Manifest) -> dict[str, list[Row]]:
+    """The rows of train, valid and test that there are."""
+    rows: dict[str, list[Row]] = {}
+    for split in ("train", "valid", "test"):
+        if found := [row for row in manifest.rows if (row.split or "train") == split]:
+            rows[split] = found
+    for split, needed in (("train", True), ("test", "valid" in rows)):
+        if needed and split not in rows:
+            raise DataError(f"{manifest.path.name}: no rows of split {split!r}")
+    return rows
+
+
+def _tags(rows: Sequence[Row], name: str) -> np.ndarray:
+    return np.array([getattr(row, name) for row in rows], str)
+
+
+def _complete(splits: Mapping[str, "FolderSource"], seed: int) -> dict[str, Source]:
+    """With automatic splits for those that are not there; groups are never parted."""
+    groups = {split: s.groups for split, s in splits.items() if s.groups is not None}
+    warn_of_shared_groups(groups)
+    train = splits["train"]
+    complete = with_test(splits, train.labels, groups=train.groups)
+    rest = complete["train"]
+    return with_valid(complete, labels_of(rest), seed=seed, groups=groups_of(rest))
+
+
+def open_manifest(
+    path: Path,
+    modalities: Mapping[str, Preprocessing],
+    *,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> tuple[Source, list[str], list[str]]:
+    """New examples for a trained model, from files that a manifest names.
+
+    Args:
+      path: the manifest, or its folder. It needs a column for one of the modalities only; one that
+        has none is missing in every example.
+      modalities: those that the model reads, with the sizes to which it has its files brought.
+      split: which rows, where there is a column for it; None for all where they are of one split,
+        else those of "test".
+      columns: as ``data.columns``; names that are not there are left out.
+
+    Returns:
+      A source of raw arrays `{m: array}` and `{m}_mask`, a bool scalar, without labels; for each
+      example its id (the number of its row from 0, where there is no column for it) and its label,
+      "" where it has none.
+
+    Raises:
+      DataError: as :func:`load`; there are no such rows; the model was trained on arrays.
+    """
+    saved = {name: _saved_form(one) for name, one in modalities.items()}
+    types = {name: form.type for name, form in saved.items()}
+    manifest = read_manifest(path, columns=columns, types=types)
+    files = {name: FileForm(type_, saved[name].sizes) for name, type_ in manifest.types.items()}
+    rows: Sequence[Row] = manifest.rows
+    if "split" in manifest.special:
+        there = {row.split for row in rows}
+        if split is None and len(there) > 1:
+            split = "test"
+        if split is not None:
+            rows = [row for row in rows if row.split == SPLIT_NAMES.get(split, split)]
+        if not rows:
+            names = ", ".join(sorted(there - {""})) or "none"
+            raise DataError(f"{manifest.path.name}: no rows of split {split!r}; there are {names}")
+    if missing := describe_missing(manifest, rows):
+        raise DataError(missing)
+    has_id = "id" in manifest.special
+    ids = [row.id if has_id else str(row.number) for row in rows]
+    labels = [str(int(r.label)) if is_class_number(r.label) else r.label for r in rows]
+    return FolderSource(rows, files, set(files)), ids, labels
+
+
+class FileForm(NamedTuple):
+    """What a modality's cells are, and to what sizes they are brought."""
+
+    type: str
+    sizes: MediaSizes
+
+
+def _saved_form(one: Preprocessing) -> FileForm:
+    """How a trained model's files become raw arrays."""
+    name = one.info.name
+    if one.media is None:
+        raise DataError(
+            f"modality {name!r}: the run was trained on arrays of it, so files cannot be read for "
+            "it; give arrays (.npz)"
+        )
+    try:
+        sizes = dict(one.media)
+        form = FileForm(str(sizes.pop("type")), MediaSizes(**sizes))
+        fits = example_form(*form) == (tuple(one.raw_shape), one.raw_dtype)
+    except (KeyError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise DataError(
+            f"modality {name!r}: how its files are read cannot be told from the run's record "
+            f"({str(dict(one.media))[:200]})"
+        )
+    return form
+
+
+def _modalities(files: Mapping[str, FileForm]) -> dict[str, Preprocessing]:
     """How files become arrays, before anything is measured."""
     modalities = {}
-    for name, type_ in types.items():
+    for name, (type_, sizes) in files.items():
         vocab_size = BYTE_VOCABULARY if KINDS[type_] == "tokens" else None
         shape, dtype = example_form(type_, sizes)
         info = ModalityInfo(name, KINDS[type_], shape, dtype, vocab_size)
@@ -123,33 +234,45 @@ def _modalities(types: Mapping[str, str], sizes: MediaSizes) -> dict[str, Prepro
 
 
 class FolderSource:
-    """The examples of one split, not standardised; the module's docstring says what is in them."""
+    """The examples of one split, not standardised; the module's docstring says what is in them.
+
+    Args:
+      rows: of the manifest.
+      files: {modality: what its cells are}.
+      optional: modalities that have a mask, as some example lacks them.
+      labels: int32 [N], or None for examples without them.
+      groups, ids: strings [N], held beside the examples; None where there are none.
+    """
 
     def __init__(
         self,
         rows: Sequence[Row],
-        labels: np.ndarray,
-        types: Mapping[str, str],
-        sizes: MediaSizes,
+        files: Mapping[str, FileForm],
         optional: set[str],
+        labels: np.ndarray | None = None,
+        *,
+        groups: np.ndarray | None = None,
+        ids: np.ndarray | None = None,
     ) -> None:
-        self.rows, self.labels, self.types = tuple(rows), labels, dict(types)
-        self.sizes, self.optional = sizes, optional
+        self.rows, self.files, self.optional = tuple(rows), dict(files), optional
+        self.groups, self.ids = groups, ids
+        if labels is not None:
+            self.labels = labels
         rated = [set(row.qualities) for row in rows]
-        self.rated = set.intersection(*rated) & set(types)
+        self.rated = set.intersection(*rated) & set(files)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
         row = self.rows[index]
-        example: Example = {"label": self.labels[index]}
-        for name in self.types:
+        example: Example = {"label": self.labels[index]} if hasattr(self, "labels") else {}
+        for name, (type_, sizes) in self.files.items():
             cell = row.values[name]
             if cell is None:
-                example[name] = np.zeros(*example_form(self.types[name], self.sizes))
+                example[name] = np.zeros(*example_form(type_, sizes))
             else:
-                example[name] = read_value(cell, self.types[name], self.sizes)
+                example[name] = read_value(cell, type_, sizes)
             if name in self.optional:
                 example[f"{name}_mask"] = np.asarray(cell is not None)
         for name in self.rated:
@@ -157,39 +280,15 @@ class FolderSource:
         return example
 
 
-def describe_missing(manifest: Manifest) -> str:
-    """One line on the files that are named and not there; empty if there are none."""
-    if not manifest.missing:
+def describe_missing(manifest: Manifest, rows: Sequence[Row] | None = None) -> str:
+    """One line on files that are named (by some of the rows) and not there; empty if none are."""
+    missing = manifest.missing if rows is None else manifest.missing_of(rows)
+    if not missing:
         return ""
-    shown = ", ".join(repr(name) for name in manifest.missing[:3])
-    more = ", ..." if len(manifest.missing) > 3 else ""
-    files = "file" if len(manifest.missing) == 1 else "files"
-    return f"{manifest.path.name}: {len(manifest.missing)} missing {files}: {shown}{more}"
-
-
-def _encode_labels(
-    rows: Mapping[str, Sequence[Row]],
-) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Class numbers as they are, or names numbered in alphabetical order of those in train."""
-    if all(is_class_number(row.label) for of_split in rows.values() for row in of_split):
-        return {
-            split: check_labels(np.array([int(row.label) for row in of_split]), f"{split}/label")
-            for split, of_split in rows.items()
-        }, ()
-    names = sorted({row.label for row in rows["train"]})
-    numbers = {name: number for number, name in enumerate(names)}
-    for split, of_split in rows.items():
-        for row in of_split:
-            if row.label not in numbers:
-                raise DataError(
-                    f"{split}/label: {row.label[:60]!r} never occurs in train, so it cannot be "
-                    "learnt; put examples of it into train or leave it out"
-                )
-    labels = {
-        split: np.array([numbers[row.label] for row in of_split], np.int32)
-        for split, of_split in rows.items()
-    }
-    return labels, tuple(names)
+    shown = ", ".join(repr(name) for name in missing[:3])
+    more = ", ..." if len(missing) > 3 else ""
+    files = "file" if len(missing) == 1 else "files"
+    return f"{manifest.path.name}: {len(missing)} missing {files}: {shown}{more}"
 
 
 def _read_sizes(config_data: Any, types: Mapping[str, str], train: Sequence[Row]) -> MediaSizes:

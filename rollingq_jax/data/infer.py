@@ -56,7 +56,7 @@ def infer_kind(shape: tuple[int, ...], dtype: Any, name: str = "modality") -> st
     [L, D] of other dtypes   sequence
     [L] integer              tokens
     [D] float or bool        vector
-    [] (one number)          as [1]
+    [] (one number)          as [1]; own arrays have to be said to be a modality
     ======================== =======================================================
 
     Raises:

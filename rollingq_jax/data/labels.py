@@ -34,33 +34,132 @@ def check_name(name: str, where: str) -> str:
 
 
 def check_labels(labels: np.ndarray, where: str) -> np.ndarray:
-    """Labels as int32 [N].
+    """Labels as int32 [N]; floats that are whole numbers are read as such.
 
     Raises:
-      DataError: not one axis, not integers, negative, empty, or too large to be class numbers.
+      DataError: they are of another task (regression, multi-label classification), have not one
+        axis, are not numbers, negative, none, or too large to be class numbers.
     """
     labels = np.asarray(labels)
+    _check_task(labels, where)
     if labels.ndim != 1:
         hint = ""
         if labels.ndim == 2:
             hint = "; ravel it" if labels.shape[1] == 1 else "; take the argmax of one-hot rows"
         raise DataError(f"{where}: shape {list(labels.shape)}; must be [N] class numbers{hint}")
-    if labels.dtype.kind not in "biu":
-        hint = "names can be used in a manifest" if labels.dtype.kind in "SU" else "use astype(int)"
-        raise DataError(f"{where}: dtype {labels.dtype}; must be integers from 0 ({hint})")
+    if labels.dtype.kind not in "biuf":
+        raise DataError(
+            f"{where}: dtype {labels.dtype}; must be integers from 0, or in every split names"
+        )
     if len(labels) == 0:
         raise DataError(f"{where}: no examples; at least 1")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= MAX_CLASSES:
         raise DataError(
             f"{where}: labels from {low} to {high}; class numbers go from 0 to at most "
-            f"{MAX_CLASSES - 1}"
+            f"{MAX_CLASSES - 1} (regression is not supported)"
         )
     return labels.astype(np.int32)
 
 
+def _check_task(labels: np.ndarray, where: str) -> None:
+    """Refuses the labels of a task that is not the choice of one class."""
+    if labels.dtype.kind == "f":
+        if not np.isfinite(labels).all():
+            raise DataError(f"{where}: NaN or infinite labels; must be class numbers")
+        if (labels != np.floor(labels)).any():
+            several = " or of a distribution over classes" if labels.ndim > 1 else ""
+            raise DataError(
+                f"{where}: values such as {labels[labels != np.floor(labels)][0]:g}; regression is "
+                f"not supported, nor is learning of scores{several}; must be class numbers or names"
+            )
+    if labels.ndim == 2 and labels.shape[1] > 1 and labels.dtype.kind in "biuf":
+        ones = (labels == 1).sum(axis=1)
+        if not np.isin(labels, (0, 1)).all() or (ones != 1).any():
+            raise DataError(
+                f"{where}: shape {list(labels.shape)}, and not one 1 in every row; multi-label "
+                "classification and several targets are not supported; must be [N] class numbers"
+            )
+
+
+def encode_labels(
+    labels: Mapping[str, np.ndarray], class_names: Sequence[str] = ()
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Class numbers as they are; names as their numbers.
+
+    Args:
+      labels: {split: [N]}, integers, or in every split strings (bytes count as such). Strings that
+        all are numbers are read as class numbers, unless they are among the class names.
+      class_names: in the order of the numbers; without them, names are numbered in alphabetical
+        order of those in train.
+
+    Returns:
+      {split: int32 [N]}, and the class names, () where the data have none.
+
+    Raises:
+      DataError: as :func:`check_labels` and :func:`check_class_names`; names beside numbers, an
+        empty name, or one that is not known.
+    """
+    class_names = check_class_names(class_names)
+    for split, values in labels.items():
+        _check_task(np.asarray(values), f"{split}/label")
+    if not all(np.asarray(v).dtype.kind in "SUT" and v.ndim == 1 for v in labels.values()):
+        return {s: check_labels(v, f"{s}/label") for s, v in labels.items()}, class_names
+    names = {
+        split: np.array([as_text(value).strip() for value in values.tolist()], str)
+        for split, values in labels.items()
+    }
+    every = {name for of_split in names.values() for name in of_split.tolist()}
+    if every and all(map(is_class_number, every)) and not every <= set(class_names):
+        numbers = {split: of_split.astype(np.int64) for split, of_split in names.items()}
+        return {s: check_labels(v, f"{s}/label") for s, v in numbers.items()}, class_names
+    known = class_names or check_class_names(np.unique(names["train"]).tolist(), "train/label")
+    number_of = {name: number for number, name in enumerate(known)}
+    for split, of_split in names.items():
+        if unknown := [name for name in of_split.tolist() if name not in number_of]:
+            why = (
+                "is not in class_names"
+                if class_names
+                else "never occurs in train, so it cannot be learnt; put examples of it into train "
+                "or leave it out"
+            )
+            raise DataError(f"{split}/label: {unknown[0][:60]!r} {why}")
+    return {
+        split: check_labels(
+            np.array([number_of[name] for name in of_split.tolist()], np.int32), f"{split}/label"
+        )
+        for split, of_split in names.items()
+    }, tuple(known)
+
+
+def is_class_number(label: str) -> bool:
+    """Whether a label is written as a number."""
+    return re.fullmatch(r"-?[0-9]{1,9}", label) is not None
+
+
+def check_class_names(names: Sequence[str], where: str = "class_names") -> tuple[str, ...]:
+    """The names, without spaces around them, if they tell the classes apart.
+
+    Raises:
+      DataError: one is empty, or two are the same.
+    """
+    stripped = tuple(name.strip() for name in names)
+    seen: dict[str, int] = {}
+    for number, name in enumerate(stripped):
+        if not name:
+            raise DataError(f"{where}: the name of class {number} is empty")
+        if (first := seen.setdefault(name, number)) < number:
+            raise DataError(
+                f"{where}: {name[:60]!r} names class {first} and class {number}; each needs a name "
+                "of its own"
+            )
+    return stripped
+
+
 def count_classes(labels: Mapping[str, np.ndarray], class_names: Sequence[str] = ()) -> int:
     """One more than the largest label, or the number of class names where there are any.
+
+    A number that no training example has is an output without use: it gets a warning.
 
     Args:
       labels: {split: int32 [N]}.
@@ -85,7 +184,34 @@ def count_classes(labels: Mapping[str, np.ndarray], class_names: Sequence[str] =
         raise DataError(
             f"class_names: {len(class_names)} names, but labels go up to {num_classes - 1}"
         )
-    return len(class_names) or num_classes
+    num_classes = len(class_names) or num_classes
+    if line := _unused_classes(known, num_classes, class_names):
+        logging.getLogger(__name__).warning(line)
+    return num_classes
+
+
+def _unused_classes(known: set[int], num_classes: int, class_names: Sequence[str]) -> str:
+    """A line on classes that no training example has; empty where all occur."""
+    unused = num_classes - len(known)
+    if not unused:
+        return ""
+    first = next(number for number in range(num_classes) if number not in known)
+    low, high = min(known), max(known)
+    found = f"{low} and {high:,}" if len(known) == 2 else f"{low} to {high:,}"
+    named = f" ({class_names[first]!r})" if class_names else ""
+    never = f"class {first}{named} never occurs"
+    if unused > 1:
+        never = f"{unused:,} classes never occur, the first of them {first}{named}"
+    if class_names:
+        hint = "give examples of every class, or leave its name out"
+    elif low == 1 and unused == 1:
+        hint = "subtract 1 if the labels are meant to begin at 1"
+    else:
+        hint = f"number the classes from 0 to {len(known) - 1}, or give names as labels"
+    return (
+        f"train/label: labels {found}: {never}; the model gets {num_classes:,} outputs for "
+        f"{len(known):,} classes; {hint}"
+    )
 
 
 def with_valid(

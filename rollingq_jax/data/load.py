@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rollingq_jax.data.corruption import corrupt
-from rollingq_jax.data.options import option
+from rollingq_jax.data.options import check_fields, option
 from rollingq_jax.data.types import Dataset
 
 # Each module has load(config_data, *, seed) -> Dataset, and is imported when its name is asked for:
@@ -40,8 +40,10 @@ def load_dataset(
 
     Raises:
       DataError: the data are missing, damaged or not of the expected form.
-      ConfigError: a field of ``config_data`` has a value that the loader does not allow.
+      ConfigError: a field of ``config_data`` is not one of :data:`~.options.FIELDS`, or has a value
+        that the loader does not allow.
     """
+    check_fields(config_data)
     name = option(config_data, "name", "av_digits")
     place = LOADERS.get(name, ANY_TFDS_NAME)
     fields: dict[str, Any] = {"seed": seed}

@@ -1,34 +1,45 @@
-"""Manifests: a CSV or JSONL file that says which files make up each example.
+"""Manifests: a CSV, TSV or JSONL file that says which files make up each example.
 
 One row an example, with the columns
 
-- ``split``: train, test, or valid (val and validation mean the same);
+- ``split``: train, test, or valid (val and validation mean the same); without it, or with rows of
+  train alone, validation and test examples are set aside;
 - ``label``: a class number from 0 in every row, or a name in every row;
 - one column for each modality: a path relative to the manifest's folder. The name may be followed
   by a colon and the type, ``sound:audio``; else the suffix tells the type. Types: audio (.wav,
   .flac; of a video file, its sound), image, video, text (.txt, bytes), and string (the cell itself
   is the text). An empty cell (null in JSONL) means that the example lacks the modality;
-- optional ``quality_<modality>``: a number, minus the noise in standard deviations.
+- optional ``quality_<modality>``: a number, minus the noise in standard deviations;
+- optional ``group``: a speaker, a video, a patient, never on both sides of an automatic split;
+- optional ``id``: what predictions call the example.
+
+Columns may have other names (``data.columns``: "label=emotion, sound=wav_path"), and where
+``data.modalities`` says which are used, the others are left alone. In a CSV file, cells stand
+between commas, semicolons (whose numbers may have decimal commas), tabs or ``|``.
 
 A manifest is data that someone else may have written: no path in it may lead out of its folder, by
 ``..``, from the root, or through a link.
 """
 
+import codecs
 import csv
 import dataclasses
+import functools
 import io
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from rollingq_jax.data.labels import check_name
 from rollingq_jax.data.manifest_paths import is_file, resolve_inside
-from rollingq_jax.errors import DataError
+from rollingq_jax.data.reading import check_lfs_pointer
+from rollingq_jax.errors import DataError, said
 
+MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl")
 SUFFIXES = {
     "audio": (".wav", ".flac"),
     "image": (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
@@ -39,16 +50,45 @@ TYPES = (*SUFFIXES, "string")
 SPLIT_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(
     ("valid", "val", "validation"), "valid"
 )
-NEEDED = "split, label and one column for each modality"
+SPECIAL = ("split", "label", "group", "id")
+NEEDED = "label and one column for each modality, and optionally split, group and id"
+DECLARE = (
+    "data.columns says which column is label, split, group or id, and data.modalities which others "
+    "to use"
+)
+DELIMITERS = ",;\t|"
+
+_BYTE_ORDERS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_DECIMAL = re.compile(r"[-+]?(\d+([.,]\d*)?|[.,]\d+)([eE][-+]?\d+)?", re.ASCII)
+_NEW_LINE = re.compile(r"\r\n|\n|\r")
+_DECIMAL_COMMA = re.compile(r"[-+]?\d*,\d+", re.ASCII)
 
 
 class Row(NamedTuple):
-    """One example: what the manifest says of it, with paths resolved."""
+    """One example: what the manifest says of it, with paths resolved.
 
+    Attributes:
+      number: in the file, from 0.
+      split: train, valid or test; "" where there is no such column.
+      label: "" where new data have none.
+      values: {modality: path, the text itself, or None where it is missing}.
+      qualities: {modality: quality}, of those that have one.
+      group, id: "" where there is no such column.
+    """
+
+    number: int
     split: str
     label: str
     values: dict[str, Path | str | None]
     qualities: dict[str, float]
+    group: str
+    id: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,112 +99,300 @@ class Manifest:
       path: of the manifest.
       types: {modality: one of TYPES}, in alphabetical order.
       rows: in the order of the file.
-      missing: paths that are named and not there, as the manifest writes them.
+      special: those of split, label, group and id that it has.
     """
 
     path: Path
     types: dict[str, str]
     rows: tuple[Row, ...]
-    missing: tuple[str, ...]
+    special: tuple[str, ...]
+
+    @functools.cached_property
+    def missing(self) -> tuple[str, ...]:
+        """Paths that are named and not there, as the manifest writes them."""
+        return self.missing_of(self.rows)
+
+    def missing_of(self, rows: Sequence[Row]) -> tuple[str, ...]:
+        """As `missing`, of some of the rows."""
+        files = [cell for row in rows for cell in row.values.values() if isinstance(cell, Path)]
+        return tuple(str(file.relative_to(self.path.parent)) for file in files if not is_file(file))
 
 
-def read_manifest(path: Path) -> Manifest:
+def is_manifest(path: Any) -> bool:
+    """Whether a path is that of a manifest, or of a local folder with one under its usual name."""
+    if path.suffix.lower() in MANIFEST_SUFFIXES:
+        return True
+    return isinstance(path, Path) and any(
+        is_file(path / f"manifest{suffix}") for suffix in MANIFEST_SUFFIXES
+    )
+
+
+def read_manifest(
+    path: Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    modalities: Sequence[str] = (),
+    types: Mapping[str, str] | None = None,
+) -> Manifest:
     """Reads and checks a manifest; files are looked for, not opened.
 
     Args:
-      path: the manifest, or a folder that holds ``manifest.csv`` or ``manifest.jsonl``.
+      path: the manifest, or a folder that holds ``manifest.csv``, ``.tsv`` or ``.jsonl``.
+      columns: {our name: the column's name}: of a modality, perhaps with its type, or of split,
+        label, group, id or ``quality_<modality>``.
+      modalities: those to use; other columns are not looked at. Empty for all columns.
+      types: for new data, {modality: type} of a trained model: only these are looked for, each may
+        be absent, labels too.
 
     Raises:
       DataError: it is missing or malformed, or a path in it leads out of its folder.
     """
     if path.is_dir():
-        found = [path / name for name in ("manifest.csv", "manifest.jsonl")]
+        found = [path / f"manifest{suffix}" for suffix in MANIFEST_SUFFIXES]
         path = next((candidate for candidate in found if candidate.is_file()), found[0])
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"data.path: {path}: no such manifest") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise DataError(f"data.path: {path}: cannot be read ({reason})") from None
-    records = list(_records(path, text))
+    known = {*SPECIAL, *(columns or {}).values()}
+    records, decimal_comma = _read_records(path, _read_text(path), known)
     if not records:
         raise DataError(f"{path.name}: no rows; wanted {NEEDED}")
     headers = list(dict.fromkeys(key for _, record in records for key in record))
-    columns = _columns(path, headers)
-    types = {
-        name: stated or _infer_type(path, name, header, records)
-        for name, (header, stated) in sorted(columns.items())
+    given = dict(columns or {})
+    if types is not None:  # the training file's names; the new one may have some of them
+        given = {ours: header for ours, header in given.items() if header in headers}
+    wanted = tuple(modalities or types or ())
+    special, found_columns = _sort_columns(path, headers, given, wanted)
+    if types is None:
+        _check_needed(path, headers, special, found_columns, modalities)
+    elif not found_columns:
+        raise DataError(
+            f"{path.name}: columns {headers!r}; wanted at least one of {', '.join(types)} (names "
+            "can be given by data.columns)"
+        )
+    header_of = {name: header for name, (header, _) in found_columns.items()}
+    type_of = {
+        name: _type(path, name, header, stated, (types or {}).get(name), records)
+        for name, (header, stated) in sorted(found_columns.items())
     }
-    headers_of = {name: header for name, (header, _) in columns.items()}
-    root, missing = Path(os.path.realpath(path.parent)), []
-    rows = []
-    for where, record in records:
+    quality_of = _quality_columns(path, special, type_of, wanted)
+    root, rows = Path(os.path.realpath(path.parent)), []
+    for number, (where, record) in enumerate(records):
         values: dict[str, Path | str | None] = {}
-        for name, type_ in types.items():
-            cell = _cell(record, headers_of[name], where)
-            if cell == "" or type_ == "string":
-                values[name] = cell or None
-                continue
-            values[name] = file = resolve_inside(path.parent, root, cell, f"{where}: {name}")
-            if not is_file(file):
-                missing.append(cell)
-        rows.append(Row(_split(record, where), _label(record, where), values,
-                        _qualities(record, types, where)))  # fmt: skip
-    return Manifest(path, types, tuple(rows), tuple(missing))
+        for name, type_ in type_of.items():
+            cell = _cell(record, header_of[name], where)
+            is_path = cell != "" and type_ != "string"
+            values[name] = (
+                resolve_inside(path.parent, root, cell, f"{where}: {name}")
+                if is_path
+                else cell or None
+            )
+        rows.append(
+            Row(
+                number,
+                _split(record, special.get("split"), where, needed=types is None),
+                _label(record, special.get("label"), where, needed=types is None),
+                values,
+                _qualities(record, quality_of, where, decimal_comma),
+                _tag(record, "group", special, where, needed=types is None),
+                _tag(record, "id", special, where, needed=True),
+            )
+        )
+    return Manifest(path, type_of, tuple(rows), tuple(name for name in SPECIAL if name in special))
 
 
-def _records(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place for messages, {column: cell}) of every row."""
+def _read_text(path: Path) -> str:
+    """The file's text: UTF-8, or UTF-16 with a mark of its byte order, as Excel writes it."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"data.path: {path}: no such manifest") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"data.path: {path}: cannot be read ({said(error)})") from None
+    check_lfs_pointer(content, f"data.path: {path}")
+    encoding = next((name for mark, name in _BYTE_ORDERS if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding)
+    except ValueError as error:
+        line = content[: getattr(error, "start", 0)].count(b"\n") + 1
+        raise DataError(
+            f"data.path: {path}: line {line} is not {encoding.removesuffix('-sig').upper()} text, "
+            "perhaps Latin-1 or Windows-1252; save it as UTF-8"
+        ) from None
+    if "\0" in text:
+        raise DataError(
+            f"data.path: {path}: zero bytes, as in UTF-16 without a mark or in a file that is no "
+            "text; save it as UTF-8 text"
+        )
+    return text
+
+
+Records = list[tuple[str, Mapping[str, Any]]]
+
+
+def _read_records(path: Path, text: str, known: set[str]) -> tuple[Records, bool]:
+    """[(place for messages, {column: cell})], and whether numbers may have decimal commas."""
     if path.suffix.lower() == ".jsonl":
-        for number, line in enumerate(text.splitlines(), 1):
-            if not line.strip():
-                continue
-            where = f"{path.name} line {number}"
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: not JSON ({str(error)[:100]!r})") from None
-            if not isinstance(record, dict):
-                raise DataError(f"{where}: must be an object with {NEEDED}")
-            yield where, record
-        return
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        return list(_json_records(path, text)), False
+    text, delimiter, skipped = _delimited(path, text, known)
+    return list(_csv_records(path, text, delimiter, skipped)), delimiter != ","
+
+
+def _json_records(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for number, line in enumerate(_NEW_LINE.split(text), 1):
+        if not line.strip():
+            continue
+        where = f"{path.name} line {number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: not JSON ({str(error)[:100]!r})") from None
+        if not isinstance(record, dict):
+            raise DataError(f"{where}: must be an object with {NEEDED}")
+        yield where, record
+
+
+def _csv_records(
+    path: Path, text: str, delimiter: str, skipped: int
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Rows under a header; empty ones, and empty columns without a name, are left out."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     try:
         header = [name.strip() for name in next(reader, [])]
-        if len(set(header)) != len(header):
+        named = [name for name in header if name]
+        if len(set(named)) != len(named):
             raise DataError(f"{path.name}: two columns have the same name in {header!r}")
         for cells in reader:
-            where = f"{path.name} line {reader.line_num}"
-            if not cells:
+            where = f"{path.name} line {reader.line_num + skipped}"
+            if not any(cell.strip() for cell in cells):
                 continue
             if len(cells) != len(header):
                 raise DataError(f"{where}: {len(cells)} cells, but the header has {len(header)}")
-            yield where, dict(zip(header, cells, strict=True))
+            row = list(zip(header, cells, strict=True))
+            if any(cell.strip() for name, cell in row if not name):
+                raise DataError(f"{where}: a cell in a column without a name")
+            yield where, {name: cell for name, cell in row if name}
     except csv.Error as error:
-        raise DataError(f"{path.name} line {reader.line_num}: not CSV ({error})") from None
+        line = reader.line_num + skipped
+        raise DataError(f"{path.name} line {line}: not CSV ({error})") from None
 
 
-def _columns(path: Path, headers: list[str]) -> dict[str, tuple[str, str | None]]:
-    """{modality: (column, stated type)}."""
+def _delimited(path: Path, text: str, known: set[str]) -> tuple[str, str, int]:
+    """The text from its header on, what stands between cells, and how many lines were left out.
+
+    Excel writes ``sep=;`` above the header. Else the header tells: of several candidates in it, the
+    one that gives more of the names that are known.
+    """
+    lines = _NEW_LINE.split(text, 1)
+    if found := re.fullmatch(r'"?sep=(.)"?', lines[0], re.IGNORECASE):
+        if found[1] not in DELIMITERS:
+            raise DataError(f"{path.name} line 1: sep={found[1]!r}; one of {DELIMITERS!r}")
+        return lines[1] if len(lines) > 1 else "", found[1], 1
+    header = lines[0]
+    present = [mark for mark in DELIMITERS if mark in re.sub('"[^"]*"', "", header)]
+    if len(present) < 2:
+        return text, present[0] if present else ",", 0
+    counts = {mark: len(known.intersection(_cells(header, mark))) for mark in present}
+    best = [mark for mark in present if counts[mark] == max(counts.values())]
+    if len(best) > 1:
+        shown = " or ".join(map(repr, best))
+        raise DataError(
+            f"{path.name} line 1: {header[:80]!r}: cells may stand between {shown}; write a line "
+            "such as sep=; above it"
+        )
+    return text, best[0], 0
+
+
+def _cells(line: str, delimiter: str) -> list[str]:
+    """The cells of one line; none if it cannot be read so."""
+    try:
+        return [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter), [])]
+    except csv.Error:
+        return []
+
+
+def _sort_columns(
+    path: Path, headers: Sequence[str], given: Mapping[str, str], wanted: Sequence[str]
+) -> tuple[dict[str, str], dict[str, tuple[str, str | None]]]:
+    """{split, label, group, id, quality_...: column}, {modality: (column, stated type)}."""
+    for ours, header in given.items():
+        if header not in headers:
+            raise DataError(
+                f"data.columns: {ours}={header}: no such column in {path.name}; there are "
+                f"{', '.join(map(repr, headers))}"
+            )
+    # A column that means something else by data.columns does not keep the meaning of its own name.
+    pairs = list(given.items())
+    names = {ours.partition(":")[0] for ours in given}
+    pairs += [
+        (header, header)
+        for header in headers
+        if header not in given.values() and header.partition(":")[0] not in names
+    ]
+    special: dict[str, str] = {}
     columns: dict[str, tuple[str, str | None]] = {}
-    for header in headers:
-        name, _, type_ = header.partition(":")
-        if header in ("split", "label") or header.startswith("quality_"):
+    for ours, header in pairs:
+        name, _, type_ = ours.partition(":")
+        if ours in SPECIAL or ours.startswith("quality_"):
+            special[ours] = header
             continue
-        check_name(name, path.name)
+        if wanted and name not in wanted:
+            continue
+        if ours == name and ours != header:  # the type may stand in the file's own name for it
+            type_ = header.partition(":")[2] if header.partition(":")[2] in TYPES else ""
         if name in columns:
             raise DataError(f"{path.name}: two columns for modality {name!r}")
         if type_ and type_ not in TYPES:
             raise DataError(f"{path.name}: type {type_!r} of {name!r}; one of {', '.join(TYPES)}")
         columns[name] = (header, type_ or None)
-    absent = [name for name in ("split", "label") if name not in headers]
-    if absent or not columns:
-        raise DataError(f"{path.name}: columns {headers!r}; wanted {NEEDED}")
-    for header in headers:
-        if header.startswith("quality_") and header.removeprefix("quality_") not in columns:
-            raise DataError(f"{path.name}: column {header!r}: there is no such modality")
-    return columns
+    return special, columns
+
+
+def _check_needed(
+    path: Path,
+    headers: Sequence[str],
+    special: Mapping[str, str],
+    columns: Mapping[str, Any],
+    modalities: Sequence[str],
+) -> None:
+    """Everything that training needs is there."""
+    for name in modalities:
+        if name not in columns:
+            raise DataError(
+                f"modality {name!r}: not in {path.name}; there are "
+                f"{', '.join(h for h in headers if h not in special.values())}"
+            )
+    if "label" not in special or not columns:
+        raise DataError(
+            f"{path.name}: columns {list(headers)!r}; wanted {NEEDED} (data.columns can say which "
+            "is which: 'label=emotion, sound=wav_path')"
+        )
+
+
+def _quality_columns(
+    path: Path, special: Mapping[str, str], types: Mapping[str, str], wanted: Sequence[str]
+) -> dict[str, str]:
+    """{modality: column of its quality}."""
+    found = {
+        name.removeprefix("quality_"): header
+        for name, header in special.items()
+        if name.startswith("quality_")
+    }
+    for name in found:
+        if name not in types and not wanted:
+            raise DataError(f"{path.name}: column {found[name]!r}: there is no such modality")
+    return {name: header for name, header in found.items() if name in types}
+
+
+def _type(
+    path: Path, name: str, header: str, stated: str | None, saved: str | None, records: list
+) -> str:
+    """What the cells of a column are: as stated, as the model has it, or by their suffixes."""
+    tokens = ("text", "string")
+    if saved is None:
+        type_ = stated or _infer_type(path, name, header, records)
+        check_name(name, path.name)
+        return type_
+    if stated and stated != saved and not (stated in tokens and saved in tokens):
+        raise DataError(f"{path.name}: type {stated!r} of {name!r}; the model reads {saved!r}")
+    return stated or saved
 
 
 def _infer_type(path: Path, name: str, header: str, records: list) -> str:
@@ -177,8 +405,8 @@ def _infer_type(path: Path, name: str, header: str, records: list) -> str:
                     return type_
             raise DataError(
                 f"{where}: {name}: {cell[:80]!r} has no known suffix "
-                f"({' '.join(s for group in SUFFIXES.values() for s in group)}); "
-                f"for text in the cell itself, name the column '{name}:string'"
+                f"({' '.join(s for group in SUFFIXES.values() for s in group)}); for text in the "
+                f"cell itself, name the column '{name[:80]}:string'; {DECLARE}"
             )
     raise DataError(f"{path.name}: column {header!r} is empty in every row")
 
@@ -188,30 +416,66 @@ def _cell(record: Mapping[str, Any], header: str, where: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise DataError(f"{where}: {header}: {str(value)[:60]!r}; must be a string")
+        raise DataError(
+            f"{where}: {header}: {str(value)[:60]!r}; must be a string, the path of a file or a "
+            f"text; {DECLARE}"
+        )
     return value.strip()
 
 
-def _split(record: Mapping[str, Any], where: str) -> str:
-    name = str(record.get("split", "")).strip().lower()
+def _split(record: Mapping[str, Any], header: str | None, where: str, *, needed: bool) -> str:
+    value = None if header is None else record.get(header)
+    if header is None or (not needed and (value is None or value == "")):
+        return ""
+    name = str("" if value is None else value).strip().lower()
     if name not in SPLIT_NAMES:
         raise DataError(f"{where}: split {name[:60]!r}; one of {', '.join(SPLIT_NAMES)}")
     return SPLIT_NAMES[name]
 
 
-def _label(record: Mapping[str, Any], where: str) -> str:
-    value = record.get("label")
+def _label(record: Mapping[str, Any], header: str | None, where: str, *, needed: bool) -> str:
+    value = None if header is None else record.get(header)
+    if not needed and (value is None or value == ""):
+        return ""
+    if isinstance(value, list | dict):
+        raise DataError(
+            f"{where}: label {str(value)[:60]!r}; multi-label classification is not supported: one "
+            "class number or name"
+        )
+    if isinstance(value, float):
+        raise DataError(
+            f"{where}: label {value!r}; regression is not supported: a class number or a name"
+        )
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
         raise DataError(f"{where}: label {str(value)[:60]!r}; a class number or a name")
     return str(value).strip()
 
 
-def _qualities(record: Mapping[str, Any], types: Mapping[str, str], where: str) -> dict[str, float]:
+def _tag(
+    record: Mapping[str, Any], name: str, special: Mapping[str, str], where: str, *, needed: bool
+) -> str:
+    """The group or id of an example."""
+    if name not in special:
+        return ""
+    value = record.get(special[name])
+    if isinstance(value, bool | float | list | dict):
+        raise DataError(f"{where}: {name} {str(value)[:60]!r}; an integer or a string")
+    text = "" if value is None else str(value).strip()
+    if needed and not text:
+        raise DataError(f"{where}: {name} is empty; give every example its own")
+    return text
+
+
+def _qualities(
+    record: Mapping[str, Any], columns: Mapping[str, str], where: str, decimal_comma: bool
+) -> dict[str, float]:
     qualities = {}
-    for name in types:
-        value = record.get(f"quality_{name}")
+    for name, header in columns.items():
+        value = record.get(header)
         if value is None or value == "":
             continue
+        if decimal_comma and isinstance(value, str) and _DECIMAL_COMMA.fullmatch(value.strip()):
+            value = value.replace(",", ".")
         try:
             qualities[name] = float(value)
         except (TypeError, ValueError, OverflowError):
@@ -221,6 +485,27 @@ def _qualities(record: Mapping[str, Any], types: Mapping[str, str], where: str) 
     return qualities
 
 
-def is_class_number(label: str) -> bool:
-    """Whether a label is written as a number."""
-    return re.fullmatch(r"-?[0-9]{1,9}", label) is not None
+def check_task(labels: Sequence[str], name: str) -> None:
+    """Refuses labels that are measurements or sets of classes.
+
+    Args:
+      labels: as they stand in the manifest.
+      name: of the manifest, for the message.
+
+    Raises:
+      DataError: all are numbers and not all of them integers, or some are several others in one.
+    """
+    different = set(labels)
+    measured = sorted(label for label in different if not re.fullmatch(r"[-+]?[0-9]+", label))
+    if measured and all(map(_DECIMAL.fullmatch, different)):
+        raise DataError(
+            f"{name}: label {measured[0][:60]!r}; regression is not supported: labels are integers "
+            "or names of classes"
+        )
+    for label in sorted(different):
+        parts = {part.strip() for part in re.split(r"[|;,]", label)}
+        if len(parts) > 1 and parts <= different:
+            raise DataError(
+                f"{name}: label {label[:60]!r} is made of others; multi-label classification is "
+                "not supported: one class number or name"
+            )

@@ -16,14 +16,14 @@ from etils import epath
 
 from rollingq_jax.data.labels import ids_of, labels_of
 from rollingq_jax.data.load import LOADERS, load_dataset
-from rollingq_jax.data.npz import read_arrays
+from rollingq_jax.data.manifest import is_manifest
+from rollingq_jax.data.npz import check_memory, open_arrays, unpacked
 from rollingq_jax.data.options import array_path, local_path, mapping_option
 from rollingq_jax.data.preprocessing import InputSpec, Preprocessed, Preprocessing
 from rollingq_jax.data.types import ArraySource, Dataset, Example, ModalityInfo, Source
 from rollingq_jax.errors import ConfigError, DataError
 
 SPLITS = ("train", "valid", "test")
-MANIFESTS = (".csv", ".tsv", ".jsonl")
 
 
 class NewData(NamedTuple):
@@ -71,24 +71,22 @@ def open_new_data(
     """
     used = {m: inputs.modalities[m] for m in modalities}
     place = array_path(path, "path")
-    if place.suffix.lower() in MANIFESTS or any(
-        (place / f"manifest{suffix}").exists() for suffix in MANIFESTS
-    ):
+    if is_manifest(place):
         from rollingq_jax.data.folder import open_manifest
 
         columns = mapping_option(config_data, "columns")
         return NewData(*open_manifest(local_path(path, "path"), used, split=split, columns=columns))
     name = config_data.name
     if place.suffix.lower() in (".npz", ".npy") or name in ("arrays", "folder", "av_digits"):
-        return open_arrays(place, used, inputs.classes, split)
+        return _open_arrays(place, used, inputs.classes, split)
     if name in LOADERS:
         return _open_prepared(path, config_data, inputs, split or "test", seed)
     from rollingq_jax.data.tfds_source import open_tfds
 
-    return NewData(*open_tfds(config_data, used, path=path, split=split or "test"))
+    return NewData(*open_tfds(config_data, used, path=path, split=split))
 
 
-def open_arrays(
+def _open_arrays(
     path: Path | epath.Path,
     modalities: Mapping[str, Preprocessing],
     classes: Sequence[str],
@@ -109,10 +107,10 @@ def open_arrays(
       DataError: the file is damaged, holds none of the modalities, or lengths differ.
       ConfigError: there is no such split.
     """
-    arrays = read_arrays(path)
+    arrays = open_arrays(path)
     found = {s for s in SPLITS if any(key.startswith(f"{s}/") for key in arrays)}
     plain = {key: array for key, array in arrays.items() if "/" not in key}
-    if split is None and not plain.keys() & modalities.keys():
+    if split is None and found and not plain.keys() & modalities.keys():
         split = next(iter(found)) if len(found) == 1 else "test"
     if split is not None and split not in found:
         raise ConfigError(
@@ -126,22 +124,27 @@ def open_arrays(
             f"{path} holds {', '.join(sorted(given)[:8]) or 'nothing'}; allowed: at least one of "
             f"{', '.join(f'{where}{m}' for m in modalities)}"
         )
-    columns = {m: given[m] for m in present}
+    names = [*present, *(f"{kind}_{m}" for kind in ("mask", "quality") for m in present)]
+    names = [name for name in (*names, "label", "id") if name in given]
+    check_memory(given[name] for name in names)  # other keys are not unpacked
+    values = {name: unpacked(given[name]) for name in names}
+    columns = {m: values[m] for m in present}
     for m in present:
-        if f"mask_{m}" in given:
-            columns[f"{m}_mask"] = np.asarray(given[f"mask_{m}"], bool)
-        if f"quality_{m}" in given:
-            columns[f"quality_{m}"] = np.asarray(given[f"quality_{m}"], np.float32)
+        if f"mask_{m}" in values:
+            columns[f"{m}_mask"] = np.asarray(values[f"mask_{m}"], bool)
+        if f"quality_{m}" in values:
+            columns[f"quality_{m}"] = np.asarray(values[f"quality_{m}"], np.float32)
     source = ArraySource(columns)
-    texts = {key: given[key] for key in ("label", "id") if key in given}
+    texts = {key: values[key] for key in ("label", "id") if key in values}
     for key, array in texts.items():
-        if array.shape != (len(source),) or array.dtype.kind not in "biuSU":
+        whole = array.dtype.kind == "f" and bool((array == np.floor(array)).all())
+        if array.shape != (len(source),) or not (array.dtype.kind in "biuSU" or whole):
             raise DataError(
                 f"{where}{key}: {array.dtype}{list(array.shape)}; allowed: one integer or string "
                 f"for each of the {len(source)} examples"
             )
     labels = [_label(value, classes) for value in texts["label"]] if "label" in texts else []
-    ids = [_text(value) for value in texts.get("id", np.arange(len(source)))]
+    ids = [_text(value) for value in texts.get("id", range(len(source)))]
     return NewData(source, ids, labels or [""] * len(source))
 
 

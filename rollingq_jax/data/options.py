@@ -1,14 +1,172 @@
-"""Fields of ``config.data`` that a loader reads for itself, checked when they are read."""
+"""Fields of ``config.data``: what each loader has, and how it reads them."""
 
-from collections.abc import Mapping
+import difflib
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from etils import epath
 
 from rollingq_jax.errors import ConfigError
 
 T = TypeVar("T")
+
+
+class Field(NamedTuple):
+    """A field of ``config.data``.
+
+    Attributes:
+      default: its type is the field's; a tuple holds names, a mapping strings.
+      meaning: in a few words.
+      minimum, maximum: the least and the largest value allowed.
+      choices: the values allowed, where they are few.
+    """
+
+    default: Any
+    meaning: str
+    minimum: float | None = None
+    maximum: float | None = None
+    choices: tuple[str, ...] = ()
+
+    @property
+    def allowed(self) -> str:
+        """What the field may hold, in words."""
+        if self.choices:
+            return ", ".join(self.choices)
+        if isinstance(self.default, Mapping):
+            return "'name=value, name=value' or a mapping"
+        if isinstance(self.default, tuple):
+            return "names, as 'a,b' or a tuple"
+        words = {bool: "True or False", int: "an integer", float: "a number", str: "a string"}
+        least = f" >= {self.minimum:,}" if self.minimum is not None else ""
+        most = f" and at most {self.maximum:,}" if self.maximum is not None else ""
+        return words[type(self.default)] + least + most
+
+
+COMMON_FIELDS = {
+    "name": Field("av_digits", "a data set of this package, or any TFDS name"),
+    "path": Field("", "where the data are"),
+    "cache_dir": Field("", "where what is made of data is kept"),
+    "prefetch": Field(2, "batches made ahead", minimum=0, maximum=1_024),
+    "corruptions": Field("", "of the training split: 'audio=0..2, visual=drop:0.2'"),
+}
+_MODALITIES = Field((), "those to use; empty: all")
+_STANDARDIZE = Field(True, "float modalities get mean 0 and deviation 1")
+_KINDS = Field({}, "kinds of modalities, where the shape does not tell")
+_STATS_EXAMPLES = Field(
+    256, "training examples that statistics are taken from", minimum=1, maximum=1_000_000_000
+)
+_FRAMES = {
+    "split_seed": Field(0, "of the split where it is drawn", minimum=0, maximum=4_294_967_295),
+    "num_frames": Field(3, "frames of a clip", minimum=1, maximum=1_000),
+    "frame_size": Field(224, "pixels of a frame's sides", minimum=1, maximum=4_096),
+}
+_MEDIA = {
+    "modalities": _MODALITIES,
+    "standardize": _STANDARDIZE,
+    "columns": Field({}, "which column of a manifest is what"),
+    "audio_features": Field("mel", "the kind of spectrogram", choices=("mel", "stft")),
+    "audio_rate": Field(16000, "samples a second", minimum=1000, maximum=1_000_000),
+    "audio_seconds": Field(0.0, "of a clip; 0: the longest", minimum=0, maximum=100_000),
+    "audio_bins": Field(64, "frequencies of a spectrogram", minimum=2, maximum=10_000),
+    "audio_frames": Field(96, "times of a spectrogram", minimum=1, maximum=100_000),
+    "image_size": Field(64, "pixels of an image's sides", minimum=1, maximum=4_096),
+    "video_frames": Field(4, "frames of a video", minimum=1, maximum=1_000),
+    "text_length": Field(0, "bytes of a text; 0: the longest", minimum=0, maximum=1_000_000),
+    "stats_examples": _STATS_EXAMPLES,
+}
+# The fields of each loader beside the common ones, by `data.name`; ANY_TFDS stands for all others.
+# Loaders are imported when they are needed; a test holds that they read these fields and no others.
+ANY_TFDS = "any TFDS name"
+FIELDS: dict[str, dict[str, Field]] = {
+    "arrays": {"kinds": _KINDS, **_MEDIA},  # its path may be of a manifest
+    "av_digits": {
+        "regime": Field(
+            "varied_test",
+            "how noisy the modalities are",
+            choices=("varied_test", "noisy_audio", "varied_train", "clean"),
+        ),
+        "test_pairings": Field(
+            3, "images that each spoken test digit is paired with", minimum=1, maximum=1_000
+        ),
+    },
+    "cmu_mosei": {
+        "modalities": _MODALITIES,
+        "label_rule": Field(
+            "positive",
+            "from a sentiment to a class",
+            choices=("positive", "non_negative", "seven"),
+        ),
+        "standardize": Field(False, "each feature gets mean 0 and deviation 1"),
+    },
+    "crema_d": {"splits": Field("", "the folder of the published lists"), **_FRAMES},
+    "folder": _MEDIA,
+    "kinetics_sounds": _FRAMES,
+    ANY_TFDS: {
+        "features": Field({}, "which feature is the label and which is a modality"),
+        "tfds_splits": Field({}, "which TFDS splits are train, valid and test"),
+        "kinds": _KINDS,
+        "standardize": _STANDARDIZE,
+        "image_size": Field(64, "pixels of an image's sides", minimum=1, maximum=4_096),
+        "text_length": Field(128, "bytes of a text", minimum=1, maximum=1_000_000),
+        "sequence_length": Field(
+            128, "positions of a sequence of varying length", minimum=1, maximum=1_000_000
+        ),
+        "vocab_size": Field(0, "of token ids", minimum=0, maximum=10_000_000),
+        "stats_examples": _STATS_EXAMPLES,
+    },
+}
+
+
+def fields_of(name: str) -> dict[str, Field]:
+    """The fields that ``config.data`` may have where its ``name`` is this one."""
+    return COMMON_FIELDS | FIELDS.get(name, FIELDS[ANY_TFDS])
+
+
+def check_fields(config_data: Any) -> None:
+    """Checks the names, types and ranges of the fields; files are not looked for.
+
+    A field of another data set may stand there as long as it says nothing: a configuration serves
+    data of several forms.
+
+    Raises:
+      ConfigError: a field is not known for the data set, or has a value that it cannot have.
+    """
+    name = option(config_data, "name", COMMON_FIELDS["name"].default)
+    fields = fields_of(name)
+    for given in _names(config_data):
+        if given in fields:
+            _check_value(config_data, given, fields[given])
+            continue
+        owners = [owner for owner, theirs in FIELDS.items() if given in theirs]
+        value = _field(config_data, given)
+        if owners and (value in (None, "") or value in [FIELDS[o][given].default for o in owners]):
+            continue
+        if owners:
+            problem = f"is a field of {' and '.join(owners)}, not of data.name {name!r}"
+        else:
+            near = difflib.get_close_matches(given, fields, 1)
+            problem = "is not a field" + (f"; did you mean {near[0]!r}?" if near else "")
+        allowed = ", ".join(sorted(fields))
+        raise ConfigError(f"config.data.{given} {problem}; allowed for {name!r}: {allowed}")
+
+
+def _check_value(config_data: Any, name: str, field: Field) -> None:
+    if field.choices:
+        choice(config_data, name, field.choices)
+    elif isinstance(field.default, Mapping):
+        mapping_option(config_data, name)
+    else:
+        value = option(config_data, name, field.default, minimum=field.minimum)
+        if field.maximum is not None and value > field.maximum:
+            raise ConfigError(f"data.{name}: {value!r}; must be {field.allowed}")
+
+
+def _names(config_data: Any) -> list[str]:
+    if isinstance(config_data, Mapping) or hasattr(config_data, "keys"):
+        return list(config_data.keys())
+    return list(vars(config_data))
 
 
 def _field(config_data: Any, name: str) -> Any:
@@ -23,7 +181,8 @@ def option(config_data: Any, name: str, default: T, *, minimum: float | None = N
     Args:
       config_data: a ConfigDict, a mapping or an object with attributes.
       name: of the field.
-      default: its type is the type that the field must have (an int counts as a float).
+      default: its type is the type that the field must have (an int counts as a float; for a tuple,
+        a list or a string of names with commas between them counts, too).
       minimum: the least value allowed.
 
     Raises:
@@ -36,14 +195,26 @@ def option(config_data: Any, name: str, default: T, *, minimum: float | None = N
         value = float(value)
     if isinstance(default, Mapping) and hasattr(value, "items"):
         value = dict(value.items())
-    if isinstance(default, tuple) and isinstance(value, list):
-        value = tuple(value)
+    if isinstance(default, tuple) and isinstance(value, str | list | tuple):
+        value = _split_names(name, (value,) if isinstance(value, str) else value)
     wanted: type[Any] = dict if isinstance(default, Mapping) else type(default)
     if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool):
         raise ConfigError(f"data.{name}: {value!r}; must be of type {wanted.__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"data.{name}: {value!r}; must be finite")
     if minimum is not None and value < minimum:
         raise ConfigError(f"data.{name}: {value!r}; must be at least {minimum:g}")
     return value
+
+
+def _split_names(name: str, values: Iterable[Any]) -> tuple[str, ...]:
+    """Names from strings, of which each may hold several with commas between them."""
+    names = []
+    for value in values:
+        if not isinstance(value, str):
+            raise ConfigError(f"data.{name}: {value!r}; must be names, as 'a,b' or a tuple")
+        names += [part.strip() for part in value.split(",") if part.strip()]
+    return tuple(dict.fromkeys(names))
 
 
 def choice(config_data: Any, name: str, allowed: tuple[str, ...]) -> str:

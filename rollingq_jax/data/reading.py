@@ -19,6 +19,7 @@ _IMPOSTORS = (
     (b"PK\x03\x04", "a ZIP archive; unpack it first"),
     (b"%PDF-", "a PDF document"),
 )
+_HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1", b"avif", b"avis")
 _MARKUP = (
     (b"<!doctype html", "an HTML page, as servers send in place of a file; download it again"),
     (b"<html", "an HTML page, as servers send in place of a file; download it again"),
@@ -92,6 +93,9 @@ def check_impostor(head: bytes, path: str | os.PathLike, what: str) -> None:
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if re.match(rb"/annex/objects/|(\.\./)*\.git/annex/objects/", head):
         raise DataError(f"{name}: a git-annex pointer: run git annex get where the file came from")
+    if what == "image" and head[4:8] == b"ftyp":
+        kind = "a HEIC or AVIF image" if head[8:12] in _HEIF else "a video"
+        raise DataError(f"{name}: {kind}, not one of the formats that are read; convert it to JPEG")
     for start, found in _IMPOSTORS:
         if head.startswith(start):
             raise DataError(f"{name}: {found}")

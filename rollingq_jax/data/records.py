@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from rollingq_jax.data.tfds_files import open_prepared
 from rollingq_jax.data.types import Example
 from rollingq_jax.errors import DataError
 
@@ -85,10 +86,8 @@ class RecordSource:
     """
 
     def __init__(self, folder: Path) -> None:
-        import tensorflow_datasets as tfds
-
         self._folder = folder
-        self._data = tfds.builder_from_directory(folder).as_data_source(split=SPLIT)
+        self._data = open_prepared(folder).as_data_source(split=SPLIT)
 
     def __len__(self) -> int:
         return len(self._data)

@@ -10,6 +10,7 @@ not exposed: it trusts a pickled dtype's flags, which a crafted file can use to 
 import math
 import os
 import pickle
+import pickletools
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from rollingq_jax.errors import DataError
 
 # Kinds of dtype that hold their values in the array's own memory.
 _PLAIN_KINDS = ("b", "i", "u", "f", "c", "S", "U")
+MAX_VISITS = 1_000_000  # of parts of keys, beyond one for each key
 _SIZES = {"b": (1,), "i": (1, 2, 4, 8), "u": (1, 2, 4, 8), "f": (2, 4, 8), "c": (8, 16)}
 
 
@@ -37,19 +39,62 @@ def read_pickle(file: BinaryIO, name: str = "(stream)") -> Any:
     share the stream's bytes, which keeps a file of gigabytes in memory once.
 
     Args:
-      file: an open binary file.
+      file: an open binary file that can be read twice.
       name: for the error messages.
 
     Raises:
       DataError: the stream names anything else (nothing of it has been run then), or is damaged.
     """
     try:
+        start = file.tell()
+        _check_keys(file)
+        file.seek(start)
         return _plain(_Unpickler(file, encoding="latin1").load())
     except _RefusedError as error:
         raise DataError(f"pickle {name}: refused, {error}; nothing in it was executed") from None
     except Exception as error:  # damaged streams raise almost any type
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(f"pickle {name}: damaged or not a pickle ({reason})") from None
+
+
+def _check_keys(file: BinaryIO) -> None:
+    """Refuses keys that take long to hash: a tuple of tuples that are shared, each with its parts.
+
+    Such a tuple is small in the stream and in memory, but its hash visits every path through it.
+    The stream's operations are gone through with a number in each object's place: how many objects
+    its hash visits.
+    """
+    stack: list[int | None] = []  # None where the stream sets a mark
+    memo: dict[Any, int] = {}
+    visits = 0
+    for op, argument, _ in pickletools.genops(file):
+        before, items = op.stack_before, []
+        if op.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1] or 1
+        elif op.name == "MEMOIZE":
+            memo[len(memo)] = stack[-1] or 1
+            continue
+        elif pickletools.markobject in before:
+            while (item := stack.pop()) is not None:
+                items.append(item)
+            items.reverse()
+            before = before[: before.index(pickletools.markobject)]
+        below = [stack.pop() or 1 for _ in before][::-1]
+        if op.name in ("SETITEM", "SETITEMS", "DICT"):
+            keys = below[1:2] if op.name == "SETITEM" else items[::2]
+        else:
+            keys = items if op.name in ("ADDITEMS", "FROZENSET") else []
+        visits += sum(keys) - len(keys)
+        if visits > MAX_VISITS:
+            raise _RefusedError("it has keys that would take too long to hash")
+        weight = 1
+        if "TUPLE" in op.name:
+            weight = min(1 + sum(items) + sum(below), 2 * MAX_VISITS)
+        elif op.name in ("GET", "BINGET", "LONG_BINGET"):
+            weight = memo.get(argument, 1)
+        elif op.name == "DUP":
+            weight = below[0]
+        stack += [None if part is pickletools.markobject else weight for part in op.stack_after]
 
 
 class _RefusedError(Exception):

@@ -46,8 +46,6 @@ def read_audio(path: str | os.PathLike, seconds: float | None = None) -> tuple[n
         count = sum(map(len, parts))
         if count == 0:
             raise DataError(f"audio {path}: holds no samples")
-        if count != most and count < sound.frames < _UNKNOWN_FRAMES:
-            raise DataError(f"audio {path}: truncated, {count} of {sound.frames} samples are there")
         return check_waveform(np.concatenate(parts), path), int(sound.samplerate)
 
 
@@ -82,7 +80,7 @@ def _open_sound(path: str | os.PathLike, seconds: float | None) -> Iterator[Any]
                 source = _with_length(file, wav, seconds)
             with soundfile.SoundFile(source) as sound:
                 check_sound_format(sound.samplerate, sound.channels, path)
-                if 0 < sound.frames < _UNKNOWN_FRAMES and sound.seekable():
+                if sound.format == "FLAC" and 0 < sound.frames < _UNKNOWN_FRAMES:
                     _check_end(sound, path)
                 # soundfile would seek after each block, which fails where the length is unknown.
                 sound.seekable = lambda: False
@@ -201,7 +199,7 @@ def _read_wav_header(file: Any, path: str | os.PathLike) -> _WavHeader | None:
                 )
             found = _WavHeader(magic, format_, start, None if unknown else length)
             break
-        content = file.read(min(length, 64)) if name in (b"fmt ", b"ds64") else b""
+        content = file.read(min(length, 4096)) if name in (b"fmt ", b"ds64") else b""
         if name == b"fmt " and len(content) >= 16:
             format_ = content
             _, channels, rate = struct.unpack(f"{order}HHI", content[:8])

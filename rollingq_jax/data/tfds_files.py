@@ -98,6 +98,22 @@ def _default_config(wanted: TfdsName, root: Path) -> str:
     return config or ""
 
 
+def open_prepared(place: Path) -> Any:
+    """TFDS's builder of a folder, once it is known to run no code of others.
+
+    Raises:
+      DataError: as :func:`check_prepared`, or TFDS cannot read it.
+    """
+    import tensorflow_datasets as tfds
+
+    check_prepared(place)
+    try:
+        return tfds.builder_from_directory(place)
+    except Exception as error:  # metadata that say something else than what is there
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{place}: TFDS cannot open it ({reason})") from None
+
+
 def check_prepared(place: Path) -> None:
     """Lets pass a folder in which every feature is of a class of TFDS's own.
 

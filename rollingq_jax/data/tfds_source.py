@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rollingq_jax.data.labels import (
+    MAX_CLASSES,
     as_text,
     check_name,
     check_tags,
@@ -29,7 +30,7 @@ from rollingq_jax.data.measure import standardize
 from rollingq_jax.data.options import local_path, mapping_option, option
 from rollingq_jax.data.preprocessing import Preprocessing
 from rollingq_jax.data.reading import reading
-from rollingq_jax.data.tfds_files import check_prepared, find_prepared, parse_name
+from rollingq_jax.data.tfds_files import find_prepared, open_prepared, parse_name
 from rollingq_jax.data.tfds_forms import Form, make_form
 from rollingq_jax.data.types import Dataset, Example, Source
 from rollingq_jax.errors import ConfigError, DataError
@@ -73,10 +74,10 @@ def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None)
                 f"data.features: {name}={feature}; {config_data.name} has {', '.join(available)}"
             )
     num_classes = getattr(available[features["label"]], "num_classes", None)
-    if not num_classes:
+    if not num_classes or num_classes > MAX_CLASSES:
         raise DataError(
             f"data.features: label={features['label']}; must be a ClassLabel with a known number "
-            "of classes"
+            f"of classes, at most {MAX_CLASSES}"
         )
     kind_of = mapping_option(config_data, "kinds") | dict(kinds or {})
     forms = {
@@ -315,8 +316,7 @@ def _open_builder(config_data: Any, path: str = "") -> Any:
         if name is None:
             raise DataError(f"{unknown} (a name, name/config or name/config:1.2.3)")
         if place := find_prepared(name, folder):
-            check_prepared(place)
-            return tfds.builder_from_directory(place)
+            return open_prepared(place)
         chosen = {"config": name.config, "version": name.version, "data_dir": folder or None}
         return tfds.builder_cls(name.name)(**chosen)
     except ImportError as error:
@@ -387,7 +387,7 @@ def _splits(config_data: Any, builder: Any, grouped: bool) -> dict[str, str]:
             raise ConfigError(f"data.tfds_splits: {given!r}; train, test and optionally valid")
         return given
     names = list(builder.info.splits)
-    if len(names) == 1:
+    if len(names) == 1 and names[0] not in ("test", *VALID_NAMES):
         return {"train": names[0]}
     if builder.data_path.exists() and not {"train", "test"} <= set(names):
         raise DataError(

@@ -86,7 +86,7 @@ def _check_key_type(step: int, record: Mapping[str, Any], tree: Any) -> None:
       CheckpointError: names the setting of JAX that differs.
     """
     ours = key_type()
-    size = np.shape(tree.get("rng")) if isinstance(tree, dict) else ()
+    size = np.shape(tree["rng"]) if isinstance(tree, dict) and "rng" in tree else ()
     # A record of an older version does not have the name; the width of the key tells it.
     theirs = record.get("key_type", {(2,): "threefry2x32", (4,): "rbg"}.get(size, ours))
     if theirs != ours:

@@ -63,9 +63,10 @@ def platform_problem() -> str | None:
         jax.devices()
     except Exception as error:  # a RuntimeError, or for cuda without its package an AssertionError
         reason = " ".join(str(error).split()) or "JAX finds no such device"
+        platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
         return (
-            f"JAX_PLATFORMS is {jax.config.jax_platforms!r}; allowed: a platform that this machine "
-            f"and the installed jaxlib have, as cpu, or none, to let JAX choose ({reason})"
+            f"JAX_PLATFORMS is {platforms!r}; allowed: a platform that this machine and the "
+            f"installed jaxlib have, as cpu, or none, to let JAX choose ({reason})"
         )
     return None
 

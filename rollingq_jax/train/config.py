@@ -6,6 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from rollingq_jax.data.options import check_fields, fields_of
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.models.fields import Rule, as_mapping, read_fields
 from rollingq_jax.models.spec import ENCODER_RULES, MODEL_RULES
@@ -92,7 +93,7 @@ def default_config() -> ConfigDict:
                 "name": "av_digits",
                 "path": "",
                 "cache_dir": "",
-                "corruptions": "",  # of training, fresh in every epoch: "audio=0.5, visual=drop:0.2"
+                "corruptions": "",  # of training, fresh in every epoch: "audio=0.5"
                 "prefetch": 2,  # batches made ahead, each by a thread of its own
             },
             "model": {
@@ -128,7 +129,7 @@ def _optional(value: int) -> config_dict.FieldReference:
 
 
 def check_config(config: Any) -> None:
-    """Checks the fields that the training loop reads; the model and the data check their own.
+    """Checks the fields that the training loop and the data read; the model checks its own.
 
     Raises:
       ConfigError: a field is unknown or missing, or its value is not allowed; says which.
@@ -147,6 +148,7 @@ def check_config(config: Any) -> None:
         elif name == "data":
             shared = {field: value for field, value in section.items() if field in DATA_RULES}
             _complete(read_fields(shared, DATA_RULES, "config.data"), DATA_RULES, "config.data")
+            check_fields(section)
     warmup, epochs = fields["optimizer"]["warmup_epochs"], fields["epochs"]
     if warmup >= epochs:
         raise ConfigError(
@@ -167,6 +169,9 @@ def allowed_in(field: str, config: Any) -> str:
     rules = RULES.get(section, {})
     if section == "data":
         rules = DATA_RULES
+        described = fields_of(config.data.get("name", "")).get(name)
+        if name not in rules and described is not None:
+            return described.allowed
     elif section == "model":
         rules = MODEL_RULES
     elif section.startswith("model.encoders."):

@@ -146,7 +146,11 @@ def _await_all(coordinator: str, port: int, num_processes: int, timeout: float) 
         stack.enter_context(server)
         selector = stack.enter_context(selectors.DefaultSelector())
         selector.register(server, selectors.EVENT_READ)
-        stack.callback(lambda: [found.close() for found in present.values()])
+
+        @stack.callback
+        def close_all() -> None:
+            for found in present.values():
+                found.close()
 
         while len(present) < num_processes - 1:
             for key, _ in selector.select(AGAIN):

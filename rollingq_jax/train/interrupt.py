@@ -119,5 +119,6 @@ class Interruption:
                 os._exit(128 + number[0])
             self.requested = True
             if not self.unsaved:
-                print(Interrupted(), file=sys.stderr, flush=True)
+                with contextlib.suppress(OSError):  # nobody reads it any more
+                    print(Interrupted(), file=sys.stderr, flush=True)
                 os._exit(EXIT_CODE)

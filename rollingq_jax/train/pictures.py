@@ -106,7 +106,7 @@ def report_tables(summary: dict[str, Any], rows: list[Row]) -> list[Table]:
     tables = [Table("Classes, test data", ("class", "examples", "accuracy", "F1"), classes)]
     if rolls:
         columns = ("epoch", "head", "imbalance before", "imbalance after", "angle (degrees)")
-        lines = [[row[field] for field in fields] for row in rolls]
+        lines = [[row.get(field) for field in fields] for row in rolls]
         words = "Imbalance over the batch of the step, with the query before and after."
         tables.insert(0, Table("Rotations", columns, lines, words))
     return tables

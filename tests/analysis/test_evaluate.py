@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from rollingq_jax import evaluate
 from rollingq_jax.analysis import predictions
+from rollingq_jax.data.preprocessing import input_spec
 from rollingq_jax.errors import CheckpointError
 from rollingq_jax.train.cli import run_command
 
@@ -35,7 +36,13 @@ def workdir(tmp_path, monkeypatch):
             }
         )
         return SimpleNamespace(
-            model=model, params=params, rotation=None, config=config, dataset=dataset, step=12
+            model=model,
+            params=params,
+            rotation=None,
+            config=config,
+            dataset=dataset,
+            inputs=input_spec(dataset),
+            step=12,
         )
 
     monkeypatch.setattr(evaluate, "load_run", load_run)

@@ -1,14 +1,18 @@
 """Probes on models whose answers are known by construction."""
 
+import warnings
+
 import analysis_examples
 import jax
 import numpy as np
 import pytest
 
-from rollingq_jax.analysis import looking, predictions, probes
+from rollingq_jax.analysis import looking, plots, predictions, probes
+from rollingq_jax.analysis.plots import ModalityView
 from rollingq_jax.analysis.predictions import Predictions
+from rollingq_jax.data.masking import ModalityDropout
 from rollingq_jax.data.types import ArraySource, Dataset, ModalityInfo
-from rollingq_jax.errors import ConfigError
+from rollingq_jax.errors import ConfigError, NonFiniteError
 
 CLASSES = analysis_examples.CLASSES
 
@@ -206,3 +210,65 @@ def test_chosen_examples_span_the_quality_contrast():
         looking.choose_examples(found._replace(quality={}), 4), [0, 6, 13, 19]
     )
     assert len(looking.choose_examples(found._replace(label=np.zeros(2), quality={}), 4)) == 2
+
+
+def test_shares_and_correlations_are_over_the_examples_that_have_the_modality():
+    share = {"audio": np.array([0.2, 0.4, 0.9, 1.0]), "visual": np.array([0.8, 0.6, 0.1, 0.0])}
+    quality = {"audio": np.array([-2.0, -1.0, 0.0, -9.0]), "visual": np.zeros(4)}
+    present = {"audio": np.ones(4, bool), "visual": np.array([True, True, True, False])}
+    quality["visual"] = predictions.where_present(quality["visual"], present["visual"])
+    found = predictions.scores(
+        Predictions(np.eye(2)[[0, 0, 1, 1]], np.array([0, 0, 1, 1]), share, quality, present), 2
+    )
+    assert found["attention_share"]["visual"] == pytest.approx(0.5)
+    assert found["modality_examples"] == {"audio": 4, "visual": 3}
+    assert found["contrast_examples"] == {"audio": 3, "visual": 3}
+    expected = np.corrcoef([0.2, 0.4, 0.9], [-2, -1, 0])[0, 1]
+    assert found["quality_correlation"] == pytest.approx(expected)
+
+
+def test_answers_that_are_not_finite_are_told(caplog):
+    def broken(batch):
+        found = looks_at_audio(batch)
+        found["probabilities"] = np.where(batch["audio"][:, :1] > 0, np.nan, found["probabilities"])
+        return found
+
+    probe = make_probe()._replace(predict=broken)
+    clean = probes.answers(probe)
+    count = int((clean.label == 0).sum())
+    assert clean.nonfinite == count and (clean.predicted[clean.label == 0] == -1).all()
+    assert f"split 'test': the logits of {count} of 50 examples" in caplog.text
+    assert clean.accuracy == clean.unchanged(clean) == 1 - count / 50
+    nothing = probe._replace(
+        predict=lambda b: {"probabilities": np.full([len(b["label"]), 4], np.nan)}
+    )
+    with pytest.raises(NonFiniteError, match="all 50 examples"):
+        probes.answers(nothing)
+    assert probes.answers(nothing, "audio=0.5").accuracy == 0.0  # of the corruption, not the model
+
+
+def test_pictures_of_what_lacks_modalities_warn_of_nothing():
+    lacking = {m: np.full(5, np.nan) for m in ("audio", "visual")}
+    views = tuple(
+        ModalityView(m, "vector", np.full(4, np.nan), np.zeros(2)) for m in ("audio", "visual")
+    )
+    nothing = np.zeros((0, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        for figure in (
+            plots.share_quality_figure({"": (lacking, lacking)}),
+            plots.attention_figure([plots.AttentionExample("nothing", views)]),
+            plots.polar_panels([plots.PolarPanel("", {"a": nothing, "b": nothing}, np.eye(4)[0])]),
+        ):
+            plots.png_bytes(figure)
+
+
+def test_token_ids_without_a_word_are_missing_for_a_drop():
+    example = {"text": np.zeros(3, np.int32), "audio": np.ones(2, np.float32)}
+    drop = ModalityDropout(ModalityInfo("audio", "vector", (2,)), ("text",))
+    found = drop.random_map(example, np.random.default_rng(0))
+    assert found["audio_mask"] and found["kept/audio"]
+    found = drop.random_map(
+        example | {"text": np.array([0, 4, 0], np.int32)}, np.random.default_rng(0)
+    )
+    assert not found["audio_mask"] and not found["kept/audio"]

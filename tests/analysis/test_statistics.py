@@ -168,3 +168,25 @@ def test_class_scores_by_hand():
     assert stats.weighted_f1(confusion) == pytest.approx((4 * 6 / 9 + 6 * 8 / 11) / 10)
     assert np.isnan(stats.macro_f1(np.zeros((2, 2), int)))
     assert np.isnan(stats.weighted_f1(np.zeros((2, 2), int)))
+
+
+def test_what_an_example_lacks_is_in_no_pair():
+    x, y = np.array([1.0, 2.0, np.nan, 3.0]), np.array([0.0, 2.0, 9.0, 1.0])
+    assert stats.pearson(x, y) == pytest.approx(0.5) == stats.spearman(x, y)
+    assert np.isnan(stats.pearson(x * np.nan, y)) and np.isnan(stats.mean_finite(x * np.nan))
+    quality = {"a": np.array([0.0, -1.0]), "b": np.array([-2.0, np.nan])}
+    contrast = stats.quality_contrast(quality)
+    np.testing.assert_array_equal(contrast["a"], [2.0, np.nan])  # the second has no other
+    np.testing.assert_array_equal(contrast["b"], [-2.0, np.nan])
+    assert np.isnan(stats.quality_contrast_correlation(quality, {m: y[:2] * np.nan for m in "ab"}))
+
+
+def test_no_answer_is_right_for_no_class():
+    label = np.array([0, 0, 1, 1])
+    confusion = stats.confusion_matrix(np.array([0, -1, 1, -1]), label, 2)
+    np.testing.assert_array_equal(confusion, [[1, 0, 1], [0, 1, 1]])
+    np.testing.assert_array_equal(stats.per_class_accuracy(confusion), [0.5, 0.5])
+    np.testing.assert_allclose(stats.per_class_f1(confusion), [2 / 3, 2 / 3])
+    probabilities = np.array([[0.75, 0.25], [np.nan, np.nan]])
+    assert stats.expected_calibration_error(probabilities, [0, 0]) == pytest.approx(0.25)
+    assert np.isnan(stats.expected_calibration_error(probabilities[1:], [0]))

@@ -1,17 +1,22 @@
 """Own arrays: values against NumPy, each mistake one clear line, any bytes a DataError."""
 
 import io
+import os
 import pickle
+import tracemalloc
 import types
 import zipfile
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rollingq_jax.data import arrays as module
+from rollingq_jax.data import columns
 from rollingq_jax.data.arrays import from_arrays, load
-from rollingq_jax.data.labels import labels_of
+from rollingq_jax.data.labels import groups_of, ids_of, labels_of
 from rollingq_jax.data.pipeline import eval_batches
 from rollingq_jax.data.types import ArraySource
 from rollingq_jax.errors import ConfigError, DataError
@@ -89,7 +94,7 @@ KINDS = [
 
 @pytest.mark.parametrize(("shape", "dtype", "kind", "example_shape", "example_dtype"), KINDS)
 def test_kinds_follow_from_shapes(shape, dtype, kind, example_shape, example_dtype):
-    dataset = from_arrays(make_arrays(m=(shape, dtype)))
+    dataset = from_arrays(make_arrays(m=(shape, dtype)), modalities=("m",))
     info = dataset.modalities["m"]
     assert (info.kind, info.shape, info.dtype) == (kind, example_shape, example_dtype)
     example = dataset.splits["train"][0]
@@ -151,8 +156,6 @@ def test_pixels_stay_and_their_statistics_go_to_the_model():
 
 
 def test_large_arrays_are_read_in_blocks(monkeypatch):
-    from rollingq_jax.data import columns
-
     arrays = make_arrays(m=((7, 4), "float32"))
     whole = from_arrays(arrays).splits["test"][0]["m"]
     monkeypatch.setattr(columns, "BLOCK_BYTES", 400)
@@ -256,7 +259,7 @@ def put(index, value):
 BAD = [
     (dict(test__label=None), "test/label", "missing"),
     (dict(test__audio=None), "test/audio", "missing"),
-    (dict(test__audio=None, test__label=None, test__ids=None), "no test/*", "train/<modality>"),
+    (dict(train__audio=None, train__label=None, train__ids=None), "no train/*", "<modality>"),
     (dict(test__audio=lambda a: a[:-1]), "test/audio: 19 examples", "test/label has 20"),
     (dict(train__audio=put((5, 0, 1), np.nan)), "train/audio", "NaN", "example 5", "mask_audio"),
     (dict(test__audio=put((3, 0, 1), np.inf)), "test/audio", "infinite", "example 3"),
@@ -264,9 +267,37 @@ BAD = [
     (dict(train__label=put(3, -1)), "train/label", "-1"),
     (dict(train__label=put(3, 10**9)), "train/label", "1000000000"),
     (dict(test__label=put(3, 3)), "test/label", "3 never occurs in train/label"),
-    (dict(train__label=lambda a: a.astype("f4")), "train/label", "float32", "astype(int)"),
+    (dict(train__label=lambda a: a + 0.5), "train/label", "0.5", "regression is not supported"),
+    (dict(train__label=lambda a: a - 2.0), "train/label", "-2", "regression is not supported"),
+    (dict(train__label=lambda a: a * np.nan), "train/label", "NaN"),
     (dict(train__label=lambda a: a.astype("U3")), "train/label", "<U3", "names"),
+    (dict(train__label=lambda a: a.astype("c8")), "train/label", "complex64", "integers"),
+    (dict(train__label=lambda a: a.astype("M8[s]")), "train/label", "datetime64", "integers"),
     (dict(train__label=lambda a: np.eye(3)[a]), "train/label", "[60, 3]", "argmax"),
+    (dict(train__label=lambda a: np.eye(3, dtype=bool)[a]), "train/label", "argmax"),
+    (dict(train__label=lambda a: a[:, None] + [0.2, 0.4]), "train/label", "regression is not"),
+    (
+        dict(train__label=lambda a: np.eye(3)[a], test__label=lambda a: np.ones((len(a), 3), int)),
+        "test/label",
+        "multi-label classification and several targets are not supported",
+    ),
+    (dict(train__label=lambda a: np.eye(3)[a] * (a > 0)[:, None]), "multi-label classification"),
+    (dict(train__label=lambda a: np.stack([a, a], 1)), "train/label", "several targets are not"),
+    (dict(class_names=np.array(["a", "b", "a"])), "class_names", "'a' names class 0 and class 2"),
+    (dict(class_names=np.array(["a", "b", "a "])), "class_names", "'a' names class 0 and class 2"),
+    (dict(class_names=np.array(["a", " ", "c"])), "class_names", "class 1 is empty"),
+    (dict(class_names=np.arange(3)), "class_names", "int64[3]", "strings"),
+    (dict(train__group=np.arange(59)), "train/group: 59 examples", "train/label has 60"),
+    (dict(train__group=np.arange(60.0)), "train/group", "float64[60]", "integers or strings"),
+    (dict(train__id=np.array(["x", ""] * 30)), "train/id", "example 1"),
+    (dict(train__speaker=np.arange(60.0)), "train/speaker: float64[60]", "train/group"),
+    (dict(train__speaker=np.arange(60)), "train/speaker: int64[60]", "kind/speaker", "train/id"),
+    (dict(train__speaker=np.array(["x"] * 60)), "train/speaker: <U1[60]", "data.modalities"),
+    (dict(train__audio=lambda a: a.astype("M8[s]")), "train/audio", "datetime64[s]", "seconds"),
+    (dict(train__audio=lambda a: a.view("V1")[..., 0]), "'train/audio'", "|V1", "float8"),
+    (dict(train__audio=lambda a: a.view("V4")), "'train/audio'", "|V4", "raw bytes"),
+    (dict(train__audio=lambda a: a.view([("x", "<f4")])), "'train/audio'", "structured array"),
+    ({"train/a\x1b[31m": np.ones((60, 2))}, "'train/a\\x1b[31m'", "letters"),
     (dict(train__label=lambda a: a[:, None]), "train/label", "[60, 1]", "ravel"),
     (dict(train__label=lambda a: a * 0, test__label=lambda a: a * 0), "only the label 0"),
     (dict(test__audio=lambda a: a[:, :6]), "test/audio", "[6, 4]", "[7, 4]"),
@@ -302,6 +333,146 @@ def test_mistakes_are_named(tmp_path, case):
     changes, *words = case
     config = save(tmp_path / "d.npz", changed(**changes))
     fails_clearly(lambda: load(config, seed=0), *words)
+
+
+def test_labels_of_whole_numbers_may_be_floats():
+    arrays = make_arrays()
+    as_floats = {k: a.astype("f8") if k.endswith("label") else a for k, a in arrays.items()}
+    for split, source in from_arrays(as_floats).splits.items():
+        expected = labels_of(from_arrays(arrays).splits[split])
+        np.testing.assert_array_equal(labels_of(source), expected)
+
+
+NAMES = np.array(["dog", "ant", "cat"])
+
+
+@pytest.mark.parametrize("as_bytes", [False, True])
+@pytest.mark.parametrize("order", [None, ("dog", "ant", "cat"), ("cat", "dog", "emu", "ant")])
+def test_labels_may_be_names(tmp_path, as_bytes, order):
+    arrays = make_arrays()
+    names = {split: NAMES[arrays[f"{split}/label"]] for split in ("train", "test")}
+    for split in names:
+        arrays[f"{split}/label"] = names[split].astype("S") if as_bytes else names[split]
+    if order:
+        arrays["class_names"] = np.array(order)
+    dataset = load(save(tmp_path / "d.npz", arrays), seed=0)
+    assert dataset.class_names == (order or ("ant", "cat", "dog"))
+    got = [dataset.class_names[label] for label in labels_of(dataset.splits["test"])]
+    assert got == names["test"].tolist()
+
+
+def test_names_that_do_not_fit_are_named():
+    arrays = make_arrays()
+    arrays |= {f"{split}/label": NAMES[arrays[f"{split}/label"]] for split in ("train", "test")}
+    other = arrays | {"test/label": np.array(["ant", "yak"] * 10)}
+    fails_clearly(lambda: from_arrays(other), "test/label: 'yak' never occurs in train")
+    order = arrays | {"class_names": np.array(["ant", "cat"])}
+    fails_clearly(lambda: from_arrays(order), "train/label: 'dog' is not in class_names")
+    empty = arrays | {"train/label": np.array(["ant", ""] * 30)}
+    fails_clearly(lambda: from_arrays(empty), "train/label", "empty")
+    numbers = arrays | {
+        "train/label": np.array(["10", "2"] * 30),
+        "test/label": np.array(["2"] * 20),
+    }
+    assert labels_of(from_arrays(numbers).splits["test"]).tolist() == [2] * 20  # as in a manifest
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "words"),
+    [
+        ([1, 2, 3], (), "labels 1 to 3: class 0 never occurs; the model gets 4 outputs for 3"),
+        ([0, 99_999], (), "labels 0 and 99,999: 99,998 classes never occur"),
+        ([0, 99_999], (), "the model gets 100,000 outputs for 2 classes"),
+        ([0, 1, 3], (), "class 2 never occurs; the model gets 4 outputs"),
+        ([0, 1], ("a", "b", "c"), "class 2 ('c') never occurs"),
+        ([0, 1, 2], (), None),
+    ],
+)
+def test_classes_that_never_occur_are_pointed_out(labels, names, words, caplog):
+    arrays = make_arrays(num_classes=len(labels))
+    for split in ("train", "test"):
+        arrays[f"{split}/label"] = np.array(labels)[arrays[f"{split}/label"]]
+    if names:
+        arrays["class_names"] = np.array(names)
+    from_arrays(arrays)
+    assert [words in record.message for record in caplog.records] == ([True] if words else [])
+
+
+def test_groups_and_ids_stand_beside_the_examples(tmp_path, caplog):
+    arrays = make_arrays(num_train=90)
+    speakers = np.array([f"s{n}" for n in np.random.default_rng(0).integers(0, 15, 90)])
+    arrays |= {"train/group": speakers.astype("S"), "test/group": np.array(["s3", "x"] * 10)}
+    arrays |= {"train/id": np.arange(90) + 1000, "test/id": np.arange(20)}
+    splits = load(save(tmp_path / "d.npz", arrays), seed=0).splits
+    assert set(splits["train"][0]) == {"audio", "visual", "label"}
+    for split in ("train", "valid"):
+        numbers = ids_of(splits[split]) - 1000
+        np.testing.assert_array_equal(groups_of(splits[split]), speakers[numbers])
+        np.testing.assert_array_equal(labels_of(splits[split]), numbers % 3)
+    assert not set(groups_of(splits["train"])) & set(groups_of(splits["valid"]))
+    (record,) = caplog.records
+    assert "1 group stands in both train and test (such as 's3')" in record.message
+
+
+@pytest.mark.parametrize("prefix", ["", "train/"])
+def test_a_single_table_is_divided(tmp_path, prefix):
+    given = make_arrays(num_train=100, num_test=1, num_classes=4)
+    arrays = {
+        prefix + key.removeprefix("train/"): array
+        for key, array in given.items()
+        if key.startswith("train/")
+    }
+    arrays[f"{prefix}quality_audio"] = -np.arange(100.0)
+    arrays[f"{prefix}group"] = np.arange(100) // 5
+    config = save(tmp_path / "d.npz", arrays)
+    splits, other = load(config, seed=0).splits, load(config, seed=1).splits
+    assert {name: len(source) for name, source in splits.items()} == {
+        "train": 70,
+        "valid": 10,
+        "test": 20,
+    }
+    groups = [set(groups_of(source)) for source in splits.values()]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 20
+    rows = {n: [-s[i]["quality_audio"] for i in range(len(s))] for n, s in splits.items()}
+    assert sorted(sum(rows.values(), [])) == list(range(100))
+    assert rows["test"] == [-other["test"][i]["quality_audio"] for i in range(20)]
+    assert labels_of(splits["test"]).tolist() == [row % 4 for row in rows["test"]]
+
+
+def test_splits_and_a_single_table_do_not_mix(tmp_path):
+    config = save(tmp_path / "d.npz", make_arrays() | {"extra": np.ones((60, 2))})
+    fails_clearly(lambda: load(config, seed=0), "'extra'", "not known")
+
+
+def test_one_number_an_example_is_a_modality_where_it_is_said_to_be():
+    arrays = make_arrays(m=((3,), "float32"), age=((), "float32"))
+    assert list(from_arrays(arrays, modalities=("m",)).modalities) == ["m"]
+    for said in (
+        from_arrays(arrays, kinds={"age": "vector"}),
+        from_arrays(arrays, modalities=("age", "m")),
+        from_arrays(arrays | {"kind/age": np.array("vector")}),
+    ):
+        assert said.modalities["age"].shape == (1,)
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_bfloat16_is_read_as_it_is(tmp_path, folder):
+    arrays = make_arrays(m=((5, 2), "float32"))
+    short = {key: a.astype(jnp.bfloat16) if "m" in key else a for key, a in arrays.items()}
+    config = save(tmp_path / "d.npz", short)
+    if folder:
+        for key, array in short.items():
+            (tmp_path / "d" / key).parent.mkdir(parents=True, exist_ok=True)
+            np.save(tmp_path / "d" / f"{key}.npy", array)
+        config = {"path": str(tmp_path / "d")}
+    dataset = load(config, seed=0)
+    as_floats = {key: np.asarray(a, np.float32) if "m" in key else a for key, a in short.items()}
+    expected = from_arrays(as_floats, seed=0)
+    assert dataset.preprocessing == expected.preprocessing
+    for index in range(20):
+        np.testing.assert_array_equal(
+            dataset.splits["test"][index]["m"], expected.splits["test"][index]["m"]
+        )
 
 
 @pytest.mark.parametrize(
@@ -426,6 +597,132 @@ def test_any_array_header_raises_only_data_errors(tmp_path_factory, header, body
         archive.writestr("train/audio.npy", member)
     with pytest.raises(DataError):
         load({"path": str(path)}, seed=0)
+
+
+def save_member(path, name, descr, shape, body=b"", level=9):
+    """An archive of one array whose header says what it likes."""
+    head = io.BytesIO()
+    header = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(head, header)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=level) as archive:
+        with archive.open(name, "w", force_zip64=True) as file:
+            file.write(head.getvalue())
+            for _ in range(8):
+                file.write(body)
+    return {"path": str(path)}
+
+
+@pytest.mark.parametrize(
+    ("name", "descr", "words"),
+    [
+        ("x/train.npy", "<f4", "not known"),
+        ("train/audio.npy", "|O", "refused"),
+        ("train/audio.npy", "<M8[s]", "label: missing"),
+        ("train/audio", "<f4", "not an array"),
+    ],
+)
+def test_what_is_wrong_is_seen_before_anything_is_unpacked(tmp_path, name, descr, words):
+    body = bytes(2**24)
+    items = 8 * len(body) // np.dtype(descr).itemsize
+    config = save_member(tmp_path / "d.npz", name, descr, (items // 4, 4), body)
+    tracemalloc.start()
+    try:
+        fails_clearly(lambda: load(config, seed=0), words)
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("shape", [(2**40, 2), (2, 3), (10**30,), (-1, -8)])
+def test_an_array_that_claims_another_size_is_refused(tmp_path, shape):
+    config = save_member(tmp_path / "d.npz", "train/audio.npy", "<f4", shape, b"1234")
+    fails_clearly(lambda: load(config, seed=0), "'train/audio'", "damaged")
+
+
+def test_more_than_the_memory_is_refused(tmp_path, monkeypatch):
+    config = save(tmp_path / "d.npz", make_arrays())
+    memory = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 2000}
+    monkeypatch.setattr(os, "sysconf", memory.get)
+    fails_clearly(lambda: load(config, seed=0), "GiB", "memory", "folder of .npy")
+
+
+def test_a_git_lfs_pointer_is_named(tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+    (tmp_path / "d.npz").write_bytes(pointer)
+    fails_clearly(lambda: load({"path": str(tmp_path / "d.npz")}, seed=0), "git lfs pull")
+    (tmp_path / "f" / "train").mkdir(parents=True)
+    (tmp_path / "f" / "train" / "m.npy").write_bytes(pointer)
+    fails_clearly(lambda: load({"path": str(tmp_path / "f")}, seed=0), "git lfs pull")
+
+
+def test_an_archive_with_two_arrays_of_a_name_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "d.npz", "w") as archive, pytest.warns(UserWarning):
+        archive.writestr("train/m.npy", b"")
+        archive.writestr("train/m.npy", b"")
+    fails_clearly(lambda: load({"path": str(tmp_path / "d.npz")}, seed=0), "two arrays", "train/m")
+
+
+@pytest.fixture
+def blocks_read(monkeypatch):
+    """The numbers of the blocks of values that are read in order to check or to measure them."""
+    read, blocks = [], columns._blocks
+
+    def counted(array):
+        for start, block in blocks(array):
+            read.append(start)
+            yield start, block
+
+    monkeypatch.setattr(columns, "_blocks", counted)
+    return read
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_measurements_are_kept(tmp_path, monkeypatch, blocks_read, folder):
+    monkeypatch.setattr(module, "LARGE", 1)
+    arrays = make_arrays(m=((7, 4), "float32"), t=((5,), "int64"), v=((4, 4, 3), "uint8"))
+    path = tmp_path / ("d" if folder else "d.npz")
+
+    def write():
+        if not folder:
+            save(path, arrays)
+        for key, array in arrays.items() if folder else ():
+            (path / key).parent.mkdir(parents=True, exist_ok=True)
+            np.save(path / f"{key}.npy", array)
+
+    def loaded(**fields):
+        blocks_read.clear()
+        config = {"path": str(path), "cache_dir": str(tmp_path / "cache")} | fields
+        return load(config, seed=0), len(blocks_read)
+
+    write()
+    first, num_first = loaded()
+    again, num_again = loaded()
+    assert num_first and not num_again
+    assert again.preprocessing == first.preprocessing and again.modalities == first.modalities
+    for index in range(20):
+        for key, value in first.splits["test"][index].items():
+            np.testing.assert_array_equal(again.splits["test"][index][key], value)
+    for fields in ({"standardize": False}, {"modalities": "m"}, {"kinds": "t=vector"}):
+        other, read = loaded(**fields)
+        assert read and other.preprocessing != first.preprocessing
+        assert loaded(**fields)[1] == 0
+    for file in (tmp_path / "cache").rglob("*.json"):
+        file.write_bytes(file.read_bytes()[:-5])
+    mended, read = loaded()
+    assert read == num_first and mended.preprocessing == first.preprocessing
+    arrays["train/m"][3] += 1
+    write()
+    changed, read = loaded()
+    assert read and changed.preprocessing["m"].mean != first.preprocessing["m"].mean
+
+
+def test_a_cache_that_cannot_be_written_does_not_matter(tmp_path):
+    np.savez(tmp_path / "unpack.npz", **make_arrays())
+    with zipfile.ZipFile(tmp_path / "unpack.npz") as archive:
+        archive.extractall(tmp_path / "d")
+    (tmp_path / "cache").write_text("a file")
+    config = {"path": str(tmp_path / "d"), "cache_dir": str(tmp_path / "cache")}
+    assert len(load(config, seed=0).splits["test"]) == 20
 
 
 def test_labels_of_any_source():

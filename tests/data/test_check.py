@@ -64,6 +64,19 @@ def test_what_is_printed(tmp_path, capsys):
     assert "test: 8 of 8 examples read\n  quality of text: -0.7 to 0\n" in out
 
 
+def test_a_single_table_with_groups_and_names(tmp_path, capsys, caplog):
+    classes = np.array(["ant", "bee\x1b[31m", "cow"])
+    arrays = {"m": np.random.default_rng(0).normal(size=(100, 3)), "group": np.arange(100) // 5}
+    np.savez(tmp_path / "d.npz", label=classes[np.arange(100) % 3], **arrays)
+    command(["check", "--path", str(tmp_path / "d.npz")])
+    out = capsys.readouterr().out
+    assert "train: 70 examples\nvalid: 10 examples\ntest: 20 examples\n" in out
+    assert "\x1b" not in out and r"bee\x1b[31m: train" in out and not caplog.records
+    np.savez(tmp_path / "d.npz", label=np.arange(100) % 3 + 1, **arrays)
+    command(["check", "--path", str(tmp_path / "d.npz")])
+    assert "class 0 never occurs; the model gets 4 outputs" in caplog.text
+
+
 def test_many_classes_and_missing_modalities():
     labels = np.arange(60, dtype=np.int32) % 30
     columns = {

@@ -359,7 +359,7 @@ def test_damaged_arrays(tmp_path, damage):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("modalities", ("smell",)), ("modalities", "text"), ("label_rule", "3"), ("standardize", 1)],
+    [("modalities", ("smell",)), ("modalities", 3), ("label_rule", "3"), ("standardize", 1)],
 )
 def test_bad_fields(data_dir, field, value):
     with pytest.raises(ConfigError, match=f"data.{field}"):

@@ -141,6 +141,36 @@ def test_wav_of_64_bit_lengths(tmp_path, magic, known):
         refuses(lambda: media.read_audio(path), "truncated WAV, 2200 of 3200")
 
 
+def test_big_endian_wav(tmp_path):
+    import soundfile
+
+    path = tmp_path / "big.wav"
+    soundfile.write(path, RAMP, 16000, endian="BIG")
+    data = path.read_bytes()
+    assert data[:4] == b"RIFX"
+    where = data.index(b"data") + 4
+    for length in (b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xf0\0"):
+        path.write_bytes(data[:where] + length + data[where + 4 :])
+        np.testing.assert_allclose(media.read_audio(path)[0], RAMP / 32768, atol=1e-7)
+    path.write_bytes(data[:-200])
+    refuses(lambda: media.read_audio(path), "truncated WAV, 3000 of 3200")
+
+
+@pytest.mark.parametrize("subtype", ["PCM_24", "FLOAT", "DOUBLE", "ULAW", "IMA_ADPCM", "MS_ADPCM"])
+def test_wav_of_other_encodings_from_a_pipe(tmp_path, subtype):
+    import soundfile
+
+    path = tmp_path / "a.wav"
+    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(32000) / 16000)
+    soundfile.write(path, np.stack([tone, tone], 1), 16000, subtype=subtype)
+    whole, _ = media.read_audio(path)
+    data = path.read_bytes()
+    where = data.index(b"data") + 4
+    path.write_bytes(data[:where] + b"\0\0\0\0" + data[where + 4 :])
+    np.testing.assert_array_equal(media.read_audio(path)[0], whole)
+    np.testing.assert_array_equal(media.read_audio(path, 0.5)[0], whole[:8001])
+
+
 def test_wav_that_is_cut_or_empty_is_refused(tmp_path):
     path = tmp_path / "a.wav"
     for behind in (b"", b"LIST" + struct.pack("<I", 4) + b"INFO"):
@@ -472,6 +502,11 @@ def test_impostors_are_named(tmp_path, content, words):
         path.write_bytes(content)
         refuses(lambda p=path, r=reader: r(p), path, words)
     refuses(lambda: media.decode_image(content, "frame 3"), "frame 3", words)
+
+
+def test_a_telephones_picture_under_another_name():
+    heic = b"\0\0\0\x18ftypheic" + bytes(40)
+    refuses(lambda: media.decode_image(heic, "a.jpg"), "a.jpg", "HEIC", "convert it to JPEG")
 
 
 def test_a_pointer_in_place_of_a_text(tmp_path):

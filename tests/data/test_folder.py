@@ -1,7 +1,9 @@
 """Manifests and media files: what is read, and one clear line for each mistake."""
 
 import csv
+import dataclasses
 import json
+import logging
 import os
 
 import media_files
@@ -10,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rollingq_jax import check
 from rollingq_jax.data.arrays import load as load_arrays
-from rollingq_jax.data.folder import load
+from rollingq_jax.data.folder import load, open_manifest
 from rollingq_jax.data.infer import infer_model
+from rollingq_jax.data.labels import groups_of, ids_of, labels_of
 from rollingq_jax.data.manifest import read_manifest
 from rollingq_jax.data.media_arrays import MediaSizes, sound_features
 from rollingq_jax.data.pipeline import eval_batches
@@ -209,10 +213,12 @@ BAD = [
     ([*GOOD, row(split="test", label="7")], "test/label", "7 never occurs"),
     ([*GOOD, row(split="test", label="dog")], "test/label", "'dog' never occurs"),
     ([row(), row(), row(split="test")], "only the label 0"),
-    (GOOD[:2], "no rows of split 'test'"),
+    ([*GOOD[:2], row(split="valid")], "no rows of split 'test'"),
+    ([*GOOD[2:3], row(split="valid")], "no rows of split 'train'"),
+    (GOOD[:2], "every class has a single example"),
     ([row(picture="a.xyz")], "line 2", "no known suffix", "picture:string"),
-    ([{"split": "train", "label": "0"}], "wanted split, label and one column"),
-    ([{"split": "train", "picture": "a.png"}], "wanted split, label"),
+    ([{"split": "train", "label": "0"}], "wanted label and one column"),
+    ([{"split": "train", "picture": "a.png"}], "wanted label"),
     ([row(**{"bad name": "a.png"})], "'bad name'"),
     ([row(**{"p:movie": "a.png"})], "'movie'", "audio, image"),
     ([row(**{"picture:image": "a.png"})], "two columns", "picture"),
@@ -243,7 +249,17 @@ def test_mistakes_are_named(tmp_path, case, form):
         ("m.csv", b"split,label,label,p\n", "same name"),
         ("m.csv", b"split,label,p\ntrain,0\n", "line 2: 2 cells"),
         ("m.csv", b'split,label,p\ntrain,0,"a', "not CSV"),
-        ("m.csv", b"\xff\xfe", "not UTF-8"),
+        ("m.csv", b"\xff\xfe", "no rows"),
+        ("m.csv", b"\xff\xfea", "not UTF-16"),
+        ("m.csv", "split,label,p\ntrain,é,a.png\n".encode("latin-1"), "line 2 is not UTF-8"),
+        ("m.csv", "split,label\n".encode("utf-16-le"), "zero bytes"),
+        ("m.csv", b"version https://git-lfs.github.com/spec/v1\noid x\n", "git lfs pull"),
+        ("m.jsonl", b"version https://git-lfs.github.com/spec/v1\noid x\n", "git lfs pull"),
+        ("m.csv", b"a;b,c\n1;2,3\n", "between ',' or ';'"),
+        ("m.csv", b"sep=x\nsplitxlabel\n", "sep='x'"),
+        ("m.csv", b"split,label,p,\ntrain,0,a.png,b.png\n", "without a name"),
+        ("m.tsv", b"split\tlabel\tp\ntrain\t0\n", "line 2: 2 cells"),
+        ("m.csv", b"sep=;\nsplit;label;p\ntrain;0\n", "line 3: 2 cells"),
         ("m.jsonl", b"{\n", "line 1: not JSON"),
         ("m.jsonl", b"\n[1]\n", "line 2: must be an object"),
         ("m.jsonl", b"[" * 100_000, "not JSON"),
@@ -282,13 +298,347 @@ def test_modalities_can_be_picked(tree):
     fails_clearly(lambda: load(config | {"modalities": ("smell",)}, seed=0), "'smell'", "picture")
 
 
+# Manifests as spreadsheets and other people write them.
+
+TABLE = """split;label;words:string;quality_words;group
+train;cat;"a; b, c";-0,5;Ann
+train;dog;d;-1;Bob
+test;cat;e;0;Cleo
+test;dog;f;-2,25;Dan
+train;cat;g;0;Eve
+train;dog;h;0;Finn
+"""
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda text: text,
+        lambda text: "sep=;\n" + text,
+        lambda text: "\ufeff" + text.replace("\n", "\r\n"),
+        lambda text: text.replace("\n", "\r"),
+        lambda text: text.replace("a; b, c", "a# b, c").replace(";", "\t").replace("#", ";"),
+        lambda text: text.replace("a; b, c", "a# b, c").replace(";", "|").replace("#", ";"),
+        lambda text: text.replace("\n", ";;\n") + ";;;;;;\n",  # empty columns, an empty row
+    ],
+    ids=["plain", "sep", "Windows", "Mac", "tabs", "bars", "padded"],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le", "utf-32"])
+def test_delimiters_and_encodings(tmp_path, write, encoding):
+    text = write(TABLE)
+    if encoding == "utf-16-le":
+        text = "\ufeff" + text.removeprefix("\ufeff")
+    elif encoding != "utf-8":
+        text = text.removeprefix("\ufeff")  # these codecs write one themselves
+    suffix = "tsv" if "\t" in text else "csv"
+    (tmp_path / f"manifest.{suffix}").write_bytes(text.encode(encoding))
+    manifest = read_manifest(tmp_path)
+    assert [row.values["words"] for row in manifest.rows] == ["a; b, c", *"defgh"]
+    assert [row.qualities["words"] for row in manifest.rows] == [-0.5, -1, 0, -2.25, 0, 0]
+    assert [row.label for row in manifest.rows] == ["cat", "dog"] * 3
+    assert manifest.rows[3].group == "Dan" and manifest.rows[3].split == "test"
+
+
+def test_a_decimal_comma_needs_another_delimiter(tmp_path):
+    text = TABLE.replace(";", ",").replace("a, b, c", "a").replace("-0,5", '"-0,5"')
+    (tmp_path / "m.csv").write_text(text.replace("-2,25", "-2.25"))
+    fails_clearly(lambda: read_manifest(tmp_path / "m.csv"), "line 2", "'-0,5'", "number")
+
+
+def test_a_manifest_with_tabs_where_arrays_are_expected(tmp_path):
+    (tmp_path / "m.tsv").write_text(TABLE.replace('"a; b, c"', "a").replace(";", "\t"))
+    config = {"path": str(tmp_path / "m.tsv"), "standardize": False}
+    assert load_arrays(config, seed=0).class_names == ("cat", "dog")
+
+
+def test_names_in_data_columns_tell_the_delimiter(tmp_path):
+    (tmp_path / "m.csv").write_text("class;said, in words\na;x\nb;y\n")
+    columns = {"label": "class", "words:string": "said, in words"}
+    manifest = read_manifest(tmp_path / "m.csv", columns=columns)
+    assert [row.values["words"] for row in manifest.rows] == ["x", "y"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
+def test_missing_files_are_listed_whatever_the_columns_are_called(tmp_path, capsys, suffix):
+    records = [{"emotion": str(n % 2), "pic": f"{n}.png", "age": "7"} for n in range(9)]
+    path = tmp_path / f"m.{suffix}"
+    if suffix == "jsonl":
+        write_jsonl(path, records)
+    else:
+        mark = "\t" if suffix == "tsv" else ";"
+        lines = [mark.join(record.values()) for record in records]
+        path.write_text("\n".join([mark.join(records[0]), *lines]))
+    with pytest.raises(DataError, match="9 missing files: '0.png'"):
+        check.command(
+            ["check", "--config=configs/own_data.py", f"--config.data.path={path}",
+             "--config.data.columns=label=emotion, picture=pic",
+             "--config.data.modalities=('picture',)"]
+        )  # fmt: skip
+    assert "missing: '3.png'" in capsys.readouterr().out
+
+
+# Columns that are called something else, or are no modality.
+
+
+def people(folder, **changes):
+    """A table of a survey: 4 people of 6 sounds each."""
+    media_files.write_wav(folder / "a.wav", 0.1, 8000)
+    rows = []
+    for number in range(24):
+        rows.append(
+            {
+                "clip id": f"c{number}",
+                "speaker": f"p{number // 6}",
+                "age": str(20 + number // 6),
+                "emotion": ["calm", "angry"][number % 2],
+                "wav_path": "a.wav",
+                **changes,
+            }
+        )
+    write_csv(folder / "people.csv", rows)
+    return {"path": str(folder / "people.csv"), **SMALL}
+
+
+COLUMNS = "label=emotion, sound=wav_path, group=speaker, id=clip id"
+
+
+def test_columns_can_have_other_names(tmp_path):
+    config = people(tmp_path) | {"columns": COLUMNS, "modalities": ("sound",)}
+    dataset = load(config, seed=0)
+    assert list(dataset.modalities) == ["sound"] and dataset.class_names == ("angry", "calm")
+    seen = {}
+    for split, source in dataset.splits.items():
+        numbers = [int(name[1:]) for name in ids_of(source)]
+        assert groups_of(source).tolist() == [f"p{number // 6}" for number in numbers]
+        assert labels_of(source).tolist() == [1 - number % 2 for number in numbers]
+        assert set(source[0]) == {"label", "sound"}
+        seen[split] = {number // 6 for number in numbers}
+    assert sorted(sum(map(list, seen.values()), [])) == [0, 1, 2, 3]  # each person in one split
+    assert set(seen) == {"train", "valid", "test"}
+    mapping = {"label": "emotion", "sound:audio": "wav_path", "group": "speaker"}
+    assert len(load(config | {"columns": mapping}, seed=0).splits["train"]) == 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"columns": "label=emotion, sound=wav"}, ["sound=wav", "no such column", "'wav_path'"]),
+        ({"columns": "sound=wav_path"}, ["wanted label", "data.columns"]),
+        ({"columns": "label=emotion"}, ["age", "data.columns", "data.modalities"]),
+        (
+            {"columns": "label=emotion, id=clip id, group=speaker"},
+            ["age", "'20'", "age:string", "data.columns", "data.modalities"],
+        ),
+        ({"columns": "label=age, sound=emotion", "modalities": ("sound",)}, ["sound", "'calm'"]),
+        ({"columns": COLUMNS, "modalities": ("sound", "face")}, ["'face'", "people.csv"]),
+        ({"columns": "label"}, ["data.columns", "name=value"]),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_columns_of_no_use_are_refused(tmp_path, changes, words):
+    config = people(tmp_path) | changes
+    fails_clearly(lambda: load(config, seed=0), *words, error=(DataError, ConfigError))
+
+
+@pytest.mark.parametrize("value", [34, 0.5, None, [1], {"a": 1}, True])
+def test_json_values_that_are_no_modality(tmp_path, value):
+    media_files.write_jpeg(tmp_path / "a.png")
+    write_jsonl(tmp_path / "m.jsonl", [row(age=value) for _ in range(3)])
+    shown = "empty in every row" if value is None else "data.columns"
+    fails_clearly(lambda: load({"path": str(tmp_path / "m.jsonl")}, seed=0), "age", shown)
+
+
+def test_a_column_keeps_no_meaning_beside_the_one_that_replaces_it(tmp_path):
+    config = people(tmp_path, label="wrong") | {"columns": COLUMNS, "modalities": ("sound",)}
+    assert load(config, seed=0).class_names == ("angry", "calm")
+
+
+# Groups.
+
+
+def test_groups_in_two_of_the_user_s_splits_are_counted(tmp_path, caplog):
+    caplog.set_level(logging.WARNING, "rollingq_jax")
+    rows = [row(label=str(n % 2), split="train" if n < 6 else "test", group=n % 4, id=n)
+            for n in range(12)]  # fmt: skip
+    media_files.write_jpeg(tmp_path / "a.png")
+    write_jsonl(tmp_path / "m.jsonl", rows)
+    dataset = load({"path": str(tmp_path / "m.jsonl"), **SMALL}, seed=0)
+    assert "4 groups stand in both train and test" in caplog.text
+    parts = [set(groups_of(dataset.splits[split])) for split in ("train", "valid")]
+    assert not parts[0] & parts[1] and parts[0] | parts[1] == set("0123")
+    assert ids_of(dataset.splits["test"]).tolist() == [str(n) for n in range(6, 12)]
+
+
+def test_a_table_without_splits(tmp_path):
+    rows = [{"label": n % 2, "words:string": f"no. {n}"} for n in range(50)]
+    write_jsonl(tmp_path / "m.jsonl", rows)
+    path = {"path": str(tmp_path / "m.jsonl")}
+    sizes, tests = [], []
+    for seed in (0, 1):
+        dataset = load(path, seed=seed)
+        sizes.append([len(dataset.splits[s]) for s in ("train", "valid", "test")])
+        test = dataset.splits["test"]
+        tests.append([test[index]["words"].tolist() for index in range(len(test))])
+    assert sizes == [[36, 4, 10]] * 2 and tests[0] == tests[1]
+    assert groups_of(dataset.splits["train"]) is None and ids_of(dataset.splits["train"]) is None
+
+
+@pytest.mark.parametrize("name", ["group", "id"])
+@pytest.mark.parametrize("value", ["", " ", None, 1.5, True, [1]])
+def test_odd_groups_and_ids(tmp_path, name, value):
+    media_files.write_jpeg(tmp_path / "a.png")
+    write_jsonl(tmp_path / "m.jsonl", [row(**{name: "a"}), row(**{name: value})])
+    fails_clearly(lambda: load({"path": str(tmp_path / "m.jsonl")}, seed=0), "line 2", name)
+
+
+# Labels of other tasks.
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (["0.5", "1", "2"], ["'0.5'", "regression is not supported"]),
+        (["1.0", "2.0", "3.0"], ["'1.0'", "regression is not supported"]),
+        (["-1e3", "2", ".5"], ["regression is not supported"]),
+        (["0,5", "1", "2"], ["'0,5'", "regression is not supported"]),
+        ([0.5, 1, 2], ["line 1", "0.5", "regression is not supported"]),
+        ([["a", "b"], "a", "b"], ["multi-label", "not supported"]),
+        ([[0, 1, 1], [1, 0, 0]], ["multi-label", "not supported"]),
+        ([{"a": 1}, "b"], ["multi-label", "not supported"]),
+        (["a|b", "a", "b"], ["'a|b'", "multi-label", "not supported"]),
+        (["a; b", "a", "b"], ["'a; b'", "multi-label", "not supported"]),
+        (["  ", "a"], ["line 1", "label"]),
+        ([None, "a"], ["line 1", "label"]),
+    ],
+)
+def test_labels_of_other_tasks(tmp_path, labels, words):
+    media_files.write_jpeg(tmp_path / "a.png")
+    rows = [row(label=label) for label in labels for _ in range(4)]
+    write_jsonl(tmp_path / "m.jsonl", rows)
+    fails_clearly(lambda: load({"path": str(tmp_path / "m.jsonl")}, seed=0), *words)
+
+
+def test_odd_names_of_classes(tmp_path):
+    media_files.write_jpeg(tmp_path / "a.png")
+    names = ["rock, pop", "a|b", "nan", "1st", "0.5 mm", "\x1b[31m", "日本"]
+    rows = [row(label=label) for label in names for _ in range(10)]
+    write_jsonl(tmp_path / "m.jsonl", rows)
+    dataset = load({"path": str(tmp_path / "m.jsonl"), **SMALL}, seed=0)
+    assert dataset.class_names == tuple(sorted(names))
+
+
+@pytest.mark.parametrize(("labels", "count"), [((1, 2, 3), 4), ((0, 99_999), 100_000)])
+def test_class_numbers_with_gaps_get_a_warning(tmp_path, caplog, labels, count):
+    caplog.set_level(logging.WARNING, "rollingq_jax")
+    media_files.write_jpeg(tmp_path / "a.png")
+    write_jsonl(tmp_path / "m.jsonl", [row(label=label) for label in labels for _ in range(9)])
+    assert load({"path": str(tmp_path / "m.jsonl"), **SMALL}, seed=0).num_classes == count
+    assert "never occur" in caplog.text and f"{count:,} outputs" in caplog.text
+
+
+# New data for a trained model.
+
+
+def test_new_data_is_read_as_in_training(tree, tmp_path):
+    folder, rows = tree
+    write_csv(folder / "trained.csv", rows)
+    dataset = load({"path": str(folder / "trained.csv"), **SMALL, "audio_rate": 8000}, seed=0)
+    modalities = dataset.preprocessing
+    # As in training; the modalities are read raw, and standardizing them gives the training's.
+    path = folder / "trained.csv"
+    source, ids, labels = open_manifest(path, modalities, split="test")
+    assert ids == ["8", "9", "10", "11"] and labels == ["dog", "cat", "dog", "cat"]
+    for index in range(4):
+        example, trained = source[index], dataset.splits["test"][index]
+        assert set(example) == {*modalities, *(f"{m}_mask" for m in modalities)}
+        for name, one in modalities.items():
+            assert example[f"{name}_mask"] == np.True_
+            assert example[name].dtype == one.raw_dtype and example[name].shape == one.raw_shape
+            np.testing.assert_allclose(one.apply(example[name]), trained[name], atol=1e-5)
+    assert source[0]["sound"].max() == 0  # decibels under the loudest, not standardized
+    assert open_manifest(path, modalities)[1] == ids  # of several splits, test
+    assert len(open_manifest(path, modalities, split="train")[0]) == 8
+    fails_clearly(lambda: open_manifest(path, modalities, split="valid"), "'valid'", "test, train")
+
+
+def test_new_data_may_lack_almost_everything(tree):
+    folder, rows = tree
+    write_csv(folder / "trained.csv", rows)
+    trained = load({"path": str(folder / "trained.csv"), **SMALL}, seed=0).preprocessing
+    trained = {name: trained[name] for name in ("picture", "sound", "words")}
+    (folder / "new.csv").write_text(
+        "name;sound file;age;group;label\nx;media/3.mp4;30;;\ny;;31;g;cat\nz;media/1.wav;32;;7\n"
+    )
+    columns = {"sound": "sound file", "id": "name", "words": "no such column"}
+    source, ids, labels = open_manifest(folder / "new.csv", trained, columns=columns)
+    assert ids == ["x", "y", "z"] and labels == ["", "cat", "7"]
+    masks = [[bool(source[i].get(f"{m}_mask", False)) for m in trained] for i in range(3)]
+    assert masks == [[False, True, False], [False] * 3, [False, True, False]]
+    for index in range(3):
+        for name, array in source[index].items():
+            if not name.endswith("_mask"):
+                assert array.shape == trained[name].raw_shape
+    assert "label" not in source[0]
+    _, ids, _ = open_manifest(folder / "new.csv", trained, columns={"sound": "sound file"})
+    assert ids == ["0", "1", "2"]
+
+
+def test_new_data_that_cannot_be_read(tree):
+    folder, rows = tree
+    write_csv(folder / "trained.csv", rows)
+    trained = load({"path": str(folder / "trained.csv"), **SMALL}, seed=0).preprocessing
+    arrays = {"sound": dataclasses.replace(trained["sound"], media=None)}
+    path = folder / "new.csv"
+    path.write_text("face\na.png\n")
+    fails_clearly(lambda: open_manifest(path, arrays), "'sound'", "trained on arrays")
+    fails_clearly(lambda: open_manifest(path, trained), "at least one of", "picture", "face")
+    path.write_text("picture\nmedia/0.jpg\nmedia/none.jpg\n")
+    fails_clearly(lambda: open_manifest(path, trained), "1 missing file", "media/none.jpg")
+    path.write_text("picture:audio\nmedia/0.jpg\n")
+    fails_clearly(lambda: open_manifest(path, trained), "'audio' of 'picture'", "'image'")
+    path.write_text("picture\n../a.jpg\n")
+    fails_clearly(lambda: open_manifest(path, trained), "refused")
+    path.write_text("picture\n")
+    fails_clearly(lambda: open_manifest(path, trained), "no rows")
+
+
+@pytest.mark.parametrize(
+    "media", [{}, {"type": "smell"}, {"type": "image", "image_size": 17}, {"type": "image", "x": 1}]
+)
+def test_a_record_that_says_something_else(tree, media):
+    folder, rows = tree
+    write_csv(folder / "trained.csv", rows)
+    trained = load({"path": str(folder / "trained.csv"), **SMALL}, seed=0).preprocessing
+    odd = {"picture": dataclasses.replace(trained["picture"], media=media)}
+    fails_clearly(lambda: open_manifest(folder / "trained.csv", odd), "'picture'", "record")
+
+
+def test_words_of_a_model_come_from_files_or_cells(tree):
+    folder, rows = tree
+    write_csv(folder / "trained.csv", rows)
+    trained = load({"path": str(folder / "trained.csv"), **SMALL}, seed=0).preprocessing
+    words = {"words": trained["words"]}
+    (folder / "cells.csv").write_text("words:string\nababab\n")
+    (folder / "files.csv").write_text("words\nmedia/2.txt\n")
+    examples = [open_manifest(folder / name, words)[0][0] for name in ("cells.csv", "files.csv")]
+    np.testing.assert_array_equal(examples[0]["words"], examples[1]["words"])
+    assert examples[0]["words"].tolist() == [98, 99, 98, 99, 98, 99, 0, 0]
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     data=st.binary(max_size=200),
     start=st.sampled_from(
-        [b"", b"split,label,p\n", b"split,label,p\ntrain,0,", b'{"split": "train", "label": 0, ']
+        [
+            b"",
+            b"sep=",
+            b"split,label,p\n",
+            b"split,label,p\ntrain,0,",
+            b"\xff\xfe",
+            b'{"split": "train", "label": 0, ',
+        ]
     ),
-    suffix=st.sampled_from(["csv", "jsonl"]),
+    suffix=st.sampled_from(["csv", "jsonl", "tsv"]),
 )
 def test_any_bytes_raise_only_data_errors(tmp_path_factory, data, start, suffix):
     folder = tmp_path_factory.getbasetemp() / "fuzz"
@@ -310,7 +660,9 @@ CELLS = st.one_of(
 @given(
     rows=st.lists(
         st.dictionaries(
-            st.sampled_from(["split", "label", "p", "q:string", "r:audio", "quality_p"]),
+            st.sampled_from(
+                ["split", "label", "p", "q:string", "r:audio", "quality_p", "group", "id"]
+            ),
             st.one_of(CELLS, st.integers(), st.floats(), st.none(), st.lists(CELLS, max_size=2)),
         ),
         max_size=6,

@@ -69,7 +69,7 @@ def test_pickles_are_refused_there_too(store, tmp_path):
     hostile = np.array([test_arrays.Hostile(tmp_path / "bomb")] * 60, object)
     put(store, test_arrays.make_arrays() | {"train/audio": hostile})
     for name in ("d.npz", "d"):
-        with pytest.raises(UserError, match="gs://bucket/d.*: train/audio: .*refused"):
+        with pytest.raises(UserError, match="gs://bucket/d.*: 'train/audio': .*refused"):
             load_dataset({"name": "arrays", "path": f"gs://bucket/{name}"}, seed=0)
     assert not (tmp_path / "bomb").exists()
 

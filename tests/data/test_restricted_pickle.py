@@ -7,6 +7,7 @@ import pickletools
 import struct
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -53,6 +54,50 @@ def test_arrays_come_back_exactly(name, protocol):
 def test_plain_containers_come_back(protocol):
     value = {"train": [1, 2.5, None, True, "text", (1, (2,))], 3: {"nested": b"bytes", "none": b""}}
     assert read(pickle.dumps(value, protocol)) == value
+
+
+def nested(depth, width):
+    """A tuple whose hash visits more than width**depth objects, and whose stream is short."""
+    value = ()
+    for _ in range(depth):
+        value = (value,) * width
+    return value
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize(("depth", "width"), [(40, 2), (5, 60)])
+def test_keys_that_take_long_to_hash_are_refused(protocol, depth, width):
+    inner = pickle.dumps(nested(depth, width), protocol)
+    assert len(inner) < 4000
+    # Its stream without header and STOP, as the key of a dict or an element of a set.
+    head = 0 if protocol < 2 else 2
+    body = inner[head:-1]
+    if protocol >= 4 and body[:1] == b"\x95":
+        body = body[9:]
+    started = time.monotonic()
+    for stream in (
+        inner[:head] + b"}" + body + b"K\x01s.",
+        inner[:head] + b"}(" + body + b"K\x01u.",
+        inner[:head] + b"(" + body + b"K\x01d.",
+        inner[:head] + b"\x8f(" + body + b"\x90.",
+        inner[:head] + b"(" + body + b"\x91.",
+    ):
+        with pytest.raises(DataError, match="refused, it has keys"):
+            read(stream)
+    assert time.monotonic() - started < 2
+
+
+def test_nested_tuples_that_are_no_keys_are_read():
+    value = read(pickle.dumps([nested(40, 2)]))[0]
+    for _ in range(40):
+        assert value[0] is value[1]
+        value = value[0]
+    assert value == ()
+
+
+def test_tuples_may_be_keys():
+    value = {("a", (1, 2)): 1, (3, 4): {("b",): 2}}
+    assert read(pickle.dumps(value)) == value
 
 
 def test_numpy_scalars_and_sets_come_back():

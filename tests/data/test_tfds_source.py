@@ -6,14 +6,20 @@ import logging
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from rollingq_jax.data.av_digits import AvDigits, av_digits_config
+from rollingq_jax.data.cache import build_once
 from rollingq_jax.data.labels import groups_of, ids_of, labels_of
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.pipeline import eval_batches
+from rollingq_jax.data.records import RecordSource
 from rollingq_jax.data.tfds_source import open_tfds
 from rollingq_jax.errors import ConfigError, DataError
 
@@ -271,6 +277,31 @@ def test_only_classes_of_tfds_features(stranger, name):
     refused(stranger, repr(name), "refused")
 
 
+def test_prepared_records_are_guarded_too(stranger):
+    """Those of CREMA-D and Kinetics-Sounds, whose folder a configuration names."""
+    place = features_file(stranger).parent
+    features_file(stranger).write_text(json.dumps(PAYLOADS["nested"]("payload.Feature")))
+    with pytest.raises(DataError, match=r"'payload\.Feature' is refused"):
+        RecordSource(place)
+    assert not (stranger / "ran").exists()
+
+
+def test_cached_digits_are_guarded_too(stranger):
+    """A configuration names the cache, and its checksums are only as good as who wrote them."""
+    cache = stranger / "cache"
+    made = AvDigits(config=av_digits_config("clean", seed=0, test_pairings=3), data_dir=cache)
+    place = Path(made.data_dir)
+    shutil.copytree(features_file(stranger).parent, place)
+    content = json.dumps(PAYLOADS["nested"]("payload.Feature"))
+    (place / "features.json").write_text(content)
+    build_once(place.with_name("again"), lambda scratch: shutil.copytree(place, scratch / "a"))
+    shutil.rmtree(place)
+    place.with_name("again").rename(place)
+    with pytest.raises(DataError, match=r"'payload\.Feature' is refused"):
+        load_dataset({"name": "av_digits", "regime": "clean", "cache_dir": str(cache)}, seed=0)
+    assert not (stranger / "ran").exists()
+
+
 def test_classes_under_older_names_of_tfds_pass(stranger):
     file = features_file(stranger)
     text = file.read_text()
@@ -376,6 +407,46 @@ def test_groups_stay_whole(prepared, caplog):
         assert ids_of(source).tolist() == numbers
         assert groups_of(source).tolist() == [f"s{number // 4}" for number in numbers]
         assert labels_of(source).tolist() == [number % 2 for number in numbers]
+
+
+def test_a_number_of_classes_beyond_reason(stranger):
+    file = features_file(stranger)
+    file.write_text(file.read_text().replace('"numClasses": "3"', '"numClasses": "1000000000"'))
+    with pytest.raises(DataError, match="label=broken.*at most 100000"):
+        read(str(stranger / "data"), "grey=grey,label=broken")
+
+
+NODES = st.recursive(
+    st.one_of(
+        st.none(),
+        st.integers(),
+        st.text(max_size=5),
+        st.sampled_from([f"{OWN}.text_feature.Text", f"{OWN}.tensor_feature.Tensor", "payload.F"]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(
+            st.sampled_from(
+                ["type", "content", "pythonClassName", "featuresDict", "features", "tensor", "text",
+                 "shape", "dimensions", "dtype", "sequence", "feature", "jsonFeature", "json"]
+            ),
+            st.one_of(inner, inner.map(json.dumps)),
+            max_size=4,
+        ),
+    ),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(content=NODES)
+def test_any_description_opens_or_gives_one_line(stranger, content):
+    features_file(stranger).write_text(json.dumps(content))
+    with pytest.raises((DataError, ConfigError)) as caught:
+        read(str(stranger / "data"), "grey=grey,label=label")
+    assert "\n" not in str(caught.value) and not (stranger / "ran").exists()
 
 
 def test_a_single_split_is_divided(stranger):

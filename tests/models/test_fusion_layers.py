@@ -261,6 +261,7 @@ def test_a_scale_of_zero_weighs_every_token_alike(num_layers):
     np.testing.assert_array_equal(out["query"][:, :2], plain["query"][:, :2])
     assert np.isfinite(logits).all()
     if num_layers == 1:  # then the output is the mean of the values
+        params = jax.tree.map(np.asarray, params)
         x = np.concatenate([np.tile(params["cls"], (B, 1, 1)), *tokens.values()], axis=1)
         mean = (np.where(real[..., None], x, 0)).sum(1) / real.sum(1, keepdims=True)
         value, final = params["value"], params["out"]

@@ -80,8 +80,8 @@ ODD_ROWS = [
     '{"step": 1, "split": "train", "loss": {"a": 1}}',
     f'{{"step": 1, "split": "train", "loss": {10**400}}}',
     '{"step": 1, "split": "roll"}',
-    '{"step": 1, "split": "roll", "epoch": 1, "head": 0, "imbalance_before": null, '
-    '"imbalance_after": 1, "angle_degrees": 2}',
+    '{"step": 1, "split": "roll", "epoch": 1, "head": 0, "imbalance_before": 1, '
+    '"imbalance_after": 1, "angle_degrees": null}',
 ]
 
 

@@ -107,3 +107,59 @@ def test_sums_that_only_one_has_stay():
     total = add_sums({"a": 1.0}, {"a": np.float32(2.0), "b": np.ones(2, np.float32)})
     assert total["a"] == 3.0 and total["b"].tolist() == [1.0, 1.0]
     assert total["b"].dtype == np.float64
+
+
+def test_what_no_example_has_is_nan_and_not_part_of_the_imbalance():
+    logits, out, batch = outputs(10)
+    out["present"]["b"][:] = False
+    row = in_batches(logits, out, batch, 4)
+    for name in ("probe_accuracy/b", "probe_loss/b", "cosine/b", "attention_share/b"):
+        assert np.isnan(row[name])
+    assert np.isnan(row["imbalance"]) and np.isnan(row["air"])  # of one modality alone
+    assert row["examples/b"] == 0 and np.isfinite(row["cosine/a"])
+    sums = {"weight": 2.0, "cosine/a": [1.0], "cosine/b": [0.25], "cosine/c": [0.0]}
+    row = finish(sums | {"weight/a": 2.0, "weight/b": 1.0, "weight/c": 0.0})
+    assert row["imbalance"] == pytest.approx(1 / 2 - 1 / 4) and np.isnan(row["cosine/c"])
+
+
+def test_an_example_that_lacks_everything_counts_in_the_accuracy_alone():
+    logits, out, batch = outputs(8)
+    out["present"] = {m: np.arange(8) > 0 for m in "ab"}
+    batch["label"] = logits.argmax(-1).astype(np.int32)
+    first = in_batches(logits, out, batch, 8)
+    assert first["accuracy"] == 1.0
+    out["probe_logits"]["a"][0] += 50.0
+    out["attention_share"]["a"][0] = 0.9
+    batch["label"][0] = (batch["label"][0] + 1) % CLASSES
+    second = in_batches(logits, out, batch, 8)
+    assert second["accuracy"] == 7 / 8
+    for name in first:
+        if name.partition("/")[0] not in ("accuracy", "loss"):
+            assert first[name] == second[name]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_are_never_right(value):
+    """NaN's argmax is class 0, which would make every example of that class right."""
+    logits, out, batch = outputs(10)
+    batch["label"][:] = 0
+    logits[:, 0] = 3.0
+    logits[3], logits[5, 1] = value, value
+    out["probe_logits"]["b"][:, 0], out["probe_logits"]["b"][7] = 9.0, value
+    out["attention_share"]["a"][3] = np.nan
+    row = in_batches(logits, out, batch, 4)
+    finite = np.array([i not in (3, 5) for i in range(10)])
+    assert row["accuracy"] == 0.8 and row["nonfinite"] == 2
+    expected = cross_entropy(logits[finite], batch["label"][finite]).mean()
+    np.testing.assert_allclose(row["loss"], expected, rtol=1e-6)
+    assert row["probe_accuracy/b"] == 0.9 and row["nonfinite/b"] == 1
+    assert np.isfinite([v for v in row.values()]).all()
+    share = out["attention_share"]["a"][finite & out["present"]["a"]].mean()
+    np.testing.assert_allclose(row["attention_share/a"], share, rtol=1e-6)
+
+
+def test_what_a_corruption_could_not_drop_is_counted():
+    logits, out, batch = outputs(10)
+    kept = np.arange(10) % 3 == 0
+    row = in_batches(logits, out, batch | {"kept/a": kept}, 4)
+    assert row["kept/a"] == 4

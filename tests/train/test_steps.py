@@ -228,3 +228,18 @@ def test_counts_move_on_where_arrays_do_not():
     assert int(kept["count"]) == 4 and float(kept["trace"]) == 1.0
     taken = choose_finite(jnp.array(True), new | {"trace": jnp.array(2.0)}, old)
     assert float(taken["trace"]) == 2.0
+
+
+@pytest.mark.parametrize("last_batch_scores", [False, True])
+def test_a_modality_that_a_window_lacks_triggers_nothing(parts, last_batch_scores):
+    """Its score of 0 would be an imbalance of its own, far above beta."""
+    model, _, state = parts
+    tx, roller = optax.sgd(0.1, momentum=0.9), rolling_query(beta=BETA, rho=RHO)
+    always = RollSchedule(period=1, window=1)
+    step = jax.jit(make_train_step(model, tx, roller, always, last_batch_scores=last_batch_scores))
+    given = batch(0) | {"a_mask": np.zeros(BATCH_SIZE, bool)}
+    after, sums, roll = step(state, given)
+    assert not roll.info.rolled.any() and not (roll.info.imbalance > 0).any()
+    np.testing.assert_array_equal(after.rotation, state.rotation)
+    assert all(np.isfinite(x).all() for x in after.rolling)
+    assert np.isnan(roll.imbalance_before).all() and float(sums["attended/a"]) == 0.0

@@ -1,0 +1,135 @@
+"""`python -m rollingq_jax.predict`: a table from whatever form of new data."""
+
+import csv
+
+import numpy as np
+import pytest
+
+import rollingq_jax as rq
+from rollingq_jax.predict import command, predict
+from rollingq_jax.train.cli import run_command
+
+
+@pytest.fixture(scope="module")
+def test_arrays(workdir):
+    with np.load(workdir.parent / "data.npz") as file:
+        return {key.removeprefix("test/"): file[key] for key in file if key.startswith("test/")}
+
+
+@pytest.fixture(scope="module")
+def expected(workdir, test_arrays):
+    return rq.load(workdir)(test_arrays)
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def column(lines, name):
+    return np.array([float(line[name]) for line in lines])
+
+
+def check(lines, expected):
+    found = np.stack([column(lines, f"probability/{c}") for c in range(3)], axis=-1)
+    np.testing.assert_allclose(found, expected.probabilities, atol=1e-6)
+    assert [int(line["predicted"]) for line in lines] == expected.probabilities.argmax(-1).tolist()
+    for m, share in expected.attention_share.items():
+        np.testing.assert_allclose(column(lines, f"share/{m}"), share.mean(-1), atol=1e-6)
+
+
+def test_columns_and_values(workdir, test_arrays, expected, tmp_path):
+    found = predict(
+        workdir, str(workdir.parent / "data.npz"), tmp_path / "new" / "out.csv", batch_size=4
+    )
+    lines = read(tmp_path / "new" / "out.csv")
+    assert list(lines[0]) == (
+        ["id", "predicted", *(f"probability/{c}" for c in range(3)), "share/audio", "share/visual"]
+        + ["label"]
+    )
+    check(lines, expected)
+    assert [line["id"] for line in lines] == [str(i) for i in range(12)]
+    assert [int(line["label"]) for line in lines] == test_arrays["label"].tolist()
+    hits = expected.probabilities.argmax(-1) == test_arrays["label"]
+    assert found == {
+        "examples": 12, "missing": {"audio": 0, "visual": 0}, "labeled": 12, "accuracy": hits.mean()
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["bare npz", "npy", "one split"])
+def test_forms_without_labels(form, workdir, test_arrays, expected, tmp_path):
+    arrays = {m: test_arrays[m] for m in ("audio", "visual")}
+    ids = np.array([f"clip {i}" for i in range(12)])
+    path = tmp_path / "new.npz"
+    if form == "npy":
+        path = tmp_path / "folder"
+        path.mkdir()
+        for name, array in {**arrays, "id": ids}.items():
+            np.save(path / f"{name}.npy", array)
+    elif form == "one split":
+        np.savez(path, **{f"valid/{name}": a for name, a in {**arrays, "id": ids}.items()})
+    else:
+        np.savez(path, **arrays, id=ids)
+    found = predict(workdir, str(path), tmp_path / "out.csv")
+    lines = read(tmp_path / "out.csv")
+    check(lines, expected)
+    assert "accuracy" not in found and "label" not in lines[0]
+    assert [line["id"] for line in lines] == ids.tolist()
+
+
+def test_what_is_missing(workdir, test_arrays, tmp_path):
+    has = np.arange(12) % 3 > 0
+    np.savez(tmp_path / "some.npz", audio=test_arrays["audio"], visual=test_arrays["visual"],
+             mask_visual=has)  # fmt: skip
+    found = predict(workdir, str(tmp_path / "some.npz"), tmp_path / "some.csv")
+    assert found["missing"] == {"audio": 0, "visual": 4}
+    assert ((column(read(tmp_path / "some.csv"), "share/visual") > 0) == has).all()
+    np.savez(tmp_path / "one.npz", audio=test_arrays["audio"])
+    found = predict(workdir, str(tmp_path / "one.npz"), tmp_path / "one.csv")
+    assert found["missing"] == {"audio": 0, "visual": 12}
+    lines = read(tmp_path / "one.csv")
+    alone = rq.load(workdir)({"audio": test_arrays["audio"]})
+    check(lines, alone)
+
+
+def test_labels_of_no_class_count_in_no_accuracy(workdir, test_arrays, tmp_path, caplog):
+    label = test_arrays["label"].copy()
+    label[:2] = 7
+    np.savez(tmp_path / "new.npz", **(test_arrays | {"label": label}))
+    found = predict(workdir, str(tmp_path / "new.npz"), tmp_path / "out.csv")
+    assert found["labeled"] == 10 and "2 labels are of no class" in caplog.text
+    assert read(tmp_path / "out.csv")[0]["label"] == "7"
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "says"),
+    [
+        ({"audio": None, "visual": None}, [], "holds label; allowed: at least one of"),
+        ({"visual": np.zeros((12, 7))}, [], "visual has shape"),
+        ({"visual": np.zeros((11, 5))}, [], "11"),
+        ({"visual": np.full((12, 5), np.nan)}, [], "visual holds NaN"),
+        ({"label": np.zeros((12, 2), int)}, [], "label: int64[12, 2]; allowed"),
+        ({}, ["--split", "dev"], "split is 'dev'; allowed: "),
+        ({}, ["--batch_size", "5"], "allowed: a power of two"),
+        ({}, ["--batch_size", "many"], "invalid int value"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_the_old_table(
+    change, flags, says, workdir, test_arrays, tmp_path, capsys
+):
+    arrays = {k: v for k, v in (test_arrays | change).items() if v is not None}
+    np.savez(tmp_path / "new.npz", **arrays)
+    out = tmp_path / "out.csv"
+    out.write_text("old\n")
+    argv = ["predict", "--workdir", str(workdir), "--path", str(tmp_path / "new.npz")]
+    code = run_command(command, [*argv, "--out", str(out), *flags])
+    error = capsys.readouterr().err.strip().splitlines()
+    assert code == 2 and says in error[-1], error
+    assert out.read_text() == "old\n" and not list(tmp_path.glob(".*"))
+
+
+def test_the_command_prints_what_it_found(workdir, tmp_path, capsys):
+    argv = ["predict", "--workdir", str(workdir), "--path", str(workdir.parent / "data.npz")]
+    assert run_command(command, [*argv, "--out", str(tmp_path / "out.csv")]) == 0
+    printed = capsys.readouterr().out
+    assert "accuracy" in printed and "examples" in printed and "out.csv" in printed
