@@ -124,7 +124,9 @@ def run(config_file, out, *more):
     return run_command(compare.command, ["compare", *arguments])
 
 
-def test_settings_are_chosen_on_validation_before_any_test_is_read(config_file, tmp_path, fake):
+def test_settings_are_chosen_on_validation_before_any_test_is_read(
+    config_file, tmp_path, fake, capsys
+):
     assert run(config_file, tmp_path / "out", "--seeds", "4") == 0
     tuning = [call for call in fake.calls if not call[3]]
     tests = [call for call in fake.calls if call[3]]
@@ -139,6 +141,36 @@ def test_settings_are_chosen_on_validation_before_any_test_is_read(config_file, 
     assert chosen["rollingq"]["setting"] == {"optimizer.learning_rate": 0.1}
     assert chosen["rollingq"]["tried"][0]["validation_accuracy"] == pytest.approx([0.61, 0.62])
     assert chosen["attention"]["tried"][1]["validation_accuracy"] == [None, None]
+    counts = {(e["settings_tried"], e["runs"], tuple(e["seeds"])) for e in chosen.values()}
+    assert counts == {(2, 4, (0, 1))}
+    assert {seed for _, _, seed, *_ in tests} == {2, 3, 4, 5}  # none that was chosen on
+    told = capsys.readouterr().out
+    words = "Settings tried for each arm: 2, on validation data of seeds 0, 1; 12 runs in all."
+    assert words in told and words in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_seeds_used_to_choose_confirm_nothing_unless_that_is_asked_for(
+    config_file, tmp_path, fake, capsys
+):
+    out = tmp_path / "out"
+    arguments = ("--arms", "attention,rollingq", "--seeds", "3")
+    for first in ("0", "1"):
+        assert run(config_file, out, *arguments, "--first_seed", first) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "--allow_reuse" in err and f"seed {first};" in err
+        assert not out.exists() and not fake.calls
+
+    def seeds_of(*more):
+        fake.calls = []
+        assert run(config_file, out, *arguments, *more) == 0
+        return sorted({call[2] for call in fake.calls if call[3]})
+
+    assert seeds_of("--first_seed", "40") == [40, 41, 42]
+    assert seeds_of() == [2, 3, 4]
+    assert seeds_of("--allow_reuse") == [0, 1]  # and 2, which is there already
+    assert json.loads((out / "results.json").read_text())["seeds"] == [0, 1, 2]
+    assert run(config_file, out, *arguments, "--first_seed=-1") == 2
+    assert "--first_seed is -1" in capsys.readouterr().err
 
 
 def test_files_hold_every_run_and_the_paired_table(config_file, tmp_path, fake, capsys):
@@ -147,11 +179,11 @@ def test_files_hold_every_run_and_the_paired_table(config_file, tmp_path, fake, 
     result = json.loads((out / "results.json").read_text())
     lines = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
     assert [(line["arm"], line["seed"]) for line in lines] == [
-        (arm, str(seed)) for arm in ("concat", "attention", "rollingq") for seed in range(4)
+        (arm, str(seed)) for arm in ("concat", "attention", "rollingq") for seed in range(2, 6)
     ]
     accuracy = {(line["arm"], int(line["seed"])): float(line["test_accuracy"]) for line in lines}
     ours, theirs = (
-        np.array([accuracy[arm, s] for s in range(4)]) for arm in ("rollingq", "attention")
+        np.array([accuracy[arm, s] for s in range(2, 6)]) for arm in ("rollingq", "attention")
     )
     line = result["table"]["test_accuracy"]["rollingq"]
     assert line["mean"] == pytest.approx(ours.mean())
@@ -196,7 +228,7 @@ def test_seeds_and_arms_can_be_added_later(config_file, tmp_path, fake):
     fake.calls = []
     assert run(config_file, out, "--arms", "attention,rollingq", "--seeds", "3") == 0
     assert [call[:4] for call in fake.calls if call[3] and call[0] == "attention"] == [
-        ("attention", 0.01, 2, True)
+        ("attention", 0.01, 4, True)
     ]
     assert not [call for call in fake.calls if call[0] == "concat"]
     assert set(json.loads((out / "selection.json").read_text())) == {
@@ -428,6 +460,8 @@ def test_the_conclusion_says_what_the_intervals_allow(differences, words):
     table = table_with(differences)
     text = results.conclude(table, None, "attention", "concat", len(differences))
     assert words in text and "against attention (50.0 %" in text
+    detects = "difference to attention in test accuracy is detected with probability 0.8 from"
+    assert (detects in text) == (len(differences) >= 5)
     assert ("gain;" not in text) and text.endswith("data set and model.")
 
 

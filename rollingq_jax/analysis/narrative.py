@@ -42,7 +42,8 @@ HOW_TO_READ = {
     "attention_scale": (
         "The trained class query times a factor, everything else as it is: at 0 every token has "
         "the same weight, 1 is the model as it was trained. Where 0 is above 1, what the query "
-        "prefers whatever the sample shows does harm; where it is below, the look at the sample helps."
+        "prefers whatever the sample shows does harm; where it is below, the look at the sample "
+        "helps."
     ),
     "attention": (
         "The weight that the class token gives each token, drawn over the place it was cut from "
