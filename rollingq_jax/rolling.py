@@ -198,8 +198,9 @@ def rolling_query(
     """
     for name, value in (("beta", beta), ("rho", rho), ("max_rotations", max_rotations)):
         number = isinstance(value, numbers.Real) or hasattr(value, "dtype")
-        endless = name == "max_rotations" and value is None
-        if not endless and (not number or not value >= 0):
+        if value is None and name == "max_rotations":
+            continue
+        if not number or value is None or not value >= 0:
             more = ", or None for no limit" if name == "max_rotations" else ""
             raise UserError(f"{name} is {value!r}; allowed: 0 or more{more}")
     if rho == math.inf:  # times a score of 0 it makes NaN

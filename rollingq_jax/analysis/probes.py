@@ -126,7 +126,7 @@ def attention_scale_curve(
         found = clean
         if found is None or scale != 1:
             found = answers(probe._replace(predict=scaled(float(scale))))
-        point = {"scale": float(scale), "accuracy": found.accuracy}
+        point: dict[str, Any] = {"scale": float(scale), "accuracy": found.accuracy}
         point["attention_share"] = mean_shares(found)
         if found.quality and len(found.attention_share) > 1:
             correlation = share_quality(found)["quality_correlation"] if scale else None

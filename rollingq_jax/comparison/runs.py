@@ -106,10 +106,10 @@ def make_plan(
             f"allowed: seeds from 0 to {MOST_SEED:,}"
         )
     tuning, seeds = list(range(first, first + tune)), list(range(start, start + num_seeds))
-    both = sorted(set(tuning) & set(seeds))
-    if both and not allow_reuse:
+    reused = sorted(set(tuning) & set(seeds))
+    if reused and not allow_reuse:
         raise ConfigError(
-            f"--first_seed is {start}, and settings are chosen on seed {both[0]}; allowed: seeds "
+            f"--first_seed is {start}, and settings are chosen on seed {reused[0]}; allowed: seeds "
             "that nothing is chosen on, or --allow_reuse"
         )
     plan = Plan(

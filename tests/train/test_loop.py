@@ -339,10 +339,10 @@ def gone(example):
     ],
 )
 def test_data_that_fail_in_the_middle(arrays, tmp_path, monkeypatch, change, line):
-    """In the second epoch: the first reads 48 rows, shapes and signature about ten."""
+    """In the second epoch: the first reads 48 rows, shapes and signature some 34."""
     config = tiny_config(arrays)
     config.data.prefetch = 0
-    monkeypatch.setattr(loop, "load_dataset", Failing(None, change, first=80).load)
+    monkeypatch.setattr(loop, "load_dataset", Failing(None, change, first=104).load)
     with pytest.raises(DataError, match=f"{line}.*; the last good checkpoint is of step 6"):
         train_and_evaluate(config, tmp_path)
     monkeypatch.undo()
@@ -360,7 +360,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(arrays, tmp_path):
 
 def test_updates_that_are_not_finite_can_be_skipped(arrays, tmp_path, monkeypatch, capsys):
     """One example of the second epoch is infinite: its batch is skipped, in the middle of it."""
-    source = Failing(None, lambda e: e | {"b": e["b"] * np.float32(np.inf)}, first=78, last=78)
+    source = Failing(None, lambda e: e | {"b": e["b"] * np.float32(np.inf)}, first=102, last=102)
     monkeypatch.setattr(loop, "load_dataset", source.load)
     config = tiny_config(arrays, nonfinite="skip")
     config.data.prefetch = 0
