@@ -19,6 +19,12 @@ def get_config() -> ConfigDict:
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = 2e-3
     config.optimizer.clip_norm = 1.0
+    # The keys of two modalities part early, and a query that is turned late is turned back by the
+    # gradient: so from a small imbalance on, several times an epoch where there are steps enough.
+    config.rolling.beta = 0.05
+    config.rolling.check_every = 8
+    config.rolling.window = 1.0
+    config.rolling.max_rotations = None
     config.data = ConfigDict(
         {
             **config.data,

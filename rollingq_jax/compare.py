@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from rollingq_jax.analysis.probes import NOISE_LEVELS
 from rollingq_jax.comparison import results as numbers
-from rollingq_jax.comparison.arms import ARMS, FORM, Overrides, parse_arms
+from rollingq_jax.comparison.arms import ARMS, FORM, Overrides, parse_arms, resets
 from rollingq_jax.comparison.pictures import write_pictures
 from rollingq_jax.comparison.runs import (
     Plan,
@@ -31,6 +31,7 @@ from rollingq_jax.comparison.runs import (
     make_plan,
     noise_of,
 )
+from rollingq_jax.comparison.selection import search_line
 from rollingq_jax.comparison.stages import Progress, run_tests, tune_arms
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.train.arguments import USAGE, parse
@@ -54,18 +55,23 @@ def compare(
     num_seeds: int = 10,
     reference: str | None = None,
     noise: bool = False,
+    first_seed: int | None = None,
+    allow_reuse: bool = False,
     interruption: Interruption | None = None,
 ) -> dict[str, Any]:
     """Trains and tests arms over seeds, going on from what the folder holds.
 
     Args:
-      config: the configuration that the arms change. Seeds count from `config.seed`, and
-        `config.compare` says what each arm is tuned with.
+      config: the configuration that the arms change. `config.compare` says what each arm
+        is tuned with, on seeds that count from `config.seed`.
       workdir: the comparison's folder.
       arms: as `comparison.arms.parse_arms` reads them, or name -> changed fields.
       num_seeds: of each arm.
       reference: the arm that the others are compared with, seed by seed; by default attention,
         or the first arm where that is none.
+      first_seed: of those on which the arms are compared; by default the first behind the seeds
+        that settings are chosen on.
+      allow_reuse: whether a seed may serve the choice and the comparison, too.
       noise: whether each run is tested under growing noise in each modality, too.
       interruption: what may stop the comparison, if the caller has entered one already.
 
@@ -86,6 +92,8 @@ def compare(
                 num_seeds=num_seeds,
                 reference=reference,
                 noise=noise,
+                first_seed=first_seed,
+                allow_reuse=allow_reuse,
                 interruption=interruption,
             )
     check_config(config)
@@ -97,12 +105,16 @@ def compare(
     dataset = dataset_of(config)
     if isinstance(arms, str):
         arms = parse_arms(arms, tuple(sorted(dataset.modalities)))
-    plan = make_plan(config, arms, num_seeds, folder, dataset)
+    plan = make_plan(
+        config, arms, num_seeds, folder, dataset, first_seed=first_seed, allow_reuse=allow_reuse
+    )
     reference = reference or ("attention" if "attention" in arms else next(iter(arms)))
     if reference not in arms:
         raise ConfigError(f"--reference is {reference!r}; allowed: {', '.join(arms)}")
     check_same(plan, dataset)
     folder.mkdir(parents=True, exist_ok=True)
+    for line in resets(config, arms):
+        print(line)
     with locked(folder), compiled_programs(folder / "compiled"), Progress(plan) as progress:
         claim(plan, dataset)
         selection = tune_arms(plan, interruption, progress)
@@ -129,6 +141,7 @@ def gather(
         second = {"test_accuracy": second["test_accuracy"]}
     return {
         "conclusion": numbers.conclude(main, second, reference, "concat", len(plan.seeds)),
+        "search": search_line({arm: selection[arm] for arm in arms}),
         "reference": reference,
         "second_reference": second_reference if second else None,
         "seeds": plan.seeds,
@@ -179,7 +192,9 @@ def summary_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def command(argv: Sequence[str]) -> None:
     """`python -m rollingq_jax.compare`; ``argv`` begins with the program's name."""
-    usage = f"{USAGE}, --arms ARMS, --seeds N, --reference ARM, --noise"
+    usage = (
+        f"{USAGE}, --arms ARMS, --seeds N, --reference ARM, --noise, --first_seed N, --allow_reuse"
+    )
     if {"-h", "--help"} & set(argv):
         print(f"usage: python -m rollingq_jax.compare {usage}")
         print(f"  --arms  with commas between, each {FORM};")
@@ -190,6 +205,8 @@ def command(argv: Sequence[str]) -> None:
         flags.DEFINE_string("arms", DEFAULT_ARMS, "What is compared.", flag_values=values)
         flags.DEFINE_integer("seeds", 10, "Runs of each arm.", flag_values=values)
         flags.DEFINE_string("reference", None, "The arm to compare with.", flag_values=values)
+        flags.DEFINE_integer("first_seed", None, "Where they count from.", flag_values=values)
+        flags.DEFINE_bool("allow_reuse", False, "Choose and test on a seed.", flag_values=values)
         flags.DEFINE_bool("noise", False, "Test under noise too.", flag_values=values)
         parse(argv, values)
         result = compare(
@@ -199,9 +216,12 @@ def command(argv: Sequence[str]) -> None:
             num_seeds=values.seeds,
             reference=values.reference,
             noise=values.noise,
+            first_seed=values.first_seed,
+            allow_reuse=values.allow_reuse,
             interruption=interruption,
         )
     print(table(summary_rows(result)))
+    print(result["search"])
     print(result["conclusion"])
     print(f"results.json, results.csv, figures and report.html are in {values['workdir'].value}")
 

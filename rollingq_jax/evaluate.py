@@ -10,6 +10,7 @@ The parameters are those of the best checkpoint by validation accuracy.
 """
 
 import argparse
+import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -54,7 +55,8 @@ def evaluate(
       split: of the data; by default "test", and of new data the only one, if they have one.
       corrupt: conditions, each a specification as in `rollingq_jax.data.corruption`; several
         corruptions in one specification are applied together.
-      full_probes: whether each modality is noised at every level, shuffled, swapped and replaced.
+      full_probes: whether each modality is noised at every level, shuffled, swapped and replaced,
+        and the trained query is scaled.
       levels: of that noise, in training-set standard deviations; the clean split is always there.
       batch_size, seed: of the passes; the run's own where they are None.
 
@@ -95,11 +97,22 @@ def evaluate(
     }
     if full_probes:
         result |= all_probes(probe, clean, levels)
+        if clean.attention_share:
+            result["attention_scale"] = probes.attention_scale_curve(
+                probe, lambda scale: _with_query_times(run, scale), clean=clean
+            )
     result |= {"versions": versions(), "device": device_line()}
     write_json(folder / "evaluation.json", result)
     write_predictions(folder, run, dataset.splits[split], clean)
     write_pictures(folder, run, probe, clean, result)
     return result
+
+
+def _with_query_times(run: LoadedRun, scale: float) -> predictions.Predict:
+    """The run's answers with the class token's query times a factor."""
+    spec = run.model.spec
+    scaled = dataclasses.replace(spec, attention_scale=scale * spec.attention_scale)
+    return predictions.predictor(run.model.clone(spec=scaled), run.params, run.rotation)
 
 
 def _own_dataset(run: LoadedRun) -> Dataset:
@@ -196,7 +209,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--probes",
         action="store_true",
-        help="noise each modality at every level, shuffle, swap and replace it",
+        help="noise each modality at every level, shuffle, swap and replace it; and scale the "
+        "class token's query, from even attention on",
     )
     parser.add_argument(
         "--levels",

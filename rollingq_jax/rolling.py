@@ -100,7 +100,7 @@ def roll(
     *,
     beta: float,
     rho: float,
-    max_rotations: int,
+    max_rotations: int | None,
     method: str = "geodesic",
     joint: bool = False,
     layers: int = 1,
@@ -126,7 +126,9 @@ def roll(
     weights = jax.vmap(rebalance_weights, (0, None))(scores, rho)
     anchor = jax.vmap(rebalance_anchor)(query, mean_keys, weights)
     defined = jax.vmap(has_anchor)(query, mean_keys, weights)
-    rolled = (heads_imbalance > beta) & (state.count < max_rotations) & defined
+    rolled = (heads_imbalance > beta) & defined
+    if max_rotations is not None:
+        rolled &= state.count < max_rotations
     if joint:
         together = by_layer(rolled, layers)
         every = jnp.all(together, axis=1, keepdims=True)
@@ -158,7 +160,7 @@ def roll(
 def rolling_query(
     beta: float = 0.0,
     rho: float = 0.0,
-    max_rotations: int = 1,
+    max_rotations: int | None = 1,
     method: str = "geodesic",
     joint: bool = False,
     layers: int = 1,
@@ -173,7 +175,7 @@ def rolling_query(
     Args:
       beta: a head rolls when its imbalance is larger; 0 or more.
       rho: sharpness of the rebalance weights; 0 gives equal weights; finite.
-      max_rotations: the most a head rolls.
+      max_rotations: the most a head rolls; None sets no limit, 0 means never.
       method: "geodesic" or "svd", see `rotation_between`.
       joint: heads decide together, by the mean of their scores, in place of each by its own.
       layers: attention layers among which the heads are divided, the lowest layer's heads first. At
@@ -196,8 +198,11 @@ def rolling_query(
     """
     for name, value in (("beta", beta), ("rho", rho), ("max_rotations", max_rotations)):
         number = isinstance(value, numbers.Real) or hasattr(value, "dtype")
-        if not number or not value >= 0:
-            raise UserError(f"{name} is {value!r}; allowed: 0 or more")
+        if value is None and name == "max_rotations":
+            continue
+        if not number or value is None or not value >= 0:
+            more = ", or None for no limit" if name == "max_rotations" else ""
+            raise UserError(f"{name} is {value!r}; allowed: 0 or more{more}")
     if rho == math.inf:  # times a score of 0 it makes NaN
         raise UserError(f"rho is {rho!r}; allowed: 0 or more, and finite")
     if method not in ("geodesic", "svd"):

@@ -14,6 +14,7 @@ from rollingq_jax.analysis.predictions import Predictions
 from rollingq_jax.baselines.build import build_baseline
 from rollingq_jax.comparison import arms as naming
 from rollingq_jax.comparison import results, runs, selection
+from rollingq_jax.data.corruption import parse_corruptions
 from rollingq_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from rollingq_jax.models.spec import ModelSpec
 from rollingq_jax.train.arguments import read_python
@@ -123,7 +124,9 @@ def run(config_file, out, *more):
     return run_command(compare.command, ["compare", *arguments])
 
 
-def test_settings_are_chosen_on_validation_before_any_test_is_read(config_file, tmp_path, fake):
+def test_settings_are_chosen_on_validation_before_any_test_is_read(
+    config_file, tmp_path, fake, capsys
+):
     assert run(config_file, tmp_path / "out", "--seeds", "4") == 0
     tuning = [call for call in fake.calls if not call[3]]
     tests = [call for call in fake.calls if call[3]]
@@ -138,6 +141,36 @@ def test_settings_are_chosen_on_validation_before_any_test_is_read(config_file, 
     assert chosen["rollingq"]["setting"] == {"optimizer.learning_rate": 0.1}
     assert chosen["rollingq"]["tried"][0]["validation_accuracy"] == pytest.approx([0.61, 0.62])
     assert chosen["attention"]["tried"][1]["validation_accuracy"] == [None, None]
+    counts = {(e["settings_tried"], e["runs"], tuple(e["seeds"])) for e in chosen.values()}
+    assert counts == {(2, 4, (0, 1))}
+    assert {seed for _, _, seed, *_ in tests} == {2, 3, 4, 5}  # none that was chosen on
+    told = capsys.readouterr().out
+    words = "Settings tried for each arm: 2, on validation data of seeds 0, 1; 12 runs in all."
+    assert words in told and words in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_seeds_used_to_choose_confirm_nothing_unless_that_is_asked_for(
+    config_file, tmp_path, fake, capsys
+):
+    out = tmp_path / "out"
+    arguments = ("--arms", "attention,rollingq", "--seeds", "3")
+    for first in ("0", "1"):
+        assert run(config_file, out, *arguments, "--first_seed", first) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "--allow_reuse" in err and f"seed {first};" in err
+        assert not out.exists() and not fake.calls
+
+    def seeds_of(*more):
+        fake.calls = []
+        assert run(config_file, out, *arguments, *more) == 0
+        return sorted({call[2] for call in fake.calls if call[3]})
+
+    assert seeds_of("--first_seed", "40") == [40, 41, 42]
+    assert seeds_of() == [2, 3, 4]
+    assert seeds_of("--allow_reuse") == [0, 1]  # and 2, which is there already
+    assert json.loads((out / "results.json").read_text())["seeds"] == [0, 1, 2]
+    assert run(config_file, out, *arguments, "--first_seed=-1") == 2
+    assert "--first_seed is -1" in capsys.readouterr().err
 
 
 def test_files_hold_every_run_and_the_paired_table(config_file, tmp_path, fake, capsys):
@@ -146,11 +179,11 @@ def test_files_hold_every_run_and_the_paired_table(config_file, tmp_path, fake, 
     result = json.loads((out / "results.json").read_text())
     lines = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
     assert [(line["arm"], line["seed"]) for line in lines] == [
-        (arm, str(seed)) for arm in ("concat", "attention", "rollingq") for seed in range(4)
+        (arm, str(seed)) for arm in ("concat", "attention", "rollingq") for seed in range(2, 6)
     ]
     accuracy = {(line["arm"], int(line["seed"])): float(line["test_accuracy"]) for line in lines}
     ours, theirs = (
-        np.array([accuracy[arm, s] for s in range(4)]) for arm in ("rollingq", "attention")
+        np.array([accuracy[arm, s] for s in range(2, 6)]) for arm in ("rollingq", "attention")
     )
     line = result["table"]["test_accuracy"]["rollingq"]
     assert line["mean"] == pytest.approx(ours.mean())
@@ -195,7 +228,7 @@ def test_seeds_and_arms_can_be_added_later(config_file, tmp_path, fake):
     fake.calls = []
     assert run(config_file, out, "--arms", "attention,rollingq", "--seeds", "3") == 0
     assert [call[:4] for call in fake.calls if call[3] and call[0] == "attention"] == [
-        ("attention", 0.01, 2, True)
+        ("attention", 0.01, 4, True)
     ]
     assert not [call for call in fake.calls if call[0] == "concat"]
     assert set(json.loads((out / "selection.json").read_text())) == {
@@ -249,6 +282,85 @@ def test_another_comparison_in_the_folder_is_refused(config_file, tmp_path, fake
     np.savez(data, **arrays | {"train/audio": arrays["train/audio"] + 1})
     assert run(config_file, out, "--arms", "attention", "--seeds", "1") == 2
     assert "on other data: test/audio has other values" in capsys.readouterr().err
+
+
+FUSIONS = ("concat", "attention", "rollingq", "sum", "film", "gated", "mbt", "mbt+rollingq")
+
+
+def test_arms_keep_what_the_configuration_sets(config_file, tmp_path, fake, capsys):
+    """A loss for each modality and no limit on rotations, in every fusion; resets are told."""
+    arms = naming.parse_arms(",".join((*FUSIONS, "ogm", "audio")), ("audio", "visual"))
+    config = default_config()
+    config.baseline.name = "joint"
+    config.rolling.max_rotations = None
+    config.rolling.check_every = 8
+    made = {name: naming.with_fields(config, fields, name) for name, fields in arms.items()}
+    names = {name: one.baseline.name for name, one in made.items()}
+    assert names == dict.fromkeys(FUSIONS, "joint") | {"ogm": "ogm", "audio": ""}
+    assert {(one.rolling.max_rotations, one.rolling.check_every) for one in made.values()} == {
+        (None, 8)
+    }
+    assert naming.resets(config, arms) == [
+        "arm ogm: config.baseline.name is 'ogm' and not 'joint'",
+        "arm audio: config.baseline.name is '' and not 'joint'",
+    ]
+    config.baseline.name = ""
+    assert naming.resets(config, arms) == []
+    more = ("--arms", "attention,x=attention:baseline.name=:rolling.rho=2.0", "--seeds", "1")
+    assert run(config_file, tmp_path / "out", "--config.baseline.name=joint", *more) == 0
+    told = capsys.readouterr().out
+    assert "arm x: config.baseline.name is '' and not 'joint'\n" in told
+    assert "arm x: config.rolling.rho is 2.0 and not 4.0\n" in told
+    assert "arm attention: config" not in told
+
+
+def test_controls_are_arms(config_file):
+    """Even attention, one rotation, rotations at epochs' ends, and noise that is fresh."""
+    text = "uniform,rollingq-once,rollingq-epoch,uniform-fresh,attention-fresh,rollingq-fresh"
+    arms = naming.parse_arms(text, ("audio", "visual"))
+    config = read_python(str(ROOT / "configs" / "av_digits.py"))
+    made = {name: naming.with_fields(config, fields, name) for name, fields in arms.items()}
+    for one in made.values():
+        check_config(one)
+        assert one.model.fusion == "attention" and one.baseline.name == "joint"
+    rolls = {name: one.rolling.enabled for name, one in made.items()}
+    assert [name for name, does in rolls.items() if not does] == [
+        "uniform", "uniform-fresh", "attention-fresh",
+    ]  # fmt: skip
+    assert [name for name, one in made.items() if one.model.attention_scale == 0.0] == [
+        "uniform", "uniform-fresh",
+    ]  # fmt: skip
+    once, ends = made["rollingq-once"].rolling, made["rollingq-epoch"].rolling
+    assert (once.max_rotations, once.check_every) == (1, 8)
+    assert (ends.max_rotations, ends.check_every) == (None, 0)
+    fresh = "audio=0.5, audio=0..3.0@0.3, visual=0.3, visual=0..1.5@0.3"
+    assert {n for n, one in made.items() if one.data.corruptions == fresh} == {
+        n for n in made if n.endswith("-fresh")
+    }
+    kinds = {(c.modality, c.amount, c.share) for c in parse_corruptions(fresh, ("audio", "visual"))}
+    assert kinds == {
+        ("audio", 0.5, 1.0), ("audio", (0.0, 3.0), 0.3),
+        ("visual", 0.3, 1.0), ("visual", (0.0, 1.5), 0.3),
+    }  # fmt: skip
+
+
+def test_a_comparison_of_an_older_version_goes_on_where_its_arms_are_the_same(
+    config_file, tmp_path, fake, capsys
+):
+    """Older versions wrote an empty `baseline.name` into each arm; then that was reset, too."""
+    for method, code in (("", 0), ("joint", 2)):
+        out = tmp_path / f"out{method}"
+        arguments = ("--arms", "attention", "--seeds", "2", f"--config.baseline.name={method}")
+        assert run(config_file, out, *arguments) == 0
+        path = out / "comparison.json"
+        stored = json.loads(path.read_text())
+        stored["arms"]["attention"]["baseline.name"] = ""
+        path.write_text(json.dumps(stored))
+        fake.calls = []
+        capsys.readouterr()
+        assert run(config_file, out, *arguments) == code
+        assert not fake.calls
+    assert "holds an arm 'attention' with other fields" in capsys.readouterr().err
 
 
 def test_arms_are_named_changes_of_the_configuration():
@@ -348,6 +460,8 @@ def test_the_conclusion_says_what_the_intervals_allow(differences, words):
     table = table_with(differences)
     text = results.conclude(table, None, "attention", "concat", len(differences))
     assert words in text and "against attention (50.0 %" in text
+    detects = "difference to attention in test accuracy is detected with probability 0.8 from"
+    assert (detects in text) == (len(differences) >= 5)
     assert ("gain;" not in text) and text.endswith("data set and model.")
 
 

@@ -263,12 +263,33 @@ def test_float64_is_observed_and_rolled_in_float32(wide, float64):
     np.testing.assert_array_equal(again.count, [1, 1])
 
 
+@pytest.mark.parametrize(("limit", "counts"), [(0, 0), (2, 2), (None, 7)])
+def test_rotations_up_to_the_limit_or_without_end(limit, counts):
+    """The query is turned away between the checks, so every one of the seven finds it due."""
+    roller = rq.rolling_query(max_rotations=limit)
+    state = roller.init(num_modalities=2, dim=2)
+    keys = jnp.array([[[[1.0, 0.0]]], [[[0.0, 1.0]]]])
+    for i in range(7):
+        query = jnp.array([[1.0, 0.1 * i]])
+        state, info = jax.jit(roller.update)(roller.observe(state, query, keys), query)
+        assert bool(info.rolled[0]) == (limit is None or i < limit)
+    assert state.count.tolist() == [counts]
+
+
+def test_rho_is_zero_by_default_so_the_anchor_lies_halfway():
+    roller = rq.rolling_query()
+    query, keys = jnp.array([[2.0, 0.0]]), jnp.array([[[[3.0, 0.0]]], [[[0.0, 1.0]]]])
+    state = roller.observe(roller.init(num_modalities=2, dim=2), query, keys)
+    _, info = roller.update(state, query)
+    np.testing.assert_allclose(info.anchor, [[2**0.5, 2**0.5]], atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         ({"beta": -0.1}, "beta is -0.1; allowed: 0 or more"),
         ({"rho": float("nan")}, "rho is nan"),
-        ({"max_rotations": -1}, "max_rotations is -1"),
+        ({"max_rotations": -1}, "max_rotations is -1; allowed: 0 or more, or None for no limit"),
         ({"layers": 0}, "layers is 0; allowed: an integer >= 1"),
         ({"method": "qr"}, "method is 'qr'; allowed: geodesic, svd"),
     ],

@@ -71,6 +71,16 @@ def rolls(rows: Sequence[Row]) -> list[Roll]:
     ]
 
 
+def used_up(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """The first epoch at whose end no rotations were left while imbalance stood above beta.
+
+    Returns:
+      Its "epoch" and "imbalance", or None where there was no such epoch.
+    """
+    found = [row for row in rows if row["split"] == "valid" and row.get("rotations_used_up")]
+    return {name: found[0][name] for name in ("epoch", "imbalance")} if found else None
+
+
 def modalities(rows: Sequence[Row], prefix: str) -> list[str]:
     """The names that follow ``prefix + "/"`` in any row, in alphabetical order."""
     return sorted({k.split("/", 1)[1] for row in rows for k in row if k.startswith(prefix + "/")})

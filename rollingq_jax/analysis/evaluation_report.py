@@ -74,6 +74,17 @@ def _figures(
                 narrative.HOW_TO_READ["noise"],
             ),
         )
+    if result.get("attention_scale"):
+        points = result["attention_scale"]
+        yield (
+            "attention_scale",
+            ReportFigure(
+                "Does attention do good or harm?",
+                plots.attention_scale_figure(points),
+                narrative.describe_attention_scale(points),
+                narrative.HOW_TO_READ["attention_scale"],
+            ),
+        )
     if share:
         chosen = looking.choose_examples(clean)
         examples = looking.attention_examples(
@@ -162,6 +173,9 @@ def summary_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         if "kept" in found:
             text += f", {found['kept']} examples keep their last modality"
         rows.append((found["corrupt"], text))
+    for point in result.get("attention_scale", []):
+        name = f"accuracy with the query times {point['scale']:g}"
+        rows.append((name, written(point["accuracy"])))
     for m, ways in result.get("reliance", {}).items():
         text = ", ".join(f"{way} {written(found['accuracy'])}" for way, found in ways.items())
         rows.append((f"accuracy with {m}", text))

@@ -39,6 +39,12 @@ HOW_TO_READ = {
         "A fusion that cooperates looks away from the noised modality and loses little; one in "
         "the cycle keeps attending to it."
     ),
+    "attention_scale": (
+        "The trained class query times a factor, everything else as it is: at 0 every token has "
+        "the same weight, 1 is the model as it was trained. Where 0 is above 1, what the query "
+        "prefers whatever the sample shows does harm; where it is below, the look at the sample "
+        "helps."
+    ),
     "attention": (
         "The weight that the class token gives each token, drawn over the place it was cut from "
         "(1 is the weight of even attention over all tokens of all modalities). The modality's "
@@ -49,6 +55,9 @@ HOW_TO_READ = {
         "Arms without attention have neither imbalance nor share."
     ),
 }
+
+
+LISTED = 12  # rotations whose epochs are told one by one
 
 
 def describe_dynamics(rows: Sequence[Row]) -> str:
@@ -77,7 +86,9 @@ def describe_rolls(rows: Sequence[Row]) -> str:
         return "The query was not rotated."
     first = rolls[0]
     times = [f"{roll.epoch:.3g}" for roll in rolls]
-    if len(times) == 1:
+    if len(times) > LISTED:
+        text = f"The query was rotated {len(times)} times, from epoch {times[0]} to {times[-1]}."
+    elif len(times) == 1:
         text = f"The query was rotated once, after epoch {times[0]}."
     else:
         count = {2: "twice"}.get(len(times), f"{len(times)} times")
@@ -93,6 +104,12 @@ def describe_rolls(rows: Sequence[Row]) -> str:
             )
         else:
             text += f" The first rotation was by {angle:.0f}°."
+    used_up = curves.used_up(rows)
+    if used_up is not None:
+        text += (
+            f" By the end of epoch {used_up['epoch']} no rotations were left, and the imbalance, "
+            f"{used_up['imbalance']:.2f}, stood above beta."
+        )
     return text
 
 
@@ -142,3 +159,9 @@ def describe_noise(points: Sequence[Mapping[str, Any]]) -> str:
             text += f" and the attention share of {name} from {shares[0]:.2f} to {shares[1]:.2f}"
         parts.append(text + ".")
     return " ".join(parts)
+
+
+def describe_attention_scale(points: Sequence[Mapping[str, Any]]) -> str:
+    """Accuracy at each factor of the query."""
+    values = [f"{100 * p['accuracy']:.1f} at {p['scale']:g}" for p in points]
+    return f"Accuracy in % with the trained query times a factor: {', '.join(values)}."

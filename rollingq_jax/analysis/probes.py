@@ -1,7 +1,7 @@
 """What a trained model does when a modality gets worse, is exchanged or is taken away."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from rollingq_jax.analysis.predictions import (
     check_answers,
     collect,
     mean_shares,
+    share_quality,
 )
 from rollingq_jax.data.corruption import corrupt
 from rollingq_jax.data.labels import labels_of
@@ -21,6 +22,7 @@ from rollingq_jax.data.types import Dataset, Example, Source
 Array = np.ndarray
 
 NOISE_LEVELS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+ATTENTION_SCALES = (0.0, 0.5, 1.0, 2.0, 4.0)
 
 
 class Probe(NamedTuple):
@@ -94,6 +96,42 @@ def corruption_curve(
             predictions = answers(probe, f"{modality}={float(level)!r}")
         point = {"modality": modality, "level": float(level), "accuracy": predictions.accuracy}
         points.append(point | {"attention_share": mean_shares(predictions)})
+    return points
+
+
+def attention_scale_curve(
+    probe: Probe,
+    scaled: Callable[[float], Predict],
+    scales: Sequence[float] = ATTENTION_SCALES,
+    *,
+    clean: Predictions | None = None,
+) -> list[dict[str, Any]]:
+    """Accuracy and attention share while the trained query grows or vanishes.
+
+    Where 0, the same weight for every token, is better than 1, what the query learned to prefer
+    does harm; where it is worse, the look at the sample helps.
+
+    Args:
+      probe: the model and the split.
+      scaled: the same model's `predict` with the query times a factor.
+      scales: the factors.
+      clean: predictions of the model as it is, where they have been made already, for factor 1.
+
+    Returns:
+      A point for each factor: "scale", "accuracy", "attention_share" {m: mean} and, where the data
+      carry qualities, "quality_correlation" (None where it is not defined, as at 0).
+    """
+    points = []
+    for scale in scales:
+        found = clean
+        if found is None or scale != 1:
+            found = answers(probe._replace(predict=scaled(float(scale))))
+        point: dict[str, Any] = {"scale": float(scale), "accuracy": found.accuracy}
+        point["attention_share"] = mean_shares(found)
+        if found.quality and len(found.attention_share) > 1:
+            correlation = share_quality(found)["quality_correlation"] if scale else None
+            point["quality_correlation"] = correlation
+        points.append(point)
     return points
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import special
+from scipy import optimize, special
 
 Array = np.ndarray
 
@@ -165,6 +165,32 @@ def paired_difference(
     )
     wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
     return PairedDifference(*interval, wins=wins, losses=losses)
+
+
+def detectable_difference(
+    deviation: float, pairs: int, *, power: float = 0.8, confidence: float = 0.95
+) -> float:
+    """The mean difference that so many pairs would show with probability ``power``.
+
+    Of a two-sided paired t-test at ``1 - confidence``, for normal differences of this standard
+    deviation; that is an estimate itself where it was measured on the same few pairs. NaN for fewer
+    than two pairs.
+    """
+    if pairs < 2 or not math.isfinite(deviation):
+        return float("nan")
+    freedom = pairs - 1
+    critical = special.stdtrit(freedom, (1 + confidence) / 2)
+    # What the measured deviation may be in units of the true one, each as probable as the others.
+    middles = (np.arange(2000) + 0.5) / 2000
+    bounds = critical * np.sqrt(2 / freedom * special.gammaincinv(freedom / 2, middles))
+
+    def excess(shift: float) -> float:
+        """The power at a shift, in standard errors, above the one wanted."""
+        shown = special.ndtr(shift - bounds) + special.ndtr(-shift - bounds)
+        return float(shown.mean()) - power
+
+    shift = optimize.brentq(excess, 0.0, 10 * critical)
+    return float(shift * deviation / math.sqrt(pairs))
 
 
 def expected_calibration_error(probabilities: Array, label: Array, num_bins: int = 15) -> float:

@@ -9,13 +9,18 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rollingq_jax.errors import ConfigError
-from rollingq_jax.train.config import allowed_in
+from rollingq_jax.train.config import allowed_in, default_config, flatten
 
 Overrides = dict[str, Any]
 
-PLAIN = {"rolling.enabled": False, "baseline.name": "", "model.modality": None}
+# An arm changes what it names and nothing else: a method of `config.baseline` stays, so that each
+# fusion is compared with the losses that the configuration asks for.
+PLAIN = {"rolling.enabled": False, "model.modality": None}
 STATIC = PLAIN | {"model.fusion_layers": 1}  # they have no class token that attends
 CONCAT = STATIC | {"model.fusion": "concat"}
+
+ATTENTION = PLAIN | {"model.fusion": "attention"}
+ROLLINGQ = ATTENTION | {"rolling.enabled": True}
 
 # The methods of comparison stand on concat, as the paper has them; on another fusion they are
 # written as NAME=FUSION:baseline.name=METHOD.
@@ -24,8 +29,11 @@ ARMS: dict[str, Overrides] = {
     "concat": CONCAT,
     "film": STATIC | {"model.fusion": "film"},
     "gated": STATIC | {"model.fusion": "gated"},
-    "attention": PLAIN | {"model.fusion": "attention"},
-    "rollingq": PLAIN | {"model.fusion": "attention", "rolling.enabled": True},
+    "attention": ATTENTION,
+    "uniform": ATTENTION | {"model.attention_scale": 0.0},
+    "rollingq": ROLLINGQ,
+    "rollingq-once": ROLLINGQ | {"rolling.max_rotations": 1},
+    "rollingq-epoch": ROLLINGQ | {"rolling.max_rotations": None, "rolling.check_every": 0},
     "mbt": PLAIN | {"model.fusion": "mbt"},
     "mbt+rollingq": PLAIN
     | {"model.fusion": "mbt", "model.mbt_head": "attention", "rolling.enabled": True},
@@ -36,13 +44,25 @@ ARMS: dict[str, Overrides] = {
     "joint": CONCAT | {"baseline.name": "joint"},
     "config": {},  # the configuration as it is, to build own arms on
 }
+FRESH_BASES = ("concat", "attention", "uniform", "rollingq")
 FORM = "NAME, or NAME=BASE:FIELD=VALUE:FIELD=VALUE with BASE the name of an arm"
 
 
 def known_arms(modalities: tuple[str, ...]) -> dict[str, Overrides]:
     """The arms by name, with a unimodal one for each modality."""
-    unimodal = {m: STATIC | {"model.fusion": "unimodal", "model.modality": m} for m in modalities}
-    return unimodal | ARMS
+    # No method against imbalance fits one modality, whose loss is its own in any case.
+    alone = STATIC | {"model.fusion": "unimodal", "baseline.name": ""}
+    noise = {"data.corruptions": fresh_noise(modalities)}
+    fresh = {f"{base}-fresh": ARMS[base] | noise for base in FRESH_BASES}
+    return {m: alone | {"model.modality": m} for m in modalities} | ARMS | fresh
+
+
+def fresh_noise(modalities: tuple[str, ...]) -> str:
+    """Light noise in every modality, drawn anew in each epoch of training, so that it is not
+    learned by heart: .5 for audio and .3 else, with up to 3 and 1.5 more in 30 % of the examples.
+    """
+    levels = {m: (0.5, 3.0) if m == "audio" else (0.3, 1.5) for m in modalities}
+    return ", ".join(f"{m}={low}, {m}=0..{high}@0.3" for m, (low, high) in levels.items())
 
 
 def parse_arms(text: str, modalities: tuple[str, ...]) -> dict[str, Overrides]:
@@ -110,6 +130,23 @@ def _parts(text: str, mark: str) -> Iterator[str]:
             yield text[start:place].strip()
             start = place + 1
     yield text[start:].strip()
+
+
+def resets(config: ConfigDict, arms: Mapping[str, Overrides]) -> list[str]:
+    """A line for each field in which an arm has another value than the configuration's own.
+
+    Own are values that differ from `default_config()`. What an arm is by its name, the fusion and
+    whether it rolls, is not told.
+    """
+    ours, defaults = flatten(config), flatten(default_config())
+    return [
+        f"arm {arm}: config.{field} is {value!r} and not {ours[field]!r}"
+        for arm, fields in arms.items()
+        for field, value in fields.items()
+        if field not in ("model.fusion", "rolling.enabled")
+        and field in ours
+        and ours[field] not in (value, defaults.get(field))
+    ]
 
 
 def with_fields(config: ConfigDict, fields: Mapping[str, Any], where: str) -> ConfigDict:

@@ -110,7 +110,7 @@ def report_tables(result: Mapping[str, Any]) -> list[Table]:
         (arm, ", ".join(f"{f}={v}" for f, v in chosen["setting"].items()), len(chosen["tried"]))
         for arm, chosen in result["selection"].items()
     ]
-    text = "Chosen on validation data, before any test set was read."
+    text = f"{result['search']} The choice was made before any test set was read."
     return [*tables, Table("Settings", ("arm", "setting", "settings tried"), settings, text)]
 
 
@@ -118,9 +118,10 @@ def _metric_table(title: str, lines: Mapping[str, Mapping[str, Any]]) -> Table:
     interval = ("95 % from", "to")
     columns = ("arm", "mean", *interval, "standard deviation", "runs", "difference", *interval)
     own, paired = ("mean", "mean_low", "mean_high", "sd", "runs"), ("difference", "low", "high")
-    fields = (*own, *paired, "wins", "losses")
+    fields = (*own, *paired, "wins", "losses", "detectable")
     rows = [(arm, *(line.get(field) for field in fields)) for arm, line in lines.items()]
-    return Table(title, (*columns, "wins", "losses"), rows)
+    detects = f"detects with probability {numbers.POWER:g}"
+    return Table(title, (*columns, "wins", "losses", detects), rows)
 
 
 def write_pictures(

@@ -7,7 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from rollingq_jax.analysis.statistics import bootstrap_mean, paired_difference
+from rollingq_jax.analysis.statistics import (
+    bootstrap_mean,
+    detectable_difference,
+    paired_difference,
+)
 
 Run = dict[str, Any]
 Table = dict[str, dict[str, dict[str, Any]]]
@@ -22,6 +26,7 @@ IN_PERCENT = ("test_accuracy", "test_macro_f1")
 # Below this many pairs no interval counts: a bootstrap of two pairs excludes 0 whenever both have
 # the same sign, which chance alone gives every other time; of five, once in 16.
 MIN_PAIRS = 5
+POWER = 0.8  # with which a difference of the size of "detectable" would be shown
 
 
 def run_record(arm: str, seed: int, setting: Mapping[str, Any], summary: Mapping[str, Any]) -> Run:
@@ -72,7 +77,8 @@ def make_table(runs: Sequence[Run], arms: Sequence[str], against: str) -> Table:
       For each metric the arms that have it: "mean", "mean_low", "mean_high" (its bootstrap 95 %
       interval) and "sd" (None for one run), "runs", and for all but `against` "difference",
       "low", "high" (bootstrap 95 % interval, None for one pair),
-      "pairs", "wins", "losses".
+      "pairs", "wins", "losses", and "detectable", the difference that as many pairs with the same
+      spread would show with probability `POWER` (None for one pair).
     """
     table: Table = {}
     for metric in metrics_of(runs):
@@ -108,6 +114,8 @@ def finite_or_none(value: float) -> float | None:
 def difference(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
     """The paired difference in the words of the table."""
     found = paired_difference(np.asarray(first), np.asarray(second))
+    gaps = np.asarray(first) - np.asarray(second)
+    deviation = float(gaps.std(ddof=1)) if len(gaps) > 1 else float("nan")
     return {
         "difference": found.mean,
         "low": finite_or_none(found.low),
@@ -115,6 +123,7 @@ def difference(first: Sequence[float], second: Sequence[float]) -> dict[str, Any
         "pairs": found.size,
         "wins": found.wins,
         "losses": found.losses,
+        "detectable": finite_or_none(detectable_difference(deviation, found.size, power=POWER)),
     }
 
 
@@ -146,6 +155,7 @@ def conclude(
     parts = [_seeds(num_seeds)]
     for metric in ("test_accuracy", "quality_correlation"):
         parts += _sentence(table, metric, against)
+    parts += _power(table, against)
     if second is not None:
         parts += _sentence(second, "test_accuracy", second_against)
     parts.append(
@@ -163,6 +173,22 @@ def _seeds(count: int) -> str:
     if count < MIN_PAIRS:
         return f"{words}: too few for any difference to count; {MIN_PAIRS} are the least."
     return f"{words}."
+
+
+def _power(table: Table, against: str) -> list[str]:
+    """What the seeds can detect in test accuracy, an estimate."""
+    lines = table.get("test_accuracy", {})
+    claims = [
+        f"{written_detectable('test_accuracy', line)} for {arm}"
+        for arm, line in lines.items()
+        if line.get("detectable") is not None and line["pairs"] >= MIN_PAIRS
+    ]
+    if not claims:
+        return []
+    return [
+        f"With as many seeds and the spread seen here, a difference to {against} in test accuracy "
+        f"is detected with probability {POWER:g} from {', '.join(claims)} on."
+    ]
 
 
 def _sentence(table: Table, metric: str, against: str) -> list[str]:
@@ -196,6 +222,12 @@ def written_difference(metric: str, line: Mapping[str, Any]) -> str:
         low, high = (f"{scale * line[end]:+.{digits}f}" for end in ("low", "high"))
         text += f" [{low}, {high}]"
     return f"{text}, {line['wins']} won and {line['losses']} lost: {verdict(metric, line)}"
+
+
+def written_detectable(metric: str, line: Mapping[str, Any]) -> str:
+    """The difference that would be detected, as text."""
+    percent = metric in IN_PERCENT
+    return f"{100 * line['detectable']:.1f} points" if percent else f"{line['detectable']:.3f}"
 
 
 def as_csv(runs: Sequence[Run]) -> str:

@@ -24,6 +24,8 @@ from rollingq_jax.train.setup import build, resolve_config
 from rollingq_jax.train.summary import read_summary
 from rollingq_jax.train.writer import write_json
 
+MOST_SEED = 2**32 - 1
+
 
 class Plan(NamedTuple):
     """What is to be done.
@@ -70,6 +72,9 @@ def make_plan(
     num_seeds: int,
     folder: epath.Path,
     dataset: Dataset,
+    *,
+    first_seed: int | None = None,
+    allow_reuse: bool = False,
 ) -> Plan:
     """A plan in which every run's configuration is known to fit the data.
 
@@ -79,21 +84,40 @@ def make_plan(
       num_seeds: of each arm.
       folder: of the comparison.
       dataset: of the first seed.
+      first_seed: of those on which arms are compared; by default the first that no setting is
+        chosen on, or with `allow_reuse` the configuration's.
+      allow_reuse: whether arms may be compared on seeds that settings were chosen on.
 
     Raises:
-      ConfigError: a field is wrong; says in which arm.
+      ConfigError: a field is wrong; says in which arm. Or seeds of the choice are among those of
+        the comparison, and `allow_reuse` is False.
     """
     settings = settings_of(config.compare.grid)
     first = config.seed
     tune = config.compare.tune_seeds if len(settings) > 1 else 0
     if not arms:
         raise ConfigError("arms are empty; allowed: one or more")
+    start = first_seed
+    if start is None:
+        start = first if allow_reuse else first + tune
+    if not 0 <= start <= MOST_SEED - num_seeds:
+        raise ConfigError(
+            f"--first_seed is {start} with {num_seeds} seeds; "
+            f"allowed: seeds from 0 to {MOST_SEED:,}"
+        )
+    tuning, seeds = list(range(first, first + tune)), list(range(start, start + num_seeds))
+    reused = sorted(set(tuning) & set(seeds))
+    if reused and not allow_reuse:
+        raise ConfigError(
+            f"--first_seed is {start}, and settings are chosen on seed {reused[0]}; allowed: seeds "
+            "that nothing is chosen on, or --allow_reuse"
+        )
     plan = Plan(
         config,
         {name: dict(fields) for name, fields in arms.items()},
         settings,
-        list(range(first, first + tune)),
-        list(range(first, first + num_seeds)),
+        tuning,
+        seeds,
         folder,
     )
     for arm, fields in plan.arms.items():
@@ -146,11 +170,23 @@ def check_same(plan: Plan, dataset: Dataset) -> None:
             "allowed: the same data, or another workdir"
         )
     for name in plan.arms.keys() & theirs["arms"].keys():
-        if flatten(plan.arms[name]) != flatten(theirs["arms"][name]):
+        if not _same_arm(plan.config, plan.arms[name], flatten(theirs["arms"][name])):
             raise CheckpointError(
                 f"workdir {plan.folder} holds an arm {name!r} with other fields: "
                 f"{theirs['arms'][name]}; allowed: another name"
             )
+
+
+def _same_arm(config: ConfigDict, ours: Overrides, theirs: Overrides) -> bool:
+    """Whether two arms make the same configuration; one may name a field that the other leaves as
+    the configuration has it."""
+    if flatten(ours) == theirs:
+        return True
+    try:
+        first, second = (with_fields(config, fields, "arm") for fields in (ours, theirs))
+    except ConfigError:  # a field that is none any more
+        return False
+    return flatten(first) == flatten(second)
 
 
 def claim(plan: Plan, dataset: Dataset) -> None:

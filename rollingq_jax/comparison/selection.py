@@ -85,12 +85,41 @@ def selected(
         {"setting": setting, "validation_accuracy": list(row)}
         for setting, row in zip(settings, accuracies, strict=True)
     ]
-    return {"chosen": best, "setting": settings[best], "seeds": list(seeds), "tried": tried}
+    return {
+        "chosen": best,
+        "setting": settings[best],
+        "settings_tried": len(settings),
+        "runs": len(settings) * len(seeds),
+        "seeds": list(seeds),
+        "tried": tried,
+    }
 
 
 def fixed(setting: Setting) -> dict[str, Any]:
     """The entry where there is nothing to choose."""
-    return {"chosen": 0, "setting": setting, "seeds": [], "tried": []}
+    return {
+        "chosen": 0,
+        "setting": setting,
+        "settings_tried": 0,
+        "runs": 0,
+        "seeds": [],
+        "tried": [],
+    }
+
+
+def search_line(selection: Mapping[str, Any]) -> str:
+    """How much was tried before the tests, arm by arm: `{arm: entry}` of `selection.json`."""
+    counts = {arm: len(entry["tried"]) for arm, entry in selection.items()}
+    seeds = sorted({seed for entry in selection.values() for seed in entry["seeds"]})
+    if not seeds:
+        return "No settings were searched: each arm ran with those of the configuration."
+    runs = sum(len(entry["tried"]) * len(entry["seeds"]) for entry in selection.values())
+    each = sorted(set(counts.values()))
+    words = str(each[0]) if len(each) == 1 else ", ".join(f"{a} {n}" for a, n in counts.items())
+    return (
+        f"Settings tried for each arm: {words}, on validation data of seeds "
+        f"{', '.join(map(str, seeds))}; {runs} runs in all."
+    )
 
 
 def read_json(path: epath.Path) -> Any:

@@ -5,6 +5,7 @@ A specification is "modality=corruption" or several of them separated by commas,
 ================== ==============================================================================
 audio=1.0          Gaussian noise of 1 training-set standard deviation
 audio=0.5..2       the same, drawn uniformly from the range for each example
+audio=0..3@0.3     the same in 30 % of the examples; "audio=0.5, audio=0..3@0.3" adds it to the rest
 audio=snr:10       Gaussian noise 10 dB under the example's own power
 audio=drop:0.3     the modality is missing in 30 % of the examples (no number: in all)
 audio=blank:0.3    30 % of the frames or positions are blank (video, sequence, tokens)
@@ -36,8 +37,9 @@ from rollingq_jax.errors import ConfigError, DataError
 
 NAMES = ("noise", "snr", "drop", "blank", "timemask", "replace", "misalign")
 FORM = (
-    "must be modality=NUMBER (noise in training-set standard deviations), modality=LOW..HIGH, or "
-    "modality=NAME:NUMBER with NAME one of " + ", ".join(NAMES)
+    "must be modality=NUMBER (noise in training-set standard deviations), modality=LOW..HIGH, each "
+    "also with @SHARE of the examples behind it, or modality=NAME:NUMBER with NAME one of "
+    + ", ".join(NAMES)
 )
 UNIT_EXAMPLES = 256
 
@@ -48,6 +50,7 @@ class Corruption(NamedTuple):
     modality: str
     name: str
     amount: float | tuple[float, float] | None
+    share: float = 1.0  # of the examples, for noise
 
 
 def parse_corruptions(text: str, modalities: Iterable[str]) -> tuple[Corruption, ...]:
@@ -75,7 +78,11 @@ def parse_corruptions(text: str, modalities: Iterable[str]) -> tuple[Corruption,
             name, number = "noise", rest
         if name not in NAMES:
             raise ConfigError(f"corruption {part!r}: {FORM}")
-        corruptions.append(Corruption(modality, name, _amount(part, name, number)))
+        share = 1.0
+        if name == "noise" and "@" in number:
+            number, _, text = number.partition("@")
+            share = _number(part, text)
+        corruptions.append(Corruption(modality, name, _amount(part, name, number), share))
     return tuple(corruptions)
 
 
@@ -83,8 +90,14 @@ def _amount(part: str, name: str, number: str) -> float | tuple[float, float] | 
     if not number and name in ("drop", "replace", "misalign"):
         return None
     low, dots, high = number.partition("..")
+    if dots and name == "noise":
+        return _number(part, low), _number(part, high)
+    return _number(part, number)
+
+
+def _number(part: str, text: str) -> float:
     try:
-        return (float(low), float(high)) if dots and name == "noise" else float(number)
+        return float(text)
     except ValueError:
         raise ConfigError(f"corruption {part!r}: {FORM}") from None
 
@@ -117,14 +130,15 @@ def corrupt(
     splits = dict(dataset.splits)
     targets = ["train"] if train else [split for split in splits if split != "train"]
     transforms: list[grain.transforms.RandomMap] = []
-    for modality, name, amount in corruptions:
+    for modality, name, amount, noised in corruptions:
         info = _as_normalised(dataset.modalities[modality], (encoders or {}).get(modality))
         if name == "misalign":
             share: Any = 1.0 if amount is None else amount
             for split in targets:
                 splits[split] = Misaligned(splits[split], modality, share=share, seed=seed)
             continue
-        transforms.append(_TRANSFORMS[name](dataset, info, amount))
+        made = _TRANSFORMS[name](dataset, info, amount)
+        transforms.append(made if noised == 1.0 else dataclasses.replace(made, share=noised))
     field = "train_transforms" if train else "eval_transforms"
     changed: dict[str, Any] = {field: (*getattr(dataset, field), *transforms)}
     return dataclasses.replace(dataset, splits=splits, **changed)

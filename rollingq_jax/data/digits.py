@@ -54,6 +54,7 @@ class Regime:
 
 
 _LOUD, _BLURRED = Noise(share=0.5, extra=4.0), Noise(always=0.8, share=1 / 3, extra=1.0)
+_HARD_AUDIO, _HARD_VISUAL = Noise(share=0.7, extra=8.0), Noise(always=0.5, share=0.5, extra=3.0)
 REGIMES = {
     # Quality varies only where the model is used, as with natural training data.
     "varied_test": Regime(
@@ -73,6 +74,9 @@ REGIMES = {
     ),
     # Quality varies in training too.
     "varied_train": Regime(_LOUD, _BLURRED, _LOUD, _BLURRED),
+    # The demo's: it varies widely and alike everywhere. Each modality alone reads about 7 digits in
+    # 10, and which of them is to be believed differs from sample to sample.
+    "hard_train": Regime(_HARD_AUDIO, _HARD_VISUAL, _HARD_AUDIO, _HARD_VISUAL),
     # For noise that is fresh in every epoch: a random transformation in the pipeline.
     "clean": Regime(),
 }

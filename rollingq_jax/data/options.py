@@ -85,7 +85,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "regime": Field(
             "varied_test",
             "how noisy the modalities are",
-            choices=("varied_test", "noisy_audio", "varied_train", "clean"),
+            choices=("varied_test", "noisy_audio", "varied_train", "hard_train", "clean"),
         ),
         "test_pairings": Field(
             3, "images that each spoken test digit is paired with", minimum=1, maximum=1_000

@@ -64,17 +64,21 @@ class GaussianNoise(grain.transforms.RandomMap):
       scale: standard deviation of the noise, in training-set standard deviations; or (low, high),
         of which one is drawn uniformly for each example.
       unit: one training-set standard deviation in the units of the floats that the model sees.
+      share: of the examples that get it.
 
     Raises:
-      ConfigError: the scale is negative, or the modality holds token ids.
+      ConfigError: the scale is negative, the share is not in [0, 1], or the modality holds token
+        ids.
     """
 
     info: ModalityInfo
     scale: float | tuple[float, float]
     unit: float = 1.0
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         _refuse_tokens(self.info, "noise")
+        check_share(f"noise of {self.info.name!r}", self.share)
         low, high = self.scale if isinstance(self.scale, tuple) else (self.scale, self.scale)
         if not 0 <= low <= high < np.inf:
             raise ConfigError(f"noise of {self.info.name!r}: {self.scale!r}; must be 0 or more")
@@ -83,6 +87,8 @@ class GaussianNoise(grain.transforms.RandomMap):
         """The example with noise."""
         name = self.info.name
         scale = rng.uniform(*self.scale) if isinstance(self.scale, tuple) else self.scale
+        if self.share < 1.0 and rng.random() >= self.share:
+            scale = 0.0
         value = to_float(element[name], self.info)
         noise = rng.standard_normal(value.shape, np.float32) * np.float32(scale * self.unit)
         return element | {

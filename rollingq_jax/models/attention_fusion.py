@@ -53,6 +53,8 @@ class AttentionFusion(nn.Module):
       num_layers: n.
       block: fields of the lower layers' `Block`.
       remat: recompute the lower layers in the backward pass.
+      logit_scale: factor on the logits of the class token, in every layer; 0 is mean pooling. The
+        query that is returned, scored and rotated is without it.
     """
 
     num_classes: int
@@ -63,6 +65,7 @@ class AttentionFusion(nn.Module):
     num_layers: int = 1
     block: FrozenDict[str, Any] = FrozenDict()
     remat: bool = False
+    logit_scale: float = 1.0
 
     def setup(self) -> None:
         """Declares the parameters, which `class_query` and the fusion share."""
@@ -132,7 +135,7 @@ class AttentionFusion(nn.Module):
         key, value = self.key(self.dim), self.value(self.dim)
         attended, weights = class_token_attention(
             sequence,
-            query,
+            self._scaled(query),
             key[0],
             value[0],
             key[1],
@@ -170,13 +173,19 @@ class AttentionFusion(nn.Module):
             if self.is_initializing():
                 block(sequence, mask, None, example_index)  # makes the parameters
             query = per_example(self._query(i, cls, rotations[i]), sequence.shape[0])
-            seen.append(seen_in(block, sequence, mask, query, lengths, reals))
+            scaled = self._scaled(query)
+            what = seen_in(block, sequence, mask, scaled, lengths, reals)
+            seen.append(what._replace(query=query))
             layer_rng = None if rng is None else jax.random.fold_in(rng, i)
             sequence = fuse(
-                block, sequence, mask, query, layer_rng, example_index, remat=self.remat
+                block, sequence, mask, scaled, layer_rng, example_index, remat=self.remat
             )
             cls = sequence[:, 0].astype(jnp.float32)
         return sequence, cls, seen
+
+    def _scaled(self, query: Array) -> Array:
+        """The query whose logits are `logit_scale` times those of the one given."""
+        return query if self.logit_scale == 1.0 else self.logit_scale * query
 
     def _query(self, layer: int, cls: Array, rotation: Array | None) -> Array:
         """A layer's rotated class query, `[..., d] -> [..., H, d_h]` float32."""

@@ -77,6 +77,7 @@ class MultimodalTransformer(nn.Module):
                 spec.fusion_layers,
                 block=FrozenDict({name: value for name, value in block.items() if name != "remat"}),
                 remat=spec.remat,
+                logit_scale=spec.attention_scale,
             )
         else:
             self.fusion = STATIC_FUSIONS[spec.head](spec.num_classes)

@@ -72,6 +72,7 @@ MODEL_RULES = {
     "gelu": one_of(("exact", "tanh")),
     "dtype": one_of(DTYPES),
     "fusion_token_scale": real("a number >= 0", lambda v: v >= 0),
+    "attention_scale": real("a number >= 0", lambda v: v >= 0),
     "mbt_layers": integer(1, MAX_LAYERS),
     "mbt_tokens": integer(1, MAX_WIDTH),
     "mbt_head": one_of(MBT_HEADS),
@@ -170,6 +171,8 @@ class ModelSpec:
       gelu: "exact" (erf) or "tanh".
       dtype: of the encoders' computation; parameters are float32 in any case.
       fusion_token_scale: standard deviation of the fusion class token's initial values.
+      attention_scale: factor on the logits of the class token's attention; at 0 every token has the
+        same weight, whatever the sample.
       mbt_layers, mbt_tokens, mbt_head: bottleneck fusion's layers, tokens and what reads them.
       scan_layers: one compiled block, looped over, in each encoder. Same parameters.
       remat: recompute each block in the backward pass instead of keeping what it computed.
@@ -190,6 +193,7 @@ class ModelSpec:
     gelu: str = "exact"
     dtype: str = "float32"
     fusion_token_scale: float = 0.02
+    attention_scale: float = 1.0
     mbt_layers: int = 2
     mbt_tokens: int = 4
     mbt_head: str = "attention"

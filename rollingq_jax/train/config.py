@@ -1,5 +1,6 @@
 """The configuration of a run: its fields, their defaults and what they may hold."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,8 +56,9 @@ def default_config() -> ConfigDict:
             "rolling": {
                 "enabled": True,
                 "beta": 0.0,
-                "rho": 1.0,
-                "max_rotations": 1,
+                # 0 is upstream's default; the paper's own settings for its data sets are not known.
+                "rho": 0.0,
+                "max_rotations": _optional(1),  # None: without a limit; 0: never
                 "check_every": 0,  # steps; 0: at each epoch's end
                 "window": 0.25,  # last part of that period, in which sums are taken
                 "method": "geodesic",
@@ -91,6 +93,7 @@ def default_config() -> ConfigDict:
                 "name": "av_digits",
                 "path": "",
                 "cache_dir": "",
+                "corruptions": "",  # of training, fresh in every epoch: "audio=0.5"
                 "prefetch": 2,  # batches made ahead, each by a thread of its own
             },
             "model": {
@@ -108,6 +111,7 @@ def default_config() -> ConfigDict:
                 "gelu": "exact",
                 "dtype": "float32",
                 "fusion_token_scale": 0.02,
+                "attention_scale": 1.0,  # on the class token's logits; 0: every token counts alike
                 "mbt_layers": 2,
                 "mbt_tokens": 4,
                 "mbt_head": "attention",
@@ -117,6 +121,11 @@ def default_config() -> ConfigDict:
             },
         }
     )
+
+
+def _optional(value: int) -> config_dict.FieldReference:
+    """A field that holds an integer or None, from the command line too (`=None`); a rule checks."""
+    return config_dict.FieldReference(value, field_type=object)
 
 
 def check_config(config: Any) -> None:
@@ -188,18 +197,27 @@ def from_json(content: Mapping[str, Any]) -> ConfigDict:
         return {n: fields(v) if isinstance(v, Mapping) else _tuples(v) for n, v in section.items()}
 
     try:
-        return ConfigDict(with_defaults(fields(content), default_config().to_dict()))
+        references = default_config().to_dict(preserve_field_references=True)
+        return ConfigDict(with_defaults(fields(content), references))
     except (TypeError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"config is not a mapping of fields ({reason})") from None
 
 
 def with_defaults(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """`given`, with the fields that only `defaults` has, in every section that both have."""
+    """`given`, with the fields that only `defaults` has, in every section that both have.
+
+    A default that is a reference takes the given value where its type allows it, so that a field
+    that may be None can still be set on the command line.
+    """
     filled = {**defaults, **given}
     for name, value in defaults.items():
         if isinstance(value, Mapping) and isinstance(filled[name], Mapping):
             filled[name] = with_defaults(filled[name], value)
+        elif isinstance(value, config_dict.FieldReference) and filled[name] is not value:
+            with contextlib.suppress(TypeError):  # of another type: a rule tells it
+                value.set(filled[name])
+                filled[name] = value
     return filled
 
 

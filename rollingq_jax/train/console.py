@@ -14,6 +14,8 @@ from rollingq_jax.train.setup import Setup
 from rollingq_jax.train.state import TrainState
 from rollingq_jax.train.writer import Row, table
 
+ROTATIONS_SHOWN = 5  # where the trigger is checked every few steps there may be hundreds
+
 
 def count(tree: Any) -> int:
     """Number of parameters."""
@@ -48,6 +50,8 @@ class Console:
         self._bar: Any = None
         self._kept: collections.Counter[str] = collections.Counter()
         self._kept_said = False
+        self._rotations_shown = 0
+        self._used_up_said = False
 
     def __enter__(self) -> "Console":
         step = int(self._state.step)
@@ -107,6 +111,9 @@ class Console:
                         "updates whose loss or gradient was NaN or infinite"
                     )
             elif row["split"] == "roll":
+                self._rotations_shown += 1
+                if self._rotations_shown > ROTATIONS_SHOWN:
+                    continue
                 mended = "; R had drifted from orthogonal and is mended"
                 self._print(
                     f"epoch {row['epoch']}, head {row['head']}: rotated the query by "
@@ -114,8 +121,17 @@ class Console:
                     f"{written(row['imbalance_before'])} -> {written(row['imbalance_after'])}"
                     f"{mended if row.get('mended') else ''}"
                 )
+                if self._rotations_shown == ROTATIONS_SHOWN:
+                    self._print("further rotations are counted in the epochs' lines alone")
             else:
                 self._print(epoch_line(row))
+                if row.get("rotations_used_up") and not self._used_up_said:
+                    self._used_up_said = True
+                    self._print(
+                        f"epoch {row['epoch']}: no rotations are left, and imbalance stands above "
+                        f"config.rolling.beta at {written(row['imbalance'])}; "
+                        "--config.rolling.max_rotations=None sets no limit"
+                    )
 
 
 def epoch_line(row: Row) -> str:
@@ -129,6 +145,8 @@ def epoch_line(row: Row) -> str:
     ]
     if shares:
         parts.append("attention " + " ".join(shares))
+    if row.get("rotations"):
+        parts.append(f"rotations {row['rotations']}")
     parts.append(f"{row['seconds']:.1f} s, {row['examples_per_second']:,.0f} examples/s")
     parts.append(f"{row['input_wait']:.0%} waiting for input")
     if row["input_wait"] > 0.5:

@@ -246,6 +246,15 @@ def roll_between_epochs(run: Run, state: TrainState, last_sums: Any, tools: Tool
     return run.parallel.put_state(one)
 
 
+def used_up(run: Run, count: jax.Array, means: Mapping[str, float]) -> bool:
+    """Whether every head has done the rotations it is allowed while imbalance stands above beta."""
+    rolling = run.config.rolling
+    if run.setup.roll_schedule is None or not rolling.max_rotations:
+        return False  # nothing rolls, there is no limit, or 0 was asked for
+    spent = bool(np.all(np.asarray(count) >= rolling.max_rotations))
+    return spent and means.get("imbalance", 0.0) > rolling.beta
+
+
 def validate(run: Run, state: TrainState, best: Best, tools: Tools) -> Best:
     """An epoch's end: validation, its row, the picture of a rotation, a checkpoint if one is due.
 
@@ -263,6 +272,8 @@ def validate(run: Run, state: TrainState, best: Best, tools: Tools) -> Best:
         raise Interrupted(step) from None
     counts = {} if one.rolling is None else {"rotations": int(np.sum(one.rolling.count))}
     row = {"step": step, "epoch": epoch, "split": "valid"} | means | counts | tools.meter.timing()
+    if one.rolling is not None and used_up(run, one.rolling.count, means):
+        row["rotations_used_up"] = True
     tools.report([row])
     turn = tools.meter.take_turn()
     if turn is not None and jax.process_index() == 0:

@@ -1,7 +1,7 @@
 """What the fields of a run's configuration may hold."""
 
 from rollingq_jax.baselines.build import BUILDERS
-from rollingq_jax.models.fields import FLAG, Rule, integer, one_of, real
+from rollingq_jax.models.fields import FLAG, INT32_MAX, Rule, integer, is_integer, one_of, real
 
 OPTIMIZERS = ("sgd", "adam")
 PARALLEL = ("jit", "pmap")
@@ -36,7 +36,11 @@ RULES = {
         "enabled": FLAG,
         "beta": _at_least(0),
         "rho": _at_least(0),
-        "max_rotations": integer(0),
+        "max_rotations": Rule(
+            f"an integer >= 0 and at most {INT32_MAX:,}, or None for no limit",
+            lambda v: v is None or (is_integer(v) and 0 <= v <= INT32_MAX),
+            lambda v: v if v is None else int(v),
+        ),
         "check_every": integer(0),
         "window": real("a number in (0, 1]", lambda v: 0 < v <= 1),
         "method": one_of(("geodesic", "svd")),

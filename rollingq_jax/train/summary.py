@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from rollingq_jax.analysis import curves
 from rollingq_jax.analysis.predictions import Predictions, scores, where_present
 from rollingq_jax.analysis.statistics import written
 from rollingq_jax.data.preprocessing import InputSpec
@@ -176,6 +177,9 @@ def finish_run(run: Run, checkpoints: Checkpoints, best: Mapping[str, Any]) -> d
         writer.remove("test")
         epoch = run.config.epochs
         writer.write([{"step": run.setup.total_steps, "epoch": epoch, "split": "test"} | means])
+        used_up = curves.used_up(writer.rows)
+        if used_up is not None:
+            summary["rotations_used_up"] = used_up
         draw(run, state, summary, predictions, writer.rows)
         write_json(run.workdir / "summary.json", summary)
     return summary
@@ -217,6 +221,10 @@ def print_summary(summary: Mapping[str, Any], workdir: epath.Path) -> None:
     rotations = summary.get("rotations")
     if isinstance(rotations, list) and all(map(is_number, rotations)):
         rows.append(("rotations in the best checkpoint", str(sum(rotations))))
+    used_up = mapping("rotations_used_up")
+    if used_up:
+        text = f"epoch {used_up.get('epoch')}, imbalance then {shown(used_up.get('imbalance'))}"
+        rows.append(("all rotations used, imbalance above beta", text))
     if jax.process_index() == 0:
         print(table(rows))
         print(f"figures, report.html and summary.json are in {workdir}")

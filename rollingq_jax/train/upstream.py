@@ -78,7 +78,7 @@ def upstream_roll(
     *,
     beta: float,
     rho: float,
-    max_rotations: int,
+    max_rotations: int | None,
     method: str = "geodesic",
     joint: bool = False,
     rotation: Array | None = None,
@@ -92,7 +92,7 @@ def upstream_roll(
       last_scores: `[H, M]`, `upstream_scores` of the epoch's last batch.
       beta: the trigger's threshold.
       rho: sharpness of the rebalance weights; upstream's `sigma`.
-      max_rotations: the most a head rolls; upstream's `r_time`.
+      max_rotations: the most a head rolls; upstream's `r_time`. None sets no limit.
       method, joint: see `rolling_query`.
       rotation: `[H, d, d]`, R_new from outside, such as upstream's own SVD (whose directions off
         one line are arbitrary); None makes it by `method`.

@@ -171,3 +171,11 @@ def small_model(fusion="attention"):
     init = jax.jit(model.init)
     params = init(jax.random.key(0), model_input(columns))["params"]
     return model, params, dataset, columns
+
+
+def scale_points():
+    """Points of `probes.attention_scale_curve`: attention that does harm."""
+    return [
+        {"scale": s, "accuracy": 0.83 - s / 50, "attention_share": {"audio": a, "visual": 1 - a}}
+        for s, a in ((0.0, 0.5), (0.5, 0.58), (1.0, 0.64), (2.0, 0.8), (4.0, 0.95))
+    ]

@@ -79,13 +79,23 @@ def test_it_writes_numbers_pictures_and_a_report(workdir, capsys):
     levels = [(p["modality"], p["level"]) for p in result["noise"]]
     assert levels == [(m, v) for m in ("audio", "visual") for v in (0.0, 0.5, 2.0)]
     assert set(result["reliance"]["audio"]) == {"shuffled", "swapped", "replaced"}
+    points = {p["scale"]: p for p in result["attention_scale"]}
+    assert list(points) == [0.0, 0.5, 1.0, 2.0, 4.0]
+    assert points[1.0]["accuracy"] == result["accuracy"]
+    assert points[1.0]["attention_share"] == result["attention_share"]
+    assert points[1.0]["quality_correlation"] == result["quality_correlation"]
+    lengths = [shares["tokens"][m].shape[1] for m in ("audio", "visual")]  # weights are even
+    assert points[0.0]["attention_share"]["audio"] == pytest.approx(lengths[0] / sum(lengths))
+    assert points[0.0]["quality_correlation"] is None
     assert result["versions"]["jax"]
     assert {path.name for path in (workdir / "figures").iterdir()} == {
         "evaluation_attention.png",
+        "evaluation_attention_scale.png",
         "evaluation_noise.png",
         "evaluation_share_quality.png",
     }
     assert "Reliance on each modality" in (workdir / "evaluation.html").read_text()
+    assert "accuracy with the query times 0 " in out
     assert "audio=1.0" in out and "quality correlation" in out
 
 

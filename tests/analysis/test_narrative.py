@@ -57,3 +57,13 @@ def test_noise_in_words():
         f"With noise from 0 to 2 in audio, accuracy goes from 60.0 to 30.0{SPACE}% and the "
         "attention share of audio from 0.70 to 0.68."
     )
+
+
+def test_rotations_used_up_and_many_rotations_in_words():
+    rows = [row(10, imbalance=0.1, epoch=1)]
+    rows += [row(10 + i, "roll", angle_degrees=20.0) for i in range(20)]
+    rows += [row(10 * i, imbalance=0.3 + i / 10, epoch=i, rotations_used_up=True) for i in (2, 3)]
+    text = narrative.describe_rolls(rows)
+    assert "rotated 20 times, from epoch 1 to 2.9." in text
+    assert "By the end of epoch 2 no rotations were left, and the imbalance, 0.50, stood" in text
+    assert "no rotations" not in narrative.describe_rolls(rows[:-2])

@@ -75,6 +75,7 @@ FIGURES = {
     "noise, arms": lambda: plots.noise_figure(
         {n: [examples.noise_points(s) for s in range(3)] for n in ("attention", "rollingq")}
     ),
+    "scales of the query": lambda: plots.attention_scale_figure(examples.scale_points()),
     "arms": lambda: plots.arms_figure(arms()),
     "many arms": lambda: plots.arms_figure(arms(11, 1)),
     "attention": lambda: plots.attention_figure(examples.looking_examples()),

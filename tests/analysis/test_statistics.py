@@ -190,3 +190,19 @@ def test_no_answer_is_right_for_no_class():
     probabilities = np.array([[0.75, 0.25], [np.nan, np.nan]])
     assert stats.expected_calibration_error(probabilities, [0, 0]) == pytest.approx(0.25)
     assert np.isnan(stats.expected_calibration_error(probabilities[1:], [0]))
+
+
+@pytest.mark.parametrize("pairs", [2, 5, 10, 20])
+def test_the_detectable_difference_is_found_four_times_in_five(pairs):
+    """By simulating what it says of itself: t-tests on so many pairs with that true difference."""
+    shift = stats.detectable_difference(0.02, pairs)
+    rng = np.random.default_rng(0)
+    values = rng.normal(shift, 0.02, (20_000, pairs))
+    shown = stats_scipy.ttest_1samp(values, 0, axis=1).pvalue < 0.05
+    assert shown.mean() == pytest.approx(0.8, abs=0.015)
+
+
+def test_nothing_is_detected_where_there_is_no_spread_to_measure():
+    assert np.isnan(stats.detectable_difference(0.1, 1))
+    assert np.isnan(stats.detectable_difference(float("nan"), 5))
+    assert stats.detectable_difference(0.0, 5) == 0

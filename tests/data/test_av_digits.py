@@ -67,6 +67,20 @@ def test_training_modalities_are_standardised_before_noise(clean):
         assert 0.8 < clean["test"][name].std() < 1.2
 
 
+def test_the_demos_noise_varies_alike_in_training_and_test():
+    """70 % of the utterances up to 8, images .5 always and half of them up to 3 more."""
+    regime = digits.REGIMES["hard_train"]
+    assert regime.train_audio == regime.heldout_audio
+    assert regime.train_visual == regime.heldout_visual
+    quality = {}
+    for name in ("audio", "visual"):
+        noise, rng = getattr(regime, f"train_{name}"), np.random.default_rng(0)
+        _, quality[name] = digits._add_noise(np.zeros((1000, 2)), noise, rng)
+    assert (quality["audio"] < 0).mean() == 0.7 and -8 <= quality["audio"].min() < -7.9
+    assert quality["visual"].max() == -0.5 and (quality["visual"] < -0.5).mean() == 0.5
+    assert -np.hypot(0.5, 3) <= quality["visual"].min() < -2.9
+
+
 def test_quality_is_minus_the_deviation_of_the_noise_in_the_example(clean):
     regime = digits.REGIMES["varied_train"]
     noised = digits.generate(regime, seed=0, test_pairings=1)

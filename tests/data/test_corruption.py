@@ -259,6 +259,31 @@ def test_parsing():
         Corruption("a", "noise", 1.0),
         Corruption("a", "snr", -5.0),
     )
+    assert parse_corruptions("a=0.5, a=0..3@0.3, a=noise:2@1", ["a"]) == (
+        Corruption("a", "noise", 0.5),
+        Corruption("a", "noise", (0.0, 3.0), 0.3),
+        Corruption("a", "noise", 2.0, 1.0),
+    )
+
+
+def test_noise_in_a_share_of_the_examples():
+    """On zeros the value is the noise: of 2 in 30 % on top of .5 in all, and quality says so."""
+    count = 600
+    source = ArraySource({"m": np.zeros((count, 400), np.float32), "label": np.arange(count) % 2})
+    info = ModalityInfo("m", "vector", (400,), unit=1.0)
+    dataset = Dataset({"train": source}, {"m": info}, 2, ("0", "1"))
+    noised = corrupt(dataset, "m=0.5, m=2@0.3", train=True)
+    rng = np.random.default_rng(0)
+    found = []
+    for index in range(count):
+        example = source[index]
+        for transform in noised.train_transforms:
+            example = transform.random_map(example, rng)
+        found.append((example["m"].std(), -example["quality_m"]))
+    measured, claimed = np.array(found).T
+    np.testing.assert_allclose(measured, claimed, rtol=0.2)
+    assert 0.25 < (claimed > 1).mean() < 0.35
+    assert {round(float(q), 4) for q in claimed} == {0.5, round(float(np.hypot(0.5, 2)), 4)}
 
 
 @pytest.mark.parametrize(
@@ -273,6 +298,9 @@ def test_parsing():
         ("sound=1..", "must be modality=NUMBER"),
         ("smell=1", "no modality 'smell'; there are clip, photo, sound, steps, words"),
         ("sound=-1", "noise of 'sound': -1.0; must be 0 or more"),
+        ("sound=1@", "must be modality=NUMBER"),
+        ("sound=1@2", "noise of 'sound': 2.0; must be between 0 and 1"),
+        ("sound=snr:1@0.5", "must be modality=NUMBER"),
         ("sound=nan", "must be 0 or more"),
         ("sound=2..1", "must be 0 or more"),
         ("sound=snr:inf", "must be finite"),

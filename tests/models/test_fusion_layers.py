@@ -247,3 +247,36 @@ def test_folding_is_refused_and_says_why():
         model.apply({"params": folded}, batch())[0],
         model.apply({"params": params}, batch(), alone)[0],
     )
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_a_scale_of_zero_weighs_every_token_alike(num_layers):
+    """And the query that is scored is as without it; masked tokens still count nothing."""
+    module, params, tokens = made(num_layers)
+    _, plain = attend(module, params, tokens, MASKS)
+    logits, out = attend(module.clone(logit_scale=0.0), params, tokens, MASKS)
+    real = np.concatenate([np.ones((B, 1), bool), *(np.asarray(MASKS[m]) for m in LENGTHS)], axis=1)
+    even = np.repeat((real / real.sum(1, keepdims=True))[:, None], 2, axis=1)
+    np.testing.assert_allclose(out["attention"], even, atol=1e-6)
+    np.testing.assert_array_equal(out["query"][:, :2], plain["query"][:, :2])
+    assert np.isfinite(logits).all()
+    if num_layers == 1:  # then the output is the mean of the values
+        params = jax.tree.map(np.asarray, params)
+        x = np.concatenate([np.tile(params["cls"], (B, 1, 1)), *tokens.values()], axis=1)
+        mean = (np.where(real[..., None], x, 0)).sum(1) / real.sum(1, keepdims=True)
+        value, final = params["value"], params["out"]
+        pooled = np.einsum("bd,dhk->bhk", mean, value["kernel"]) + value["bias"]
+        hidden = pooled.reshape(B, DIM) @ final["kernel"] + final["bias"]
+        expected = hidden @ params["head"]["kernel"] + params["head"]["bias"]
+        np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_a_scale_is_one_of_the_logits():
+    """Twice the scale is twice the class token and the bias that make the query."""
+    module, params, tokens = made(1)
+    _, out = attend(module.clone(logit_scale=2.0), params, tokens)
+    query = params["query"]
+    doubled = params | {"query": jax.tree.map(lambda x: 2 * x, query)}
+    _, expected = attend(module, doubled, tokens)
+    np.testing.assert_allclose(out["attention"], expected["attention"], atol=1e-6)
+    np.testing.assert_allclose(2 * out["query"], expected["query"], atol=1e-6)

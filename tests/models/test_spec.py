@@ -48,6 +48,7 @@ BAD = [
     ("encoder_dropout", "0.1", "model.encoder_dropout is '0.1'"),
     ("gelu", "relu", "model.gelu is 'relu'; allowed: exact, tanh"),
     ("dtype", "float16", "model.dtype is 'float16'; allowed: float32, bfloat16"),
+    ("attention_scale", -1, "model.attention_scale is -1; allowed: a number >= 0"),
     ("fusion_token_scale", -0.1, "model.fusion_token_scale is -0.1; allowed: a number >= 0"),
     ("mbt_layers", 0, "model.mbt_layers is 0; allowed: an integer >= 1"),
     ("mbt_tokens", 0, "model.mbt_tokens is 0"),

@@ -13,6 +13,7 @@ from rollingq_jax.data.load import load_dataset
 from rollingq_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UserError
 from rollingq_jax.train import loop
 from rollingq_jax.train.checkpoint import Checkpoints
+from rollingq_jax.train.config import from_json
 from rollingq_jax.train.interrupt import Interrupted, Interruption
 from rollingq_jax.train.lock import locked
 from rollingq_jax.train.loop import train_and_evaluate
@@ -74,6 +75,29 @@ def test_n_steps_a_restart_and_n_more_are_2n_steps(finished, tmp_path):
     assert_same_result(config, undisturbed, tmp_path)
     for name in ("test_accuracy", "test_loss", "best", "rotations", "attention_share"):
         assert again[name] == summary[name]
+
+
+@pytest.mark.parametrize("limit", [0, 1, None])
+def test_rotations_used_up_are_told_once(arrays, tmp_path, capsys, limit):
+    """One rotation after epoch 1 of 3, none after; with beta 0 every imbalance stands above it."""
+    config = tiny_config(arrays, **{"rolling.max_rotations": limit})
+    summary = train_and_evaluate(config, tmp_path)
+    rows = [row for row in read_metrics(tmp_path) if row["split"] == "valid"]
+    assert [row["rotations"] for row in rows] == {0: [0] * 3, 1: [1] * 3, None: [1, 2, 3]}[limit]
+    told = capsys.readouterr().out
+    if limit == 1:
+        assert all(row["rotations_used_up"] for row in rows)
+        expected = {"epoch": 1, "imbalance": rows[0]["imbalance"]}
+        assert summary["rotations_used_up"] == expected
+        assert json.loads((tmp_path / "summary.json").read_text())["rotations_used_up"] == expected
+        assert told.count("no rotations are left") == 1
+        assert "all rotations used, imbalance above beta" in told
+    else:
+        assert "rotations_used_up" not in summary and "no rotations" not in told
+        assert not any("rotations_used_up" in row for row in rows)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["rolling"]["max_rotations"] == limit
+    assert train_and_evaluate(from_json(stored), tmp_path, quiet=True) == summary
 
 
 def test_a_restart_between_a_roll_and_its_row(often, tmp_path):
@@ -315,10 +339,10 @@ def gone(example):
     ],
 )
 def test_data_that_fail_in_the_middle(arrays, tmp_path, monkeypatch, change, line):
-    """In the second epoch: the first reads 48 rows, shapes and signature about ten."""
+    """In the second epoch: the first reads 48 rows, shapes and signature some 34."""
     config = tiny_config(arrays)
     config.data.prefetch = 0
-    monkeypatch.setattr(loop, "load_dataset", Failing(None, change, first=80).load)
+    monkeypatch.setattr(loop, "load_dataset", Failing(None, change, first=104).load)
     with pytest.raises(DataError, match=f"{line}.*; the last good checkpoint is of step 6"):
         train_and_evaluate(config, tmp_path)
     monkeypatch.undo()
@@ -336,7 +360,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(arrays, tmp_path):
 
 def test_updates_that_are_not_finite_can_be_skipped(arrays, tmp_path, monkeypatch, capsys):
     """One example of the second epoch is infinite: its batch is skipped, in the middle of it."""
-    source = Failing(None, lambda e: e | {"b": e["b"] * np.float32(np.inf)}, first=78, last=78)
+    source = Failing(None, lambda e: e | {"b": e["b"] * np.float32(np.inf)}, first=102, last=102)
     monkeypatch.setattr(loop, "load_dataset", source.load)
     config = tiny_config(arrays, nonfinite="skip")
     config.data.prefetch = 0

@@ -106,6 +106,9 @@ ROWS = [
     ([*TINY, "--config.rolling.beta=-0.1"], "config.rolling.beta is -0.1; allowed: a number >= 0"),
     ([*TINY, "--config.rolling.window=0"], "config.rolling.window is 0.0; allowed: a number in (0"),
     ([*TINY, "--config.rolling.max_rotations=-1"], "is -1; allowed: an integer >= 0"),
+    ([*TINY, "--config.rolling.max_rotations=many"], "is 'many'; allowed: an integer >= 0"),
+    ([*TINY, "--config.rolling.max_rotations=1.5"], "is 1.5; allowed: an integer >= 0"),
+    ([*TINY, "--config.rolling.max_rotations=True"], "is True; allowed: an integer >= 0"),
     ([*TINY, "--config.parallel=pjit"], "config.parallel is 'pjit'; allowed: jit, pmap"),
     ([*TINY, "--config.nonfinite=ignore"], "config.nonfinite is 'ignore'; allowed: stop, skip"),
     (

@@ -3,7 +3,11 @@
 from rollingq_jax.analysis.plots.arms import arms_figure
 from rollingq_jax.analysis.plots.attention import AttentionExample, ModalityView, attention_figure
 from rollingq_jax.analysis.plots.geometry import PolarPanel, polar_figure, polar_panels
-from rollingq_jax.analysis.plots.samples import noise_figure, share_quality_figure
+from rollingq_jax.analysis.plots.samples import (
+    attention_scale_figure,
+    noise_figure,
+    share_quality_figure,
+)
 from rollingq_jax.analysis.plots.style import png_bytes, save_png
 from rollingq_jax.analysis.plots.training import accuracy_figure, dynamics_figure
 
@@ -14,6 +18,7 @@ __all__ = [
     "accuracy_figure",
     "arms_figure",
     "attention_figure",
+    "attention_scale_figure",
     "dynamics_figure",
     "noise_figure",
     "png_bytes",

@@ -111,6 +111,34 @@ def noise_figure(
     return figure
 
 
+def attention_scale_figure(points: Sequence[Mapping[str, Any]]) -> Figure:
+    """Accuracy, and each modality's attention share, over factors of the trained query.
+
+    Args:
+      points: {"scale", "accuracy", "attention_share": {m: mean}}, in the order of their factors, as
+        `probes.attention_scale_curve` gives them; factors stand at even distances.
+    """
+    figure = style.new_figure(5.4, 5.0)
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    places = list(range(len(points)))
+    look = {"color": style.INK, "marker": "o", "linewidth": 2}
+    top.plot(places, [100 * point["accuracy"] for point in points], **look)
+    names = sorted({m for point in points for m in point["attention_share"]})
+    for i, name in enumerate(names):
+        shares = [point["attention_share"].get(name) for point in points]
+        known = [np.nan if share is None else share for share in shares]
+        bottom.plot(places, known, label=style.plain(name), linewidth=2, **style.line_style(i))
+    style.style_axes(top, ylabel="accuracy (%)")
+    style.style_axes(bottom, xlabel="the trained query times", ylabel="attention share")
+    bottom.set_ylim(0, 1)
+    labels = [f"{p['scale']:g}" for p in points]
+    even = {"0": "0\n(even)", "1": "1\n(as trained)"}
+    bottom.set_xticks(places, [even.get(label, label) for label in labels])
+    style.legend_below(figure, bottom.lines, [str(line.get_label()) for line in bottom.lines])
+    figure.suptitle("Does attention do good or harm?", fontsize=11.5, x=0.01, ha="left")
+    return figure
+
+
 def _scatter(axes: Axes, contrast: Array, share: Array) -> None:
     if not len(contrast):
         style.empty_note(axes, "no example has both")

@@ -13,6 +13,7 @@ from rollingq_jax.analysis.curves import Row
 from rollingq_jax.analysis.plots import style
 
 _ROLL_LINE: dict[str, Any] = {"color": style.TURN, "linewidth": 1.6, "alpha": 0.8, "zorder": 1.5}
+MANY_ROLLS = 16  # more are drawn faintly, and without their angles
 
 
 def dynamics_figure(rows: Sequence[Row], *, beta: float | None = None) -> Figure:
@@ -113,10 +114,13 @@ def _train_and_valid(
 
 
 def _mark_rolls(top: Axes, bottom: Axes, rolls: Sequence[curves.Roll]) -> None:
+    many = len(rolls) > MANY_ROLLS
+    words = f"{len(rolls)} rotations of the query" if many else "rotation of the query"
+    look = _ROLL_LINE | ({"alpha": 0.25, "linewidth": 1} if many else {})
     for axes in (top, bottom):
         for i, roll in enumerate(rolls):
-            label = "rotation of the query" if i == 0 and axes is top else None
-            axes.axvline(roll.epoch, label=label, **_ROLL_LINE)
+            label = words if i == 0 and axes is top else None
+            axes.axvline(roll.epoch, label=label, **look)
     # Angles are written out while they have room.
     left, right = top.get_xlim()
     gaps = np.diff([roll.epoch for roll in rolls] + [right]) / (right - left)
