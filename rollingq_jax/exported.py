@@ -170,10 +170,10 @@ def input_shapes(
     for m in run.model.spec.modalities:
         one = run.inputs.modalities[m]
         info = one.info
-        shape, dtype = (info.shape, info.dtype) if standardized else (one.raw_shape, one.raw_dtype)
-        dtype = np.dtype(dtype).newbyteorder("=")
+        shape, name = (info.shape, info.dtype) if standardized else (one.raw_shape, one.raw_dtype)
+        dtype = np.dtype(name).newbyteorder("=")
         if not standardized and dtype.itemsize > 4 and not _fits_32_bits(one, dtype):
-            dtype = np.dtype(np.float32)
+            dtype = np.dtype("float32")
         shapes[m] = jax.ShapeDtypeStruct((size, *shape), _at_most_32_bits(dtype))
         positions = info.shape[:1] if info.kind in ("sequence", "tokens") else ()
         shapes[f"{m}_mask"] = jax.ShapeDtypeStruct((size, *positions), np.dtype(bool))
