@@ -10,6 +10,7 @@ from etils import epath
 from train_cases import files, make_arrays, read_metrics, tiny_config, write_arrays
 
 from rollingq_jax.data.load import load_dataset
+from rollingq_jax.data.signature import SAMPLED
 from rollingq_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UserError
 from rollingq_jax.train import loop
 from rollingq_jax.train.checkpoint import Checkpoints
@@ -360,7 +361,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(arrays, tmp_path):
 
 def test_updates_that_are_not_finite_can_be_skipped(arrays, tmp_path, monkeypatch, capsys):
     """One example of the second epoch is infinite: its batch is skipped, in the middle of it."""
-    source = Failing(None, lambda e: e | {"b": e["b"] * np.float32(np.inf)}, first=102, last=102)
+    place = SAMPLED + 70
+    source = Failing(None, lambda e: e | {"b": e["b"] * np.float32(np.inf)}, first=place, last=place)
     monkeypatch.setattr(loop, "load_dataset", source.load)
     config = tiny_config(arrays, nonfinite="skip")
     config.data.prefetch = 0
