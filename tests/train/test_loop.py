@@ -361,8 +361,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(arrays, tmp_path):
 
 def test_updates_that_are_not_finite_can_be_skipped(arrays, tmp_path, monkeypatch, capsys):
     """One example of the second epoch is infinite: its batch is skipped, in the middle of it."""
-    place = SAMPLED + 70
-    source = Failing(None, lambda e: e | {"b": e["b"] * np.float32(np.inf)}, first=place, last=place)
+    at = SAMPLED + 70
+    source = Failing(None, lambda e: e | {"b": e["b"] * np.float32(np.inf)}, first=at, last=at)
     monkeypatch.setattr(loop, "load_dataset", source.load)
     config = tiny_config(arrays, nonfinite="skip")
     config.data.prefetch = 0
