@@ -1,6 +1,5 @@
 """The folder of a run: checked before anything is written, made, and claimed."""
 
-import contextlib
 import copy
 import json
 import os
@@ -71,16 +70,17 @@ def check_workdir(workdir: epath.PathLike) -> epath.Path:
     """
     if not os.fspath(workdir).strip():
         raise ConfigError("workdir is empty; allowed: a folder that can be written")
-    with contextlib.suppress(RuntimeError):  # no home folder: told below
-        check_path(absolute(workdir))
     try:
         path = nearest = absolute(workdir)
+        check_path(path)
         remote = "://" in os.fspath(path)
         while not remote and not nearest.exists() and nearest != nearest.parent:
             nearest = nearest.parent
         probe = nearest / f".write-test-{secrets.token_hex(8)}"  # hosts may share a process id
         probe.write_text("")
         probe.unlink()
+    except ConfigError:
+        raise
     except Exception as error:  # of the system, or whatever a client of gs:// raises
         raise ConfigError(
             f"workdir is {os.fspath(workdir)!r}; "
