@@ -48,7 +48,7 @@ def test_a_rotation_that_has_drifted_is_mended_and_told(meter, capsys):
     assert [row.get("mended", False) for row in rows] == [True, False]
     assert [(row["step"], row["epoch"], row["head"]) for row in rows] == [(6, 2, 0), (6, 2, 1)]
     console = object.__new__(Console)
-    console._first = True
+    console._first, console._rotations_shown = True, 0
     console.show(rows)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("; R had drifted from orthogonal and is mended")
