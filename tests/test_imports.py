@@ -1,9 +1,10 @@
 """The map of the code in README.md holds, and the core stays light.
 
-The map lists the modules in order: a module may import those above it and none below.
+The map lists the files and folders of the package in order: a line imports from those above it.
 """
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -13,17 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "rollingq_jax"
-CORE = (
-    "errors",
-    "shapes",
-    "rotation",
-    "imbalance",
-    "observing",
-    "rolling",
-    "folding",
-    "attention",
-    "models",
-)
+CORE = ("errors", "rotation", "rolling", "attention", "models")
 CORE_REQUIREMENTS = {"jax", "flax", "optax", "chex", "numpy"}
 NOT_IN_CORE = (
     "absl",
@@ -48,25 +39,16 @@ NOT_IN_CORE = (
 LOADED_BY_REQUIREMENTS = {"absl", "scipy"}
 
 
-def read_map() -> list[str]:
-    """Dotted module names (without the package) in the order of README's map of the code."""
+def read_map() -> list[list[str]]:
+    """Files and folders of the package, without endings, line by line, as README.md maps them."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = re.search(r"^rollingq_jax/\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    block = re.search(r"^rollingq_jax/\n(.*?)^\S", text, flags=re.MULTILINE | re.DOTALL)
     assert block, "README.md has no map of the code"
-    modules, packages = [], []
-    for line in block.group(1).splitlines():
-        indent, listed = re.match(r"( *)(\S*(?: \S+)*)", line).groups()  # two spaces end the names
-        packages = packages[: len(indent) // 2 - 1]
-        if not indent:  # the files beside the package
-            break
-        if listed.endswith("/"):
-            packages.append(listed[:-1])
-        modules += [
-            ".".join([*packages, name.removesuffix(".py")])
-            for name in listed.split()
-            if name.endswith(".py")
-        ]
-    return modules
+    lines = [
+        re.findall(r"(?<=[ ])([a-z_]+)(?:\.py|/)(?=[ ])", f"{line} ")
+        for line in (re.split(r"(?<=\S) {3,}", line)[0] for line in block.group(1).splitlines())
+    ]
+    return [line for line in lines if line]
 
 
 def source_modules() -> dict[str, Path]:
@@ -108,17 +90,12 @@ def is_known(name: str, known: set[str]) -> bool:
     return any(module == short or module.startswith(f"{short}.") for module in known)
 
 
-def position(name: str, order: list[str]) -> int:
-    """Place on the map; a package counts as its last module, the root as the last core module."""
-    if name in order:
-        return order.index(name)
-    inside = [
-        index
-        for index, module in enumerate(order)
-        if (module.startswith(f"{name}.") if name else module.split(".")[0] in CORE)
-    ]
-    assert inside, f"{name} is not on README's map of the code"
-    return max(inside)
+def place(module: str, order: list[list[str]]) -> int:
+    """Line of the map that a module, or a package, stands in; the root is the last of the core."""
+    top = module.split(".")[0] or CORE[-1]
+    found = [number for number, line in enumerate(order) if top in line]
+    assert found, f"{module} is not on README's map of the code"
+    return found[0]
 
 
 def third_party(path: Path) -> set[str]:
@@ -132,22 +109,24 @@ def third_party(path: Path) -> set[str]:
     return found - set(sys.stdlib_module_names) - {PACKAGE}
 
 
-def test_the_map_lists_every_module():
-    order = read_map()
-    assert len(order) == len(set(order))
-    assert sorted(order) == sorted(source_modules())
+def test_the_map_lists_every_file_and_folder_once():
+    listed = [name for line in read_map() for name in line]
+    assert sorted(listed) == sorted({module.split(".")[0] for module in source_modules()})
 
 
 @pytest.mark.parametrize("module", sorted(source_modules()))
-def test_modules_import_only_from_those_above(module):
-    order = read_map()
-    here = position(module, order)
-    below = {
-        name
-        for name in imported(source_modules()[module], module, set(order))
-        if position(name, order) >= here
-    }
+def test_modules_import_only_from_the_lines_above_and_their_own(module):
+    order, known = read_map(), set(source_modules())
+    here = place(module, order)
+    below = {n for n in imported(source_modules()[module], module, known) if place(n, order) > here}
     assert not below, f"{module} imports {sorted(below)}, which README's map puts below it"
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    files = source_modules()
+    known = set(files)
+    graph = {name: imported(path, name, known) & known for name, path in files.items()}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError and names the cycle
 
 
 @pytest.mark.parametrize(
