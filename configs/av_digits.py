@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
     """The same noise for an example in every epoch, and a loss for each modality."""
     config = default_config()
     config.epochs = 24
+    config.plain_twin = True  # so that the figures show the cycle as well as its end
     config.optimizer.learning_rate = 0.08
     # The keys of the modalities part early, and a query that is turned late is turned back by the
     # gradient: so early, often, and without a limit.

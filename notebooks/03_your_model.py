@@ -132,7 +132,7 @@ def train(roller, num_epochs=8):
 _, _, plain = train(rq.rolling_query(max_rotations=0))
 
 # %%
-params, rolling, rolled = train(rq.rolling_query(beta=0.1, rho=1.0, max_rotations=6))
+params, rolling, rolled = train(rq.rolling_query(beta=0.1, max_rotations=None))
 print("rotations:", rolling.count)
 assert rolling.count.sum() >= 1
 

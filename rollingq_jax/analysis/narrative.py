@@ -60,23 +60,35 @@ HOW_TO_READ = {
 LISTED = 12  # rotations whose epochs are told one by one
 
 
-def describe_dynamics(rows: Sequence[Row]) -> str:
-    """Where each share and the imbalance began and ended, and when the query was rotated."""
-    parts = []
+def describe_dynamics(rows: Sequence[Row], plain: Sequence[Row] = ()) -> str:
+    """Beginning and end of each share and of the imbalance, and when the query was rotated.
+
+    Args:
+      rows: of metrics.jsonl.
+      plain: those of the same run without rotations, where there is one.
+    """
+    parts = [_describe_curves(plain, "Without rotations, the")] if plain else []
+    parts += [_describe_curves(rows, "With them, the" if plain else "The")]
+    return " ".join(filter(None, [*parts, describe_rolls(rows)]))
+
+
+def _describe_curves(rows: Sequence[Row], first: str) -> str:
+    """A sentence a curve; the first begins with `first`."""
+    parts: list[str] = []
     for name in curves.modalities(rows, "attention_share"):
         curve = curves.curve(rows, "valid", f"attention_share/{name}")
         if len(curve.y):
             ends = f"from {curve.y[0]:.2f} to {curve.y[-1]:.2f}"
-            parts.append(f"The attention share of {name} goes {ends}.")
+            parts.append(f"attention share of {name} goes {ends}")
     imbalance = curves.curve(rows, "valid", "imbalance")
     if len(imbalance.y):
         top = int(np.argmax(imbalance.y))
         parts.append(
-            f"The imbalance goes from {imbalance.y[0]:.2f} to {imbalance.y[-1]:.2f}, "
-            f"with a peak of {imbalance.y[top]:.2f} at epoch {imbalance.x[top]:.0f}."
+            f"imbalance goes from {imbalance.y[0]:.2f} to {imbalance.y[-1]:.2f}, "
+            f"with a peak of {imbalance.y[top]:.2f} at epoch {imbalance.x[top]:.0f}"
         )
-    parts.append(describe_rolls(rows))
-    return " ".join(parts)
+    words = (first, *["The"] * len(parts))
+    return " ".join(f"{word} {part}." for word, part in zip(words, parts, strict=False))
 
 
 def describe_rolls(rows: Sequence[Row]) -> str:

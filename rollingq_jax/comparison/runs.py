@@ -52,7 +52,9 @@ class Plan(NamedTuple):
         Raises:
           ConfigError: a field is not one, or has another type.
         """
-        fields = self.arms[arm] | self.settings[number] | {"seed": seed}
+        # An arm without rotations is its own; runs of a comparison need no twin.
+        own = {"seed": seed, "plain_twin": False}
+        fields = self.arms[arm] | self.settings[number] | own
         return with_fields(self.config, fields, f"arm {arm!r}")
 
     def run_folder(self, arm: str, number: int, seed: int) -> epath.Path:

@@ -17,6 +17,7 @@ FREE_FIELDS = (
     "log_every",
     "parallel",
     "nonfinite",
+    "plain_twin",
     "compare",
     "checkpoint.",
     "data.cache_dir",
@@ -44,6 +45,7 @@ def default_config() -> ConfigDict:
             "log_every": 10,  # steps between rows of metrics.jsonl
             "parallel": "jit",
             "vit_weights": "",  # file of an ImageNet-21k ViT-B/16 from which the encoders start
+            "plain_twin": False,  # also train without rotations, in `plain/`, for the figures
             "nonfinite": "stop",  # at a loss or gradient that is NaN or infinite; "skip": no update
             "optimizer": {
                 "name": "sgd",

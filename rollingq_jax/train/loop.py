@@ -1,6 +1,7 @@
 """The training run: epochs of steps, an evaluation after each, the test set once at the end."""
 
 import contextlib
+import copy
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -167,7 +168,24 @@ def complete(
         best = train(run, checkpoints, state, record, interruption, max_steps, quiet)._asdict()
         checkpoints.wait()
         interruption.unsaved = False
-        return finish_run(run, checkpoints, best) if test else {"best": best}
+        if not test:
+            return {"best": best}
+        if run.config.plain_twin and run.setup.roll_schedule is not None:
+            train_plain_twin(run, interruption, quiet)
+        return finish_run(run, checkpoints, best)
+
+
+def train_plain_twin(run: Run, interruption: Interruption, quiet: bool) -> None:
+    """The same run without rotations, in the folder `plain` of the run, for its figures.
+
+    The test data are not read. Interrupted, the run that it belongs to resumes it.
+    """
+    config = copy.deepcopy(run.config)
+    config.rolling.enabled, config.plain_twin = False, False
+    if not quiet and jax.process_index() == 0:
+        print("The same without rotations, for the figures ...")
+    plain = run.workdir / "plain"
+    train_and_evaluate(config, plain, interruption=interruption, test=False, quiet=True)
 
 
 def train(

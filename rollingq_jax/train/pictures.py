@@ -20,7 +20,7 @@ from rollingq_jax.analysis.report import ReportFigure, Table, write_report
 from rollingq_jax.train.run import Run
 from rollingq_jax.train.snapshot import Snapshot, load_snapshots
 from rollingq_jax.train.state import TrainState
-from rollingq_jax.train.writer import Row
+from rollingq_jax.train.writer import Row, read_rows
 
 MAX_ROTATIONS_DRAWN = 2
 
@@ -56,10 +56,11 @@ def report_figures(
     }
     if not predictions.attention_share:
         return figures
+    plain = read_rows(run.workdir / "plain" / "metrics.jsonl") if run.config.plain_twin else []
     figures["dynamics"] = ReportFigure(
         "Imbalance and attention share",
-        dynamics_figure(rows, beta=run.config.rolling.beta),
-        narrative.describe_dynamics(rows),
+        dynamics_figure(rows, beta=run.config.rolling.beta, plain=plain),
+        narrative.describe_dynamics(rows, plain),
         narrative.HOW_TO_READ["dynamics"],
     )
     panels = rotation_panels(run)

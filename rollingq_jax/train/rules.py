@@ -22,6 +22,7 @@ RULES = {
         "log_every": integer(1),
         "parallel": one_of(PARALLEL),
         "vit_weights": TEXT,
+        "plain_twin": FLAG,
         "nonfinite": one_of(NONFINITE),
     },
     "optimizer": {

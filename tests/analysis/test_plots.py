@@ -55,6 +55,9 @@ def wide_examples():
 three = ("audio", "text", "visual")
 FIGURES = {
     "dynamics": lambda: plots.dynamics_figure(examples.run_rows(), beta=0.3),
+    "dynamics beside a twin": lambda: plots.dynamics_figure(
+        examples.run_rows(), plain=examples.run_rows()
+    ),
     "dynamics of three": lambda: plots.dynamics_figure(examples.run_rows(modalities=three)),
     "dynamics, ten rolls": lambda: plots.dynamics_figure(
         examples.run_rows(rolls=range(2, 22, 2), heads=4)

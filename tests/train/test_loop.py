@@ -530,3 +530,16 @@ def test_a_workdir_whose_name_reads_as_a_pattern(finished, tmp_path, name):
         train_and_evaluate(config, tmp_path / name, max_steps=7)
     assert train_and_evaluate(config, tmp_path / name)["test_loss"] == summary["test_loss"]
     assert_same_result(config, undisturbed, tmp_path / name)
+
+
+def test_a_plain_twin_is_the_same_run_without_rotations(finished, tmp_path):
+    config, undisturbed, summary = finished
+    beside = tiny_config(config.data.path, plain_twin=True)
+    again = train_and_evaluate(beside, tmp_path / "run")
+    assert read_metrics(tmp_path / "run") == read_metrics(undisturbed)
+    assert again["test_accuracy"] == summary["test_accuracy"]
+    plain = tiny_config(config.data.path, **{"rolling.enabled": False})
+    train_and_evaluate(plain, tmp_path / "plain", test=False)
+    twin = read_metrics(tmp_path / "run" / "plain")
+    assert twin == read_metrics(tmp_path / "plain")
+    assert {row["split"] for row in twin} == {"train", "valid"}  # no test data, no rotations

@@ -16,13 +16,17 @@ _ROLL_LINE: dict[str, Any] = {"color": style.TURN, "linewidth": 1.6, "alpha": 0.
 MANY_ROLLS = 16  # more are drawn faintly, and without their angles
 
 
-def dynamics_figure(rows: Sequence[Row], *, beta: float | None = None) -> Figure:
+def dynamics_figure(
+    rows: Sequence[Row], *, beta: float | None = None, plain: Sequence[Row] = ()
+) -> Figure:
     """Attention share of each modality and imbalance over training, rotations marked.
 
     Args:
       rows: of metrics.jsonl: "train" rows give thin lines, "valid" rows thick ones, "roll" rows
         the vertical lines.
       beta: the threshold above which a head rolls; drawn where given.
+      plain: those of the same run without rotations, drawn in broken lines; of its shares only the
+        one that ends highest.
 
     Returns:
       A figure of two panels above each other; each says so if there is nothing to show.
@@ -35,9 +39,11 @@ def dynamics_figure(rows: Sequence[Row], *, beta: float | None = None) -> Figure
     if names:
         style.reference_line(top, 1 / len(names), "even\nshare")
         top.set_ylim(-0.02, 1.02)
+        _plain_share(top, plain, names)
     else:
         style.empty_note(top, "this fusion has no attention")
     _train_and_valid(bottom, rows, "imbalance", "imbalance", None)
+    _plain_curve(bottom, plain, "imbalance", style.INK)
     if not bottom.lines:
         style.empty_note(bottom, "no imbalance was recorded")
     elif beta is not None:
@@ -111,6 +117,36 @@ def _train_and_valid(
         axes.plot(train.x, train.y, color=look["color"], alpha=0.35, linewidth=1)
     if len(valid.x):
         axes.plot(valid.x, valid.y, label=label, linewidth=2.2, markersize=4, **look)
+
+
+def _plain_share(axes: Axes, plain: Sequence[Row], names: Sequence[str]) -> None:
+    """The share of the modality that attention without rotations ends up with."""
+    ends = {}
+    for name in names:
+        values = curves.curve(plain, "valid", f"attention_share/{name}").y
+        if len(values):
+            ends[name] = values[-1]
+    if ends:
+        favored = max(ends, key=lambda name: ends[name])
+        color = style.color(names.index(favored))
+        _plain_curve(axes, plain, f"attention_share/{favored}", color)
+
+
+def _plain_curve(axes: Axes, plain: Sequence[Row], field: str, color: str) -> None:
+    """A broken line for the validation rows of the run without rotations, named at its end."""
+    curve = curves.curve(plain, "valid", field)
+    if not len(curve.x):
+        return
+    axes.plot(curve.x, curve.y, color=color, linestyle=(0, (4, 2)), linewidth=2)
+    axes.annotate(
+        "without rotations",
+        (curve.x[-1], curve.y[-1]),
+        xytext=(0, 6),
+        textcoords="offset points",
+        ha="right",
+        fontsize=9.5,
+        color=color,
+    )
 
 
 def _mark_rolls(top: Axes, bottom: Axes, rolls: Sequence[curves.Roll]) -> None:
