@@ -169,7 +169,10 @@ def scores_and_means(state: RollingState) -> tuple[Array, Array, Array]:
     return scores, mean_keys, state.query_sum / total
 
 
-def reset_sums(state: RollingState) -> RollingState:
-    """The state with empty running sums; rotation and count as they were."""
-    sums = ("key_sum", "cosine_sum", "weight_sum", "query_sum", "query_weight")
-    return state._replace(**{name: jnp.zeros_like(getattr(state, name)) for name in sums})
+def reset_sums(state: RollingState, when: bool | Array = True) -> RollingState:
+    """The state with empty running sums where `when`; rotation and count as they were."""
+    names = ("key_sum", "cosine_sum", "weight_sum", "query_sum", "query_weight")
+    sums = {name: getattr(state, name) for name in names}
+    return state._replace(
+        **{name: jnp.where(when, jnp.zeros_like(x), x) for name, x in sums.items()}
+    )

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from rollingq_jax.errors import UserError
@@ -104,6 +105,7 @@ def roll(
     method: str = "geodesic",
     joint: bool = False,
     layers: int = 1,
+    when: bool | Array = True,
 ) -> tuple[RollingState, RollInfo]:
     """R <- R_new R, with R_new q_bar = q_b, in every head whose imbalance exceeds beta.
 
@@ -113,6 +115,7 @@ def roll(
       mean_keys: `[H, M, d]`, mu^m.
       scores: `[H, M]`, c^m.
       beta, rho, max_rotations, method, joint, layers: see `rolling_query`.
+      when: `[]` bool; no head rolls where it is False.
 
     Returns:
       The state with its new rotations and counts, and what was decided.
@@ -126,7 +129,7 @@ def roll(
     weights = jax.vmap(rebalance_weights, (0, None))(scores, rho)
     anchor = jax.vmap(rebalance_anchor)(query, mean_keys, weights)
     defined = jax.vmap(has_anchor)(query, mean_keys, weights)
-    rolled = (heads_imbalance > beta) & defined
+    rolled = (heads_imbalance > beta) & defined & when
     if max_rotations is not None:
         rolled &= state.count < max_rotations
     if joint:
@@ -168,9 +171,9 @@ def rolling_query(
     """RollingQ for any attention that exposes a class query and keys (paper, algorithm 1).
 
     `init(num_modalities, dim, num_heads=1)` makes the state; `observe(state, query, mean_keys,
-    weight=None, axis_name=None)` adds a batch to it; `update(state, query=None)` rolls the heads
-    where it is due and resets the sums, without a host synchronisation; in the forward pass the
-    class query is `rotate(state.rotation, query)`.
+    weight=None, axis_name=None)` adds a batch to it; `update(state, query=None, *, when=True)`
+    rolls the heads where it is due and resets the sums, without a host synchronization; in the
+    forward pass the class query is `rotate(state.rotation, query)`.
 
     Args:
       beta: a head rolls when its imbalance is larger; 0 or more.
@@ -220,28 +223,30 @@ def rolling_query(
         return state
 
     def update(
-        state: RollingState, query: Array | None = None, scores: Array | None = None
+        state: RollingState, query: Array | None = None, *, when: bool | Array = True
     ) -> tuple[RollingState, RollInfo]:
         """Rolls where due and resets the sums.
 
-        `query` `[H, d]` is the one in use now, rotated; None takes the observed mean. `scores`
-        `[H, M]` are used in place of the observed ones.
+        `query` `[H, d]` is the one in use now, rotated; None takes the observed mean. Where `when`,
+        a bool or `[]` bool that may be traced, is False, nothing rolls and the state stays as it
+        is: a training step can call this every time and say when the check is due.
         """
-        check_arrays(sizes(state), query=(query, "H d or None"), scores=(scores, "H M or None"))
-        seen_scores, mean_keys, mean_query = scores_and_means(state)
-        query = mean_query if query is None else jax.lax.stop_gradient(query)
-        state, info = roll(
+        check_arrays(sizes(state), query=(query, "H d or None"))
+        check_arrays(when=(np.bool_(when) if isinstance(when, bool) else when, "", "bool"))
+        scores, mean_keys, mean_query = scores_and_means(state)
+        rolled, info = roll(
             state,
-            query,
+            mean_query if query is None else jax.lax.stop_gradient(query),
             mean_keys,
-            seen_scores if scores is None else jax.lax.stop_gradient(scores),
+            scores,
             beta=beta,
             rho=rho,
             max_rotations=max_rotations,
             method=method,
             joint=joint,
             layers=layers,
+            when=when,
         )
-        return reset_sums(state), info
+        return reset_sums(rolled, when), info
 
     return RollingQuery(init=init, observe=observe, update=update)

@@ -162,6 +162,16 @@ def batch_scores(sums: Sums) -> Array:
     return jnp.stack(columns, axis=-1)
 
 
+def replace_scores(rolling: RollingState, scores: Array) -> RollingState:
+    """A state that observed the same mean keys, and `scores` `[H, M]` instead of its own.
+
+    For upstream's choice, which takes keys from an epoch and scores from its last batch.
+    """
+    mean_keys = jnp.swapaxes(scores_and_means(rolling)[1], 0, 1)
+    ones = jnp.ones_like(rolling.weight_sum)
+    return rolling._replace(key_sum=mean_keys, cosine_sum=scores.T, weight_sum=ones)
+
+
 def make_train_step(
     model: Any,
     tx: optax.GradientTransformation,
@@ -199,8 +209,9 @@ def make_train_step(
         """The check, with the query as it is now: after the update, under the old rotation."""
         query = current_query(model, params, rolling)
         keys = stacked_keys(out)
-        scores = batch_scores(sums) if last_batch_scores else None
-        rolled, info = roller.update(rolling, query, scores)
+        if last_batch_scores:
+            rolling = replace_scores(rolling, batch_scores(sums))
+        rolled, info = roller.update(rolling, query)
         turned = jnp.where(info.rolled[:, None], info.anchor, query)
         before, after = (batch_imbalance(q, keys, weight, axis_name) for q in (query, turned))
         return rolled, Roll(info, query, before, after)

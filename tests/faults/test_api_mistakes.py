@@ -130,8 +130,12 @@ ROWS = [
     (observe(weight=ONES(4)), r"\(4,\); allowed"),
     (observe(weight=0.5), r"weight is a float; allowed: an array \[B\] or \[M, B\]"),
     (lambda: ROLLER.update((), QUERY), "state is a tuple; allowed"),
-    (lambda: ROLLER.update(STATE, QUERY[:1]), r"query, scores have shapes \(1, 4\), None; allowed"),
-    (lambda: ROLLER.update(STATE, QUERY, ONES((2, 3))), r"\(2, 3\); allowed: .*\[H, M\] or None"),
+    (lambda: ROLLER.update(STATE, QUERY[:1]), r"query has shape \(1, 4\); allowed"),
+    (
+        lambda: ROLLER.update(STATE, QUERY, when=ONES(2) > 0),
+        r"when has shape \(2,\); allowed: \[\]",
+    ),
+    (lambda: ROLLER.update(STATE, QUERY, when=1), "when is a int; allowed"),
     # folding
     (fold(rotation=None), r"rotation is None; allowed: an array \[H, d_h, d_h\]"),
     (fold(rotation=ONES((4, 4))), r"rotation has shape \(4, 4\); allowed: \[H, d_h, d_h\]"),
