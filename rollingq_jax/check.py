@@ -7,12 +7,11 @@ Reads every example (``--quick``: the first 100 of each split) and prints counts
 kinds, shapes, quality and files that cannot be read. Leaves with code 2 where something is wrong.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
 import grain
 import numpy as np
@@ -23,7 +22,8 @@ from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.manifest import is_manifest, read_manifest
 from rollingq_jax.data.options import mapping_option, option
 from rollingq_jax.data.types import Dataset
-from rollingq_jax.errors import ConfigError, DataError, printable
+from rollingq_jax.errors import DataError, printable
+from rollingq_jax.train.cli import Command, run_command, switch, text
 
 QUICK = 100
 SHOWN = 20
@@ -135,46 +135,43 @@ def _missing_files(config_data: Any) -> Iterator[str]:
             yield f"... and {len(missing) - SHOWN} more missing files"
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises instead of printing the usage and leaving."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
+CHECK = Command(
+    "check",
+    "Prints what a data set holds, before anything is trained on it: counts by split and class, "
+    "kinds, shapes, quality, and files that cannot be read. Exits with code 2 where something is "
+    "wrong.",
+    "--path mine.npz",
+    (
+        text("path", "PATH", "an .npz file, a folder of .npy files or a manifest"),
+        switch("quick", f"read {QUICK} examples of each split"),
+        text("workdir", "FOLDER", "not used: a training command can be checked as it stands"),
+    ),
+    reads_config=True,
+)
 
 
 def command(argv: Sequence[str]) -> None:
-    """The command line; see the module's docstring.
+    """`python -m rollingq_jax check`; `argv` begins with the program's name.
 
     Raises:
       UserError: the data or the arguments cannot be used.
     """
-    parser = _Parser(
-        prog="python -m rollingq_jax.check",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--path", help="an .npz file, a folder of .npy files or a manifest")
-    parser.add_argument("--quick", action="store_true", help=f"read {QUICK} examples of each split")
-    options, rest = parser.parse_known_args(argv[1:])
-    if options.path is not None and not rest:
-        config_data, encoders, seed = SimpleNamespace(name="arrays", path=options.path), None, 0
+    given, fields = CHECK.parse_flags(argv)
+    if given.path is not None and given.config is None and given.config_json is None and not fields:
+        config_data, encoders, seed = SimpleNamespace(name="arrays", path=given.path), None, 0
     else:
-        from rollingq_jax.train.cli import parse  # only where a configuration is given
-
-        extra = [f"--config.data.path={options.path}"] if options.path is not None else []
-        config = parse([argv[0], *rest, *extra, "--workdir=."]).config
+        if given.path is not None:
+            fields.append(f"--config.data.path={given.path}")
+        config = CHECK.read_config(given, fields)
         config_data, encoders, seed = config.data, config.model.encoders, config.seed
     for line in _missing_files(config_data):
         print(printable(line))
     dataset = load_dataset(config_data, seed=seed, encoders=encoders)
     for line in describe(dataset, encoders):
         print(printable(line))
-    for line in read_examples(dataset, QUICK if options.quick else None):
+    for line in read_examples(dataset, QUICK if given.quick else None):
         print(printable(line))
 
 
 if __name__ == "__main__":
-    from rollingq_jax.train.cli import run_command
-
     sys.exit(run_command(command, sys.argv))

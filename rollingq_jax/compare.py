@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -34,8 +33,7 @@ from rollingq_jax.comparison.runs import (
 from rollingq_jax.comparison.selection import search_line
 from rollingq_jax.comparison.stages import Progress, run_tests, tune_arms
 from rollingq_jax.errors import ConfigError
-from rollingq_jax.train.arguments import USAGE, parse
-from rollingq_jax.train.cli import run_command
+from rollingq_jax.train.cli import Command, integer, run_command, switch, text
 from rollingq_jax.train.config import check_config
 from rollingq_jax.train.console import device_line
 from rollingq_jax.train.interrupt import Interruption
@@ -45,6 +43,7 @@ from rollingq_jax.train.workdir import check_workdir
 from rollingq_jax.train.writer import read_rows, table, write_json, write_whole
 
 DEFAULT_ARMS = "concat,attention,rollingq"
+MOST_SEEDS = 10_000
 
 
 def compare(
@@ -99,8 +98,10 @@ def compare(
     check_config(config)
     if jax.process_count() > 1:
         raise ConfigError(f"compare runs in {jax.process_count()} processes; allowed: one")
-    if num_seeds < 1:
-        raise ConfigError(f"--seeds is {num_seeds}; allowed: an integer >= 1")
+    if not 1 <= num_seeds <= MOST_SEEDS:
+        raise ConfigError(
+            f"--seeds is {num_seeds}; allowed: an integer >= 1 and at most {MOST_SEEDS:,}"
+        )
     folder = check_workdir(workdir)
     dataset = dataset_of(config)
     if isinstance(arms, str):
@@ -190,40 +191,55 @@ def summary_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+COMPARE = Command(
+    "compare",
+    "Compares arms over seeds: each is tuned on validation data with the same grid "
+    "(config.compare.grid) and tested once a seed. Resumes what the folder holds.",
+    "--config configs/av_digits.py --arms concat,attention,rollingq --seeds 10 "
+    "--workdir runs/compare",
+    (
+        text("workdir", "FOLDER", "the comparison's folder", required=True),
+        text(
+            "arms",
+            "ARMS",
+            f"with commas between, each {FORM}; known: the name of a modality, {', '.join(ARMS)} "
+            f"(default: {DEFAULT_ARMS})",
+            default=DEFAULT_ARMS,
+        ),
+        integer("seeds", "runs of each arm (default: 10)", low=1, high=MOST_SEEDS, default=10),
+        text("reference", "ARM", "the arm that the others are compared with, seed by seed"),
+        switch("noise", "test each run under growing noise in each modality, too"),
+        integer(
+            "first_seed",
+            "where seeds count from (default: behind those that settings are chosen on)",
+            low=0,
+            high=2**32 - 1,
+        ),
+        switch("allow_reuse", "a seed may serve the choice of settings and the comparison, too"),
+    ),
+    reads_config=True,
+)
+
+
 def command(argv: Sequence[str]) -> None:
-    """`python -m rollingq_jax.compare`; ``argv`` begins with the program's name."""
-    usage = (
-        f"{USAGE}, --arms ARMS, --seeds N, --reference ARM, --noise, --first_seed N, --allow_reuse"
-    )
-    if {"-h", "--help"} & set(argv):
-        print(f"usage: python -m rollingq_jax.compare {usage}")
-        print(f"  --arms  with commas between, each {FORM};")
-        print(f"          known: the name of a modality, {', '.join(ARMS)}")
-        return
+    """`python -m rollingq_jax compare`; `argv` begins with the program's name."""
     with Interruption(ends_process=True) as interruption:
-        values = flags.FlagValues()
-        flags.DEFINE_string("arms", DEFAULT_ARMS, "What is compared.", flag_values=values)
-        flags.DEFINE_integer("seeds", 10, "Runs of each arm.", flag_values=values)
-        flags.DEFINE_string("reference", None, "The arm to compare with.", flag_values=values)
-        flags.DEFINE_integer("first_seed", None, "Where they count from.", flag_values=values)
-        flags.DEFINE_bool("allow_reuse", False, "Choose and test on a seed.", flag_values=values)
-        flags.DEFINE_bool("noise", False, "Test under noise too.", flag_values=values)
-        parse(argv, values)
+        given = COMPARE.parse(argv)
         result = compare(
-            values.config,
-            values.workdir,
-            arms=values.arms,
-            num_seeds=values.seeds,
-            reference=values.reference,
-            noise=values.noise,
-            first_seed=values.first_seed,
-            allow_reuse=values.allow_reuse,
+            given.config,
+            given.workdir,
+            arms=given.arms,
+            num_seeds=given.seeds,
+            reference=given.reference,
+            noise=given.noise,
+            first_seed=given.first_seed,
+            allow_reuse=given.allow_reuse,
             interruption=interruption,
         )
     print(table(summary_rows(result)))
     print(result["search"])
     print(result["conclusion"])
-    print(f"results.json, results.csv, figures and report.html are in {values['workdir'].value}")
+    print(f"results.json, results.csv, figures and report.html are in {given.workdir}")
 
 
 if __name__ == "__main__":

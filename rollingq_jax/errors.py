@@ -4,7 +4,9 @@ Each message is one line that names the field, the value that came and what is a
 lines print it without a traceback and leave with exit code 2.
 """
 
+import difflib
 import re
+from collections.abc import Callable, Iterable
 
 # Control characters, line separators, what turns the direction of text around, and halves of
 # letters, as undecodable file names have them.
@@ -84,3 +86,21 @@ def printable(text: str, keep: str = "\n\t") -> str:
       a\x1b[31mb
     """
     return _HIDDEN.sub(lambda found: found[0] if found[0] in keep else repr(found[0])[1:-1], text)
+
+
+def did_you_mean(
+    name: str, known: Iterable[str], form: Callable[[str], str] = lambda name: name
+) -> str:
+    """The nearest of some names, as a part of a message; empty where none is near.
+
+    Args:
+      name: as it was typed.
+      known: the names that there are.
+      form: from such a name to what is shown.
+
+    Example:
+      >>> did_you_mean("wrokdir", ["config", "workdir"], "--{}".format)
+      ' (did you mean --workdir?)'
+    """
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {form(near[0])}?)" if near else ""

@@ -9,13 +9,13 @@ example, ``predictions.csv`` into the workdir. With ``--path NEW`` other data ar
 The parameters are those of the best checkpoint by validation accuracy.
 """
 
-import argparse
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any
 
+from absl import flags
 from etils import epath
 
 from rollingq_jax.analysis import predictions, probes
@@ -27,7 +27,16 @@ from rollingq_jax.data.labels import ids_of
 from rollingq_jax.data.new_data import as_dataset, open_new_data
 from rollingq_jax.data.types import Dataset, Source
 from rollingq_jax.errors import ConfigError, DataError
-from rollingq_jax.train.cli import run_command
+from rollingq_jax.train.cli import (
+    MOST_AT_ONCE,
+    WORKDIR,
+    Command,
+    Flag,
+    integer,
+    run_command,
+    switch,
+    text,
+)
 from rollingq_jax.train.console import device_line
 from rollingq_jax.train.restore import LoadedRun, load_run
 from rollingq_jax.train.summary import versions
@@ -74,13 +83,14 @@ def evaluate(
     split = split or "test"
     if split not in dataset.splits:
         raise ConfigError(f"split: {split!r}; one of {', '.join(dataset.splits)}")
-    for text in corrupt:  # a mistake is told before the first pass
-        parse_corruptions(text, dataset.modalities)
+    for specification in corrupt:  # a mistake is told before the first pass
+        parse_corruptions(specification, dataset.modalities)
     probe = Probe(
         predictions.predictor(run.model, run.params, run.rotation),
         dataset,
         split,
-        batch_size=batch_size or run.config.batch_size,
+        # Batches are filled up with padding: none is larger than the split.
+        batch_size=min(batch_size or run.config.batch_size, len(dataset.splits[split])),
         seed=run.config.seed if seed is None else seed,
         encoders=run.config.model.encoders,
     )
@@ -93,7 +103,7 @@ def evaluate(
         "seed": probe.seed,
         "num_examples": len(clean.label),
         **predictions.scores(clean, run.config.model.num_classes, run.inputs.class_names),
-        "corrupted": [condition(probe, text, clean, run.config) for text in corrupt],
+        "corrupted": [condition(probe, one, clean, run.config) for one in corrupt],
     }
     if full_probes:
         result |= all_probes(probe, clean, levels)
@@ -147,16 +157,16 @@ def write_predictions(
 
 
 def condition(
-    probe: Probe, text: str, clean: predictions.Predictions, config: Any
+    probe: Probe, corruption: str, clean: predictions.Predictions, config: Any
 ) -> dict[str, Any]:
     """Scores of the split under one corruption, without those of each class.
 
     With "drop", "kept" counts the modalities that stayed because they are an example's last.
     """
-    found = probes.answers(probe, text)
+    found = probes.answers(probe, corruption)
     scores = predictions.scores(found, config.model.num_classes)
     del scores["per_class"]
-    result = {"corrupt": text, **scores, "unchanged": found.unchanged(clean)}
+    result = {"corrupt": corruption, **scores, "unchanged": found.unchanged(clean)}
     if found.kept:
         result["kept"] = sum(int(kept.sum()) for kept in found.kept.values())
     return result
@@ -178,93 +188,79 @@ def all_probes(
     }
 
 
-class _Parser(argparse.ArgumentParser):
-    """Mistakes become a `ConfigError`, which is printed as one line."""
+class _Levels(flags.ArgumentParser):
+    """Numbers with commas between."""
 
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
+    syntactic_help = "numbers >= 0 with commas between"
 
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = _Parser(
-        prog="python -m rollingq_jax.evaluate",
-        description="Evaluates a trained run and probes what its attention follows.",
-    )
-    parser.add_argument("--workdir", required=True, help="the run's folder")
-    parser.add_argument(
-        "--path",
-        help="labeled data in the place of the run's own, read with the run's preprocessing: data "
-        "that have moved, or new ones",
-    )
-    parser.add_argument("--split", help="train, valid or test (default: test)")
-    parser.add_argument(
-        "--corrupt",
-        action="append",
-        default=[],
-        metavar="MODALITY=CORRUPTION",
-        help="evaluate under this too, e.g. audio=1.0 (noise in training-set standard deviations), "
-        "audio=drop, audio=replace, audio=misalign; can be given several times",
-    )
-    parser.add_argument(
-        "--probes",
-        action="store_true",
-        help="noise each modality at every level, shuffle, swap and replace it; and scale the "
-        "class token's query, from even attention on",
-    )
-    parser.add_argument(
-        "--levels",
-        type=_levels,
-        metavar="A,B,...",
-        help="levels of noise of --probes (default: "
-        + ",".join(f"{level:g}" for level in probes.NOISE_LEVELS)
-        + ")",
-    )
-    parser.add_argument("--batch_size", type=_integer(1), help="default: the run's")
-    parser.add_argument(
-        "--seed", type=_integer(0), help="of noise and exchange (default: the run's)"
-    )
-    return parser
+    def parse(self, argument: str) -> tuple[float, ...]:
+        """The numbers; raises ValueError where one is none, negative or not finite."""
+        levels = tuple(float(part) for part in argument.split(","))
+        if not all(0 <= level < math.inf for level in levels):
+            raise ValueError(argument)
+        return levels
 
 
-def _levels(text: str) -> tuple[float, ...]:
-    try:
-        levels = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        levels = (math.nan,)
-    if not all(0 <= level < math.inf for level in levels):
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: numbers >= 0 with commas between")
-    return levels
-
-
-def _integer(low: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        if not text.isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r}; allowed: an integer >= {low}")
-        return int(text)
-
-    return read
+EVALUATE = Command(
+    "evaluate",
+    "Evaluates a trained run, with the best checkpoint by validation accuracy, and probes what its "
+    "attention follows. Writes evaluation.json, evaluation.html, predictions.csv and figures into "
+    "the run's folder.",
+    "--workdir runs/demo --corrupt audio=1.0",
+    (
+        WORKDIR,
+        text(
+            "path",
+            "PATH",
+            "labeled data instead of the run's own, read with the run's preprocessing: data that "
+            "have moved, or new ones",
+        ),
+        text("split", "NAME", "train, valid or test (default: test)"),
+        text(
+            "corrupt",
+            "MODALITY=CORRUPTION",
+            "evaluate under this too, e.g. audio=1.0 (noise in training-set standard deviations), "
+            "audio=drop, audio=replace, audio=misalign; can be given several times",
+            repeated=True,
+        ),
+        switch(
+            "probes",
+            "noise each modality at every level, shuffle, swap and replace it; and scale the class "
+            "token's query, from even attention on",
+        ),
+        Flag(
+            "levels",
+            "A,B,...",
+            "levels of noise of --probes (default: "
+            + ",".join(f"{level:g}" for level in probes.NOISE_LEVELS)
+            + ")",
+            _Levels(),
+        ),
+        integer(
+            "batch_size", "examples computed at once (default: the run's)", low=1, high=MOST_AT_ONCE
+        ),
+        integer("seed", "of noise and exchange (default: the run's)", low=0, high=2**32 - 1),
+    ),
+)
 
 
 def command(argv: Sequence[str]) -> None:
-    """`python -m rollingq_jax.evaluate`; ``argv`` begins with the program's name."""
-    arguments = make_parser().parse_args(list(argv[1:]))
-    if arguments.levels and not arguments.probes:
+    """`python -m rollingq_jax evaluate`; `argv` begins with the program's name."""
+    given = EVALUATE.parse(argv)
+    if given.levels and not given.probes:
         raise ConfigError("--levels is given without --probes; allowed: both, or neither")
     result = evaluate(
-        arguments.workdir,
-        path=arguments.path,
-        split=arguments.split,
-        corrupt=arguments.corrupt,
-        full_probes=arguments.probes,
-        levels=arguments.levels or probes.NOISE_LEVELS,
-        batch_size=arguments.batch_size,
-        seed=arguments.seed,
+        given.workdir,
+        path=given.path,
+        split=given.split,
+        corrupt=given.corrupt or (),
+        full_probes=given.probes,
+        levels=given.levels or probes.NOISE_LEVELS,
+        batch_size=given.batch_size,
+        seed=given.seed,
     )
     print(table(summary_rows(result)))
-    print(
-        f"evaluation.json, evaluation.html, predictions.csv and figures are in {arguments.workdir}"
-    )
+    print(f"evaluation.json, evaluation.html, predictions.csv and figures are in {given.workdir}")
 
 
 if __name__ == "__main__":

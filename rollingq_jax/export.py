@@ -10,18 +10,17 @@ where the architecture is upstream's, else ours, joined by dots, with the rotati
 ``rolling.rotation``.
 """
 
-import argparse
 import hashlib
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 from etils import epath
 
 import rollingq_jax as rq
-from rollingq_jax.errors import ConfigError, UserError
+from rollingq_jax.errors import UserError
 from rollingq_jax.exported import (
     PLATFORMS,
     input_shapes,
@@ -30,7 +29,7 @@ from rollingq_jax.exported import (
     serialize,
     write_bytes,
 )
-from rollingq_jax.train.cli import run_command
+from rollingq_jax.train.cli import WORKDIR, Command, run_command, switch, text
 from rollingq_jax.train.restore import LoadedRun, load_run
 from rollingq_jax.train.summary import read_summary, versions
 from rollingq_jax.train.writer import json_ready, table, write_json
@@ -155,58 +154,46 @@ def warn_of_rounding(run: LoadedRun) -> None:
             )
 
 
-class _Parser(argparse.ArgumentParser):
-    """Mistakes become a `ConfigError`, which is printed as one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = _Parser(
-        prog="python -m rollingq_jax.export",
-        description="Exports the best checkpoint of a run, with a model card beside it.",
-    )
-    parser.add_argument("--workdir", required=True, help="the run's folder")
-    parser.add_argument("--out", required=True, metavar="FILE.safetensors", help="the weights")
-    parser.add_argument(
-        "--stablehlo",
-        metavar="FILE",
-        help="also a serialized function of raw arrays, which jax alone can run (jax.export)",
-    )
-    parser.add_argument(
-        "--standardized",
-        action="store_true",
-        help="that function takes arrays that are standardized already, as the card says",
-    )
-    parser.add_argument(
-        "--fold",
-        action="store_true",
-        help="fold the rotation into the query projection: an ordinary Transformer",
-    )
-    return parser
+EXPORT = Command(
+    "export",
+    "Exports the best checkpoint of a run, with a model card beside it.",
+    "--workdir runs/demo --out model.safetensors --fold",
+    (
+        WORKDIR,
+        text("out", "FILE", "the weights, a path that ends in .safetensors", required=True),
+        text(
+            "stablehlo",
+            "FILE",
+            "also a serialized function of raw arrays, which jax alone can run (jax.export)",
+        ),
+        switch(
+            "standardized",
+            "that function takes arrays that are standardized already, as the card says",
+        ),
+        switch("fold", "fold the rotation into the query projection: an ordinary Transformer"),
+    ),
+)
 
 
 def command(argv: Sequence[str]) -> None:
-    """`python -m rollingq_jax.export`; ``argv`` begins with the program's name."""
-    arguments = make_parser().parse_args(list(argv[1:]))
+    """`python -m rollingq_jax export`; `argv` begins with the program's name."""
+    given = EXPORT.parse(argv)
     card = export(
-        arguments.workdir,
-        arguments.out,
-        stablehlo=arguments.stablehlo,
-        fold=arguments.fold,
-        standardized=arguments.standardized,
+        given.workdir,
+        given.out,
+        stablehlo=given.stablehlo,
+        fold=given.fold,
+        standardized=given.standardized,
     )
     rows = [
-        ("weights", f"{arguments.out}, {card['weights']['names']} names"),
+        ("weights", f"{given.out}, {card['weights']['names']} names"),
         ("parameters", f"{card['num_parameters']:,}"),
         ("rotation", rotation_line(card["weights"])),
-        ("model card", str(epath.Path(arguments.out).with_suffix(".json"))),
+        ("model card", str(epath.Path(given.out).with_suffix(".json"))),
     ]
     if "function" in card:
         platforms = ", ".join(card["function"]["platforms"])
-        rows.append(("function", f"{arguments.stablehlo}, for {platforms}"))
+        rows.append(("function", f"{given.stablehlo}, for {platforms}"))
     print(table(rows))
 
 

@@ -8,14 +8,13 @@ data were; these need not be there. The table has a line for each example: id, p
 probability of each class, attention share of each modality and, where it is given, the label.
 """
 
-import argparse
 import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -28,7 +27,7 @@ from rollingq_jax.data.new_data import NewData, open_new_data
 from rollingq_jax.data.pipeline import collate
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.inference import Prediction, Predictor, check_batch_size
-from rollingq_jax.train.cli import run_command
+from rollingq_jax.train.cli import MOST_AT_ONCE, WORKDIR, Command, integer, run_command, text
 from rollingq_jax.train.restore import load_run
 from rollingq_jax.train.writer import table as aligned
 
@@ -150,30 +149,29 @@ def _lacking(batch: dict[str, np.ndarray], modality: str, rows: int) -> int:
     return 0 if mask is None else int((~mask.reshape(rows, -1).any(axis=-1)).sum())
 
 
-class _Parser(argparse.ArgumentParser):
-    """Mistakes become a `ConfigError`, which is printed as one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = _Parser(
-        prog="python -m rollingq_jax.predict",
-        description="Predicts on new data with a trained run, and writes a table.",
-    )
-    parser.add_argument("--workdir", required=True, help="the run's folder")
-    parser.add_argument("--path", required=True, help="the new data, in any form for training")
-    parser.add_argument("--out", default="predictions.csv", help="default: predictions.csv")
-    parser.add_argument("--split", help="train, valid or test, where the data have splits")
-    parser.add_argument("--batch_size", type=int, default=64, help="a power of two (default: 64)")
-    return parser
+PREDICT = Command(
+    "predict",
+    "Predicts on new data with a trained run, and writes a table with a line for each example.",
+    "--workdir runs/demo --path NEW --out predictions.csv",
+    (
+        WORKDIR,
+        text("path", "PATH", "the new data, in any form for training", required=True),
+        text("out", "FILE", "the table (default: predictions.csv)", default="predictions.csv"),
+        text("split", "NAME", "train, valid or test, where the data have splits"),
+        integer(
+            "batch_size",
+            "examples computed at once, a power of two (default: 64)",
+            low=1,
+            high=MOST_AT_ONCE,
+            default=64,
+        ),
+    ),
+)
 
 
 def command(argv: Sequence[str]) -> None:
-    """`python -m rollingq_jax.predict`; `argv` begins with the program's name."""
-    given = make_parser().parse_args(list(argv[1:]))
+    """`python -m rollingq_jax predict`; `argv` begins with the program's name."""
+    given = PREDICT.parse(argv)
     result = predict(
         given.workdir, given.path, given.out, split=given.split, batch_size=given.batch_size
     )

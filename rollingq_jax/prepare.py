@@ -9,15 +9,18 @@ command is given again. Files that cannot be read are left out and listed at the
 with ``--strict``.
 """
 
-import argparse
 import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from types import SimpleNamespace
+from typing import Any
+
+from absl import flags
 
 from rollingq_jax.data.options import local_path
-from rollingq_jax.errors import ConfigError, UserError
+from rollingq_jax.errors import ConfigError
+from rollingq_jax.train.cli import Command, Flag, integer, run_command, switch, text, warn
 
 # Each module has prepare(source, data_dir, *, strict, ...) -> Prepared; the options that it takes
 # beside those of every set.
@@ -27,105 +30,79 @@ DATA_SETS = {
     "cmu_mosei": ("rollingq_jax.data.cmu_mosei", ()),
 }
 DEFAULTS = {"fps": 1, "workers": min(os.cpu_count() or 1, 8)}
-USER_ERROR, IO_ERROR, INTERRUPTED = 2, 74, 130
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as every other mistake: by one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python -m rollingq_jax.prepare --help")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = _Parser(
-        prog="python -m rollingq_jax.prepare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    _positive.__name__ = "whole number from 1"
-    parser.add_argument("data_set", choices=DATA_SETS, help="which data set")
-    parser.add_argument("--source", required=True, help="the original distribution")
-    parser.add_argument("--data_dir", required=True, help="where prepared sets are kept")
-    parser.add_argument(
-        "--strict", action="store_true", help="stop at the first file that cannot be read"
-    )
-    video = "; of video sets alone"
-    parser.add_argument(
-        "--fps", type=_positive, help=f"frames stored for each second of video (1){video}"
-    )
-    parser.add_argument(
-        "--workers",
-        type=_positive,
-        help=f"clips read at a time (one a processor, 8 at most){video}",
-    )
-    return parser
+_VIDEO = "; only of video sets"
+PREPARE = Command(
+    "prepare",
+    "Prepares a data set from its original distribution. Afterwards --config.data.path=DIR "
+    "trains on it. An interrupted preparation resumes when the same command is given again.",
+    "crema_d --source CREMA-D --data_dir DATA",
+    (
+        text("source", "PATH", "the original distribution", required=True),
+        text("data_dir", "DIR", "where prepared sets are kept", required=True),
+        switch("strict", "stop at the first file that cannot be read, instead of leaving it out"),
+        integer(
+            "fps",
+            f"frames stored for each second of video (default: 1){_VIDEO}",
+            low=1,
+            high=1000,
+        ),
+        integer(
+            "workers",
+            f"clips read at a time (default: one a processor, at most 8){_VIDEO}",
+            low=1,
+            high=1024,
+        ),
+    ),
+    positional=Flag(
+        "data_set", "DATA_SET", ", ".join(DATA_SETS), flags.EnumParser(list(DATA_SETS))
+    ),
+)
 
 
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+def _options(given: SimpleNamespace) -> dict[str, Any]:
     """The data set's own options: what was given, else their defaults.
 
     Raises:
       ConfigError: one was given that this set does not have.
     """
-    _, own = DATA_SETS[arguments.data_set]
-    given = {name: getattr(arguments, name) for name in DEFAULTS}
-    for name, value in given.items():
+    _, own = DATA_SETS[given.data_set]
+    for name in DEFAULTS:
+        value = getattr(given, name)
         if value is not None and name not in own:
             takers = ", ".join(key for key, (_, options) in DATA_SETS.items() if name in options)
             raise ConfigError(
-                f"--{name} is {value}; allowed with {takers}; {arguments.data_set} has no clips"
+                f"--{name} is {value}; allowed with {takers}; {given.data_set} has no clips"
             )
-    return {name: DEFAULTS[name] if given[name] is None else given[name] for name in own}
+    values = {name: getattr(given, name) for name in own}
+    return {name: DEFAULTS[name] if value is None else value for name, value in values.items()}
 
 
-def run(argv: Sequence[str]) -> None:
-    """Prepares what the arguments say.
+def command(argv: Sequence[str]) -> None:
+    """`python -m rollingq_jax prepare`; `argv` begins with the program's name.
 
     Raises:
       UserError: the arguments are wrong, or the data set cannot be prepared.
     """
-    arguments = make_parser().parse_args(argv)
-    chosen = _options(arguments)
-    source = local_path(arguments.source, "--source")
-    data_dir = local_path(arguments.data_dir, "--data_dir")
-    module, _ = DATA_SETS[arguments.data_set]
-    prepared = importlib.import_module(module).prepare(
-        source, data_dir, strict=arguments.strict, **chosen
-    )
-    print(f"{arguments.data_set}: {prepared.summary()}")
-    for name, reason in prepared.unreadable.items():
-        print(f"  unreadable: {name}: {reason}", file=sys.stderr)
-    if prepared.unreadable:
-        print(f"{len(prepared.unreadable)} unreadable, left out", file=sys.stderr)
-    print(f"train on it with --config.data.path={arguments.data_dir}")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, 2 for a user's mistake, 74 where a file cannot be read or written, 130 when
-    interrupted. All but 0 come with one line on standard error.
-    """
+    given = PREPARE.parse(argv)
+    chosen = _options(given)
+    source = local_path(given.source, "--source")
+    data_dir = local_path(given.data_dir, "--data_dir")
+    module, _ = DATA_SETS[given.data_set]
     try:
-        run(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_ERROR
-    except OSError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return IO_ERROR
+        prepared = importlib.import_module(module).prepare(
+            source, data_dir, strict=given.strict, **chosen
+        )
     except KeyboardInterrupt:
-        print("interrupted; give the same command again to go on", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+        raise KeyboardInterrupt("interrupted; give the same command again to resume") from None
+    print(f"{given.data_set}: {prepared.summary()}")
+    for name, reason in prepared.unreadable.items():
+        warn(f"unreadable: {name}: {reason}")
+    if prepared.unreadable:
+        warn(f"{len(prepared.unreadable)} unreadable, left out")
+    print(f"train on it with --config.data.path={given.data_dir}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(command, sys.argv))

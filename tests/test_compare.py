@@ -17,8 +17,7 @@ from rollingq_jax.comparison import results, runs, selection
 from rollingq_jax.data.corruption import parse_corruptions
 from rollingq_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from rollingq_jax.models.spec import ModelSpec
-from rollingq_jax.train.arguments import read_python
-from rollingq_jax.train.cli import run_command
+from rollingq_jax.train.cli import read_python, run_command
 from rollingq_jax.train.config import check_config, default_config
 from rollingq_jax.train.interrupt import Interrupted
 

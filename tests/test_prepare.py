@@ -10,6 +10,7 @@ import pytest
 
 from rollingq_jax import prepare
 from rollingq_jax.data.records import open_records
+from rollingq_jax.train.cli import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "data"))
@@ -26,14 +27,25 @@ def run(*arguments, **options):
     )  # fmt: skip
 
 
+def prepared(*arguments):
+    """The exit code."""
+    return run_command(prepare.command, ["prepare", *arguments])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["data_set, --source, --data_dir"]),
+        ([], ["data_set, --source, --data_dir are missing"]),
         (["imagenet", "--source", "a", "--data_dir", "b"], ["'imagenet'", "crema_d"]),
         (["crema_d", "--data_dir", "b"], ["--source"]),
-        (["crema_d", "--source", "a", "--data_dir", "b", "--fps", "0"], ["whole number from 1"]),
-        (["crema_d", "--source", "a", "--data_dir", "b", "--fps", "x"], ["whole number from 1"]),
+        (
+            ["crema_d", "--source", "a", "--data_dir", "b", "--fps", "0"],
+            ["--fps is 0; allowed: an integer >= 1"],
+        ),
+        (
+            ["crema_d", "--source", "a", "--data_dir", "b", "--fps", "x"],
+            ["--fps is 'x'; allowed: an integer >= 1"],
+        ),
         (["crema_d", "--source", "a", "--data_dir", "b", "--sorce", "c"], ["--sorce"]),
         (["crema_d", "--source", "/nowhere", "--data_dir", "b"], ["/nowhere: no such folder"]),
         (["kinetics_sounds", "--source", "/nowhere", "--data_dir", "b"], ["no such folder"]),
@@ -58,7 +70,7 @@ def run(*arguments, **options):
 )
 def test_a_mistake_is_one_line(arguments, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert prepare.main(arguments) == 2
+    assert prepared(*arguments) == 2
     printed = capsys.readouterr()
     lines = printed.err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ")
@@ -74,16 +86,14 @@ def test_a_folder_without_rights_is_one_line(capsys, tmp_path, monkeypatch):
     for name in prepare.DATA_SETS:
         with monkeypatch.context() as patch:
             patch.setattr(Path, "is_dir", is_dir)
-            assert prepare.main([name, "--source", "locked", "--data_dir", "b"]) == 74
+            assert prepared(name, "--source", "locked", "--data_dir", "b") == 74
         printed = capsys.readouterr().err
         assert printed == "error: [Errno 13] Permission denied: 'locked'\n"
     assert not list(tmp_path.iterdir())
 
 
 def test_help_names_every_set(capsys):
-    with pytest.raises(SystemExit) as leaving:
-        prepare.main(["--help"])
-    assert leaving.value.code == 0
+    assert prepared("--help") == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in prepare.DATA_SETS)
 
@@ -114,9 +124,9 @@ def test_interrupt_leaves_a_note_and_goes_on(capsys, tmp_path, monkeypatch):
     command = ["crema_d", "--source", str(source), "--data_dir", str(tmp_path / "data")]
     with monkeypatch.context() as patch:
         patch.setattr(crema_d, "read_audio", stop)
-        assert prepare.main(command) == 130
+        assert prepared(*command) == 130
     assert "give the same command again" in capsys.readouterr().err
-    assert prepare.main(command) == 0
+    assert prepared(*command) == 0
 
 
 @pytest.mark.faults

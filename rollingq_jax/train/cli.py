@@ -1,18 +1,30 @@
-"""Command lines: what a command raises becomes one line on standard error and an exit code."""
+"""Command lines: flags, their help, one line for each mistake, and exit codes.
+
+A command has a table of flags, which absl reads. What a command raises becomes one line on standard
+error and an exit code.
+"""
 
 import contextlib
+import json
 import logging
 import os
+import runpy
 import sys
+import textwrap
+import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
+from etils import epath
+from ml_collections import ConfigDict, config_flags
 
-from rollingq_jax.errors import UserError, printable
-from rollingq_jax.train.arguments import TRAIN_USAGE, parse
-from rollingq_jax.train.distributed import join
+from rollingq_jax.errors import ConfigError, UserError, did_you_mean, printable, said
+from rollingq_jax.train.config import allowed_in, from_json
+from rollingq_jax.train.distributed import TIMEOUT, join
 from rollingq_jax.train.interrupt import EXIT_CODE, Interrupted, Interruption
 from rollingq_jax.train.output import shown
 from rollingq_jax.train.profiling import default_cache, keep_compiled
@@ -20,6 +32,349 @@ from rollingq_jax.train.profiling import default_cache, keep_compiled
 USER_ERROR = 2
 IO_ERROR = 74  # EX_IOERR of sysexits.h
 KILLED_BY_SIGINT = 130
+MOST_AT_ONCE = 2**20  # examples in a batch that a command line may ask for
+WIDTH, COLUMN = 80, 26  # of the help: the terminal that it fits, and where its second column begins
+
+
+class Flag(NamedTuple):
+    """A flag of a command.
+
+    Attributes:
+      name: without dashes.
+      metavar: its value in the help; empty for a switch.
+      help: one or more sentences.
+      parser: from text to a value.
+      default: the value where the flag is not given; absl's parsers leave None as it is.
+      required: whether the command needs it.
+      repeated: whether it may be given several times; its value is a list then.
+    """
+
+    name: str
+    metavar: str
+    help: str
+    parser: flags.ArgumentParser
+    default: Any = None
+    required: bool = False
+    repeated: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The flag as it is typed."""
+        return f"--{self.name} {self.metavar}" if self.metavar else f"--{self.name}"
+
+
+def text(name: str, metavar: str, help: str, **fields: Any) -> Flag:
+    """A flag whose value is any text; `fields` are those of `Flag`."""
+    return Flag(name, metavar, help, flags.ArgumentParser(), **fields)
+
+
+def integer(name: str, help: str, *, low: int, high: int, **fields: Any) -> Flag:
+    """A flag whose value is an integer between two bounds."""
+    return Flag(name, "N", help, flags.IntegerParser(low, high), **fields)
+
+
+def switch(name: str, help: str) -> Flag:
+    """A flag that is given or not: `--name`, or `--noname`."""
+    return Flag(name, "", help, flags.BooleanParser(), default=False)
+
+
+WORKDIR = text("workdir", "FOLDER", "the run's folder, local or gs://", required=True)
+CONFIG_FLAGS = (
+    text("config", "FILE", "a Python file with get_config(), as those in configs/"),
+    text("config_json", "FILE", "instead of it: a config.json, as a run leaves it"),
+)
+# In the help only: the configuration says which fields there are.
+CONFIG_FIELD = switch("config.FIELD=VALUE", "sets a field, as --config.seed=1")
+DISTRIBUTED_FLAGS = (
+    switch("distributed", "join the other processes of a cluster that JAX knows"),
+    text("coordinator", "HOST:PORT", "where there is none: an address of process 0"),
+    integer("num_processes", "with it: how many there are", low=1, high=2**31 - 1),
+    integer("process_id", "with it: which of them this is, from 0", low=0, high=2**31 - 1),
+    integer(
+        "initialization_timeout",
+        f"seconds to wait for the other processes (default: {TIMEOUT})",
+        low=1,
+        high=1_000_000,
+    ),
+)
+
+
+class Command(NamedTuple):
+    """A command line: its flags, and what its help says.
+
+    Attributes:
+      name: as in `python -m rollingq_jax NAME`.
+      summary: what it does, in a few sentences.
+      example: what may be typed behind its name.
+      flags: in the order of the help.
+      positional: an argument without a name, which is required, if there is one.
+      reads_config: whether it takes `CONFIG_FLAGS`, and `--config.FIELD=VALUE` for any field.
+      epilog: more help, made when it is asked for.
+    """
+
+    name: str
+    summary: str
+    example: str
+    flags: tuple[Flag, ...]
+    positional: Flag | None = None
+    reads_config: bool = False
+    epilog: Callable[[], str] = str
+
+    def parse(self, argv: Sequence[str]) -> SimpleNamespace:
+        """Values by the names of the flags; `config` is a `ConfigDict` if the command reads one.
+
+        Args:
+          argv: the program's name and its arguments.
+
+        Raises:
+          ConfigError: a flag or a field is unknown, ill-typed or missing, or the configuration
+            cannot be read.
+          SystemExit: the help was asked for, and has been printed.
+        """
+        given, rest = self.parse_flags(argv)
+        if self.reads_config:
+            given.config = self.read_config(given, rest)
+        return given
+
+    def parse_flags(self, argv: Sequence[str]) -> tuple[SimpleNamespace, list[str]]:
+        """The first half of `parse`: values by flag, and the fields of the configuration as typed.
+
+        Nothing is read and no device used, so that processes can be joined between the halves.
+        """
+        if {"-h", "--help"} & set(argv[1:]):
+            print(self.help(argv[0]))
+            raise SystemExit(0)
+        values = flags.FlagValues()
+        known = self.flags + (CONFIG_FLAGS if self.reads_config else ())
+        for one in known:
+            kind = flags.MultiFlag if one.repeated else flags.Flag
+            parser = _Parser(one.parser, f"--{one.name}", allowed=partial(_allowed, one.parser))
+            switch = not one.metavar
+            flag = kind(parser, None, one.name, one.default, one.help, boolean=switch)
+            flags.DEFINE_flag(flag, values)
+        rest = _read_flags(values, argv)
+        given = SimpleNamespace(**{one.name: values[one.name].value for one in known})
+        missing = [
+            f"--{one.name}" for one in known if one.required and values[one.name].value is None
+        ]
+        if self.positional is not None:
+            found = rest.pop(0) if rest and not rest[0].startswith("-") else None
+            setattr(given, self.positional.name, self._read_positional(found))
+            missing = [self.positional.name] * (found is None) + missing
+        if not self.reads_config:
+            self._refuse(rest)
+        if missing:
+            verb = "is" if len(missing) == 1 else "are"
+            raise ConfigError(f"{', '.join(missing)} {verb} missing; allowed: {self.usage()}")
+        return given, rest
+
+    def read_config(self, given: SimpleNamespace, rest: Sequence[str]) -> ConfigDict:
+        """The configuration that the flags name, with the fields that were typed."""
+        if (given.config is None) == (given.config_json is None):
+            raise ConfigError(f"wanted one of --config and --config_json; allowed: {self.usage()}")
+        config = read_json(given.config_json) if given.config is None else read_python(given.config)
+        values, argv = flags.FlagValues(), [self.name, *rest]
+        try:
+            config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        except (AttributeError, KeyError) as error:
+            raise ConfigError(_unknown_field(rest, config) or str(error)) from None
+        except (flags.Error, TypeError, ValueError) as error:
+            raise ConfigError(" ".join(str(error).split())) from None
+        for name in values:
+            if name.startswith("config."):
+                allowed = partial(allowed_in, name.removeprefix("config."), config)
+                values[name].parser = _Parser(values[name].parser, name, allowed=allowed)
+        self._refuse(_read_flags(values, argv))
+        return values.config
+
+    def usage(self) -> str:
+        """The flags in one line: those that are needed, then the others."""
+        config = ["--config FILE or --config_json FILE", "--config.FIELD=VALUE"]
+        needed = config if self.reads_config else []
+        needed = needed + [one.shown for one in self.flags if one.required]
+        if self.positional is not None:
+            needed.insert(0, self.positional.metavar)
+        others = [one.shown for one in self.flags if not one.required]
+        return ", ".join(needed) + (f"; optional: {', '.join(others)}" if others else "")
+
+    def help(self, program: str) -> str:
+        """The help, in columns that fit a terminal of 80 characters."""
+        if not program.startswith("rollingq "):
+            base = os.path.basename(program)
+            program = (
+                "python train.py" if base == "train.py" else f"python -m rollingq_jax {self.name}"
+            )
+        named = (self.positional,) if self.positional is not None else ()
+        needed = [one.shown for one in self.flags if one.required]
+        needed += ["--config FILE"] if self.reads_config and needed else []
+        usage = " ".join([f"usage: {program}", *(one.metavar for one in named), *needed, "[flags]"])
+        config = (*CONFIG_FLAGS, CONFIG_FIELD) if self.reads_config else ()
+        rows = [(one.metavar, one.help) for one in named]
+        rows += [(one.shown, one.help) for one in (*config, *self.flags)]
+        parts = [
+            _wrapped(usage, "    "),
+            _wrapped(self.summary),
+            "\n".join(_in_columns(*row) for row in rows),
+            f"example:\n{_as_typed(f'{program} {self.example}')}",
+            self.epilog(),
+        ]
+        return "\n\n".join(part for part in parts if part)
+
+    def _read_positional(self, found: str | None) -> Any:
+        if found is None or self.positional is None:
+            return None
+        try:
+            return self.positional.parser.parse(found)
+        except ValueError:
+            allowed = _allowed(self.positional.parser)
+            raise ConfigError(f"{self.positional.name} is {found!r}; allowed: {allowed}") from None
+
+    def _refuse(self, rest: Sequence[str]) -> None:
+        """Raises for the first of the arguments that nothing has read, if there is any."""
+        if not rest:
+            return
+        if not rest[0].startswith("-"):
+            raise ConfigError(f"argument {rest[0]!r} is not known; allowed: {self.usage()}")
+        name, dot, field = rest[0].lstrip("-").partition("=")[0].partition(".")
+        names = [one.name for one in self.flags + (CONFIG_FLAGS if self.reads_config else ())]
+        meant = did_you_mean(name, names, lambda found: f"--{found}{dot}{field}")
+        raise ConfigError(f"--{name}{dot}{field} is not a flag{meant}; allowed: {self.usage()}")
+
+
+class _Parser(flags.ArgumentParser):
+    """Another parser, with a line for what it refuses."""
+
+    def __init__(
+        self, parser: flags.ArgumentParser, name: str, *, allowed: Callable[[], str]
+    ) -> None:
+        self._parser, self._name, self._allowed = parser, name, allowed
+
+    def parse(self, argument: Any) -> Any:
+        try:
+            return self._parser.parse(argument)
+        except (TypeError, ValueError, OverflowError):
+            number = str(argument).removeprefix("-").isdecimal()
+            shown = argument if number else repr(argument)
+            raise ConfigError(f"{self._name} is {shown}; allowed: {self._allowed()}") from None
+
+    def refuse_nothing(self) -> ConfigError:
+        """The line where the flag is the last argument and its value is missing."""
+        return ConfigError(f"{self._name} is given without a value; allowed: {self._allowed()}")
+
+
+def _read_flags(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
+    """Sets the flags; returns the arguments that are none of them.
+
+    Raises:
+      ConfigError: a value is missing or is refused.
+    """
+    values.set_gnu_getopt(True)  # flags may stand behind other arguments
+    last = argv[-1] if len(argv) > 1 else ""
+    flag = values[last.lstrip("-")] if last.startswith("-") and last.lstrip("-") in values else None
+    if flag is not None and not flag.boolean and isinstance(flag.parser, _Parser):
+        raise flag.parser.refuse_nothing()
+    try:
+        return values(argv, known_only=True)[1:]
+    except flags.IllegalFlagValueError as error:
+        if isinstance(error.__context__, ConfigError):  # absl has put words of its own around it
+            raise error.__context__ from None
+        raise ConfigError(str(error)) from None
+    except (flags.Error, OSError, TypeError, ValueError) as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+
+
+def _allowed(parser: flags.ArgumentParser) -> str:
+    if isinstance(parser, flags.IntegerParser):
+        return f"an integer >= {parser.lower_bound} and at most {parser.upper_bound:,}"
+    if isinstance(parser, flags.EnumParser):
+        return ", ".join(parser.enum_values)
+    if isinstance(parser, flags.BooleanParser):
+        return "true or false"
+    return parser.syntactic_help or "a text"
+
+
+def _wrapped(line: str, indent: str = "") -> str:
+    return textwrap.fill(line, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _in_columns(left: str, right: str) -> str:
+    first = f"  {left}".ljust(COLUMN)
+    lines = textwrap.wrap(right, WIDTH - COLUMN, break_on_hyphens=False)
+    if first[-1] != " ":
+        lines.insert(0, "")
+    return "\n".join([(first + lines[0]).rstrip(), *(" " * COLUMN + line for line in lines[1:])])
+
+
+def _as_typed(line: str) -> str:
+    """A command over several lines, broken before flags, as a shell takes it."""
+    lines = [""]
+    for part in line.replace(" --", "\n--").split("\n"):
+        if len(lines[-1]) + len(part) + 5 > WIDTH:
+            lines.append("")
+        lines[-1] += f" {part}" if lines[-1] else part
+    return "  " + " \\\n    ".join(lines)
+
+
+def _unknown_field(argv: Sequence[str], config: ConfigDict) -> str | None:
+    """The line for the first field on the command line that the configuration does not have."""
+    for argument in argv:
+        name = argument.lstrip("-").partition("=")[0]
+        name = name.removeprefix("no") if name.startswith("noconfig.") else name
+        if not argument.startswith("-") or not name.startswith("config."):
+            continue
+        node: Any = config
+        for part in name.split(".")[1:]:
+            if not hasattr(node, "keys") or part not in node:
+                names = sorted(node.keys()) if hasattr(node, "keys") else []
+                meant = did_you_mean(part, names)
+                allowed = ", ".join(names) or "no fields"
+                return f"{name} is not a field{meant}; allowed there: {allowed}"
+            node = node[part]
+    return None
+
+
+def read_python(path: str) -> ConfigDict:
+    """What `get_config()` of a file returns; `FILE:TEXT` calls `get_config("TEXT")`.
+
+    Raises:
+      ConfigError: there is no such file, it fails, or it returns something else.
+    """
+    path, *argument = path.split(":", 1)
+    if not os.path.isfile(path):
+        raise ConfigError(
+            f"--config {path}: no such file; allowed: a Python file with get_config()"
+        )
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        config = None if get_config is None else get_config(*argument)
+    except Exception as error:  # whatever a user's file may raise
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        where = f"--config {path}" + (f", line {lines[-1]}" if lines else "")
+        reason = " ".join(str(error).split()) or "no message"
+        raise ConfigError(f"{where}: {type(error).__name__}: {reason}") from error
+    if not isinstance(config, ConfigDict):
+        found = "there is no get_config()" if get_config is None else f"get_config() is {config!r}"
+        raise ConfigError(f"--config {path}: {found}; allowed: one that returns a ConfigDict")
+    return config
+
+
+def read_json(path: str) -> ConfigDict:
+    """The configuration in a `config.json`, with defaults for the fields that it does not have.
+
+    Raises:
+      ConfigError: there is no such file, or it does not hold a JSON object of fields.
+    """
+    try:
+        content = json.loads(epath.Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--config_json {path}: not JSON ({error})") from None
+    except Exception as error:  # of the system, or whatever a client of gs:// raises
+        raise ConfigError(f"--config_json {path}: {said(error)}; allowed: a file") from None
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"--config_json {path}: holds {type(content).__name__}; allowed: a JSON object"
+        )
+    return from_json(content)
 
 
 def run_command(command: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> int:
@@ -29,26 +384,37 @@ def run_command(command: Callable[[Sequence[str]], Any], argv: Sequence[str]) ->
     state saved, 130 for SIGINT elsewhere. All but 0 come with one line on standard error, without a
     traceback.
     """
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Printable("%(levelname)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax prints what it also raises
+    _show_warnings()
     with shown() as output:
         code = _run(command, argv)
     return code or (IO_ERROR if output.failed else 0)
 
 
+def _show_warnings() -> None:
+    """Warnings on standard error, as "WARNING: text"."""
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        # Importing Orbax may have made it already, with absl's format.
+        if type(handler) is logging.StreamHandler:
+            handler.setFormatter(_Printable("%(levelname)s: %(message)s"))
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax prints what it also raises
+
+
 def _run(command: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> int:
     try:
         command(argv)
+    except SystemExit as done:
+        if done.code:
+            raise
+        return 0  # the help has been shown
     except Interrupted as stopped:
         return _fail(str(stopped), EXIT_CODE)
     except UserError as error:
         return _fail(f"error: {error}", USER_ERROR)
     except OSError as error:
         return _fail(f"error: {error}", IO_ERROR)
-    except KeyboardInterrupt:
-        return _fail("interrupted", KILLED_BY_SIGINT)
+    except KeyboardInterrupt as stopped:
+        return _fail(str(stopped) or "interrupted", KILLED_BY_SIGINT)
     except Exception:
         problem = platform_problem()
         if problem is None:
@@ -79,26 +445,47 @@ class _Printable(logging.Formatter):
 
 
 def _fail(message: str, code: int) -> int:
-    with contextlib.suppress(OSError):  # `2>&1 | head -1`: the exit code is left to tell
-        print(printable(" ".join(message.split())), file=sys.stderr)
+    warn(message)
     return code
 
 
+def warn(message: str) -> None:
+    """Writes a line on standard error, whatever stands in it and whoever has left."""
+    with contextlib.suppress(OSError):  # `2>&1 | head -1`: the exit code is left to tell
+        print(printable(" ".join(message.split())), file=sys.stderr)
+
+
+TRAIN = Command(
+    "train",
+    "Trains as the configuration says, resumes what the folder holds, and tests once at the end.",
+    "--config configs/av_digits.py --workdir runs/demo --config.optimizer.learning_rate=0.01",
+    (
+        WORKDIR,
+        switch("profile", "write a trace of some steps into `profile` in the folder"),
+        text(
+            "compilation_cache",
+            "FOLDER",
+            "where compiled programs are kept; empty: nowhere (default: in the user's cache)",
+        ),
+        *DISTRIBUTED_FLAGS,
+    ),
+    reads_config=True,
+)
+
+
+def join_processes(given: SimpleNamespace) -> None:
+    """Joins the processes that `DISTRIBUTED_FLAGS` speak of; see `distributed.join`."""
+    join(**{flag.name: getattr(given, flag.name) for flag in DISTRIBUTED_FLAGS})
+
+
 def train_command(argv: Sequence[str]) -> None:
-    """`train.py`."""
-    if {"-h", "--help"} & set(argv):
-        print(f"usage: {os.path.basename(argv[0])} {TRAIN_USAGE}")
-        return
-    argv = join(argv)  # before a device is used, and before signals are taken
-    values = flags.FlagValues()
-    flags.DEFINE_bool("profile", False, "Trace some steps.", flag_values=values)
-    cache = "Folder of compiled programs; empty: none."
-    flags.DEFINE_string("compilation_cache", default_cache(), cache, flag_values=values)
+    """`train.py`, `python -m rollingq_jax train`; `argv` begins with the program's name."""
+    given, fields = TRAIN.parse_flags(argv)
+    join_processes(given)  # before a device is used, and before signals are taken
     with Interruption(ends_process=True) as interruption:
-        parse(argv, values)
-        keep_compiled(values.compilation_cache)
+        config = TRAIN.read_config(given, fields)
+        cache = given.compilation_cache
+        keep_compiled(default_cache() if cache is None else cache)
         from rollingq_jax.train.loop import train_and_evaluate
 
-        train_and_evaluate(
-            values.config, values.workdir, interruption=interruption, profile=values.profile
-        )
+        train_and_evaluate(config, given.workdir, interruption=interruption, profile=given.profile)

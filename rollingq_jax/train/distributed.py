@@ -5,7 +5,6 @@ it takes this one down with it. So the processes meet at the coordinator's addre
 TCP, where they say whom they wait for and can give up in one line.
 """
 
-import argparse
 import contextlib
 import errno
 import os
@@ -14,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 
@@ -30,61 +29,57 @@ ALL_HERE = "rollingq_jax: all are here"
 REFUSED = "rollingq_jax: refused: "
 
 
-def join(argv: Sequence[str]) -> list[str]:
-    """Joins the processes that the command line speaks of; returns it without these flags.
+def join(
+    *,
+    distributed: bool = False,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    initialization_timeout: int | None = None,
+) -> None:
+    """Joins the processes that the command line speaks of, if it speaks of any.
 
-    `--distributed` finds the others through the cluster (TPU pods, Slurm, Open MPI and what else
-    `jax.distributed.initialize` knows). Where there is none, `--coordinator=HOST:PORT` (an address
-    of process 0 that all reach), `--num_processes=N` and `--process_id=I` say the same. Either
-    waits for `--initialization_timeout=SECONDS`, and says on standard error for what.
+    Args:
+      distributed: find the others through the cluster (TPU pods, Slurm, Open MPI and what else
+        `jax.distributed.initialize` knows).
+      coordinator: where there is no such cluster, `HOST:PORT`: an address of process 0 that all
+        reach.
+      num_processes: with it, how many there are.
+      process_id: with it, which of them this is, from 0.
+      initialization_timeout: seconds to wait for the others; standard error says for what.
 
     Raises:
-      ConfigError: a flag is ill-typed or missing, or the processes do not find each other.
+      ConfigError: a value is missing or is out of range, or the processes do not find each other.
     """
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--distributed", action="store_true")
-    parser.add_argument("--coordinator")
-    parser.add_argument("--num_processes", type=int)
-    parser.add_argument("--process_id", type=int)
-    parser.add_argument("--initialization_timeout", type=int)
-    given, rest = parser.parse_known_args(list(argv[1:]))
-    values = {name: getattr(given, name) for name in FLAGS}
+    values = dict(zip(FLAGS, (coordinator, num_processes, process_id), strict=True))
     missing = [f"--{name}" for name, value in values.items() if value is None]
     if 0 < len(missing) < len(FLAGS):
         raise ConfigError(f"{', '.join(missing)} is missing; allowed: all of {_names()}, or none")
-    timeout = TIMEOUT if given.initialization_timeout is None else given.initialization_timeout
-    if not 1 <= timeout <= 1_000_000:
-        raise ConfigError(
-            f"--initialization_timeout is {timeout}; allowed: seconds, 1 to 1,000,000"
-        )
-    if given.distributed or not missing:
+    timeout = TIMEOUT if initialization_timeout is None else initialization_timeout
+    if distributed or not missing:
         place = "the cluster"
-        if not missing:
-            if not 0 <= given.process_id < given.num_processes:
+        if coordinator is not None and num_processes is not None and process_id is not None:
+            if process_id >= num_processes:
                 raise ConfigError(
-                    f"--process_id is {given.process_id}; allowed: 0 to {given.num_processes - 1}"
+                    f"--process_id is {process_id}; allowed: 0 to {num_processes - 1}"
                 )
-            place = given.coordinator
-            meet(given.coordinator, given.num_processes, given.process_id, timeout)
+            place = coordinator
+            meet(coordinator, num_processes, process_id, timeout)
         try:
             with _ended_in_time(place, timeout):
                 jax.distributed.initialize(
-                    given.coordinator,
-                    given.num_processes,
-                    given.process_id,
-                    initialization_timeout=timeout + 60,
+                    coordinator, num_processes, process_id, initialization_timeout=timeout + 60
                 )
         except (RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"the run's processes do not find each other ({said(error)}); allowed: "
                 f"--distributed in a cluster that JAX knows, elsewhere {_names()}"
             ) from None
-    elif given.initialization_timeout is not None:
+    elif initialization_timeout is not None:
         raise ConfigError(
             "--initialization_timeout is given for one process; allowed: with --distributed or "
             f"with {_names()}"
         )
-    return [argv[0], *rest]
 
 
 def meet(coordinator: str, num_processes: int, process_id: int, timeout: float) -> None:
@@ -287,8 +282,3 @@ def _ended_in_time(place: str, timeout: float) -> Iterator[None]:
 
 def _names() -> str:
     return ", ".join(f"--{name}" for name in FLAGS)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise ConfigError(f"{message}; allowed: --distributed, {_names()}")

@@ -1,5 +1,6 @@
 """The check command, and the configurations for data of one's own."""
 
+import re
 import runpy
 import subprocess
 import sys
@@ -127,6 +128,9 @@ def test_the_command_line(tmp_path):
     done = run("--config", "configs/own_data.py", f"--config.data.path={tmp_path}/d.npz", "--quick")
     assert done.returncode == 0 and done.stderr == "" and "vision: sequence" in done.stdout
     (tmp_path / "m.csv").write_text("split,label,p\n" + "train,0,a.png\n" * 30)
+    np.savez(tmp_path / "one.npz", m=np.ones((30, 2)), label=np.arange(30) % 3 + 1)
+    done = run("--path", tmp_path / "one.npz")  # warnings as other commands print them
+    assert re.fullmatch("WARNING: train/label: .*class 0 never occurs.*\n", done.stderr)
     done = run("--path", tmp_path / "m.csv")
     assert done.returncode == 2 and done.stdout.count("missing: 'a.png'") == 20
     assert "... and 10 more missing files" in done.stdout

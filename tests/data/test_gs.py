@@ -19,8 +19,7 @@ from train_cases import make_arrays, tiny_config
 from rollingq_jax.data.cache import cache_root
 from rollingq_jax.data.load import LOADERS, load_dataset
 from rollingq_jax.errors import CheckpointError, UserError
-from rollingq_jax.train.arguments import parse
-from rollingq_jax.train.cli import run_command, train_command
+from rollingq_jax.train.cli import TRAIN, run_command, train_command
 from rollingq_jax.train.restore import load_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,7 +130,7 @@ def test_a_configuration_that_lies_there(store, tmp_path, capsys):
     config = tiny_config("gs://bucket/d.npz", epochs=2)
     (store / "bucket" / "config.json").write_text(json.dumps(config.to_dict()))
     command = ["train.py", f"--workdir={tmp_path / 'run'}"]
-    found = parse([*command, "--config_json=gs://bucket/config.json"]).config
+    found = TRAIN.parse([*command, "--config_json=gs://bucket/config.json"]).config
     assert found.to_dict() == config.to_dict()
     assert len(load_dataset(found.data, seed=0).splits["train"]) == 44
     assert run_command(train_command, [*command, "--config_json=gs://bucket/none.json"]) == 2

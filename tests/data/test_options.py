@@ -19,7 +19,7 @@ from rollingq_jax.data.options import (
     option,
 )
 from rollingq_jax.errors import ConfigError
-from rollingq_jax.train.arguments import parse
+from rollingq_jax.train.cli import TRAIN
 from rollingq_jax.train.config import check_config, default_config, from_json
 
 ROOT = Path(__file__).parents[2]
@@ -126,7 +126,7 @@ def test_every_field_of_a_configuration_can_be_set_on_the_command_line(file):
         for name, value in declared.data.items()
     }
     arguments = [f"--config.data.{name}={value}" for name, value in values.items()]
-    config = parse(["train", "--config", str(file), "--workdir=x", *arguments]).config
+    config = TRAIN.parse(["train", "--config", str(file), "--workdir=x", *arguments]).config
     check_config(config)
     for name, value in config.data.items():
         if isinstance(value, tuple):
@@ -138,4 +138,4 @@ def test_every_field_of_a_configuration_can_be_set_on_the_command_line(file):
 def test_the_command_line_says_what_a_field_may_be():
     arguments = ["--config", str(ROOT / "configs" / "own_data.py"), "--workdir=x"]
     with pytest.raises(ConfigError, match="data.standardize is 'maybe'; allowed: True or False"):
-        parse(["train", *arguments, "--config.data.standardize=maybe"])
+        TRAIN.parse(["train", *arguments, "--config.data.standardize=maybe"])

@@ -197,7 +197,7 @@ def test_the_command_writes_weights_and_a_card(workdir, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--workdir", "w"], "arguments are required: --out"),
+        (["--workdir", "w"], "--out is missing; allowed: --workdir FOLDER, --out FILE"),
         (["--workdir", "w", "--out", "model.pt"], "allowed: a path that ends in .safetensors"),
         (
             ["--workdir", "w", "--out", "m.safetensors", "--stablehlo", "m.json"],

@@ -115,7 +115,7 @@ def test_labels_of_no_class_count_in_no_accuracy(workdir, test_arrays, tmp_path,
         ({"label": np.zeros((12, 2), int)}, [], "label: int64[12, 2]; allowed"),
         ({}, ["--split", "dev"], "split is 'dev'; allowed: "),
         ({}, ["--batch_size", "5"], "allowed: a power of two"),
-        ({}, ["--batch_size", "many"], "invalid int value"),
+        ({}, ["--batch_size", "many"], "--batch_size is 'many'; allowed: an integer >= 1"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_the_old_table(

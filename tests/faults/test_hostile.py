@@ -15,8 +15,7 @@ from train_cases import make_arrays, tiny_config
 
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.errors import UserError
-from rollingq_jax.train.arguments import read_json
-from rollingq_jax.train.cli import run_command, train_command
+from rollingq_jax.train.cli import read_json, run_command, train_command
 from rollingq_jax.train.config import check_config, from_json
 from rollingq_jax.train.loop import train_and_evaluate
 from rollingq_jax.train.restore import load_run

@@ -1,18 +1,19 @@
-"""A whole training run in a process of its own: CONFIG.json WORKDIR MAX_STEPS [flags of `join`]."""
+"""A training run in a process of its own: CONFIG.json WORKDIR MAX_STEPS [flags to join]."""
 
 import json
 import sys
 
 import jax
 
+from rollingq_jax.train.cli import TRAIN, join_processes
 from rollingq_jax.train.config import from_json
-from rollingq_jax.train.distributed import join
 from rollingq_jax.train.interrupt import Interrupted
 from rollingq_jax.train.loop import train_and_evaluate
 
 if any(argument.startswith("--coordinator") for argument in sys.argv):
     jax.config.update("jax_num_cpu_devices", 2)
-_, config, workdir, max_steps = join(sys.argv)
+config, workdir, max_steps, *flags = sys.argv[1:]
+join_processes(TRAIN.parse_flags(["worker", "--workdir=unused", *flags])[0])
 with open(config, encoding="utf-8") as file:
     fields = json.load(file)
 try:

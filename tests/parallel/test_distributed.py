@@ -17,6 +17,7 @@ from etils import epath
 
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.train import distributed, profiling
+from rollingq_jax.train.cli import TRAIN, join_processes
 from rollingq_jax.train.distributed import join, meet
 
 
@@ -33,20 +34,27 @@ def joined(monkeypatch):
     return calls
 
 
+def typed(flags):
+    """The flags of a command line as `train.py` reads them, then the processes joined."""
+    given, fields = TRAIN.parse_flags(["train.py", "--workdir", "w", *flags.split()])
+    join_processes(given)
+    return given, fields
+
+
 def test_without_flags_there_is_one_process(joined):
-    argv = ["train.py", "--config", "a.py", "--config.seed=1"]
-    assert join(argv) == argv
+    given, fields = typed("--config a.py --config.seed=1 --config.epochs 2")
+    assert (given.config, fields) == ("a.py", ["--config.seed=1", "--config.epochs", "2"])
     assert joined == []
 
 
-def test_flags_are_taken_out_of_the_command_line(joined):
-    argv = "train.py --coordinator=host:1 --workdir w --num_processes=2 --process_id 1".split()
-    assert join(argv) == ["train.py", "--workdir", "w"]
+def test_flags_join_the_processes(joined):
+    given, fields = typed("--coordinator=host:1 --num_processes=2 --process_id 1")
+    assert given.workdir == "w" and fields == []
     assert joined == [("host:1", 2, 1, 360)]
 
 
 def test_a_cluster_that_jax_knows(joined):
-    assert join(["train.py", "--distributed"]) == ["train.py"]
+    typed("--distributed")
     assert joined == [(None, None, None, 360)]
 
 
@@ -54,19 +62,22 @@ def test_a_cluster_that_jax_knows(joined):
     ("flags", "line"),
     [
         ("--coordinator=h:1 --num_processes=2", "--process_id is missing; allowed: all of"),
-        ("--num_processes=two", "--num_processes: invalid int value: 'two'; allowed: --dist"),
+        ("--num_processes=two", "--num_processes is 'two'; allowed: an integer >= 1"),
         (
             "--coordinator=h:1 --num_processes=2 --process_id=2",
             "--process_id is 2; allowed: 0 to 1",
         ),
-        ("--distributed --initialization_timeout=0", "is 0; allowed: seconds, 1 to 1,000,000"),
-        ("--distributed --initialization_timeout=1m", "invalid int value: '1m'"),
+        (
+            "--distributed --initialization_timeout=0",
+            "is 0; allowed: an integer >= 1 and at most 1,000,000",
+        ),
+        ("--distributed --initialization_timeout=1m", "--initialization_timeout is '1m'"),
         ("--initialization_timeout=60", "is given for one process; allowed: with --distributed"),
     ],
 )
 def test_mistakes(joined, flags, line):
     with pytest.raises(ConfigError, match=line):
-        join(["train.py", *flags.split()])
+        typed(flags)
     assert joined == []
 
 
@@ -76,7 +87,7 @@ def test_no_cluster_is_one_line(monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     with pytest.raises(ConfigError, match="do not find each other .coordinator_address should"):
-        join(["train.py", "--distributed"])
+        join(distributed=True)
 
 
 @pytest.fixture
@@ -245,7 +256,7 @@ import sys, time, jax
 from rollingq_jax.train import distributed
 distributed.EVERY = 0.3
 jax.distributed.initialize = lambda *args, **kwargs: time.sleep(60)
-distributed.join(["train.py", "--distributed", "--initialization_timeout=1"])
+distributed.join(distributed=True, initialization_timeout=1)
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60

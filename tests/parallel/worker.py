@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import small_model
 
-from rollingq_jax.train.distributed import join
+from rollingq_jax.train.cli import TRAIN, join_processes
 from rollingq_jax.train.parallel import WRAPPERS
 
 jax.config.update("jax_num_cpu_devices", 2)
-_, parallel, path = join(sys.argv)
+parallel, path, *flags = sys.argv[1:]
+join_processes(TRAIN.parse_flags(["worker", "--workdir=unused", *flags])[0])
 mine = small_model.BATCH_SIZE // jax.process_count()
 rows = slice(mine * jax.process_index(), mine * (jax.process_index() + 1))
 records, state, _ = small_model.run_layout(WRAPPERS[parallel], rows)

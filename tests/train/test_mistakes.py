@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from train_cases import files, tiny_config, write_arrays
 
-from rollingq_jax.train.cli import run_command, train_command
+from rollingq_jax.train.cli import TRAIN, run_command, train_command
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,7 +62,7 @@ TINY = ["--config", "tiny.py"]
 ROWS = [
     # a configuration that cannot be read
     ([], "one of --config and --config_json"),
-    (["--config"], "expected one argument"),
+    (["--config"], "--config is given without a value; allowed: "),
     (["--config", "missing.py"], "missing.py: no such file"),
     (["--config", "."], "no such file"),
     (["--config", "syntax.py"], "syntax.py: SyntaxError"),
@@ -82,12 +82,19 @@ ROWS = [
     (["--config_json", "extra.json"], "config.epoch is not a field; allowed: batch_size, epochs"),
     ([*TINY, "--config_json", "config.json"], "one of --config and --config_json"),
     # flags and fields
-    ([*TINY, "--wrokdir=x"], "--wrokdir is not a flag; allowed: --config FILE"),
-    ([*TINY, "--confg.epochs=3"], "--confg.epochs is not a flag"),
+    ([*TINY, "--wrokdir=x"], "--wrokdir is not a flag (did you mean --workdir?); allowed: --c"),
+    ([*TINY, "--confg.epochs=3"], "--confg.epochs is not a flag (did you mean --config.epochs?);"),
     ([*TINY, "runs/demo"], "argument 'runs/demo' is not known; allowed: --config FILE"),
     ([*TINY, "--config.optimizer.lr=1"], "config.optimizer.lr is not a field; allowed there: clip"),
+    (
+        [*TINY, "--config.optimizer.learning_rat=1"],
+        "learning_rat is not a field (did you mean learning_rate?); allowed there: clip_norm",
+    ),
     ([*TINY, "--config.epochs.x=1"], "config.epochs.x is not a field; allowed there: no fields"),
-    ([*TINY, "--config.epochs"], "Missing value for flag --config.epochs"),
+    (
+        [*TINY, "--config.epochs"],
+        "config.epochs is given without a value; allowed: an integer >= 1",
+    ),
     # a value of the wrong type, or out of range
     ([*TINY, "--config.epochs=abc"], "config.epochs is 'abc'; allowed: an integer >= 1"),
     ([*TINY, "--config.epochs=2.5"], "config.epochs is '2.5'; allowed: an integer >= 1"),
@@ -263,9 +270,7 @@ def test_in_a_process_of_its_own(here, arguments, line):
 
 def test_a_config_json_runs_with_fields_set_on_the_command_line(here):
     """Up to the data, which are missing: nothing was wrong with the configuration."""
-    from rollingq_jax.train.arguments import parse
-
-    values = parse(
+    values = TRAIN.parse(
         [
             "train.py",
             "--config_json=config.json",
@@ -279,12 +284,10 @@ def test_a_config_json_runs_with_fields_set_on_the_command_line(here):
 
 
 def test_a_config_json_of_an_older_version_gets_defaults(here):
-    from rollingq_jax.train.arguments import parse
-
     old = tiny_config("tiny.npz").to_dict()
     del old["nonfinite"], old["checkpoint"]["every_minutes"]
     old["model"]["encoders"] = {"a": {"kind": "vector", "mean": [0.5, 1.0]}}
     (here / "old.json").write_text(json.dumps(old))
-    config = parse(["train.py", "--config_json=old.json", "--workdir=new"]).config
+    config = TRAIN.parse(["train.py", "--config_json=old.json", "--workdir=new"]).config
     assert config.nonfinite == "stop" and config.checkpoint.every_minutes == 0.0
     assert config.model.encoders.a.mean == (0.5, 1.0)  # a tuple, as configurations have them
