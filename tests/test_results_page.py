@@ -22,6 +22,7 @@ def result():
     table = {"test_accuracy": {"attention": line(0.61), "rollingq": line(0.63, **gain)}}
     return {
         "conclusion": "What was found.",
+        "search": "4 settings were tried.",
         "reference": "attention",
         "second_reference": None,
         "second_table": None,
@@ -39,6 +40,7 @@ def test_numbers_stand_as_they_were_measured(result):
     difference = "+2.0 points [+1.0, +3.0], 4 won and 1 lost: a gain"
     assert f"| rollingq | 63.0 % [62.5 %, 63.5 %] | 1.0 % | {difference} |" in text
     assert "somewhere" not in text
+    assert "4 settings were tried." in text
     assert "| attention | **optimizer.learning_rate 0.2** | 60.0 %, 61.0 % |" in text
     assert "| attention | optimizer.learning_rate 0.1 | 50.0 %, 51.0 % |" in text
     assert "Seeds 0 to 4; 1 x cpu; jax 9.9." in text
