@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from benchmarks.timing import Row, cost, interleaved, rows
-from rollingq_jax import class_token_attention, rotation_between, textbook_attention
+from rollingq_jax import class_token_attention, reference_attention, rotation_between
 
 
 def rotation(dim: int = 768, rounds: int = 9) -> list[Row]:
@@ -58,7 +58,7 @@ def fusion(
     w_query = jax.random.normal(rngs[6], (dim, *head)) * dim**-0.5
     forms: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         "fused": (class_token_attention, arguments),
-        "textbook, class row": (textbook_attention, arguments),
+        "textbook, class row": (reference_attention, arguments),
         "textbook, L x L": (full_attention, (*arguments, w_query)),
     }
     table = []

@@ -12,21 +12,24 @@ from rollingq_jax.attention import (
     attention_share,
     class_token_attention,
     mean_key,
-    textbook_attention,
+    reference_attention,
 )
 from rollingq_jax.errors import CheckpointError, ConfigError, DataError, UserError
-from rollingq_jax.folding import fold_rotation
-from rollingq_jax.imbalance import (
+from rollingq_jax.models import build_model
+from rollingq_jax.rolling import (
+    RollInfo,
+    RollingQuery,
+    RollingState,
     attention_imbalance_rate,
     cosine_scores,
     imbalance,
     rebalance_anchor,
     rebalance_weights,
+    rolling_query,
 )
-from rollingq_jax.models import build_model
-from rollingq_jax.observing import RollingState
-from rollingq_jax.rolling import RollInfo, RollingQuery, rolling_query
-from rollingq_jax.rotation import rotate, rotation_between
+from rollingq_jax.rotation import fold_rotation, rotate, rotation_between
+
+textbook_attention = reference_attention  # its former name
 
 __version__ = "0.1.0"
 
@@ -51,6 +54,7 @@ __all__ = [
     "models",
     "rebalance_anchor",
     "rebalance_weights",
+    "reference_attention",
     "rolling_query",
     "rotate",
     "rotation_between",
@@ -59,9 +63,19 @@ __all__ = [
 ]
 
 
+_ON_FIRST_USE = {  # files of weights, and runs, are not the core; reading a run needs Orbax
+    "convert": "rollingq_jax.convert",
+    "load": "rollingq_jax.inference",
+    "train": "rollingq_jax.train",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("convert", "train"):  # on first use: files of weights, and runs, are not the core
-        return importlib.import_module(f"rollingq_jax.{name}")
-    if name == "load":  # on first use: reading a run needs Orbax
-        return importlib.import_module("rollingq_jax.inference").load
-    raise AttributeError(f"module 'rollingq_jax' has no attribute {name!r}")
+    if name not in _ON_FIRST_USE:
+        raise AttributeError(f"module 'rollingq_jax' has no attribute {name!r}")
+    module = importlib.import_module(_ON_FIRST_USE[name])
+    return module.load if name == "load" else module
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,8 +1,8 @@
-"""Attention of a class token alone, without the matrices K, V and L x L.
+"""Class-token attention without the matrices K, V and L x L, and the reference it is tested by.
 
 Only the class token's output is used and its query does not depend on the other tokens, so the key
 projection moves to the query and the value projection behind the weighted sum: O(L D + D^2) for a
-sample in place of O(L D^2 + L^2 D), with the same values and the same gradients.
+sample instead of O(L D^2 + L^2 D), with the same values and the same gradients.
 """
 
 import numbers
@@ -73,22 +73,22 @@ def _read(
     mask: Array | None,
 ) -> tuple[Array, Array, Array, Array, Array, Array]:
     """The arguments, checked: real tokens, and the rest in one dtype, the query `[B, H, d_h]`."""
-    check_arrays(
-        tokens=(tokens, "B L D"),
-        query=(query, "B H d_h or H d_h"),
-        w_key=(w_key, "D H d_h"),
-        w_value=(w_value, "D H d_h"),
-        b_key=(b_key, "H d_h"),
-        b_value=(b_value, "H d_h"),
+    dims = check_arrays(
+        tokens=(tokens, "BLD"),
+        w_key=(w_key, "DHd"),
+        w_value=(w_value, "DHd"),
+        b_key=(b_key, "Hd"),
+        b_value=(b_value, "Hd"),
+        query=(query, "BHd", "Hd"),
     )
-    check_arrays(dict(zip("BL", tokens.shape, strict=False)), mask=(mask, "B L or None", "bool"))
-    tokens, query = _real_tokens(tokens, mask), per_example(query, tokens.shape[0])
+    check_arrays(dims, "bool", mask=(mask, "BL", None))
+    tokens, query = _real_tokens(tokens, mask), broadcast_query(query, tokens.shape[0])
     rest = (query, w_key, w_value, b_key, b_value)
     query, w_key, w_value, b_key, b_value = (x.astype(wide_dtype(tokens.dtype)) for x in rest)
     return tokens, query, w_key, w_value, b_key, b_value
 
 
-def per_example(query: Array, batch_size: int) -> Array:
+def broadcast_query(query: Array, batch_size: int) -> Array:
     """`[H, d_h]` or `[B, H, d_h]` -> `[B, H, d_h]`."""
     query = as_float(query)
     return jnp.broadcast_to(
@@ -107,7 +107,7 @@ def class_token_attention(
     dropout_rate: float | Array = 0.0,
     rng: Array | None = None,
 ) -> tuple[Array, Array]:
-    """softmax(T (W_k q) / sqrt(d_h)), and (sum_l w_l T_l) W_v + b_v sum_l w_l, a head at a time.
+    """softmax(T (W_k q) / sqrt(d_h)), and (sum_l w_l T_l) W_v + b_v sum_l w_l, per head.
 
     b_k . q is the same for every token and cancels in the softmax; sum_l w_l is 1 without dropout.
 
@@ -156,7 +156,7 @@ def class_token_attention(
     return output, weights
 
 
-def textbook_attention(
+def reference_attention(
     tokens: Array,
     query: Array,
     w_key: Array,
@@ -167,7 +167,7 @@ def textbook_attention(
     dropout_rate: float | Array = 0.0,
     rng: Array | None = None,
 ) -> tuple[Array, Array]:
-    """The same with keys and values for every token: softmax(q K^T / sqrt(d_h)) V.
+    """Attention with keys and values for every token: softmax(q K^T / sqrt(d_h)) V.
 
     Arguments and results as `class_token_attention`, which is tested against it; all of it computed
     in the results' dtype.
@@ -178,7 +178,7 @@ def textbook_attention(
     Example:
       >>> tokens, query = jnp.eye(2)[None], jnp.array([[10.0, 0.0]])
       >>> project, bias = jnp.eye(2)[:, None], jnp.zeros((1, 2))
-      >>> output, weights = textbook_attention(tokens, query, project, project, bias, bias)
+      >>> output, weights = reference_attention(tokens, query, project, project, bias, bias)
       >>> output.shape, weights.shape
       ((1, 1, 2), (1, 1, 2))
     """
@@ -215,8 +215,8 @@ def mean_key(tokens: Array, w_key: Array, b_key: Array, mask: Array | None = Non
       >>> mean_key(tokens, project, bias, jnp.array([[True, True, False]])).tolist()
       [[[0.5, 0.5]]]
     """
-    check_arrays(tokens=(tokens, "B L D"), w_key=(w_key, "D H d_h"), b_key=(b_key, "H d_h"))
-    check_arrays(dict(zip("BL", tokens.shape, strict=False)), mask=(mask, "B L or None", "bool"))
+    dims = check_arrays(tokens=(tokens, "BLD"), w_key=(w_key, "DHd"), b_key=(b_key, "Hd"))
+    check_arrays(dims, "bool", mask=(mask, "BL", None))
     tokens = as_float(_real_tokens(tokens, mask))
     w_key, b_key = w_key.astype(tokens.dtype), b_key.astype(tokens.dtype)
     if mask is None:
@@ -247,7 +247,7 @@ def attention_share(weights: Array, lengths: tuple[int, ...]) -> Array:
       >>> attention_share(weights, (2, 1)).tolist()
       [[[0.5, 0.5]]]
     """
-    check_arrays(weights=(weights, "B H L"))
+    check_arrays(weights=(weights, "BHL"))
     if 1 + sum(lengths) != weights.shape[-1]:
         raise UserError(
             f"lengths are {lengths}, which with the class token make {1 + sum(lengths)} tokens; "

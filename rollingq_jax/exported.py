@@ -24,9 +24,9 @@ from rollingq_jax.convert import (
 from rollingq_jax.convert.upstream import ROTATION as UPSTREAM_ROTATION
 from rollingq_jax.data.preprocessing import CLIP, Preprocessing
 from rollingq_jax.errors import ConfigError, UserError
-from rollingq_jax.folding import fold_rotation
 from rollingq_jax.inference import answer_function
 from rollingq_jax.models import ModelSpec, build_model, dense_attention
+from rollingq_jax.rotation import fold_rotation
 from rollingq_jax.train.restore import LoadedRun
 
 ROTATION = "rolling.rotation"

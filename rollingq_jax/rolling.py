@@ -1,84 +1,114 @@
-"""When and how to rotate the query: an optax-style transformation `(init, observe, update)`.
+"""RollingQ from top to bottom: scores, imbalance, anchor, the observed state and the roll.
 
-Upstream stops at an epoch's end, passes over the whole training set and decides from the last batch
-(`main.py`). Here each training step adds what it has already computed to running sums, and `update`
-decides from those. All functions are pure and run under jit, vmap and scan.
+Ni et al., section 4 and algorithm 1. Upstream computes the imbalance and decides in `train_func.py`
+and `method.py`: it stops at an epoch's end, passes over the whole training set and decides from the
+last batch. Here each training step adds what it has already computed to running sums (`observe`),
+and `update` decides from those. All functions are pure and run under jit, vmap and scan.
+
+Modalities are in alphabetical order. The functions of the method proper have no axis of heads;
+`jax.vmap` adds it.
 """
 
 import math
 import numbers
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from rollingq_jax.errors import UserError
-from rollingq_jax.imbalance import has_anchor, imbalance, rebalance_anchor, rebalance_weights
-from rollingq_jax.observing import (
-    RollingState,
-    init_state,
-    observe,
-    reset_sums,
-    scores_and_means,
-    sizes,
-)
 from rollingq_jax.rotation import (
     HIGHEST,
     ZERO_NORM,
-    mend,
+    as_float,
+    dot,
+    normalize,
+    reorthogonalize,
     rotation_between,
     safe_norm,
-    unit,
 )
 from rollingq_jax.shapes import check_arrays
 
+ZERO_SUM = 1e-6  # norm(u) of opposite unit keys is about 6e-8 in float32, not 0
 
-class RollInfo(NamedTuple):
-    """What one `update` saw and did.
+
+def _check_number(name: str, value: Any, more: str = "", finite: bool = False) -> None:
+    """Refuses what is no number >= 0; one that is traced has no value to check."""
+    if isinstance(value, jax.core.Tracer):
+        fits = value.ndim == 0
+    else:
+        number = isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
+        fits = number and bool(value >= 0) and not (finite and bool(value == math.inf))
+    if not fits:
+        raise UserError(f"{name} is {value!r}; allowed: 0 or more{more}")
+
+
+def cosine_scores(query: Array, mean_keys: Array, weight: Array | None = None) -> Array:
+    """c^m = mean_i cos(q_i, k_i^m), the mean cosine of query and mean key over a batch.
+
+    Args:
+      query: `[B, d]`.
+      mean_keys: `[M, B, d]`, k_i^m = mean of sample i's keys over the tokens of modality m.
+      weight: `[B]`, how much each sample counts; all alike by default.
+
+    Returns:
+      `[M]` in [-1, 1]. A vector without direction (norm at most 1e-12, or not finite) has cosine 0,
+      and so has a batch without samples.
+
+    Raises:
+      UserError: the shapes do not fit each other.
 
     Example:
-      >>> roller = rolling_query()
-      >>> state, info = roller.update(roller.init(num_modalities=2, dim=4))  # nothing observed
-      >>> info.rolled.tolist(), info.imbalance.tolist(), info.weights.tolist()
-      ([False], [0.0], [[0.5, 0.5]])
+      >>> query = jnp.array([[2.0, 0.0], [1.0, 1.0]])  # [B, d]
+      >>> keys = jnp.array([[[1.0, 0.0], [3.0, 3.0]], [[0.0, 1.0], [0.0, 0.0]]])  # [M, B, d]
+      >>> cosine_scores(query, keys).tolist()
+      [1.0, 0.0]
     """
+    check_arrays(query=(query, "Bd"), mean_keys=(mean_keys, "MBd"), weight=(weight, "B", None))
+    cosines = dot(normalize(as_float(query))[None], normalize(as_float(mean_keys)))
+    if weight is None:
+        return jnp.sum(cosines, axis=-1) / max(len(query), 1)
+    weight = weight.astype(cosines.dtype)
+    total = jnp.sum(weight)
+    return jnp.sum(cosines * weight[None], axis=-1) / jnp.where(total > 0, total, 1.0)
 
-    scores: Array  # [H, M], c^m
-    imbalance: Array  # [H], max_m c^m - min_m c^m, over the modalities that were observed
-    weights: Array  # [H, M], alpha
-    anchor: Array  # [H, d], q_b; the query itself where the anchor is not defined
-    angle: Array  # [H], between query and anchor, in radians
-    rolled: Array  # [H] bool
-    mended: Array  # [H] bool, whether R had drifted from orthogonal and was mended
 
+def attention_imbalance_rate(query: Array, keys_first: Array, keys_second: Array) -> Array:
+    """AIR = c^1 - c^2 in [-2, 2] (paper section 4): `[B, d]` three times `-> []`.
 
-class RollingQuery(NamedTuple):
-    """The method as three pure functions, in the manner of `optax.GradientTransformation`.
+    Raises:
+      UserError: the shapes are not one `[B, d]`.
 
     Example:
-      >>> init, observe, update = rolling_query(beta=0.1)
-      >>> init(num_modalities=3, dim=8).rotation.shape
-      (1, 8, 8)
+      >>> along, across = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0]])
+      >>> float(attention_imbalance_rate(2.0 * along, along, across))
+      1.0
     """
-
-    init: Callable[..., RollingState]
-    observe: Callable[..., RollingState]
-    update: Callable[..., tuple[RollingState, RollInfo]]
-
-
-def by_layer(values: Array, layers: int) -> Array:
-    """`[H, ...] -> [layers, H / layers, ...]`, the heads of one layer together."""
-    return values.reshape(layers, -1, *values.shape[1:])
+    check_arrays(
+        query=(query, "Bd"), keys_first=(keys_first, "Bd"), keys_second=(keys_second, "Bd")
+    )
+    first, second = cosine_scores(query, jnp.stack([keys_first, keys_second]))
+    return first - second
 
 
-def of_lowest_layer(due: Array, layers: int) -> Array:
-    """Of the heads that are due, those in the lowest layer that has one: `[H] -> [H]` bool."""
-    together = by_layer(due, layers)
-    lowest = jnp.argmax(jnp.any(together, axis=1))  # the first
-    return (together & (jnp.arange(layers) == lowest)[:, None]).reshape(due.shape)
+def imbalance(scores: Array) -> Array:
+    """max_m c^m - min_m c^m, which is |AIR| for two modalities: `[..., M] -> [...]`.
+
+    Raises:
+      UserError: there is no axis of modalities.
+
+    Example:
+      >>> float(imbalance(jnp.array([0.75, -0.25, 0.5])))
+      1.0
+    """
+    if not getattr(scores, "shape", ()) or scores.shape[-1] == 0:
+        came = getattr(scores, "shape", type(scores).__name__)
+        raise UserError(f"scores has shape {came}; allowed: an array [..., M]")
+    return jnp.max(scores, axis=-1) - jnp.min(scores, axis=-1)
 
 
 def imbalance_of_known(scores: Array, known: Array) -> Array:
@@ -93,15 +123,277 @@ def imbalance_of_known(scores: Array, known: Array) -> Array:
     return imbalance(jnp.where(known, scores, mean))
 
 
+def rebalance_weights(scores: Array, rho: float | Array) -> Array:
+    """alpha = softmax_m(-2 rho c^m): `[M] -> [M]`, sums to 1, equal weights at rho = 0.
+
+    For two modalities this is the paper's alpha^1 = (1 - tanh(rho AIR)) / 2. (rho is upstream's
+    flag `sigma`.)
+
+    Raises:
+      UserError: the scores are not `[M]`, or rho is negative or not finite.
+
+    Example:
+      >>> rebalance_weights(jnp.array([0.5, 0.5, 0.5]), 2.0).round(3).tolist()
+      [0.333..., 0.333..., 0.333...]
+      >>> bool(rebalance_weights(jnp.array([1.0, 0.0]), 100.0)[1] > 0.99)  # to the neglected one
+      True
+    """
+    check_arrays(scores=(scores, "M"))
+    _check_number("rho", rho, ", and finite", finite=True)  # inf times a score of 0 is NaN
+    scores = as_float(scores)
+    return jax.nn.softmax(-2.0 * jnp.asarray(rho, scores.dtype) * scores)
+
+
+def anchor_direction(mean_keys: Array, weights: Array) -> Array:
+    """u = sum_m alpha^m mu^m / |mu^m|: `[M, d], [M] -> [d]`."""
+    return jnp.sum(as_float(weights)[:, None] * normalize(as_float(mean_keys)), axis=0)
+
+
+def has_anchor(query: Array, mean_keys: Array, weights: Array) -> Array:
+    """True where the anchor is defined: `[d], [M, d], [M] -> []` bool.
+
+    It is not where |q|, or any |mu^m|, is at most 1e-12, where |u| is at most 1e-6, or where a
+    value is not finite.
+    """
+    vectors = jnp.concatenate([as_float(query)[None], as_float(mean_keys)])
+    finite = jnp.all(jnp.isfinite(vectors)) & jnp.all(jnp.isfinite(weights))
+    known = jnp.all(safe_norm(vectors) > ZERO_NORM)
+    return finite & known & (safe_norm(anchor_direction(mean_keys, weights)) > ZERO_SUM)
+
+
+def rebalance_anchor(query: Array, mean_keys: Array, weights: Array) -> Array:
+    """q_b = |q_bar| u / |u|, where u = sum_m alpha^m mu^m / |mu^m| (paper section 4).
+
+    Args:
+      query: `[d]`, q_bar.
+      mean_keys: `[M, d]`, mu^m = the mean over samples of k_i^m.
+      weights: `[M]`, alpha.
+
+    Returns:
+      `[d]` with the norm of `query`; `query` itself where the anchor is not defined (`has_anchor`).
+
+    Raises:
+      UserError: the shapes do not fit each other.
+
+    Example:
+      >>> keys = jnp.array([[5.0, 0.0], [0.0, 0.1]])  # a key's length does not matter
+      >>> rebalance_anchor(jnp.array([2.0, 0.0]), keys, jnp.array([0.5, 0.5])).round(3).tolist()
+      [1.414..., 1.414...]
+    """
+    check_arrays(query=(query, "d"), mean_keys=(mean_keys, "Md"), weights=(weights, "M"))
+    query = as_float(query)
+    anchor = safe_norm(query) * normalize(anchor_direction(mean_keys, weights), epsilon=ZERO_SUM)
+    return jnp.where(has_anchor(query, mean_keys, weights), anchor, query)
+
+
+class RollingState(NamedTuple):
+    """State that evolves beside the parameters; no gradient, no weight decay, always checkpointed.
+
+    H heads, M modalities, head width d. Everything is float32 but `count`.
+
+    Example:
+      >>> state = init_state(num_modalities=2, dim=4, num_heads=3)
+      >>> state.rotation.shape, state.count.tolist(), state.key_sum.shape
+      ((3, 4, 4), [0, 0, 0], (2, 3, 4))
+    """
+
+    rotation: Array  # [H, d, d], starts at I
+    count: Array  # type: ignore[assignment]  # [H] int32, rotations done; hides tuple.count
+    key_sum: Array  # [M, H, d], sum_i w_i k_i^m
+    cosine_sum: Array  # [M, H], sum_i w_i cos(q_i, k_i^m)
+    weight_sum: Array  # [M], sum_i w_i
+    query_sum: Array  # [H, d], sum_i w_i q_i
+    query_weight: Array  # []
+
+
+STATE_AXES = {
+    "rotation": "Hdd",
+    "count": "H",
+    "key_sum": "MHd",
+    "cosine_sum": "MH",
+    "weight_sum": "M",
+    "query_sum": "Hd",
+    "query_weight": "",
+}
+
+
+def init_state(num_modalities: int, dim: int, num_heads: int = 1) -> RollingState:
+    """State with R = I and empty sums; `dim` is the head width.
+
+    Raises:
+      UserError: fewer than two modalities, `dim` below 2 or no head.
+    """
+    for name, value, least in (
+        ("num_modalities", num_modalities, 2),
+        ("dim", dim, 2),
+        ("num_heads", num_heads, 1),
+    ):
+        if not (isinstance(value, numbers.Integral) and value >= least):
+            raise UserError(f"{name} is {value!r}; allowed: an integer >= {least}")
+    return RollingState(
+        rotation=jnp.tile(jnp.eye(dim, dtype=jnp.float32)[None], (num_heads, 1, 1)),
+        count=jnp.zeros([num_heads], jnp.int32),
+        key_sum=jnp.zeros([num_modalities, num_heads, dim], jnp.float32),
+        cosine_sum=jnp.zeros([num_modalities, num_heads], jnp.float32),
+        weight_sum=jnp.zeros([num_modalities], jnp.float32),
+        query_sum=jnp.zeros([num_heads, dim], jnp.float32),
+        query_weight=jnp.zeros([], jnp.float32),
+    )
+
+
+def state_dims(state: RollingState) -> chex.Dimensions:
+    """M, H and d of a state: broadcasting would take a batch with another number of heads.
+
+    Raises:
+      UserError: it is no state, or its arrays do not have the axes of one; says where a leading
+        axis of devices comes from.
+    """
+    if not isinstance(state, RollingState):
+        raise UserError(f"state is a {type(state).__name__}; allowed: what `init` made")
+    shapes = {name: tuple(getattr(array, "shape", ())) for name, array in state._asdict().items()}
+    extra = {len(shapes[name]) - len(axes) for name, axes in STATE_AXES.items()}
+    if extra == {0}:
+        dims = chex.Dimensions()
+        dims["MHd"] = shapes["key_sum"]
+        if all(shapes[name] == dims[axes] for name, axes in STATE_AXES.items() if axes):
+            return dims
+    came = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+    hint = "what `init` made, unchanged in shape"
+    if extra == {1} and len({shape[0] for shape in shapes.values()}) == 1:
+        hint = (
+            "a state without the leading axis that `flax.jax_utils.replicate`, pmap or vmap gives: "
+            "call this inside pmap or vmap, or take the axis off first "
+            "(`flax.jax_utils.unreplicate`)"
+        )
+    raise UserError(f"state has the shapes {came}; allowed: {hint}")
+
+
+def observe(
+    state: RollingState,
+    query: Array,
+    mean_keys: Array,
+    weight: Array | None = None,
+    axis_name: str | None = None,
+) -> RollingState:
+    """Adds one batch to the running sums.
+
+    Args:
+      state: the state so far.
+      query: `[B, H, d]` or `[H, d]`, as the attention used it (already rotated).
+      mean_keys: `[M, B, H, d]`, k_i^m. Both are converted to float32.
+      weight: `[B]` or `[M, B]`; 0 leaves out padding, or a modality that a sample lacks. A sample
+        of weight 0 may hold anything, NaN included.
+      axis_name: mapped axis over which the increments are summed, so that every replica ends with
+        the sums of the global batch.
+
+    Returns:
+      The new state; no gradient flows through it.
+
+    Raises:
+      UserError: a shape does not fit the state's M, H and d.
+    """
+    check_arrays(
+        state_dims(state),
+        query=(query, "BHd", "Hd"),
+        mean_keys=(mean_keys, "MBHd"),
+        weight=(weight, "B", "MB", None),
+    )
+    # float32 whatever came: with 64-bit types the state has to keep its dtypes under scan and cond.
+    query, mean_keys = (
+        jax.lax.stop_gradient(jnp.asarray(x, jnp.float32)) for x in (query, mean_keys)
+    )
+    num_modalities, batch_size = mean_keys.shape[:2]
+    query = jnp.broadcast_to(query[None] if query.ndim == 2 else query, mean_keys.shape[1:])
+    if weight is None:
+        weight = jnp.ones([batch_size], jnp.float32)
+    weight = jnp.broadcast_to(jnp.atleast_2d(weight), (num_modalities, batch_size))
+    weight = jax.lax.stop_gradient(weight).astype(jnp.float32)
+    query_weight = jnp.max(weight, axis=0)
+    mean_keys = jnp.where(weight[:, :, None, None] > 0, mean_keys, 0.0)
+    query = jnp.where(query_weight[:, None, None] > 0, query, 0.0)
+    cosines = dot(normalize(query)[None], normalize(mean_keys))  # [M, B, H]
+    increments = (
+        jnp.einsum("mb,mbhd->mhd", weight, mean_keys, precision=HIGHEST),
+        jnp.einsum("mb,mbh->mh", weight, cosines, precision=HIGHEST),
+        jnp.sum(weight, axis=1),
+        jnp.einsum("b,bhd->hd", query_weight, query, precision=HIGHEST),
+        jnp.sum(query_weight),
+    )
+    if axis_name is not None:
+        increments = jax.lax.psum(increments, axis_name)
+    key_sum, cosine_sum, weight_sum, query_sum, total = increments
+    return state._replace(
+        key_sum=state.key_sum + key_sum,
+        cosine_sum=state.cosine_sum + cosine_sum,
+        weight_sum=state.weight_sum + weight_sum,
+        query_sum=state.query_sum + query_sum,
+        query_weight=state.query_weight + total,
+    )
+
+
+def scores_and_means(state: RollingState) -> tuple[Array, Array, Array]:
+    """Scores `[H, M]`, mean keys `[H, M, d]` and mean query `[H, d]` of what was observed."""
+    weight = jnp.where(state.weight_sum > 0, state.weight_sum, 1.0)
+    total = jnp.where(state.query_weight > 0, state.query_weight, 1.0)
+    scores = jnp.swapaxes(state.cosine_sum / weight[:, None], 0, 1)
+    mean_keys = jnp.swapaxes(state.key_sum / weight[:, None, None], 0, 1)
+    return scores, mean_keys, state.query_sum / total
+
+
+def reset_sums(state: RollingState, when: bool | Array = True) -> RollingState:
+    """The state with empty running sums where `when`; rotation and count as they were."""
+    names = ("key_sum", "cosine_sum", "weight_sum", "query_sum", "query_weight")
+    sums = {name: getattr(state, name) for name in names}
+    return state._replace(
+        **{name: jnp.where(when, jnp.zeros_like(x), x) for name, x in sums.items()}
+    )
+
+
+class RollInfo(NamedTuple):
+    """Scores, decision and rotation of one `update`.
+
+    Example:
+      >>> roller = rolling_query()
+      >>> state, info = roller.update(roller.init(num_modalities=2, dim=4))  # nothing observed
+      >>> info.rolled.tolist(), info.imbalance.tolist(), info.weights.tolist()
+      ([False], [0.0], [[0.5, 0.5]])
+    """
+
+    scores: Array  # [H, M], c^m
+    imbalance: Array  # [H], max_m c^m - min_m c^m, over the modalities that were observed
+    weights: Array  # [H, M], alpha
+    anchor: Array  # [H, d], q_b; the query itself where the anchor is not defined
+    angle: Array  # [H], between query and anchor, in radians
+    rolled: Array  # [H] bool
+    reorthogonalized: Array  # [H] bool, whether R had drifted and is orthogonal again
+
+    @property
+    def mended(self) -> Array:
+        """`reorthogonalized` by its former name."""
+        return self.reorthogonalized
+
+
+def split_by_layer(values: Array, layers: int) -> Array:
+    """`[H, ...] -> [layers, H / layers, ...]`, the heads of one layer together."""
+    return values.reshape(layers, -1, *values.shape[1:])
+
+
+def lowest_layer_only(due: Array, layers: int) -> Array:
+    """Of the heads that are due, those in the lowest layer that has one: `[H] -> [H]` bool."""
+    together = split_by_layer(due, layers)
+    lowest = jnp.argmax(jnp.any(together, axis=1))  # the first
+    return (together & (jnp.arange(layers) == lowest)[:, None]).reshape(due.shape)
+
+
 def roll(
     state: RollingState,
     query: Array,
     mean_keys: Array,
     scores: Array,
     *,
-    beta: float,
-    rho: float,
-    max_rotations: int | None,
+    beta: float | Array,
+    rho: float | Array,
+    max_rotations: int | Array | None,
     method: str = "geodesic",
     joint: bool = False,
     layers: int = 1,
@@ -122,7 +414,7 @@ def roll(
     """
     query, mean_keys, scores = (jnp.asarray(x, jnp.float32) for x in (query, mean_keys, scores))
     if joint:
-        together = by_layer(scores, layers)
+        together = split_by_layer(scores, layers)
         mean = jnp.mean(together, axis=1, keepdims=True)
         scores = jnp.broadcast_to(mean, together.shape).reshape(scores.shape)
     heads_imbalance = imbalance_of_known(scores, safe_norm(mean_keys) > ZERO_NORM)
@@ -133,21 +425,21 @@ def roll(
     if max_rotations is not None:
         rolled &= state.count < max_rotations
     if joint:
-        together = by_layer(rolled, layers)
+        together = split_by_layer(rolled, layers)
         every = jnp.all(together, axis=1, keepdims=True)
         rolled = jnp.broadcast_to(every, together.shape).reshape(rolled.shape)
-    rolled = of_lowest_layer(rolled, layers)
+    rolled = lowest_layer_only(rolled, layers)
 
     def rotated():
         new = rotation_between(query, anchor, method)
-        new, mended = mend(jnp.matmul(new, state.rotation, precision=HIGHEST))
-        return jnp.where(rolled[:, None, None], new, state.rotation), mended & rolled
+        new, drifted = reorthogonalize(jnp.matmul(new, state.rotation, precision=HIGHEST))
+        return jnp.where(rolled[:, None, None], new, state.rotation), drifted & rolled
 
     # The condition keeps O(d^2) products, and the SVD, out of the steps that do not roll.
-    rotation, mended = jax.lax.cond(
+    rotation, drifted = jax.lax.cond(
         jnp.any(rolled), rotated, lambda: (state.rotation, jnp.zeros_like(rolled))
     )
-    x, y = unit(query), unit(anchor)
+    x, y = normalize(query), normalize(anchor)
     info = RollInfo(
         scores=scores,
         imbalance=heads_imbalance,
@@ -155,15 +447,29 @@ def roll(
         anchor=anchor,
         angle=2.0 * jnp.arctan2(safe_norm(x - y), safe_norm(x + y)),
         rolled=rolled,
-        mended=mended,
+        reorthogonalized=drifted,
     )
     return state._replace(rotation=rotation, count=state.count + rolled.astype(jnp.int32)), info
 
 
+class RollingQuery(NamedTuple):
+    """The method as three pure functions, in the manner of `optax.GradientTransformation`.
+
+    Example:
+      >>> init, observe, update = rolling_query(beta=0.1)
+      >>> init(num_modalities=3, dim=8).rotation.shape
+      (1, 8, 8)
+    """
+
+    init: Callable[..., RollingState]
+    observe: Callable[..., RollingState]
+    update: Callable[..., tuple[RollingState, RollInfo]]
+
+
 def rolling_query(
-    beta: float = 0.0,
-    rho: float = 0.0,
-    max_rotations: int | None = 1,
+    beta: float | Array = 0.0,
+    rho: float | Array = 0.0,
+    max_rotations: int | Array | None = 1,
     method: str = "geodesic",
     joint: bool = False,
     layers: int = 1,
@@ -175,12 +481,16 @@ def rolling_query(
     rolls the heads where it is due and resets the sums, without a host synchronization; in the
     forward pass the class query is `rotate(state.rotation, query)`.
 
+    `beta`, `rho` and `max_rotations` may be traced. A grid of them is one `vmap` over a function
+    that makes its roller, and a schedule is a roller made inside the step:
+    `rolling_query(beta=schedule(step))`. Values that are traced are not checked.
+
     Args:
       beta: a head rolls when its imbalance is larger; 0 or more.
       rho: sharpness of the rebalance weights; 0 gives equal weights; finite.
       max_rotations: the most a head rolls; None sets no limit, 0 means never.
       method: "geodesic" or "svd", see `rotation_between`.
-      joint: heads decide together, by the mean of their scores, in place of each by its own.
+      joint: heads decide together, by the mean of their scores, instead of each by its own.
       layers: attention layers among which the heads are divided, the lowest layer's heads first. At
         one update the lowest layer with a head that is due rolls and no other, since the inputs of
         those above change with it, and what was observed there no longer holds. `joint` heads are
@@ -199,15 +509,10 @@ def rolling_query(
       >>> bool(info.rolled[0])
       True
     """
-    for name, value in (("beta", beta), ("rho", rho), ("max_rotations", max_rotations)):
-        number = isinstance(value, numbers.Real) or hasattr(value, "dtype")
-        if value is None and name == "max_rotations":
-            continue
-        if not number or value is None or not value >= 0:
-            more = ", or None for no limit" if name == "max_rotations" else ""
-            raise UserError(f"{name} is {value!r}; allowed: 0 or more{more}")
-    if rho == math.inf:  # times a score of 0 it makes NaN
-        raise UserError(f"rho is {rho!r}; allowed: 0 or more, and finite")
+    _check_number("beta", beta)
+    _check_number("rho", rho, ", and finite", finite=True)
+    if max_rotations is not None:
+        _check_number("max_rotations", max_rotations, ", or None for no limit")
     if method not in ("geodesic", "svd"):
         raise UserError(f"method is {method!r}; allowed: geodesic, svd")
     if not (isinstance(layers, numbers.Integral) and layers >= 1):
@@ -231,8 +536,8 @@ def rolling_query(
         a bool or `[]` bool that may be traced, is False, nothing rolls and the state stays as it
         is: a training step can call this every time and say when the check is due.
         """
-        check_arrays(sizes(state), query=(query, "H d or None"))
-        check_arrays(when=(np.bool_(when) if isinstance(when, bool) else when, "", "bool"))
+        check_arrays(state_dims(state), query=(query, "Hd", None))
+        check_arrays(None, "bool", when=(np.bool_(when) if isinstance(when, bool) else when, ""))
         scores, mean_keys, mean_query = scores_and_means(state)
         rolled, info = roll(
             state,

@@ -1,10 +1,13 @@
-"""The rotation that takes one vector's direction to another's, and its application.
+"""The rotation that takes one vector's direction to another's, its application and its folding.
 
-Paper section 4 and upstream `models/fusion_modules.py` build it from an SVD of the rank-one matrix
+Paper section 4 and upstream's `utils/utils.py` build it from an SVD of the rank-one matrix
 `target source^T`, which fixes one direction and leaves all others to the linear algebra library.
-The geodesic rotation here moves nothing outside the plane of the two vectors.
+The geodesic rotation here moves nothing outside the plane of the two vectors. After training it
+folds into the query projection, and an ordinary Transformer is left.
 """
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,10 +15,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from rollingq_jax.errors import UserError
+from rollingq_jax.shapes import check_arrays
+
+Params = Mapping[str, Any]
 
 HIGHEST = jax.lax.Precision.HIGHEST
 ZERO_NORM = 1e-12  # a shorter vector has no direction
-MAX_DRIFT = 1e-5  # of R^T R from the identity, beyond which R is orthonormalised
+MAX_DRIFT = 1e-5  # of R^T R from the identity, beyond which R is orthonormalized
 PLANE_NORM = 1e-3  # a shorter component of y beside x does not tell the plane in float32
 
 
@@ -50,7 +56,7 @@ def safe_norm(x: Array) -> Array:
     return jnp.where(positive, scale * jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
 
 
-def unit(x: Array, epsilon: float = ZERO_NORM) -> Array:
+def normalize(x: Array, epsilon: float = ZERO_NORM) -> Array:
     """`x / |x|` over the last axis: `[..., d] -> [..., d]`.
 
     Zeros where `|x| <= epsilon`, or where x is not finite.
@@ -87,12 +93,12 @@ def _beside(x: Array, y: Array) -> Array:
     component = away_from_x(x + y)  # x + y, and not y: no digits cancel in it near 180 degrees
     basis = jax.nn.one_hot(jnp.argmin(jnp.abs(x)), x.shape[-1], dtype=x.dtype)
     told = safe_norm(component) >= PLANE_NORM
-    z = unit(jnp.where(told, component, away_from_x(basis)))
-    return unit(away_from_x(z))
+    z = normalize(jnp.where(told, component, away_from_x(basis)))
+    return normalize(away_from_x(z))
 
 
 def _geodesic(source: Array, target: Array) -> Array:
-    x, y = unit(source), unit(target)
+    x, y = normalize(source), normalize(target)
     degenerate = (jnp.max(jnp.abs(x)) == 0) | (jnp.max(jnp.abs(y)) == 0)
     e = jax.nn.one_hot(0, x.shape[-1], dtype=x.dtype)
     x, y = jnp.where(degenerate, e, x), jnp.where(degenerate, e, y)
@@ -108,7 +114,7 @@ def _geodesic(source: Array, target: Array) -> Array:
 
 
 def _from_svd(source: Array, target: Array) -> Array:
-    x, y = jax.lax.stop_gradient((unit(source), unit(target)))
+    x, y = jax.lax.stop_gradient((normalize(source), normalize(target)))
     degenerate = (jnp.max(jnp.abs(x)) == 0) | (jnp.max(jnp.abs(y)) == 0)
     left, _, right = jnp.linalg.svd(jnp.outer(y, x))
     sign, _ = jnp.linalg.slogdet(jnp.matmul(left, right, precision=HIGHEST))
@@ -136,7 +142,7 @@ def rotation_between(source: Array, target: Array, method: str = "geodesic") -> 
       source: `[..., d]`, d >= 2; converted to float32 unless wider.
       target: `[..., d]`, broadcast against `source`.
       method: "geodesic" (above; O(d^2), differentiable) or "svd": the orthogonal factor of
-        `target source^T`, as upstream has it, but with its determinant mended through `slogdet`
+        `target source^T`, as upstream has it, but with its determinant corrected through `slogdet`
         (O(d^3); directions off the plane are arbitrary; no gradient flows through it).
 
     Returns:
@@ -210,7 +216,7 @@ def orthogonality_error(rotation: Array) -> Array:
     return jnp.max(jnp.abs(gram - identity), axis=(-2, -1))
 
 
-def orthonormalise(rotation: Array) -> Array:
+def orthonormalize(rotation: Array) -> Array:
     """The orthogonal matrix next to a nearly orthogonal one: `[..., d, d] -> [..., d, d]`.
 
     One Newton-Schulz step, R (3 I - R^T R) / 2, which squares the orthogonality error.
@@ -220,15 +226,100 @@ def orthonormalise(rotation: Array) -> Array:
     return jnp.matmul(rotation, 1.5 * identity - 0.5 * gram, precision=HIGHEST)
 
 
-def compose(new: Array, rotation: Array) -> Array:
-    """R_new R, mended where rounding has drifted from orthogonal: `[..., d, d]` twice."""
-    return mend(jnp.matmul(new, rotation, precision=HIGHEST))[0]
-
-
-def mend(rotation: Array) -> tuple[Array, Array]:
-    """R, orthonormal again where R^T R is further than `MAX_DRIFT` from I; and where that was.
+def reorthogonalize(rotation: Array) -> tuple[Array, Array]:
+    """R, orthonormalized where R^T R is further than `MAX_DRIFT` from I; and where that was.
 
     `[..., d, d] -> [..., d, d], [...]` bool.
     """
     drifted = orthogonality_error(rotation) > MAX_DRIFT
-    return jnp.where(drifted[..., None, None], orthonormalise(rotation), rotation), drifted
+    return jnp.where(drifted[..., None, None], orthonormalize(rotation), rotation), drifted
+
+
+def compose(new: Array, rotation: Array) -> Array:
+    """R_new R, reorthogonalized where rounding has drifted: `[..., d, d] x 2 -> [..., d, d]`."""
+    return reorthogonalize(jnp.matmul(new, rotation, precision=HIGHEST))[0]
+
+
+def fold_projection(
+    kernel: Array, bias: Array | None, rotation: Array
+) -> tuple[Array, Array | None]:
+    """W_q' = W_q R^T and b_q' = b_q R^T, from q R^T = (t W_q + b_q) R^T, per head.
+
+    `kernel` is `[D, H, d_h]` or `[D, H d_h]`, `bias` `[H, d_h]` or `[H d_h]` or None, `rotation`
+    `[H, d_h, d_h]`; shapes and dtypes are kept.
+    """
+    heads, width = rotation.shape[:2]
+    blocks = as_float(kernel).reshape(-1, heads, width)
+    folded = jnp.einsum("dhj,hij->dhi", blocks, as_float(rotation), precision=HIGHEST)
+    folded = folded.reshape(kernel.shape).astype(kernel.dtype)
+    if bias is None:
+        return folded, None
+    rows = as_float(bias).reshape(heads, width)
+    turned = jnp.einsum("hj,hij->hi", rows, as_float(rotation), precision=HIGHEST)
+    return folded, turned.reshape(bias.shape).astype(bias.dtype)
+
+
+def _check_projection(projection: Any, rotation: Array, path: Sequence[str]) -> None:
+    where = "/".join(path)
+    if not isinstance(projection, Mapping) or "kernel" not in projection:
+        raise UserError(
+            f"query_path is {where!r}; there is no projection with a kernel at that path"
+        )
+    check_arrays(rotation=(rotation, "Hdd"))
+    shape, (heads, width) = projection["kernel"].shape, rotation.shape[:2]
+    has = math.prod(shape[1:]) // width
+    if heads > has and heads % has == 0 and shape[1:] in ((has, width), (has * width,)):
+        raise UserError(
+            f"rotation is for {heads} heads, and the kernel at {where!r} makes {has}: those of the "
+            "last of several fusion layers. The layers below make every token's queries with one "
+            "projection, which cannot take the class token's rotation"
+        )
+    if shape[1:] not in ((heads, width), (heads * width,)):
+        raise UserError(
+            f"the kernel at {where!r} has shape {shape}, which does not end in {heads} heads of "
+            f"width {width}: a projection that makes keys or values as well, or serves other "
+            "queries, cannot take the rotation without changing them"
+        )
+
+
+def fold_rotation(
+    params: Params, rotation: Array, query_path: Sequence[str] = ("fusion", "query")
+) -> dict[str, Any]:
+    """Parameters of an ordinary Transformer whose outputs equal those of `params` under `rotation`.
+
+    Args:
+      params: nested mapping of parameters; not changed.
+      rotation: `[H, d_h, d_h]`.
+      query_path: keys that lead to the query projection `{"kernel": [D, H, d_h] or [D, H d_h],
+        "bias": ...}`. The caller declares that it serves the class token alone: a projection that
+        other tokens use as well would turn their queries too.
+
+    Returns:
+      A new nested dict; leaves that do not change are shared with `params`.
+
+    Raises:
+      UserError: nothing is at the path, or its kernel does not fit the rotation (a fused
+        query-key-value projection, for one, or several fusion layers), so that folding would not
+        be exact.
+
+    Example:
+      >>> quarter_turn = jnp.array([[[0.0, -1.0], [1.0, 0.0]]])
+      >>> params = {"query": {"kernel": jnp.array([[[3.0, 4.0]]])}}  # [D, H, d_h], no bias
+      >>> fold_rotation(params, quarter_turn, ("query",))["query"]["kernel"].tolist()
+      [[[-4.0, 3.0]]]
+    """
+    if isinstance(query_path, str) or not query_path:
+        raise UserError(f"query_path is {query_path!r}; allowed: keys, ('fusion', 'query') for one")
+    name, *rest = query_path
+    child = params.get(name) if isinstance(params, Mapping) else None
+    if child is None:
+        raise UserError(
+            f"query_path is {'/'.join(query_path)!r}; the parameters have no {name!r} there"
+        )
+    if rest:
+        folded = fold_rotation(child, rotation, rest)
+    else:
+        _check_projection(child, rotation, query_path)
+        kernel, bias = fold_projection(child["kernel"], child.get("bias"), rotation)
+        folded = {**child, "kernel": kernel} | ({} if bias is None else {"bias": bias})
+    return {**params, name: folded}

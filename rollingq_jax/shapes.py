@@ -1,10 +1,12 @@
-"""Shapes and dtypes of arguments: what broadcasting would take without a word is refused.
+"""Shapes and dtypes of arguments: chex's assertions as errors that name the argument.
 
-Looks at shapes and dtypes alone, so that it costs nothing once a function is compiled.
+Broadcasting would take many a wrong shape without a word. Only shapes and dtypes are read, so that
+a check costs nothing once a function is compiled.
 """
 
 from typing import Any
 
+import chex
 import jax.numpy as jnp
 
 from rollingq_jax.errors import UserError
@@ -13,65 +15,56 @@ KINDS = {"real numbers": (jnp.floating, jnp.integer, jnp.bool_), "bool": (jnp.bo
 
 
 def check_arrays(
-    sizes: dict[str, int] | None = None, /, **arguments: tuple[Any, str] | tuple[Any, str, str]
-) -> None:
-    """Each argument has one of its shapes, with one size for each letter, and its kind of dtype.
+    dims: chex.Dimensions | None = None,
+    kind: str = "real numbers",
+    /,
+    **arguments: tuple[Any, *tuple[str | None, ...]],
+) -> chex.Dimensions:
+    """Refuses an argument whose shape or dtype is not one of those that are allowed.
 
     Args:
-      sizes: of letters that are known already.
-      **arguments: name -> (array, shapes) or (array, shapes, "bool"). Shapes are written as
-        "B H d_h or H d_h"; an array for which they end in "or None" may be None.
+      dims: sizes of axes that are known; those of other axes are added as they are met.
+      kind: "real numbers" or "bool".
+      **arguments: name -> (array, shape, ...), a shape being a key of `chex.Dimensions` such as
+        "BHd"; None among them allows None.
+
+    Returns:
+      `dims` with the size of every axis.
 
     Raises:
-      UserError: names the arguments, what came and what is allowed.
+      UserError: names the first argument that does not fit, its shape and those allowed.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> check_arrays(query=(jnp.ones((2, 3)), "B d"), keys=(jnp.ones((4, 2, 3)), "M B d"))
-      >>> check_arrays(query=(jnp.ones((2, 3)), "B d"), keys=(jnp.ones((4, 1, 3)), "M B d"))
+      >>> dims = check_arrays(query=(jnp.ones((2, 3)), "Bd"), keys=(jnp.ones((4, 2, 3)), "MBd"))
+      >>> dims.M, dims.B
+      (4, 2)
+      >>> check_arrays(query=(jnp.ones((2, 3)), "Bd"), keys=(jnp.ones((4, 1, 3)), "MBd"))
       Traceback (most recent call last):
       ...
-      rollingq_jax.errors.UserError: query, keys have shapes (2, 3), (4, 1, 3); allowed: [B, d], ...
+      rollingq_jax.errors.UserError: keys has shape (4, 1, 3); allowed: [M, B, d] with B = 2, d = 3
     """
-    bound = dict(sizes or {})
-    fits = True
-    for name, (array, shapes, *kind) in arguments.items():
-        if array is None and shapes.endswith("or None"):
+    dims = chex.Dimensions() if dims is None else dims
+    for name, (array, *shapes) in arguments.items():
+        if array is None and None in shapes:
             continue
-        _check_array(name, array, shapes, *kind)
-        fits = fits and _binds(array.shape, shapes, bound)
-    if not fits:
-        came = ", ".join(str(getattr(a[0], "shape", None)) for a in arguments.values())
-        allowed = ", ".join(_written(a[1]) for a in arguments.values())
-        known = "".join(f", {letter} = {size}" for letter, size in (sizes or {}).items())
-        raise UserError(
-            f"{', '.join(arguments)} {'have shapes' if len(arguments) > 1 else 'has shape'} "
-            f"{came}; allowed: {allowed}" + (f" with {known[2:]}" if known else "")
-        )
-
-
-def _check_array(name: str, array: Any, shapes: str, kind: str = "real numbers") -> None:
-    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
-        came = "None" if array is None else f"a {type(array).__name__}"
-        raise UserError(f"{name} is {came}; allowed: an array {_written(shapes)}")
-    if not any(jnp.issubdtype(array.dtype, allowed) for allowed in KINDS[kind]):
-        raise UserError(f"{name} has dtype {array.dtype}; allowed: {kind}")
-
-
-def _binds(shape: tuple[int, ...], shapes: str, bound: dict[str, int]) -> bool:
-    """Whether a shape is among those that are allowed; adds the sizes of its letters."""
-    for alternative in shapes.split(" or "):
-        letters = alternative.split()
-        if alternative != "None" and len(letters) == len(shape):
-            return all(
-                bound.setdefault(letter, size) == size
-                for letter, size in zip(letters, shape, strict=True)
-            )
-    return False
-
-
-def _written(shapes: str) -> str:
-    """ "B d or d or None" as "[B, d] or [d] or None"."""
-    return " or ".join(
-        part if part == "None" else f"[{', '.join(part.split())}]" for part in shapes.split(" or ")
-    )
+        allowed = " or ".join("None" if s is None else f"[{', '.join(s)}]" for s in shapes)
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            came = "None" if array is None else f"a {type(array).__name__}"
+            raise UserError(f"{name} is {came}; allowed: an array {allowed}")
+        if not any(jnp.issubdtype(array.dtype, number) for number in KINDS[kind]):
+            raise UserError(f"{name} has dtype {array.dtype}; allowed: {kind}")
+        sizes = {axis: getattr(dims, axis, None) for s in shapes for axis in s or ""}
+        known = ", ".join(f"{axis} = {size}" for axis, size in sizes.items() if size is not None)
+        try:
+            by_rank = {len(s): s for s in shapes if s is not None}
+            chex.assert_rank(array, set(by_rank))
+            shape = by_rank[array.ndim]
+            new = "".join("_" if sizes[axis] is not None else axis for axis in shape)
+            dims[new] = array.shape
+            chex.assert_shape(array, dims[shape])
+        except AssertionError:
+            raise UserError(
+                f"{name} has shape {array.shape}; allowed: {allowed}"
+                + (f" with {known}" if known else "")
+            ) from None
+    return dims

@@ -8,7 +8,7 @@ import pytest
 import rollingq_jax as rq
 
 B, L, D = 4, 19, 16
-FORMS = (rq.class_token_attention, rq.textbook_attention)
+FORMS = (rq.class_token_attention, rq.reference_attention)
 
 
 def inputs(num_heads, head_dim, per_example, seed=0):
@@ -36,7 +36,7 @@ def real(kind):
 @pytest.mark.parametrize("dropout_rate", [0.0, 0.3])
 @pytest.mark.parametrize(("num_heads", "head_dim"), [(1, 16), (8, 2), (8, 4)])
 @pytest.mark.parametrize("per_example", [True, False])
-def test_equals_the_textbook_form(num_heads, head_dim, mask, dropout_rate, per_example):
+def test_equals_the_reference(num_heads, head_dim, mask, dropout_rate, per_example):
     arguments = inputs(num_heads, head_dim, per_example)
     options = {"mask": real(mask), "dropout_rate": dropout_rate, "rng": jax.random.key(5)}
 
@@ -49,12 +49,12 @@ def test_equals_the_textbook_form(num_heads, head_dim, mask, dropout_rate, per_e
         return of
 
     got = rq.class_token_attention(*arguments, **options)
-    want = rq.textbook_attention(*arguments, **options)
+    want = rq.reference_attention(*arguments, **options)
     for a, b in zip(got, want, strict=True):
         assert np.abs(np.asarray(a) - np.asarray(b)).max() < 1e-5 * max(1, np.abs(b).max())
     gradients = [
         jax.grad(scalar(f), argnums=range(6))(*arguments)
-        for f in (rq.class_token_attention, rq.textbook_attention)
+        for f in (rq.class_token_attention, rq.reference_attention)
     ]
     for a, b in zip(*gradients, strict=True):
         assert np.abs(np.asarray(a) - np.asarray(b)).max() < 1e-4 * max(1, np.abs(b).max())
@@ -126,8 +126,8 @@ def test_bfloat16_arguments_give_float32_of_their_values(function, narrow):
     half = [x.astype(jnp.bfloat16) for x in inputs(2, 8, per_example=False)]
     wide = [x.astype(jnp.float32) for x in half]
     given = {"tokens": half[:1] + wide[1:], "the rest": wide[:1] + half[1:], "all": half}[narrow]
-    exact = function is rq.textbook_attention or narrow == "the rest"
-    for got, want in zip(function(*given), rq.textbook_attention(*wide), strict=True):
+    exact = function is rq.reference_attention or narrow == "the rest"
+    for got, want in zip(function(*given), rq.reference_attention(*wide), strict=True):
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(got, want, atol=1e-5 if exact else 0.15)
 

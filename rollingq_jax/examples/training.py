@@ -8,8 +8,7 @@ import optax
 from jax import Array
 
 from rollingq_jax.examples.toy_data import Data, batches, report
-from rollingq_jax.observing import RollingState
-from rollingq_jax.rolling import RollingQuery
+from rollingq_jax.rolling import RollingQuery, RollingState
 
 Seen = tuple[Array, Array]  # class query [B, H, d_h] or [H, d_h], mean keys [M, B, H, d_h]
 Forward = Callable[..., Any]  # params, batch, rotation -> logits [B, C], Seen; a module's apply

@@ -13,9 +13,9 @@ from jax import Array
 
 from rollingq_jax.attention import (
     attention_share,
+    broadcast_query,
     class_token_attention,
     mean_key,
-    per_example,
 )
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.models import initializers
@@ -148,7 +148,7 @@ class AttentionFusion(nn.Module):
         logits = self.head(dropout(out_rng, projected, self.dropout, example_index))
         parts = split_tokens(sequence, lengths) if seen else [tokens[m] for m in modalities]
         means = [mean_key(x, *key, mask=real) for x, real in zip(parts, reals, strict=True)]
-        seen += [Seen(per_example(query, batch_size), means, attention_share(weights, lengths))]
+        seen += [Seen(broadcast_query(query, batch_size), means, attention_share(weights, lengths))]
         out = _joined(modalities, seen)
         if return_attention:
             out["attention"] = weights
@@ -172,7 +172,7 @@ class AttentionFusion(nn.Module):
         for i, block in enumerate(self.layer.values()):
             if self.is_initializing():
                 block(sequence, mask, None, example_index)  # makes the parameters
-            query = per_example(self._query(i, cls, rotations[i]), sequence.shape[0])
+            query = broadcast_query(self._query(i, cls, rotations[i]), sequence.shape[0])
             scaled = self._scaled(query)
             what = seen_in(block, sequence, mask, scaled, lengths, reals)
             seen.append(what._replace(query=query))

@@ -18,7 +18,7 @@ import optax
 from jax import Array
 
 from rollingq_jax.data.types import KEPT
-from rollingq_jax.rotation import dot, unit
+from rollingq_jax.rotation import dot, normalize
 
 Sums = dict[str, Array]
 
@@ -81,10 +81,10 @@ def batch_sums(logits: Array, out: Mapping[str, Any], batch: Mapping[str, Array]
         sums |= {f"probe_loss/{m}": loss, f"probe_accuracy/{m}": right, f"unscored/{m}": unscored}
         sums[f"weight/{m}"] = jnp.sum(weights[m])
     if "mean_keys" in out:
-        query, answered = unit(out["query"]), finite_rows(logits)
+        query, answered = normalize(out["query"]), finite_rows(logits)
         for m in modalities:
             attended = weights[m] * answered.astype(weight.dtype)
-            cosines = dot(query, unit(out["mean_keys"][m]))
+            cosines = dot(query, normalize(out["mean_keys"][m]))
             sums[f"cosine/{m}"] = jnp.sum(
                 jnp.where(attended[:, None] > 0, cosines, 0.0) * attended[:, None], axis=0
             )

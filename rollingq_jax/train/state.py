@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from rollingq_jax.observing import RollingState
-from rollingq_jax.rolling import RollingQuery
+from rollingq_jax.rolling import RollingQuery, RollingState
 
 
 class TrainState(flax.struct.PyTreeNode):

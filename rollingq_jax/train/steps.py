@@ -15,9 +15,14 @@ from jax import Array
 
 from rollingq_jax.analysis.predictions import class_probabilities
 from rollingq_jax.baselines.hooks import NO_BASELINE, Baseline, Seen
-from rollingq_jax.observing import RollingState, scores_and_means
-from rollingq_jax.rolling import RollInfo, RollingQuery, imbalance_of_known
-from rollingq_jax.rotation import dot, unit
+from rollingq_jax.rolling import (
+    RollInfo,
+    RollingQuery,
+    RollingState,
+    imbalance_of_known,
+    scores_and_means,
+)
+from rollingq_jax.rotation import dot, normalize
 from rollingq_jax.train.metrics import (
     Sums,
     batch_sums,
@@ -142,7 +147,7 @@ def batch_imbalance(query: Array, mean_keys: Array, weight: Array, axis_name: st
     `mean_keys` is `[M, B, H, d_h]`, `weight` `[M, B]`. Over the modalities that an example has; NaN
     for fewer than two.
     """
-    cosines = dot(unit(query)[None, None], unit(mean_keys))
+    cosines = dot(normalize(query)[None, None], normalize(mean_keys))
     sums = jnp.sum(jnp.where(weight[..., None] > 0, cosines, 0.0) * weight[..., None], axis=1)
     sums, total = psum((sums, jnp.sum(weight, axis=1)), axis_name)
     known = total > 0

@@ -15,9 +15,14 @@ from flax import linen as nn
 from jax import Array
 
 from rollingq_jax.errors import UserError
-from rollingq_jax.imbalance import cosine_scores
-from rollingq_jax.observing import RollingState, reset_sums, scores_and_means
-from rollingq_jax.rolling import RollInfo, roll
+from rollingq_jax.rolling import (
+    RollInfo,
+    RollingState,
+    cosine_scores,
+    reset_sums,
+    roll,
+    scores_and_means,
+)
 from rollingq_jax.rotation import compose
 from rollingq_jax.train.state import TrainState
 from rollingq_jax.train.steps import Roll, batch_imbalance, batch_scores
