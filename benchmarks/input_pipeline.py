@@ -26,11 +26,11 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from rollingq_jax.data import crema_d
-from rollingq_jax.data.crema_d_tables import EMOTIONS
+from rollingq_jax.data.dataset import Dataset
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.pipeline import train_batches
-from rollingq_jax.data.types import Dataset
+from rollingq_jax.data.sources import crema_d
+from rollingq_jax.data.sources.crema_d import EMOTIONS
 
 BATCH_SIZE = 64
 SOURCE_SIZE = (360, 480)
@@ -94,7 +94,7 @@ def make_clips(folder: Path, num_clips: int, frames_per_clip: int) -> Path:
 
 
 def prepared_clips(folder: Path, num_clips: int, frames_per_clip: int = 3) -> Dataset:
-    """The clips as :func:`~rollingq_jax.data.crema_d.load` gives them."""
+    """The clips as `crema_d.load` gives them."""
     source = make_clips(folder / "CREMA-D", num_clips, frames_per_clip)
     with contextlib.redirect_stderr(io.StringIO()):
         crema_d.prepare(source, folder / "data", strict=True)

@@ -17,7 +17,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from rollingq_jax.data.media_arrays import MediaSizes
+from rollingq_jax.data.sources.media_folder import MediaSizes
 from rollingq_jax.train.config import default_config
 
 

@@ -16,12 +16,10 @@ from typing import Any
 import grain
 import numpy as np
 
-from rollingq_jax.data.infer import infer_model, num_tokens
-from rollingq_jax.data.labels import labels_of
+from rollingq_jax.data.dataset import Dataset, infer_model, labels_of, num_tokens
 from rollingq_jax.data.load import load_dataset
-from rollingq_jax.data.manifest import is_manifest, read_manifest
 from rollingq_jax.data.options import mapping_option, option
-from rollingq_jax.data.types import Dataset
+from rollingq_jax.data.sources.media_folder import is_manifest, read_manifest
 from rollingq_jax.errors import DataError, printable
 from rollingq_jax.train.cli import Command, run_command, switch, text
 

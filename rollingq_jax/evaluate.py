@@ -23,9 +23,8 @@ from rollingq_jax.analysis.evaluation_report import summary_rows, write_pictures
 from rollingq_jax.analysis.probes import Probe
 from rollingq_jax.analysis.table import header, rows, written_whole
 from rollingq_jax.data.corruption import parse_corruptions
-from rollingq_jax.data.labels import ids_of
+from rollingq_jax.data.dataset import Dataset, Source, ids_of
 from rollingq_jax.data.new_data import as_dataset, open_new_data
-from rollingq_jax.data.types import Dataset, Source
 from rollingq_jax.errors import ConfigError, DataError
 from rollingq_jax.train.cli import (
     MOST_AT_ONCE,

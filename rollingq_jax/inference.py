@@ -12,9 +12,9 @@ import numpy as np
 from etils import epath
 
 from rollingq_jax.analysis.predictions import class_probabilities
-from rollingq_jax.data.media_arrays import MediaSizes, read_value
+from rollingq_jax.data.dataset import ModalityInfo
 from rollingq_jax.data.preprocessing import InputSpec, Preprocessing, complete
-from rollingq_jax.data.types import ModalityInfo
+from rollingq_jax.data.sources.media_folder import MediaSizes, read_value
 from rollingq_jax.errors import DataError, UserError
 from rollingq_jax.train.restore import load_run
 

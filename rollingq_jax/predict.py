@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from rollingq_jax.analysis import table
 from rollingq_jax.analysis.predictions import check_answers
-from rollingq_jax.data.manifest import MANIFEST_SUFFIXES
 from rollingq_jax.data.new_data import NewData, open_new_data
 from rollingq_jax.data.pipeline import collate
+from rollingq_jax.data.sources.media_folder import MANIFEST_SUFFIXES
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.inference import Prediction, Predictor, check_batch_size
 from rollingq_jax.train.cli import MOST_AT_ONCE, WORKDIR, Command, integer, run_command, text

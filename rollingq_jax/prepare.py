@@ -25,9 +25,9 @@ from rollingq_jax.train.cli import Command, Flag, integer, run_command, switch, 
 # Each module has prepare(source, data_dir, *, strict, ...) -> Prepared; the options that it takes
 # beside those of every set.
 DATA_SETS = {
-    "crema_d": ("rollingq_jax.data.crema_d", ("fps", "workers")),
-    "kinetics_sounds": ("rollingq_jax.data.kinetics_sounds", ("fps", "workers")),
-    "cmu_mosei": ("rollingq_jax.data.cmu_mosei", ()),
+    "crema_d": ("rollingq_jax.data.sources.crema_d", ("fps", "workers")),
+    "kinetics_sounds": ("rollingq_jax.data.sources.kinetics_sounds", ("fps", "workers")),
+    "cmu_mosei": ("rollingq_jax.data.sources.cmu_mosei", ()),
 }
 DEFAULTS = {"fps": 1, "workers": min(os.cpu_count() or 1, 8)}
 

@@ -39,7 +39,7 @@ def av_digits_cache(tmp_path_factory):
     """A cache directory that holds the demo's data of seed 0, built once for all test processes."""
     from types import SimpleNamespace
 
-    from rollingq_jax.data import av_digits
+    from rollingq_jax.data.sources import av_digits
 
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base

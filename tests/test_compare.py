@@ -336,7 +336,7 @@ def test_controls_are_arms(config_file):
     assert {n for n, one in made.items() if one.data.corruptions == fresh} == {
         n for n in made if n.endswith("-fresh")
     }
-    kinds = {(c.modality, c.amount, c.share) for c in parse_corruptions(fresh, ("audio", "visual"))}
+    kinds = {(c.modality, c.amount, c.prob) for c in parse_corruptions(fresh, ("audio", "visual"))}
     assert kinds == {
         ("audio", 0.5, 1.0), ("audio", (0.0, 3.0), 0.3),
         ("visual", 0.3, 1.0), ("visual", (0.0, 1.5), 0.3),

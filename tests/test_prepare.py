@@ -115,7 +115,7 @@ def test_the_command(tmp_path):
 
 
 def test_interrupt_leaves_a_note_and_goes_on(capsys, tmp_path, monkeypatch):
-    from rollingq_jax.data import crema_d
+    from rollingq_jax.data.sources import crema_d
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt

@@ -9,9 +9,9 @@ import numpy as np
 from rollingq_jax.analysis import statistics, tokens
 from rollingq_jax.analysis.plots import AttentionExample, ModalityView
 from rollingq_jax.analysis.predictions import Predictions, model_input
-from rollingq_jax.data.masking import has_modality
+from rollingq_jax.data.corruption import has_modality
+from rollingq_jax.data.dataset import Dataset, Subset
 from rollingq_jax.data.pipeline import eval_batches
-from rollingq_jax.data.types import Dataset, Subset
 
 Array = np.ndarray
 

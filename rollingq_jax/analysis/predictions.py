@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rollingq_jax.analysis import statistics
-from rollingq_jax.data.types import KEPT
+from rollingq_jax.data.dataset import KEPT
 from rollingq_jax.errors import NonFiniteError
 
 log = logging.getLogger(__name__)

@@ -14,10 +14,9 @@ from rollingq_jax.analysis.predictions import (
     mean_shares,
     share_quality,
 )
-from rollingq_jax.data.corruption import corrupt
-from rollingq_jax.data.labels import labels_of
+from rollingq_jax.data.corruption import SwappedModality, corrupt
+from rollingq_jax.data.dataset import Dataset, Source, labels_of
 from rollingq_jax.data.pipeline import eval_batches
-from rollingq_jax.data.types import Dataset, Example, Source
 
 Array = np.ndarray
 
@@ -152,8 +151,12 @@ def reliance(probe: Probe, modality: str, clean: Predictions) -> dict[str, dict[
     rng = np.random.default_rng((probe.seed, 1))
     others = other_class_partners(labels, rng)
     partners = {"shuffled": rng.permutation(len(source)), "swapped": others}
+
+    def swapped(chosen: Array) -> SwappedModality:
+        return SwappedModality(source, modality, lambda index: int(chosen[index]))
+
     found = {
-        way: _read(probe, probe.dataset, Exchanged(source, modality, chosen), f"{modality} {way}")
+        way: _read(probe, probe.dataset, swapped(chosen), f"{modality} {way}")
         for way, chosen in partners.items()
         if chosen is not None
     }
@@ -170,27 +173,6 @@ def reliance(probe: Probe, modality: str, clean: Predictions) -> dict[str, dict[
         shown = labels[others]
         result["swapped"]["follows"] = float((found["swapped"].predicted == shown).mean())
     return result
-
-
-class Exchanged:
-    """A source in which one modality of example i is that of example ``partners[i]``.
-
-    Its mask and quality come along; everything else, the label included, stays.
-    """
-
-    def __init__(self, source: Source, modality: str, partners: Array) -> None:
-        self.source, self.modality, self.partners = source, modality, partners
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Example:
-        example = dict(self.source[index])
-        partner = self.source[int(self.partners[index])]
-        for key in (self.modality, f"{self.modality}_mask", f"quality_{self.modality}"):
-            if key in example:
-                example[key] = partner[key]
-        return example
 
 
 def other_class_partners(labels: Array, rng: np.random.Generator) -> Array | None:

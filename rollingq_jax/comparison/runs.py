@@ -12,9 +12,8 @@ from ml_collections import ConfigDict
 from rollingq_jax.analysis import predictions, probes
 from rollingq_jax.comparison.arms import Overrides, check_name, with_fields
 from rollingq_jax.comparison.selection import Setting, read_json, setting_name, settings_of
+from rollingq_jax.data.dataset import Dataset, fingerprint, first_difference
 from rollingq_jax.data.load import load_dataset
-from rollingq_jax.data.signature import difference, signature
-from rollingq_jax.data.types import Dataset
 from rollingq_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from rollingq_jax.train.config import check_config, differing_fields, flatten, from_json
 from rollingq_jax.train.interrupt import Interruption
@@ -165,7 +164,7 @@ def check_same(plan: Plan, dataset: Dataset) -> None:
             f"workdir {plan.folder} holds another comparison: config.{name} is {ours!r} and was "
             f"{before!r}; allowed: the same, or another workdir"
         )
-    changed = difference(signature(dataset), theirs.get("signature", signature(dataset)))
+    changed = first_difference(fingerprint(dataset), theirs.get("signature", fingerprint(dataset)))
     if changed:
         raise CheckpointError(
             f"workdir {plan.folder} holds a comparison on other data: {changed} has other values; "
@@ -196,7 +195,7 @@ def claim(plan: Plan, dataset: Dataset) -> None:
     before = read_json(plan.folder / "comparison.json") or {"arms": {}}
     content = {
         "config": plan.config.to_dict(),
-        "signature": signature(dataset),
+        "signature": fingerprint(dataset),
         "arms": before["arms"] | plan.arms,
     }
     write_json(plan.folder / "comparison.json", content)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from rollingq_jax.data.options import local_path
 from rollingq_jax.errors import DataError
+from rollingq_jax.files import read_json, write_whole
 
 T = TypeVar("T")
 
@@ -19,7 +20,7 @@ _MANIFEST = "sha256.json"
 
 
 def cache_root(cache_dir: str = "") -> pathlib.Path:
-    """``cache_dir``, else the environment's ROLLINGQ_CACHE, else ~/.cache/rollingq_jax.
+    """`cache_dir`, else the environment's ROLLINGQ_CACHE, else ~/.cache/rollingq_jax.
 
     Raises:
       ConfigError: it is not a local path.
@@ -31,10 +32,10 @@ def cache_root(cache_dir: str = "") -> pathlib.Path:
 
 
 def build_once(target: pathlib.Path, build: Callable[[pathlib.Path], pathlib.Path]) -> None:
-    """Makes the directory ``target`` unless it is there.
+    """Makes the directory `target` unless it is there.
 
-    ``build`` works in a scratch directory beside it, and its result is moved into place by one
-    rename, with a list of its files' checksums. So ``target`` is either absent or whole: a build
+    `build` works in a scratch directory beside it, and its result is moved into place by one
+    rename, with a list of its files' checksums. So `target` is either absent or whole: a build
     that dies leaves only its scratch directory, and of two that run at once one gives up its result
     for the other's.
 
@@ -43,7 +44,7 @@ def build_once(target: pathlib.Path, build: Callable[[pathlib.Path], pathlib.Pat
       build: given an empty directory, makes a directory inside it and returns that one's path.
 
     Raises:
-      DataError: the place cannot be written, or ``target`` is there and not as it was made.
+      DataError: the place cannot be written, or `target` is there and not as it was made.
     """
     if not target.exists():
         try:
@@ -60,7 +61,7 @@ def build_once(target: pathlib.Path, build: Callable[[pathlib.Path], pathlib.Pat
             _move(made, target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    if _recorded(target) != _checksums(target):
+    if read_json(target / _MANIFEST) != _checksums(target):
         raise DataError(f"cache_dir: {target} is damaged; delete it, and it is made again")
 
 
@@ -89,7 +90,7 @@ def remembered(
     read: Callable[[Any], T],
     write: Callable[[T], Any],
 ) -> T:
-    """What ``make`` returns, or returned for an equal key before.
+    """What `make` returns, or returned for an equal key before.
 
     A cache that is damaged, or that cannot be written, is passed over.
 
@@ -108,10 +109,7 @@ def remembered(
         made = make()
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as scratch:
-            whole = pathlib.Path(scratch) / place.name
-            whole.write_text(json.dumps(write(made)), encoding="utf-8")
-            os.replace(whole, place)
+        write_whole(place, json.dumps(write(made)))
     return made
 
 
@@ -121,13 +119,6 @@ def _move(made: pathlib.Path, target: pathlib.Path) -> None:
     except OSError:
         if not target.exists():  # not another process's result in the same place
             raise
-
-
-def _recorded(folder: pathlib.Path) -> dict[str, str] | None:
-    try:
-        return json.loads((folder / _MANIFEST).read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def _checksums(folder: pathlib.Path) -> dict[str, str]:

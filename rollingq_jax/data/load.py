@@ -5,42 +5,42 @@ from collections.abc import Mapping
 from typing import Any
 
 from rollingq_jax.data.corruption import corrupt
+from rollingq_jax.data.dataset import Dataset
 from rollingq_jax.data.options import check_fields, option
-from rollingq_jax.data.types import Dataset
 
 # Each module has load(config_data, *, seed) -> Dataset, and is imported when its name is asked for:
 # most need packages that the others do without.
 LOADERS = {
-    "arrays": "rollingq_jax.data.arrays",
-    "av_digits": "rollingq_jax.data.av_digits",
-    "cmu_mosei": "rollingq_jax.data.cmu_mosei",
-    "crema_d": "rollingq_jax.data.crema_d",
-    "folder": "rollingq_jax.data.folder",
-    "kinetics_sounds": "rollingq_jax.data.kinetics_sounds",
+    "arrays": "rollingq_jax.data.sources.arrays",
+    "av_digits": "rollingq_jax.data.sources.av_digits",
+    "cmu_mosei": "rollingq_jax.data.sources.cmu_mosei",
+    "crema_d": "rollingq_jax.data.sources.crema_d",
+    "folder": "rollingq_jax.data.sources.media_folder",
+    "kinetics_sounds": "rollingq_jax.data.sources.kinetics_sounds",
 }
-ANY_TFDS_NAME = "rollingq_jax.data.tfds_source"
+ANY_TFDS_NAME = "rollingq_jax.data.sources.tfds"
 
 
 # Loaders of data whose kinds of modality the user may state.
-OPEN_KINDS = ("rollingq_jax.data.arrays", ANY_TFDS_NAME)
+OPEN_KINDS = ("rollingq_jax.data.sources.arrays", ANY_TFDS_NAME)
 
 
 def load_dataset(
     config_data: Any, *, seed: int, encoders: Mapping[str, Any] | None = None
 ) -> Dataset:
-    """The data set that ``config_data.name`` names.
+    """The data set that `config_data.name` names.
 
     Args:
-      config_data: ``config.data``: ``name`` ("av_digits") is a key of :data:`LOADERS` or any TFDS
-        name; ``path``, ``cache_dir`` and the data set's own fields are its loader's to read.
-        ``corruptions`` (see :mod:`rollingq_jax.data.corruption`) are put onto the training split.
+      config_data: `config.data`: `name` ("av_digits") is a key of `LOADERS` or any TFDS
+        name; `path`, `cache_dir` and the data set's own fields are its loader's to read.
+        `corruptions` (see `rollingq_jax.data.corruption`) are put onto the training split.
       seed: of whatever the loader draws (generated data, a validation split).
-      encoders: ``config.model.encoders``, whose ``kind``, ``mean`` and ``std`` say how own data are
+      encoders: `config.model.encoders`, whose `kind`, `mean` and `std` say how own data are
         meant.
 
     Raises:
       DataError: the data are missing, damaged or not of the expected form.
-      ConfigError: a field of ``config_data`` is not one of :data:`~.options.FIELDS`, or has a value
+      ConfigError: a field of `config_data` is not one of `.options.FIELDS`, or has a value
         that the loader does not allow.
     """
     check_fields(config_data)

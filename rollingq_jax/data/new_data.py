@@ -14,13 +14,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from rollingq_jax.data.labels import ids_of, is_class_number, labels_of
+from rollingq_jax.data.dataset import (
+    ArraySource,
+    Dataset,
+    Example,
+    ModalityInfo,
+    Source,
+    ids_of,
+    is_class_number,
+    labels_of,
+)
 from rollingq_jax.data.load import LOADERS, load_dataset
-from rollingq_jax.data.manifest import is_manifest
-from rollingq_jax.data.npz import check_memory, open_arrays, unpacked
 from rollingq_jax.data.options import array_path, local_path, mapping_option
 from rollingq_jax.data.preprocessing import InputSpec, Preprocessed, Preprocessing, complete
-from rollingq_jax.data.types import ArraySource, Dataset, Example, ModalityInfo, Source
+from rollingq_jax.data.sources.arrays import check_memory, open_arrays, unpacked
+from rollingq_jax.data.sources.media_folder import is_manifest
 from rollingq_jax.errors import ConfigError, DataError
 
 SPLITS = ("train", "valid", "test")
@@ -72,7 +80,7 @@ def open_new_data(
     used = {m: inputs.modalities[m] for m in modalities}
     place = array_path(path, "path")
     if is_manifest(place):
-        from rollingq_jax.data.folder import open_manifest
+        from rollingq_jax.data.sources.media_folder import open_manifest
 
         columns = mapping_option(config_data, "columns")
         return NewData(*open_manifest(local_path(path, "path"), used, split=split, columns=columns))
@@ -82,7 +90,7 @@ def open_new_data(
         return _open_arrays(place, used, inputs.classes, split)
     if name in LOADERS:
         return _open_prepared(path, config_data, inputs, split or "test", seed)
-    from rollingq_jax.data.tfds_source import open_tfds
+    from rollingq_jax.data.sources.tfds import open_tfds
 
     return NewData(*open_tfds(config_data, used, path=path, split=split))
 
@@ -231,7 +239,7 @@ def as_dataset(
       inputs: the model's preprocessing and classes.
       modalities: those that the model reads.
       split: the name that the data get.
-      encoders: ``config.model.encoders``: pixels that the model does not normalize by the training
+      encoders: `config.model.encoders`: pixels that the model does not normalize by the training
         data's own statistics have no known unit of noise.
 
     Raises:

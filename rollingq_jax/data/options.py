@@ -1,4 +1,4 @@
-"""Fields of ``config.data``: what each loader has, and how it reads them."""
+"""Fields of `config.data`: what each loader has, and how it reads them."""
 
 import difflib
 import math
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Field(NamedTuple):
-    """A field of ``config.data``.
+    """A field of `config.data`.
 
     Attributes:
       default: its type is the field's; a tuple holds names, a mapping strings.
@@ -120,7 +120,7 @@ FIELDS: dict[str, dict[str, Field]] = {
 
 
 def fields_of(name: str) -> dict[str, Field]:
-    """The fields that ``config.data`` may have where its ``name`` is this one."""
+    """The fields that `config.data` may have where its `name` is this one."""
     return COMMON_FIELDS | FIELDS.get(name, FIELDS[ANY_TFDS])
 
 
@@ -176,7 +176,7 @@ def _field(config_data: Any, name: str) -> Any:
 
 
 def option(config_data: Any, name: str, default: T, *, minimum: float | None = None) -> T:
-    """The field ``name``, or the default where the field is absent or None.
+    """The field `name`, or the default where the field is absent or None.
 
     Args:
       config_data: a ConfigDict, a mapping or an object with attributes.
@@ -218,7 +218,7 @@ def _split_names(name: str, values: Iterable[Any]) -> tuple[str, ...]:
 
 
 def choice(config_data: Any, name: str, allowed: tuple[str, ...]) -> str:
-    """The field ``name``, one of ``allowed``; the first of them where it is absent.
+    """The field `name`, one of `allowed`; the first of them where it is absent.
 
     Raises:
       ConfigError: the value is not allowed.
@@ -230,7 +230,7 @@ def choice(config_data: Any, name: str, allowed: tuple[str, ...]) -> str:
 
 
 def mapping_option(config_data: Any, name: str) -> dict[str, str]:
-    """The field ``name``, a mapping of strings or a string "a=b, c=d"; empty where it is absent.
+    """The field `name`, a mapping of strings or a string "a=b, c=d"; empty where it is absent.
 
     Raises:
       ConfigError: the value is neither.
@@ -249,7 +249,7 @@ def local_path(text: str, field: str) -> Path:
     """The path that a field holds, where it has to be a local one.
 
     Raises:
-      ConfigError: it is the address of something else, which ``Path`` would take for a folder.
+      ConfigError: it is the address of something else, which `Path` would take for a folder.
     """
     if "://" in text:
         raise ConfigError(
@@ -260,5 +260,5 @@ def local_path(text: str, field: str) -> Path:
 
 
 def array_path(text: str, field: str) -> Path | epath.Path:
-    """As :func:`local_path`, but an address on gs:// is allowed."""
+    """As `local_path`, but an address on gs:// is allowed."""
     return epath.Path(text) if text.startswith("gs://") else local_path(text, field)

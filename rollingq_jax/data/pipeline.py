@@ -2,8 +2,8 @@
 
 The batch of step k is a function of (seed, k) alone. So the position in the data is the step
 number, a run resumes in the middle of an epoch without any iterator state, and neither the number
-of threads nor the number of processes changes what is read. An epoch is ``ceil(N / batch_size)``
-steps with a permutation of its own; its last batch is filled up with rows that ``example_mask``
+of threads nor the number of processes changes what is read. An epoch is `ceil(N / batch_size)`
+steps with a permutation of its own; its last batch is filled up with rows that `example_mask`
 marks False, so every example counts once an epoch and no batch spans two epochs.
 """
 
@@ -14,7 +14,7 @@ from typing import TypeAlias
 import grain
 import numpy as np
 
-from rollingq_jax.data.types import Example, Source
+from rollingq_jax.data.dataset import Example, Source
 from rollingq_jax.errors import ConfigError, DataError
 
 Batch = dict[str, np.ndarray]
@@ -22,7 +22,7 @@ Transform: TypeAlias = grain.transforms.Map | grain.transforms.RandomMap
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
-    """The number of batches that hold every example once, ``ceil(num_examples / batch_size)``."""
+    """The number of batches that hold every example once, `ceil(num_examples / batch_size)`."""
     return -(-num_examples // batch_size)
 
 
@@ -38,27 +38,27 @@ def train_batches(
     process_count: int = 1,
     prefetch: int = 2,
 ) -> Iterator[Batch]:
-    """Shuffled batches of the steps ``start_step .. num_steps - 1``.
+    """Shuffled batches of the steps `start_step .. num_steps - 1`.
 
     Args:
-      source: N examples; read from ``prefetch`` threads at once.
+      source: N examples; read from `prefetch` threads at once.
       batch_size: rows of the global batch, over all processes.
       seed: of the permutations and of the transformations; 0 or more.
       start_step: the first step, 0 or the step to resume from.
-      num_steps: the step after the last, counted from 0 whatever ``start_step`` is.
+      num_steps: the step after the last, counted from 0 whatever `start_step` is.
       transforms: applied to each example in turn. A RandomMap's generator depends on (seed, epoch,
-        number of the example, place in ``transforms``) and on nothing else.
+        number of the example, place in `transforms`) and on nothing else.
       process_index, process_count: this process gets rows
-        ``process_index * batch_size / process_count`` and so on of each global batch.
+        `process_index * batch_size / process_count` and so on of each global batch.
       prefetch: the most batches that are made ahead of the one in use, each by a thread of its own;
         0 makes each batch when it is asked for.
 
     Returns:
-      A Grain iterator of dicts of arrays [batch_size / process_count, ...], ``"example_mask"`` bool
-      among them. ``close()`` stops its threads before the end.
+      A Grain iterator of dicts of arrays [batch_size / process_count, ...], `"example_mask"` bool
+      among them. `close()` stops its threads before the end.
 
     Raises:
-      ConfigError: a size is out of range, or ``process_count`` does not divide ``batch_size``.
+      ConfigError: a size is out of range, or `process_count` does not divide `batch_size`.
       DataError: the source is empty, or its examples differ in fields, shapes or dtypes.
     """
     rows = _BatchReader(
@@ -77,7 +77,7 @@ def eval_batches(
     process_count: int = 1,
     prefetch: int = 2,
 ) -> Iterator[Batch]:
-    """Every example once, in order; arguments, batches and errors as in :func:`train_batches`.
+    """Every example once, in order; arguments, batches and errors as in `train_batches`.
 
     A random transformation draws the same for an example in every pass (its epoch is 0).
     """
@@ -183,7 +183,7 @@ class _BatchReader:
 
 
 def _read(reader: _BatchReader, start_step: int, num_steps: int, prefetch: int) -> Iterator[Batch]:
-    """Calls the reader for each step, ``prefetch`` batches ahead."""
+    """Calls the reader for each step, `prefetch` batches ahead."""
     if start_step < 0:
         raise ConfigError(f"start_step: {start_step}; at least 0")
     if prefetch < 0:

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rollingq_jax.data.labels import labels_of
-from rollingq_jax.data.types import Dataset, Example, ModalityInfo, Source
+from rollingq_jax.data.dataset import Dataset, Example, ModalityInfo, Source
 from rollingq_jax.errors import DataError
 
 # Standardized features are cut off here: a feature that is almost constant in training and not so
@@ -37,7 +36,7 @@ class Preprocessing:
       mean, std: one number for each entry of the last axis of `info.shape`, in the raw array's
         units; None leaves the values as they are.
       clip: the largest standardized magnitude; None for no limit. Not used where `mean` is None.
-      media: for files, what `rollingq_jax.data.media_arrays.read_value` needs to make a raw array
+      media: for files, what `read_value` needs to make a raw array
         of one: "type" and the fields of `MediaSizes`; None for data that come as arrays.
     """
 
@@ -172,6 +171,111 @@ def input_spec(dataset: Dataset) -> InputSpec:
     )
 
 
+class RunningStats:
+    """Running mean and variance of rows in float64, merged block by block (Chan et al. 1979)."""
+
+    def __init__(self, width: int) -> None:
+        self._count = 0
+        self._mean = np.zeros(width)
+        self._squares = np.zeros(width)
+
+    def add(self, rows: np.ndarray) -> None:
+        """Takes in rows [n, width]."""
+        if len(rows) == 0:
+            return
+        mean = rows.mean(axis=0, dtype=np.float64)
+        squares = np.square(rows - mean).sum(axis=0)
+        total = self._count + len(rows)
+        delta = mean - self._mean
+        self._squares += squares + np.square(delta) * (self._count * len(rows) / total)
+        self._mean += delta * (len(rows) / total)
+        self._count = total
+
+    def mean_and_std(self, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+        """Both divided by `scale`; 1 takes the place of the deviation of a constant feature."""
+        mean = self._mean / scale
+        std = np.sqrt(self._squares / max(self._count, 1)) / scale
+        constant = std <= 1e-6 * np.abs(mean)  # nothing but rounding; holds for 0 and 0 too
+        return mean, np.where(constant, 1.0, std)
+
+
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """At most `most` numbers, evenly spaced in `range(count)`."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)).tolist()
+
+
+def standardize(
+    splits: Mapping[str, Source],
+    modalities: Mapping[str, Preprocessing],
+    *,
+    most: int,
+    floats: bool = True,
+) -> tuple[dict[str, Source], dict[str, Preprocessing]]:
+    """Gives every modality but tokens mean 0 and standard deviation 1 along its last axis.
+
+    Args:
+      splits: sources of raw examples.
+      modalities: what they hold, without statistics.
+      most: how many training examples are read at most, evenly spaced, to measure.
+      floats: whether float modalities are standardized; if not, they stay as they are.
+
+    Returns:
+      The splits, float modalities standardized, and the modalities: with `mean` and `std` where
+      they are standardized, and those of the pixels in `info` where they are uint8 (the model
+      normalizes those).
+    """
+    train = splits["train"]
+    moments = {
+        name: RunningStats(one.info.shape[-1])
+        for name, one in modalities.items()
+        if one.info.kind != "tokens" and (floats or one.info.dtype == "uint8")
+    }
+    for index in evenly_spaced(len(train), most):
+        example = train[index]
+        for name, of_modality in moments.items():
+            values, mask = example[name], example.get(f"{name}_mask", np.True_)
+            of_modality.add(values[mask].reshape(-1, values.shape[-1]))
+    measured = dict(modalities)
+    for name, of_modality in moments.items():
+        one = modalities[name]
+        pixels = one.info.dtype == "uint8"
+        scale = 255.0 if pixels else 1.0
+        mean, std = (tuple(v.tolist()) for v in of_modality.mean_and_std(scale))
+        if pixels:
+            info = dataclasses.replace(one.info, mean=mean, std=std)
+            measured[name] = dataclasses.replace(one, info=info)
+        else:
+            info = dataclasses.replace(one.info, unit=1.0)
+            measured[name] = dataclasses.replace(one, info=info, mean=mean, std=std)
+    return preprocessed(splits, measured), measured
+
+
+def preprocessed(
+    splits: Mapping[str, Source], modalities: Mapping[str, Preprocessing]
+) -> dict[str, Source]:
+    """The splits, with the modalities standardized that have statistics."""
+    scaled = {name: one for name, one in modalities.items() if one.mean is not None}
+    if not scaled:
+        return dict(splits)
+    return {split: Preprocessed(source, scaled) for split, source in splits.items()}
+
+
+class Preprocessed:
+    """A source of raw examples, with `Preprocessing.apply` on each of the modalities given."""
+
+    def __init__(self, source: Source, modalities: Mapping[str, Preprocessing]) -> None:
+        self.source, self.modalities = source, dict(modalities)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        example = dict(self.source[index])
+        for name, preprocessing in self.modalities.items():
+            example[name] = preprocessing.apply(example[name], example.get(f"{name}_mask"))
+        return example
+
+
 def zero_masked(value: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     """0 where the mask, over the first axes of `value`, is False."""
     if mask is None:
@@ -291,24 +395,3 @@ def as_input(value: Any, one: Preprocessing, standardized: bool = False) -> np.n
     if array.dtype.kind not in "biuf":  # bfloat16 and its like, which NumPy cannot compute with
         array = array.astype(np.float32)
     return array.astype(wanted, copy=False) if standardized or wanted.kind == "i" else array
-
-
-class Preprocessed:
-    """A source of raw examples, with `Preprocessing.apply` on each of the modalities given."""
-
-    def __init__(self, source: Source, modalities: Mapping[str, Preprocessing]) -> None:
-        self.source, self.modalities = source, dict(modalities)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Example:
-        example = dict(self.source[index])
-        for name, preprocessing in self.modalities.items():
-            example[name] = preprocessing.apply(example[name], example.get(f"{name}_mask"))
-        return example
-
-    @property
-    def labels(self) -> np.ndarray:
-        """All labels, int32 [N]."""
-        return labels_of(self.source)

@@ -1,16 +1,13 @@
-"""One kind of error for whatever goes wrong when a media file is read."""
+"""One kind of error for whatever goes wrong when a file of data is read."""
 
 import contextlib
 import os
 import re
-import threading
-import warnings
 from collections.abc import Iterator
 
 from rollingq_jax.errors import DataError
 
 HEAD = 512  # bytes that tell what a file is
-
 _POINTER = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
 # What is often found under the name of a media file, by its first bytes.
 _IMPOSTORS = (
@@ -31,7 +28,7 @@ _MARKUP = (
 
 @contextlib.contextmanager
 def reading(path: str | os.PathLike, what: str) -> Iterator[None]:
-    """Turns whatever a decoder raises on a missing or damaged file into one ``DataError``."""
+    """Turns whatever a decoder raises on a missing or damaged file into one `DataError`."""
     try:
         yield
     except DataError:
@@ -77,7 +74,7 @@ def check_impostor(head: bytes, path: str | os.PathLike, what: str) -> None:
     """Refuses, by its first bytes, what is no sound, image or video but often stands for one.
 
     Args:
-      head: the first bytes, at least ``HEAD`` of them unless there are fewer.
+      head: the first bytes, at least `HEAD` of them unless there are fewer.
       path: for the message.
       what: what the file should be, for the message.
 
@@ -102,30 +99,3 @@ def check_impostor(head: bytes, path: str | os.PathLike, what: str) -> None:
     for start, found in _MARKUP:
         if text.startswith(start):
             raise DataError(f"{name}: {found}")
-
-
-_lock = threading.Lock()
-_quiet = 0
-_filters = contextlib.ExitStack()
-
-
-@contextlib.contextmanager
-def quiet_pillow() -> Iterator[None]:
-    """Keeps Pillow's warnings on odd files away from the user; any number of threads at once.
-
-    ``warnings.catch_warnings`` alone does not serve: threads that leave in another order than they
-    entered would leave the filter behind. Here the first sets it and the last takes it away.
-    """
-    global _quiet
-    with _lock:
-        if _quiet == 0:
-            _filters.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-        _quiet += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _quiet -= 1
-            if _quiet == 0:
-                _filters.close()

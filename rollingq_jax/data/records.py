@@ -1,26 +1,43 @@
 """Record sets: clips prepared once from media files, then read at random.
 
-A record set is a folder that TFDS reads (``tfds.builder_from_directory``): ArrayRecord shards with
-TFDS's metadata, one split "clips", and ``index.json`` with a row for each record, so that splits
-can be chosen without reading the records. :mod:`rollingq_jax.data.record_writer` makes them.
+A record set is a folder that TFDS reads (`tfds.builder_from_directory`): ArrayRecord shards with
+TFDS's metadata, one split "clips", and `index.json` with a row for each record, so that splits can
+be chosen without reading the records.
+
+A set is written beside its final place, shard by shard; a shard counts once its report lies next to
+it. The folder gets its name when everything is there, so a folder of that name is always whole, and
+an interruption costs a few clips.
+
+TFDS's own writers do not hold to that. A `GeneratorBasedBuilder` needs TensorFlow to shuffle more
+than 1 GB, and starts from nothing after an interruption. `tfds.core.SequentialWriter` writes a
+shard under its final name and rewrites the metadata in place, neither synced to the disk, so that a
+killed process leaves half of either; and it compresses the records, which costs more time in
+reading than all else.
 """
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rollingq_jax.data.tfds_files import open_prepared
-from rollingq_jax.data.types import Example
-from rollingq_jax.errors import DataError
+from rollingq_jax.data.dataset import Example
+from rollingq_jax.data.reading import check_lfs_pointer
+from rollingq_jax.errors import DataError, said
+from rollingq_jax.files import commit, read_json, write_whole
 
 FORMAT_VERSION = 1
 SPLIT = "clips"
+SHARD_SIZE = 64
+_CLASS_KEYS = ("type", "pythonClassName", "python_class_name")
+_MOST_BYTES = 16 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +99,7 @@ class RecordSource:
     """The records of a set as TFDS decodes them: dicts of NumPy arrays and lists of bytes.
 
     Raises:
-      DataError: from ``[]``, if a record is damaged.
+      DataError: from `[]`, if a record is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -141,7 +158,7 @@ def open_records(folder: str | os.PathLike, hint: str) -> RecordSet:
     index = read_json(folder / "index.json")
     if index is None:
         state = (
-            "its preparation was not finished" if partial_folder(folder).exists() else "no records"
+            "its preparation was not finished" if _partial_folder(folder).exists() else "no records"
         )
         raise DataError(f"{folder}: {state}; {hint}")
     if index.get("format_version") != FORMAT_VERSION:
@@ -158,17 +175,347 @@ def open_records(folder: str | os.PathLike, hint: str) -> RecordSet:
     return RecordSet(folder, index["rows"], index["unreadable"], index["settings"])
 
 
-def partial_folder(folder: Path) -> Path:
+def _partial_folder(folder: Path) -> Path:
     """Where a record set is built before it gets its name."""
     return folder.with_name(folder.name + ".partial")
 
 
-def read_json(path: Path) -> Any:
-    """The file's content, or None where it is missing or not JSON."""
+def open_prepared(place: Path) -> Any:
+    """TFDS's builder of a folder, once it is known to run no code of others.
+
+    `features.json` names a Python class for each feature, and TFDS imports the modules that it
+    names: a folder from a stranger would run code. So every class named in it has to be one of
+    TFDS's own that are imported already, and TFDS gets the folder, never a name to resolve.
+
+    Raises:
+      DataError: a class is refused, or TFDS cannot read the folder.
+    """
+    import tensorflow_datasets as tfds
+
+    _check_prepared(place)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+        return tfds.builder_from_directory(place)
+    except Exception as error:  # metadata that say something else than what is there
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{place}: TFDS cannot open it ({reason})") from None
+
+
+def _check_prepared(place: Path) -> None:
+    """Lets pass a folder in which every feature is of a class of TFDS's own.
+
+    Raises:
+      DataError: `features.json` cannot be read, or names another class or file.
+    """
+    file = place / "features.json"
+    allowed = _own_classes()
+    for name in _class_names(read_object(file), file):
+        if name not in allowed:
+            raise DataError(
+                f"{file}: the feature class {name[:100]!r} is refused: only those in tfds.features "
+                "are read, because reading another one would run its code"
+            )
+    for shard in sorted(place.glob("*.array_record*"))[:1]:
+        check_lfs_pointer(shard)
+
+
+def _own_classes() -> frozenset[str]:
+    """The names under which TFDS finds its own feature classes without importing anything."""
+    import tensorflow_datasets as tfds
+
+    pending, names = [tfds.features.FeatureConnector], set()
+    while pending:
+        feature = pending.pop()
+        pending += feature.__subclasses__()
+        if feature.__module__.startswith("tensorflow_datasets.core.features."):
+            names.add(f"{feature.__module__}.{feature.__name__}")
+            names.update(feature.__dict__.get("ALIASES", ()))
+    return frozenset(names)
+
+
+def _class_names(content: Any, file: Path) -> Iterator[str]:
+    """All names of classes in a feature's description, old and new forms, at any depth.
+
+    A description may hold another one as a string of JSON, so strings are looked into, too.
+    """
+    pending = [content]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, dict):
+            if "names_file" in node:
+                raise DataError(f"{file}: 'names_file' is refused: it leads to another file")
+            for key, value in node.items():
+                if key in _CLASS_KEYS and isinstance(value, str):
+                    yield value
+                else:
+                    pending.append(value)
+        elif isinstance(node, list):
+            pending += node
+        elif isinstance(node, str) and node.lstrip()[:1] in ("{", "["):
+            try:
+                pending.append(json.loads(node))
+            except ValueError:  # ordinary text; TFDS could not read it as JSON either
+                continue
+            except RecursionError:
+                raise DataError(f"{file}: nested too deeply") from None
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object in a file of a reasonable size.
+
+    Raises:
+      DataError: it is another file, or cannot be read.
+    """
+    try:
+        if not file.is_file() or file.stat().st_size > _MOST_BYTES:
+            raise DataError(f"{file}: must be a file of at most {_MOST_BYTES >> 20} MiB")
+        check_lfs_pointer(file)
+        content = json.loads(file.read_text(encoding="utf-8"))  # as TFDS does
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({said(error)})") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{file}: not JSON ({str(error)[:100]!r})") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: must hold a JSON object")
+    return content
+
+
+def write_records(
+    folder: str | os.PathLike,
+    recipe: Recipe,
+    *,
+    strict: bool = False,
+    workers: int = 1,
+    shard_size: int = SHARD_SIZE,
+    log: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> RecordSet:
+    """Makes a record set; resumes where an earlier call was interrupted.
+
+    Args:
+      folder: the set's own folder; made here. Another folder beside it, `<folder>.partial`, holds
+        what is there until everything is.
+      recipe: what to make. Clips that turn out unreadable are left out and listed.
+      strict: raise at the first unreadable clip instead.
+      workers: clips made at a time.
+      shard_size: records in a shard, and the most that an interruption costs.
+      log: called with each line for the user.
+
+    Returns:
+      The set; if it was there already, with the same settings, nothing is done.
+
+    Raises:
+      DataError: a set with other settings is there, no clip is readable, `strict` and one is not,
+        or the files cannot be written.
+    """
+    folder = Path(folder)
+    settings = recipe.all_settings()
+    if folder.exists():
+        return _existing(folder, settings, strict, log)
+    if not recipe.items:
+        raise DataError(f"{recipe.name}: there are no clips to prepare")
+    partial = _partial_folder(folder)
+    names = _shard_names(recipe.name, len(recipe.items), shard_size)
+    try:
+        _begin(partial, settings, log)
+        reports = _write_shards(partial, recipe, names, strict, workers, shard_size)
+        _finish(partial, recipe, names, reports, settings)
+        partial.rename(folder)
+        for leftover in [folder / "settings.json", *folder.glob("*.array_record-*.json")]:
+            leftover.unlink()
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error.strerror or error})") from None
+    return open_records(folder, "prepare it again")
+
+
+def _existing(
+    folder: Path, settings: dict[str, Any], strict: bool, log: Callable[[str], None]
+) -> RecordSet:
+    """The set that is there already, if it is the one asked for."""
+    records = open_records(folder, "it is not a record set; give another folder")
+    if records.settings != settings:
+        changed = ", ".join(
+            "another list of clips" if key == "items" else f"another {key}"
+            for key in sorted(records.settings.keys() | settings.keys())
+            if records.settings.get(key) != settings.get(key)
+        )
+        raise DataError(
+            f"{folder}: holds records made with {changed}; remove it to prepare it again, or give "
+            "another folder"
+        )
+    if strict and records.unreadable:
+        reason = next(iter(records.unreadable.values()))
+        raise DataError(f"{folder}: prepared without unreadable clips; the first: {reason}")
+    log(f"{folder}: already prepared; remove it to prepare it again")
+    return records
+
+
+def _shard_names(name: str, count: int, shard_size: int) -> list[str]:
+    """File names of the shards, as TFDS expects them."""
+    total = -(-count // shard_size)
+    return [f"{name}-{SPLIT}.array_record-{i:05d}-of-{total:05d}" for i in range(total)]
+
+
+def _begin(partial: Path, settings: dict[str, Any], log: Callable[[str], None]) -> None:
+    """An unfinished folder for these settings: the one that is there, or an empty one."""
+    partial.mkdir(parents=True, exist_ok=True)
+    for leftover in partial.glob("*.tmp"):
+        leftover.unlink()
+    begun = read_json(partial / "settings.json")
+    if begun is None and any(partial.iterdir()):
+        raise DataError(f"{partial}: not an unfinished record set; move it away")
+    if begun not in (None, settings):
+        log(f"{partial}: begun with other settings or other clips; starting anew")
+        shutil.rmtree(partial)
+        partial.mkdir()
+    write_whole(partial / "settings.json", json.dumps(settings))
+
+
+def _write_shards(
+    partial: Path,
+    recipe: Recipe,
+    names: list[str],
+    strict: bool,
+    workers: int,
+    shard_size: int,
+) -> list[dict[str, Any]]:
+    """Writes every shard that is not there yet; returns the reports of all, in order."""
+    import tensorflow_datasets as tfds
+    from tqdm import tqdm
+
+    features = tfds.features.FeaturesDict(dict(recipe.features))
+    reports = []
+    with (
+        tqdm(total=len(recipe.items), desc=recipe.name, unit="clip", mininterval=1.0) as progress,
+        concurrent.futures.ThreadPoolExecutor(max_workers=workers) as pool,
+    ):
+        for number, name in enumerate(names):
+            items = recipe.items[number * shard_size : (number + 1) * shard_size]
+            report = _finished_shard(partial / name)
+            if report is None or (strict and report["unreadable"]):
+                results = _make_all(pool, recipe, items, strict, progress)
+                report = _write_shard(partial / name, results, features.serialize_example)
+            else:
+                progress.update(len(items))
+            reports.append(report)
+    return reports
+
+
+def _finished_shard(path: Path) -> dict[str, Any] | None:
+    """The report of a shard that an earlier run finished."""
+    report = read_json(path.with_name(f"{path.name}.json"))
+    whole = report is not None and path.exists() and path.stat().st_size == report["bytes"]
+    return report if whole else None
+
+
+def _make_all(
+    pool: concurrent.futures.Executor,
+    recipe: Recipe,
+    items: tuple[str, ...],
+    strict: bool,
+    progress: Any,
+) -> list[tuple[str, Any]]:
+    """(item, (record, row) or the reason why there is none) for the items of one shard."""
+
+    def make(item: str) -> Any:
+        try:
+            return recipe.make(item)
+        except DataError as error:
+            return str(error)
+        except OSError as error:
+            return f"{error.filename or item}: cannot be read ({error.strerror or error})"
+
+    futures = [pool.submit(make, item) for item in items]
+    results = []
+    try:
+        for item, future in zip(items, futures, strict=True):
+            result = future.result()
+            if isinstance(result, str):
+                if strict:
+                    raise DataError(result)
+                progress.write(f"unreadable: {result}", file=sys.stderr)
+            results.append((item, result))
+            progress.update()
+    finally:
+        for future in futures:
+            future.cancel()
+    return results
+
+
+def _write_shard(
+    path: Path, results: list[tuple[str, Any]], serialize: Callable[[Any], bytes]
+) -> dict[str, Any]:
+    """One shard and its report, each under its name only when it is whole."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    rows = [result[1] for _, result in results if not isinstance(result, str)]
+    records = [serialize(result[0]) for _, result in results if not isinstance(result, str)]
+    try:
+        # Read one at a time, and not compressed: JPEGs and spectrograms shrink by 4 %, and
+        # unpacking them takes longer than all else that reading does.
+        writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1,uncompressed")
+        for record in records:
+            writer.write(record)
+        writer.close()
+    except Exception as error:  # the writer raises RuntimeError and others, with no errno
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}: cannot be written ({reason})") from None
+    size = temporary.stat().st_size
+    commit(temporary, path)
+    report = {
+        "bytes": size,
+        "payload": sum(map(len, records)),
+        "rows": rows,
+        "unreadable": {item: why for item, why in results if isinstance(why, str)},
+    }
+    write_whole(path.with_name(f"{path.name}.json"), json.dumps(report))
+    return report
+
+
+def _finish(
+    partial: Path,
+    recipe: Recipe,
+    names: list[str],
+    reports: list[dict[str, Any]],
+    settings: dict[str, Any],
+) -> None:
+    """TFDS's metadata and the index; the reports have served."""
+    import tensorflow_datasets as tfds
+
+    rows = [row for report in reports for row in report["rows"]]
+    unreadable = {item: why for report in reports for item, why in report["unreadable"].items()}
+    if not rows:
+        raise DataError(
+            f"{recipe.name}: none of {len(recipe.items)} clips is readable; the first: "
+            f"{next(iter(unreadable.values()))}"
+        )
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=partial, dataset_name=recipe.name, split=SPLIT, filetype_suffix="array_record"
+    )
+    split = tfds.core.SplitInfo(
+        name=SPLIT,
+        shard_lengths=[len(report["rows"]) for report in reports],
+        num_bytes=sum(report["payload"] for report in reports),
+        filename_template=template,
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=partial,
+        features=tfds.features.FeaturesDict(dict(recipe.features)),
+        split_infos=[split],
+        description=recipe.description,
+        check_data=False,
+    )
+    index = {
+        "format_version": FORMAT_VERSION,
+        "settings": settings,
+        "files": {name: report["bytes"] for name, report in zip(names, reports, strict=True)},
+        "rows": rows,
+        "unreadable": unreadable,
+    }
+    for name, text in recipe.attachments.items():
+        (partial / name).write_text(text, encoding="utf-8")
+    write_whole(partial / "index.json", json.dumps(index))
 
 
 def _digest(text: str) -> str:

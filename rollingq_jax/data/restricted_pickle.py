@@ -24,7 +24,7 @@ _SIZES = {"b": (1,), "i": (1, 2, 4, 8), "u": (1, 2, 4, 8), "f": (2, 4, 8), "c": 
 
 
 def load_pickle(path: str | os.PathLike) -> Any:
-    """What the pickle file holds; see :func:`read_pickle`."""
+    """What the pickle file holds; see `read_pickle`."""
     try:
         with open(path, "rb") as file:
             return read_pickle(file, name=os.fspath(path))
@@ -102,7 +102,7 @@ class _RefusedError(Exception):
 
 
 class _Marker:
-    """What ``numpy.ndarray`` stands for in the stream: nothing that could be called or changed."""
+    """What `numpy.ndarray` stands for in the stream: nothing that could be called or changed."""
 
     __slots__ = ()
 

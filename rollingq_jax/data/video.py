@@ -1,47 +1,217 @@
-"""Frames and sound of video files, through PyAV (imported on first use).
+"""Images and video: files decoded, frames kept as JPEG bytes, and chosen and cropped for a model.
 
-The file is opened here and handed over as a stream, and only plain container formats are admitted,
-so that a file cannot make the decoder open other files or addresses (as a playlist with a video's
-name could).
+Images go through Pillow, video files and their sound through PyAV (both imported on first use).
+Every failure is a one-line `DataError` that names the file. Everything here gives uint8; the model
+normalizes on the device.
 """
 
 import contextlib
+import dataclasses
+import io
+import math
 import os
+import re
 import struct
 import sys
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import grain
 import numpy as np
 
-from rollingq_jax.data.containers import Missing, find_missing
-from rollingq_jax.data.images import MAX_PIXELS, check_pixels, resize_short_side
+from rollingq_jax.data.audio import average_channels, check_sound_format, check_waveform, samples_in
+from rollingq_jax.data.dataset import Example
 from rollingq_jax.data.reading import HEAD, check_impostor, reading
-from rollingq_jax.data.sound import (
-    average_channels,
-    check_sound_format,
-    check_waveform,
-    samples_in,
-)
 from rollingq_jax.errors import DataError
 
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+# Of an image or a video's frame. Decoding takes up to ten bytes a pixel, of all threads together.
+MAX_PIXELS = 1 << 26
+# A baseline JPEG can be decoded at half its height and width, which is done above MAX_PIXELS.
+MAX_JPEG_PIXELS = 2 * MAX_PIXELS
 # FFmpeg's demuxers for files that hold their own media. Its playlist formats (hls, dash, concat)
 # stay out: they read whatever paths and addresses the file names.
 VIDEO_FORMATS = "avi,flv,matroska,mov,mp4,mpeg,mpegts,webm"
 # Of a file that was cut off, this much may be missing: the last frames of real files often are.
 MISSING = 0.05
 SLACK = 0.12  # seconds, however short the clip is
+SHORT_SIDE = 256
+# Channel mean and deviation of ImageNet on the scale [0, 1], which upstream normalizes with.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_BLOCK = 4096  # of a file system: fewer zeros at the end may be samples or padding
+# (frames in the clip, frames wanted, generator) -> indices in ascending order.
+Pick = Callable[[int, int, np.random.Generator], np.ndarray]
+# (left, top, right, bottom) in pixels.
+Box = tuple[int, int, int, int]
 
 
-def evenly_spaced(count: int, num: int) -> np.ndarray:
-    """The ``num`` indices at the centres of equal parts of ``range(count)``; some repeat if fewer.
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """An image file as uint8 [H, W, 3]; see `decode_image`.
 
     Raises:
-      DataError: ``count`` is 0 or ``num`` below 1.
+      DataError: the file is missing, damaged or not an image.
     """
-    if count < 1 or num < 1:
-        raise DataError(f"cannot pick {num} of {count} frames; both must be at least 1")
-    return (2 * np.arange(num) + 1) * count // (2 * num)
+    with reading(path, "image"), open(path, "rb") as file:
+        return _decode_image(file, path)
+
+
+def decode_image(data: bytes, name: str | os.PathLike = "(bytes)") -> np.ndarray:
+    """Encoded image bytes as uint8 [H, W, 3]; `name` is for the error message.
+
+    Gray-scale, palette and transparent images become RGB (transparency dropped), 16-bit values are
+    scaled to 8 bits, floats from [0, 1], and the orientation that a camera noted (EXIF) is applied.
+    Of an animation or a file with several pages the first is taken. A baseline JPEG of more than
+    `MAX_PIXELS` comes at half its height and width.
+
+    Raises:
+      DataError: the bytes are damaged, not an image, or one of more than `MAX_PIXELS`; or its
+        numbers do not say what is black and white: 32-bit or negative integers, floats outside
+        [0, 1].
+    """
+    with reading(name, "image"):
+        return _decode_image(io.BytesIO(data), name)
+
+
+def _decode_image(stream: Any, name: str | os.PathLike) -> np.ndarray:
+    """uint8 [H, W, 3]; errors of the decoder come as it raises them."""
+    from PIL import Image, ImageOps
+
+    check_impostor(stream.read(HEAD), name, "image")
+    stream.seek(0)
+    with quiet_pillow():
+        try:
+            file = Image.open(stream, formats=IMAGE_FORMATS)
+        except Image.DecompressionBombError as error:
+            count = re.search(r"\d+", str(error))
+            raise DataError(
+                f"image {name}: {int(count[0]) if count else 2 * MAX_PIXELS:,} pixels; "
+                f"at most {MAX_PIXELS:,} are read"
+            ) from None
+        with file:
+            _limit_size(file, name)
+            file.load()
+            image = ImageOps.exif_transpose(file)
+            if image.mode == "F" or image.mode.startswith("I") or _is_signed(file):
+                return np.repeat(_gray_to_bytes(image, file, name)[:, :, None], 3, axis=2)
+            if image.mode == "La":  # multiplied by its transparency
+                image = image.convert("LA")
+            return np.asarray(image.convert("RGB"), np.uint8)
+
+
+def _limit_size(file: Any, name: str | os.PathLike) -> None:
+    """Refuses, by its header, an image that would fill the memory; halves a large JPEG."""
+    width, height = file.size
+    # Of a progressive JPEG the decoder holds every coefficient, at whatever size it is decoded.
+    halves = file.format in ("JPEG", "MPO") and not file.info.get("progressive")
+    most = MAX_JPEG_PIXELS if halves else MAX_PIXELS
+    check_pixels(width, height, f"image {name}", most)
+    if width * height > MAX_PIXELS:
+        file.draft(None, (-(-width // 2), -(-height // 2)))
+
+
+def check_pixels(width: int, height: int, name: str, most: int = MAX_PIXELS) -> None:
+    """Refuses what would fill the memory; `name` begins the message.
+
+    Raises:
+      DataError: there are more than `most` pixels.
+    """
+    if width * height > most:
+        raise DataError(
+            f"{name}: {width} x {height} = {width * height:,} pixels; at most {most:,} are read"
+        )
+
+
+def _is_signed(file: Any) -> bool:
+    """Whether a TIFF holds signed integers, which Pillow reads as unsigned ones in 8 bits."""
+    return file.format == "TIFF" and 2 in tuple(file.tag_v2.get(339, ()))
+
+
+def _gray_to_bytes(image: Any, file: Any, name: str | os.PathLike) -> np.ndarray:
+    """An image of one channel that is not in bytes as uint8 [H, W]; Pillow would clip it at 255.
+
+    Raises:
+      DataError: nothing says which of its values are black and white.
+    """
+    values = np.asarray(image)
+    tags = file.tag_v2 if file.format == "TIFF" else {}
+    if image.mode == "F":
+        low, high = float(values.min()), float(values.max())
+        if not 0 <= low <= high <= 1:  # NaN too
+            raise DataError(
+                f"image {name}: floats from {low:g} to {high:g}; must be in [0, 1], for black to "
+                "white. Scale them, or store the image in 8 or 16 bits"
+            )
+        gray = np.rint(values * 255).astype(np.uint8)
+    elif image.mode.startswith("I;16") and not _is_signed(file):
+        bits = int(np.max(tags.get(258, 16)))  # some cameras and scanners use 12 of them
+        gray = np.minimum(values.astype(np.uint16) >> (bits - 8), 255).astype(np.uint8)
+    else:
+        kind = "signed integers" if _is_signed(file) else "32-bit integers"
+        values = values.view(np.int8) if values.dtype == np.uint8 else values
+        raise DataError(
+            f"image {name}: {kind} from {values.min()} to {values.max()}; nothing says which are "
+            "black and white. Store the image in 8 or 16 bits, unsigned, or as floats in [0, 1]"
+        )
+    return 255 - gray if tags.get(262) == 0 else gray  # TIFF: 0 is white
+
+
+def encode_jpeg(image: np.ndarray, quality: int = 95) -> bytes:
+    """uint8 [H, W, 3] as JPEG bytes."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [H, W, 3] -> uint8 [size[0], size[1], 3], bilinear with antialiasing."""
+    from PIL import Image
+
+    if image.shape[:2] == tuple(size):
+        return image
+    resized = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    return np.asarray(resized, np.uint8)
+
+
+def resize_short_side(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [H, W, 3] scaled so that its shorter side has `size` pixels, aspect kept."""
+    height, width = image.shape[:2]
+    short = min(height, width)
+    return resize_image(
+        image, (max(round(height * size / short), 1), max(round(width * size / short), 1))
+    )
+
+
+_lock = threading.Lock()
+_quiet = 0
+_filters = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """Keeps Pillow's warnings on odd files away from the user; any number of threads at once.
+
+    `warnings.catch_warnings` alone does not serve: threads that leave in another order than they
+    entered would leave the filter behind. Here the first sets it and the last takes it away.
+    """
+    global _quiet
+    with _lock:
+        if _quiet == 0:
+            _filters.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+        _quiet += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _quiet -= 1
+            if _quiet == 0:
+                _filters.close()
 
 
 def read_video_frames(
@@ -66,7 +236,7 @@ def read_video_frames(
 
     Raises:
       DataError: the file is missing, damaged, cut off, has no video, or the video has no frames or
-        frames of more than ``MAX_PIXELS``.
+        frames of more than `MAX_PIXELS`.
     """
     if sum(choice is not None for choice in (num_frames, indices, fps)) > 1:
         raise DataError("read_video_frames: give only one of num_frames, indices and fps")
@@ -77,9 +247,11 @@ def read_video_frames(
 
     if num_frames is not None:
         count = count_video_frames(path)
-        frames, found = _pick_frames(path, evenly_spaced(count, num_frames).tolist(), convert)
+        frames, found = _pick_frames(
+            path, evenly_spaced_frames(count, num_frames).tolist(), convert
+        )
         if found < count:  # some packets hold no picture, or half of one
-            wanted = evenly_spaced(found, num_frames).tolist()
+            wanted = evenly_spaced_frames(found, num_frames).tolist()
             frames, _ = _pick_frames(path, wanted, convert)
     elif indices is not None:
         wanted = [int(index) for index in indices]
@@ -95,7 +267,7 @@ def read_video_frames(
 def iterate_frames(
     path: str | os.PathLike, fps: float | None = None, short_side: int | None = None
 ) -> Iterator[np.ndarray]:
-    """The frames uint8 [H, W, 3] of :func:`read_video_frames`, one at a time.
+    """The frames uint8 [H, W, 3] of `read_video_frames`, one at a time.
 
     Raises:
       DataError: as there, when the iteration comes to it.
@@ -103,6 +275,17 @@ def iterate_frames(
     for frame in _decoded_frames(path, fps):
         image = _as_shown(frame)
         yield image if short_side is None else resize_short_side(image, short_side)
+
+
+def evenly_spaced_frames(count: int, num: int) -> np.ndarray:
+    """The `num` indices at the centers of equal parts of `range(count)`; some repeat if fewer.
+
+    Raises:
+      DataError: `count` is 0 or `num` below 1.
+    """
+    if count < 1 or num < 1:
+        raise DataError(f"cannot pick {num} of {count} frames; both must be at least 1")
+    return (2 * np.arange(num) + 1) * count // (2 * num)
 
 
 def _pick_frames(
@@ -123,12 +306,12 @@ def _pick_frames(
 
 
 def _decoded_frames(path: str | os.PathLike, fps: float | None = None) -> Iterator[Any]:
-    """PyAV's frames, at least one; with ``fps`` those of :func:`read_video_frames`."""
+    """PyAV's frames, at least one; with `fps` those of `read_video_frames`."""
     next_time, found = 0.0, False
     with _open_video(path) as container:
         stream = container.streams.video[0]
         rate = float(stream.average_rate or 25)
-        for number, frame in enumerate(_decode(container, stream)):
+        for number, frame in enumerate(_decode_packets(container, stream)):
             check_pixels(frame.width, frame.height, f"video {path}")
             found = True
             if fps is None:
@@ -142,7 +325,7 @@ def _decoded_frames(path: str | os.PathLike, fps: float | None = None) -> Iterat
             raise DataError(f"video {path}: holds no frames")
 
 
-def _decode(container: Any, stream: Any) -> Iterator[Any]:
+def _decode_packets(container: Any, stream: Any) -> Iterator[Any]:
     """The frames of a stream. Of a file whose end was cut off, the last packet may be damaged."""
     import av
 
@@ -183,7 +366,7 @@ def count_video_frames(path: str | os.PathLike) -> int:
     Frames that the file says not to show (before the start that an edit list sets) are left out.
 
     Raises:
-      DataError: as in :func:`read_video_frames`.
+      DataError: as in `read_video_frames`.
     """
     with _open_video(path) as container:
         packets = container.demux(container.streams.video[0])
@@ -201,7 +384,7 @@ def read_video_audio(
     Args:
       path: the file.
       seconds: only the beginning is decoded,
-        :func:`~rollingq_jax.data.sound.samples_in` of it; None decodes all.
+        `samples_in` of it; None decodes all.
 
     Raises:
       DataError: the file is missing, damaged or cut off, or has no sound.
@@ -212,7 +395,7 @@ def read_video_audio(
         # Planar float without a layout or rate: the channels stay apart and are averaged below.
         to_float = av.AudioResampler(format="fltp")
         parts, count, rate, most = [], 0, 0, sys.maxsize
-        for frame in _decode(container, container.streams.audio[0]):
+        for frame in _decode_packets(container, container.streams.audio[0]):
             if not rate:  # that of the header may be half of it (HE-AAC)
                 rate = int(frame.sample_rate)
                 check_sound_format(rate, frame.layout.nb_channels, path)
@@ -235,7 +418,7 @@ def video_seconds(path: str | os.PathLike, at_most: float | None = None) -> floa
       at_most: decoding ends there, so that a longer track counts as about this long.
 
     Raises:
-      DataError: as in :func:`read_video_audio`.
+      DataError: as in `read_video_audio`.
     """
     waveform, rate = read_video_audio(path, at_most)
     return len(waveform) / rate
@@ -282,12 +465,25 @@ def _check_track(container: Any, path: str | os.PathLike, track: str) -> None:
         raise DataError(f"video {path}: has no {track} track, or its index was cut off")
 
 
+class Missing(NamedTuple):
+    """What a container's lengths show to be missing.
+
+    Attributes:
+      bytes: at least so many; 0 where nothing shows that any are.
+      fragment: the file ends within one of a sequence of fragments. How many were to follow is
+        written nowhere.
+    """
+
+    bytes: int
+    fragment: bool = False
+
+
 def _check_whole(container: Any, path: str | os.PathLike, track: str, missing: Missing) -> None:
     """Compares what is left of a file that was cut off with what its header says.
 
     Raises:
-      DataError: more than ``MISSING`` of the track is missing, and more than one frame or
-        ``SLACK``; or the file ends within a fragment, and nothing says how many were to follow.
+      DataError: more than `MISSING` of the track is missing, and more than one frame or
+        `SLACK`; or the file ends within a fragment, and nothing says how many were to follow.
         Where the header does not say how long it was, as of a live stream, what is there counts.
     """
     _check_track(container, path, track)
@@ -319,3 +515,358 @@ def _check_whole(container: Any, path: str | os.PathLike, track: str, missing: M
             f"video {path}: was cut off: {of} of its {track} are there, at least "
             f"{missing.bytes:,} bytes at its end are missing or zeros"
         )
+
+
+def find_missing(file: Any) -> Missing:
+    """What is missing at the end of an MP4, MOV, AVI, Matroska, WebM or FLV, or is zeros there.
+
+    No more than zeros for other formats, for lengths that were left open because the file was
+    written to a pipe, and for what is no such file at all. `file` is binary and seekable, and is
+    left at its start.
+    """
+    size = os.fstat(file.fileno()).st_size
+    file.seek(0)
+    head = file.read(12)
+    file.seek(0)
+    end, fragment = 0, False
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"pnot"):
+        end, fragment = _end_of_boxes(file, size)
+    elif head[:4] == b"RIFF" and head[8:] == b"AVI ":
+        end = _end_of_riff(file, size)
+    elif head[:4] == b"\x1a\x45\xdf\xa3":
+        end = _end_of_segment(file)
+    elif head[:3] == b"FLV":
+        end = _end_of_tags(file, size)
+    missing = (
+        Missing(end - size, fragment) if end > size else Missing(_zeros_at_the_end(file, size))
+    )
+    file.seek(0)
+    return missing
+
+
+def _zeros_at_the_end(file: Any, size: int) -> int:
+    """How many bytes at the end were reserved and never written, as broken downloads leave them."""
+    end = size
+    while end > 0:
+        start = max(end - _BLOCK, 0)
+        file.seek(start)
+        written = len(file.read(end - start).rstrip(b"\0"))
+        end = start + written
+        if written:
+            break
+    return size - end if size - end >= _BLOCK else 0
+
+
+def _end_of_boxes(file: Any, size: int) -> tuple[int, bool]:
+    """MP4 and MOV: where the last of the outermost boxes ends; whether it is of a fragment."""
+    position, name, fragments = 0, b"", False
+    while position < size:
+        file.seek(position)
+        length, name = struct.unpack(">I4s", file.read(8).ljust(8, b"\0"))
+        if length == 1:
+            (length,) = struct.unpack(">Q", file.read(8).ljust(8, b"\0"))
+        if length < 8 or not name.isalnum():  # 0 reaches to the end of the file
+            break
+        position += length
+        fragments |= name == b"moof"
+    return position, fragments and name in (b"moof", b"mdat")
+
+
+def _end_of_riff(file: Any, size: int) -> int:
+    """AVI: where the last of its RIFF lists (one a gigabyte) ends."""
+    position = 0
+    while position < size:
+        file.seek(position)
+        name, length = struct.unpack("<4sI", file.read(8).ljust(8, b"\0"))
+        left_open = length == 0 or length >= 0xFFFF0000 or abs(length - (1 << 31)) <= 1 << 16
+        if name != b"RIFF" or left_open:
+            break
+        position += 8 + length + length % 2
+    return position if position - size != 1 else size  # the last byte may only be padding
+
+
+def _end_of_segment(file: Any) -> int:
+    """Matroska and WebM: where the segment ends; 0 if its length was left open."""
+    file.seek(4)
+    header = _read_length(file)
+    if header is None:
+        return 0
+    file.seek(header, os.SEEK_CUR)
+    if file.read(4) != b"\x18\x53\x80\x67":
+        return 0
+    length = _read_length(file)
+    return 0 if length is None else file.tell() + length
+
+
+def _read_length(file: Any) -> int | None:
+    """A length of EBML: the zeros before the first one tell the number of further bytes."""
+    first = file.read(1)
+    if not first or first[0] == 0:
+        return None
+    further = 8 - first[0].bit_length()
+    bits = 7 * (further + 1)
+    value = int.from_bytes(first + file.read(further), "big") & ((1 << bits) - 1)
+    return None if value == (1 << bits) - 1 else value  # all ones: not known
+
+
+def _end_of_tags(file: Any, size: int) -> int:
+    """FLV: where the last tag ends."""
+    file.seek(5)
+    (header,) = struct.unpack(">I", file.read(4).ljust(4, b"\0"))
+    position = header + 4  # the length of the tag before, 0, stands between the two
+    while header >= 9 and position < size:
+        file.seek(position)
+        tag = file.read(11)
+        if len(tag) < 11 or tag[0] & 0x1F not in (8, 9, 18):
+            break
+        position += 11 + int.from_bytes(tag[1:4], "big")
+        if position >= size:
+            break
+        position += 4
+    return position
+
+
+def stored_jpeg(data: bytes, short_side: int = SHORT_SIDE, name: str = "(bytes)") -> bytes:
+    """Encoded image bytes as the JPEG to store: RGB, its shorter side at most `short_side`.
+
+    A JPEG in RGB or gray that is small enough already stays as it is, byte for byte, after it has
+    been decoded once to see that it is whole.
+
+    Raises:
+      DataError: the bytes are damaged or not an image; `name` is in the message.
+    """
+    from PIL import Image
+
+    pixels = decode_image(data, name)
+    with Image.open(io.BytesIO(data)) as image:
+        keep = image.format == "JPEG" and image.mode in ("RGB", "L") and not image.getexif()
+    if min(pixels.shape[:2]) <= short_side:
+        return data if keep else encode_jpeg(pixels)
+    return encode_jpeg(resize_short_side(pixels, short_side))
+
+
+def stored_clip(frames: Sequence[tuple[str, bytes]], short_side: int = SHORT_SIDE) -> list[bytes]:
+    """The frames (name, encoded bytes) of one clip as the JPEGs to store; see `stored_jpeg`.
+
+    Raises:
+      DataError: there are none, one is damaged, or they differ in size, so that one crop could not
+        serve them all.
+    """
+    stored = [stored_jpeg(data, short_side, name) for name, data in frames]
+    check_count(len(stored))
+    check_sizes(stored)
+    return stored
+
+
+def check_count(count: int) -> None:
+    """A clip has frames.
+
+    Raises:
+      DataError: it has none.
+    """
+    if count < 1:
+        raise DataError("a clip without frames; at least 1 is needed")
+
+
+def check_sizes(stored: Sequence[bytes]) -> None:
+    """The JPEGs of a clip have one size.
+
+    Raises:
+      DataError: they differ.
+    """
+    sizes = {_jpeg_size(data) for data in stored}
+    if len(sizes) > 1:
+        found = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
+        raise DataError(f"frames of different sizes in one clip: {found}")
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    """(width, height) from the header."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        return image.size
+
+
+def clip_from_folder(folder: Path, short_side: int = SHORT_SIDE) -> list[bytes]:
+    """The extracted frames of a clip, in the order of their numbers, as the JPEGs to store.
+
+    Raises:
+      DataError: the folder is missing or holds no JPEG, or as in `stored_clip`.
+    """
+    if not folder.is_dir():
+        raise DataError(f"frames {folder}: no such folder")
+    paths = [path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg")]
+    paths.sort(key=lambda path: ([int(n) for n in re.findall(r"\d+", path.stem)], path.name))
+    if not paths:
+        raise DataError(f"frames {folder}: holds no .jpg file")
+    return stored_clip([(str(path), path.read_bytes()) for path in paths], short_side)
+
+
+def clip_from_video(path: Path, fps: float, short_side: int = SHORT_SIDE) -> list[bytes]:
+    """`fps` frames of each second of a video as the JPEGs to store, the first frame among them.
+
+    Raises:
+      DataError: the file is missing or damaged, holds no frame, or frames of different sizes.
+    """
+    stored = []
+    for frame in iterate_frames(path, fps):
+        small = min(frame.shape[:2]) <= short_side
+        stored.append(encode_jpeg(frame if small else resize_short_side(frame, short_side)))
+    check_sizes(stored)
+    return stored
+
+
+def random_frames(count: int, num: int, rng: np.random.Generator) -> np.ndarray:
+    """`num` of `range(count)` drawn uniformly with replacement, ascending, as upstream draws.
+
+    Raises:
+      DataError: `count` is 0.
+    """
+    check_count(count)
+    return np.sort(rng.integers(count, size=num))
+
+
+def segment_frames(count: int, num: int, rng: np.random.Generator | None = None) -> np.ndarray:
+    """One frame from each of `num` equal segments: upstream's rule for Kinetics-Sounds, mended.
+
+    With s = floor(count / num), segment i holds the frames i s .. i s + s - 1 (the remainder at
+    the clip's end is not used). A generator draws one of them; without one it is the frame
+    i s + max(floor(s / 2), 1) - 1. Frames count from 0 here, from 1 in upstream's files.
+
+    Upstream writes the number behind `frame_0000`, so that frame 10 and later have names that do
+    not exist: in training 10 becomes 9, in evaluation the file is missing. Here there is no such
+    limit. It also takes the first frame three times from clips of up to six frames; here the rule
+    holds for every clip of `num` frames or more, and shorter ones repeat frames, evenly spaced.
+
+    Raises:
+      DataError: `count` is 0.
+    """
+    check_count(count)
+    if count < num:
+        return evenly_spaced_frames(count, num)
+    segment = count // num
+    starts = segment * np.arange(num)
+    if rng is None:
+        return starts + max(segment // 2, 1) - 1
+    return starts + rng.integers(segment, size=num)
+
+
+def random_crop_box(
+    width: int,
+    height: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Box:
+    """A random part of an image, as torchvision's RandomResizedCrop chooses it.
+
+    Its share of the area is uniform in `scale` and the logarithm of its aspect ratio uniform in
+    the range of `ratio`. If ten draws do not fit into the image, the largest centered part whose
+    aspect ratio lies in the range is taken.
+
+    Returns:
+      (left, top, right, bottom) in pixels, for Pillow.
+    """
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def decode_frames(
+    frames: Sequence[bytes],
+    indices: np.ndarray,
+    size: int,
+    choose_box: Callable[[int, int], Box] | None = None,
+    flip: bool = False,
+) -> np.ndarray:
+    """Some frames of a clip, all with the same crop and flip.
+
+    Args:
+      frames: JPEG bytes of every frame, all of one size.
+      indices: [T] those wanted; one that is wanted twice is decoded once.
+      size: height and width of the result.
+      choose_box: (width, height) of the frames -> the part to take; None takes all.
+      flip: whether left and right change places.
+
+    Returns:
+      uint8 [T, size, size, 3]: the part scaled bilinearly, with antialiasing.
+    """
+    from PIL import Image
+
+    video = np.empty((len(indices), size, size, 3), np.uint8)
+    box: Box | None = None
+    done: dict[int, int] = {}
+    for place, index in enumerate(indices.tolist()):
+        if index in done:
+            video[place] = video[done[index]]
+            continue
+        done[index] = place
+        with Image.open(io.BytesIO(frames[index]), formats=("JPEG",)) as file:
+            if choose_box is not None and box is None:
+                box = choose_box(*file.size)
+            # Gray frames are scaled first and become RGB after: the same for a third of the work.
+            image = file if file.mode in ("RGB", "L") else file.convert("RGB")
+            image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+        if flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = np.asarray(image)
+        video[place] = pixels if pixels.ndim == 3 else pixels[:, :, None]
+    return video
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainFrames(grain.transforms.RandomMap):
+    """Replaces a clip's JPEG frames by `num` drawn ones with one random crop and flip for all.
+
+    Attributes:
+      name: the modality, a sequence of JPEG bytes in the example; all of one size.
+      num: frames wanted.
+      size: height and width of the result, uint8 [num, size, size, 3].
+      pick: which frames.
+    """
+
+    name: str
+    num: int
+    size: int
+    pick: Pick = random_frames
+
+    def random_map(self, element: Example, rng: np.random.Generator) -> Example:
+        """One example."""
+        frames: Any = element[self.name]
+        indices = self.pick(len(frames), self.num, rng)
+        flip = bool(rng.random() < 0.5)
+
+        def choose_box(width: int, height: int) -> Box:
+            return random_crop_box(width, height, rng)
+
+        video = decode_frames(frames, indices, self.size, choose_box, flip)
+        return {**element, self.name: video}
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalFrames(grain.transforms.Map):
+    """Replaces a clip's JPEG frames by fixed ones, whole and scaled without keeping the aspect.
+
+    Attributes:
+      name, num, size: as in `TrainFrames`.
+      pick: (frames in the clip, frames wanted) -> indices.
+    """
+
+    name: str
+    num: int
+    size: int
+    pick: Callable[[int, int], np.ndarray] = evenly_spaced_frames
+
+    def map(self, element: Example) -> Example:
+        """One example."""
+        frames: Any = element[self.name]
+        indices = self.pick(len(frames), self.num)
+        return {**element, self.name: decode_frames(frames, indices, self.size)}

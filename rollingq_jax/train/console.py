@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rollingq_jax.analysis.statistics import written
-from rollingq_jax.data.types import KEPT, Dataset
+from rollingq_jax.data.dataset import KEPT, Dataset
 from rollingq_jax.train.setup import Setup
 from rollingq_jax.train.state import TrainState
 from rollingq_jax.train.writer import Row, table

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from rollingq_jax.data.types import Dataset, ModalityInfo
+from rollingq_jax.data.dataset import Dataset, ModalityInfo
 from rollingq_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from rollingq_jax.data.types import KEPT
+from rollingq_jax.data.dataset import KEPT
 from rollingq_jax.rotation import dot, normalize
 
 Sums = dict[str, Array]

@@ -10,9 +10,9 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from rollingq_jax.data.dataset import Dataset
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.preprocessing import InputSpec
-from rollingq_jax.data.types import Dataset
 from rollingq_jax.errors import CheckpointError, said
 from rollingq_jax.models import build_model
 from rollingq_jax.train.checkpoint import Checkpoints

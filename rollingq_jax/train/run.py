@@ -6,10 +6,9 @@ from typing import Any
 import jax
 from etils import epath
 
+from rollingq_jax.data.dataset import Dataset, fingerprint, first_difference
 from rollingq_jax.data.pipeline import eval_batches, train_batches
 from rollingq_jax.data.preprocessing import input_spec
-from rollingq_jax.data.signature import difference, signature
-from rollingq_jax.data.types import Dataset
 from rollingq_jax.errors import CheckpointError
 from rollingq_jax.train import parallel as parallel_lib
 from rollingq_jax.train.config import default_config, with_defaults
@@ -46,7 +45,7 @@ class Run:
         self.dataset, self.workdir, self.profile = dataset, workdir, profile
         self.setup: Setup = build(self.config, dataset)
         self.inputs = input_spec(dataset)
-        self.signature = signature(dataset)
+        self.signature = fingerprint(dataset)
         parallel_lib.check_batch_size(config.batch_size)
         compat = self.config.upstream_compat
         train_step = make_train_step(
@@ -171,7 +170,7 @@ class Run:
                     f"the data's split {split!r} has {count} examples and had {before} when "
                     f"{where} was saved; allowed: the same data"
                 )
-        different = difference(self.signature, record.get("signature", self.signature))
+        different = first_difference(self.signature, record.get("signature", self.signature))
         if different:
             raise CheckpointError(
                 f"the data's {different} has other values than when {where} was saved; "

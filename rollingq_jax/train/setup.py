@@ -10,9 +10,8 @@ import optax
 
 from rollingq_jax.baselines.build import build_baseline
 from rollingq_jax.baselines.hooks import Baseline
-from rollingq_jax.data.infer import infer_model
+from rollingq_jax.data.dataset import Dataset, infer_model
 from rollingq_jax.data.pipeline import collate, steps_per_epoch
-from rollingq_jax.data.types import Dataset
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.models import build_model
 from rollingq_jax.models.fields import INT32_MAX

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from rollingq_jax.analysis.predictions import model_input
-from rollingq_jax.data.types import ArraySource, Dataset, ModalityInfo
+from rollingq_jax.data.dataset import ArraySource, Dataset, ModalityInfo
 from rollingq_jax.models import build_model
 
 CLASSES = 4

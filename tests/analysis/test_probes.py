@@ -10,8 +10,8 @@ import pytest
 from rollingq_jax.analysis import looking, plots, predictions, probes
 from rollingq_jax.analysis.plots import ModalityView
 from rollingq_jax.analysis.predictions import Predictions
-from rollingq_jax.data.masking import ModalityDropout
-from rollingq_jax.data.types import ArraySource, Dataset, ModalityInfo
+from rollingq_jax.data.corruption import ModalityDropout
+from rollingq_jax.data.dataset import ArraySource, Dataset, ModalityInfo
 from rollingq_jax.errors import ConfigError, NonFiniteError
 
 CLASSES = analysis_examples.CLASSES

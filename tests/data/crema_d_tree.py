@@ -3,7 +3,7 @@
 import media_files
 import numpy as np
 
-from rollingq_jax.data.crema_d_tables import EMOTIONS
+from rollingq_jax.data.sources.crema_d import EMOTIONS
 
 ACTORS = (1001, 1002, 1003, 1004, 1005)
 
@@ -14,7 +14,7 @@ def clip_names(actors=ACTORS, emotions=EMOTIONS):
 
 
 def make_tree(root, clips=None, frames="flv", seconds=1.3, num_frames=33, size=(48, 64)):
-    """AudioWAV/ with tones and VideoFlash/ or Image-01-FPS/ with grey frames; returns the root."""
+    """AudioWAV/ with tones and VideoFlash/ or Image-01-FPS/ with gray frames; returns the root."""
     clips = clip_names() if clips is None else clips
     (root / "AudioWAV").mkdir(parents=True)
     for number, clip in enumerate(clips):
@@ -53,5 +53,5 @@ def write_list(path, clips, header=False, bom=False, line_end="\n"):
 
 
 def flat(value, num=3, size=224):
-    """A video of one grey level."""
+    """A video of one gray level."""
     return np.full((num, size, size, 3), value, np.uint8)

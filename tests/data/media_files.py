@@ -4,7 +4,7 @@ import numpy as np
 
 
 def write_video(path, num_frames=10, size=(48, 64), fps=25, codec=None, audio_rate=None):
-    """A video whose frame i is grey level 20 i (mod 256), with a 440 Hz tone if audio_rate."""
+    """A video whose frame i is gray level 20 i (mod 256), with a 440 Hz tone if audio_rate."""
     import av
 
     codec = codec or ("flv1" if str(path).endswith(".flv") else "mpeg4")
@@ -78,7 +78,7 @@ def write_clip(
     format=None,
     **options,
 ):
-    """Noise over grey level 2 i in frame i, and a tone of the same length, interleaved.
+    """Noise over gray level 2 i in frame i, and a tone of the same length, interleaved.
 
     Either track is left out with None. ``pipe``: written without seeking back, so that what is not
     known at the beginning stays open. ``options`` are the muxer's.

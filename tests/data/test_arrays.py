@@ -13,12 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollingq_jax.data import arrays as module
-from rollingq_jax.data import columns
-from rollingq_jax.data.arrays import from_arrays, load
-from rollingq_jax.data.labels import groups_of, ids_of, labels_of
+from rollingq_jax.data.dataset import ArraySource, groups_of, ids_of, labels_of
 from rollingq_jax.data.pipeline import eval_batches
-from rollingq_jax.data.types import ArraySource
+from rollingq_jax.data.sources import arrays as module
+from rollingq_jax.data.sources.arrays import from_arrays, load
 from rollingq_jax.errors import ConfigError, DataError
 
 
@@ -123,7 +121,7 @@ def test_a_kind_can_be_stated(tmp_path, shape, dtype, kind, example_shape):
     assert by_argument.modalities["m"].kind == kind
 
 
-def test_standardisation_matches_numpy_and_covers_all_splits():
+def test_standardization_matches_numpy_and_covers_all_splits():
     arrays = make_arrays(m=((7, 4), "float64"), v=((5,), "float64"), s=((6, 3, 1), "float64"))
     arrays["train/m"] *= np.array([1e-6, 1.0, 1e6, 1.0])
     arrays["train/v"][:, 2] = 8.0  # constant
@@ -158,7 +156,7 @@ def test_pixels_stay_and_their_statistics_go_to_the_model():
 def test_large_arrays_are_read_in_blocks(monkeypatch):
     arrays = make_arrays(m=((7, 4), "float32"))
     whole = from_arrays(arrays).splits["test"][0]["m"]
-    monkeypatch.setattr(columns, "BLOCK_BYTES", 400)
+    monkeypatch.setattr(module, "BLOCK_BYTES", 400)
     np.testing.assert_allclose(from_arrays(arrays).splits["test"][0]["m"], whole, atol=1e-6)
 
 
@@ -665,14 +663,14 @@ def test_an_archive_with_two_arrays_of_a_name_is_refused(tmp_path):
 @pytest.fixture
 def blocks_read(monkeypatch):
     """The numbers of the blocks of values that are read in order to check or to measure them."""
-    read, blocks = [], columns._blocks
+    read, blocks = [], module._blocks
 
     def counted(array):
         for start, block in blocks(array):
             read.append(start)
             yield start, block
 
-    monkeypatch.setattr(columns, "_blocks", counted)
+    monkeypatch.setattr(module, "_blocks", counted)
     return read
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from rollingq_jax.data import av_digits, digits
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.pipeline import train_batches
+from rollingq_jax.data.sources import av_digits
 from rollingq_jax.errors import ConfigError, DataError
 
 SIZES = {"train": 1078, "valid": 269 * 3, "test": 450 * 3}
@@ -22,7 +22,7 @@ def dataset(av_digits_cache):
 
 @pytest.fixture(scope="module")
 def clean():
-    return digits.generate(digits.REGIMES["clean"], seed=0, test_pairings=1)
+    return av_digits.generate(av_digits.REGIMES["clean"], seed=0, test_pairings=1)
 
 
 def test_splits_and_examples_are_as_described(dataset):
@@ -52,7 +52,7 @@ def test_images_and_voices_are_disjoint_between_splits(clean):
     }
     # scikit-learn's digits are 1,797 different images, so equal bytes would be the same image.
     assert sum(map(len, images.values())) == len(set.union(*images.values())) == 1797
-    voices = digits.split_voices(0)
+    voices = av_digits.split_voices(0)
     assert sum(map(len, voices.values())) == len(set().union(*voices.values())) == 70
     for chosen in voices.values():
         accents = collections.Counter(voice.partition("+")[0] for voice in chosen)
@@ -60,7 +60,7 @@ def test_images_and_voices_are_disjoint_between_splits(clean):
         assert any(voice.endswith(("croak", "whisper")) for voice in chosen)
 
 
-def test_training_modalities_are_standardised_before_noise(clean):
+def test_training_modalities_are_standardized_before_noise(clean):
     for name in ("audio", "visual"):
         assert abs(clean["train"][name].astype(np.float64).mean()) < 1e-5
         assert abs(clean["train"][name].astype(np.float64).std() - 1) < 1e-5
@@ -69,21 +69,21 @@ def test_training_modalities_are_standardised_before_noise(clean):
 
 def test_the_demos_noise_varies_alike_in_training_and_test():
     """70 % of the utterances up to 8, images .5 always and half of them up to 3 more."""
-    regime = digits.REGIMES["hard_train"]
+    regime = av_digits.REGIMES["hard_train"]
     assert regime.train_audio == regime.heldout_audio
     assert regime.train_visual == regime.heldout_visual
     quality = {}
     for name in ("audio", "visual"):
         noise, rng = getattr(regime, f"train_{name}"), np.random.default_rng(0)
-        _, quality[name] = digits._add_noise(np.zeros((1000, 2)), noise, rng)
+        _, quality[name] = av_digits._add_noise(np.zeros((1000, 2)), noise, rng)
     assert (quality["audio"] < 0).mean() == 0.7 and -8 <= quality["audio"].min() < -7.9
     assert quality["visual"].max() == -0.5 and (quality["visual"] < -0.5).mean() == 0.5
     assert -np.hypot(0.5, 3) <= quality["visual"].min() < -2.9
 
 
 def test_quality_is_minus_the_deviation_of_the_noise_in_the_example(clean):
-    regime = digits.REGIMES["varied_train"]
-    noised = digits.generate(regime, seed=0, test_pairings=1)
+    regime = av_digits.REGIMES["varied_train"]
+    noised = av_digits.generate(regime, seed=0, test_pairings=1)
     for split in ("train", "valid", "test"):
         np.testing.assert_array_equal(noised[split]["label"], clean[split]["label"])
         for name in ("audio", "visual"):
@@ -95,14 +95,14 @@ def test_quality_is_minus_the_deviation_of_the_noise_in_the_example(clean):
             assert not clean[split][f"quality_{name}"].any()
 
 
-@pytest.mark.parametrize("regime", list(digits.REGIMES))
+@pytest.mark.parametrize("regime", list(av_digits.REGIMES))
 def test_the_noise_is_what_the_regime_says(regime, monkeypatch):
     def hum(labels, voices, seed):  # the noise does not depend on what is said
         return {name: np.random.default_rng(0).random((len(x), 2, 2)) for name, x in labels.items()}
 
-    monkeypatch.setattr(digits, "_speak", hum)
-    noise = digits.REGIMES[regime]
-    splits = digits.generate(noise, seed=0, test_pairings=3)
+    monkeypatch.setattr(av_digits, "_speak", hum)
+    noise = av_digits.REGIMES[regime]
+    splits = av_digits.generate(noise, seed=0, test_pairings=3)
     for split, columns in splits.items():
         kind = "train" if split == "train" else "heldout"
         more = {}
@@ -129,7 +129,7 @@ def test_valid_and_test_have_one_distribution(dataset):
 
 
 def test_every_heldout_image_meets_several_utterances(clean):
-    several = digits.generate(digits.REGIMES["clean"], seed=0, test_pairings=3)["test"]
+    several = av_digits.generate(av_digits.REGIMES["clean"], seed=0, test_pairings=3)["test"]
     pairs = collections.defaultdict(set)
     for image, audio in zip(several["visual"], several["audio"], strict=True):
         pairs[image.tobytes()].add(audio.tobytes())
@@ -168,17 +168,17 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path, av_digits_cache, dataset):
 
 
 def test_another_seed_gives_other_splits_and_noise():
-    regime = digits.REGIMES["varied_test"]
-    one, other = (digits.generate(regime, seed=seed, test_pairings=1)["test"] for seed in (1, 2))
+    regime = av_digits.REGIMES["varied_test"]
+    one, other = (av_digits.generate(regime, seed=seed, test_pairings=1)["test"] for seed in (1, 2))
     assert not np.array_equal(one["quality_audio"], other["quality_audio"])
     assert not np.array_equal(one["audio"], other["audio"])
-    assert digits.split_voices(1) != digits.split_voices(2)
+    assert av_digits.split_voices(1) != av_digits.split_voices(2)
 
 
 def test_tfds_knows_the_builder(tmp_path, capfd):
     builder = tfds.builder("av_digits/clean", data_dir=tmp_path)
     assert isinstance(builder, av_digits.AvDigits)
-    assert builder.info.features["label"].names == list(digits.WORDS)
+    assert builder.info.features["label"].names == list(av_digits.WORDS)
 
 
 def test_building_shows_a_bar_on_a_terminal_alone_and_no_notices(tmp_path, capfd, monkeypatch):
@@ -197,7 +197,7 @@ def test_the_description_says_what_was_generated(dataset):
     assert "seed 0" in text and "audio 50% up to 4 more" in text and "0.6 always" in text
     for name, size in SIZES.items():
         assert f"{name}: {size} examples, per class " in text
-    for voice in digits.split_voices(0)["test"]:
+    for voice in av_digits.split_voices(0)["test"]:
         assert voice in text.splitlines()[-1]
 
 

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from rollingq_jax.check import command, describe, read_examples
-from rollingq_jax.data.infer import infer_model
+from rollingq_jax.data.dataset import ArraySource, Dataset, ModalityInfo, infer_model
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.pipeline import eval_batches
-from rollingq_jax.data.types import ArraySource, Dataset, ModalityInfo
 from rollingq_jax.errors import ConfigError, DataError
 from rollingq_jax.models import build_model
 

@@ -8,11 +8,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from rollingq_jax import prepare
-from rollingq_jax.data import cmu_mosei
-from rollingq_jax.data.labels import labels_of
+from rollingq_jax.data.dataset import labels_of
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.pipeline import train_batches
+from rollingq_jax.data.sources import cmu_mosei
 from rollingq_jax.errors import ConfigError, DataError, UserError
+from rollingq_jax.train.cli import run_command
 
 DIMS = {"vision": 35, "audio": 74, "text": 300}
 COUNTS = {"train": 12, "valid": 4, "test": 5}
@@ -294,16 +295,16 @@ def test_sentences_that_cannot_be_used_are_left_out_by_name(tmp_path, kind, caps
     data["valid"][name][place] = value
     path = write(tmp_path / "m.pkl", data)
     command = ["cmu_mosei", "--source", str(path), "--data_dir"]
-    assert prepare.main([*command, str(tmp_path / "a")]) == 0
+    assert run_command(prepare.command, ["prepare", *command, str(tmp_path / "a")]) == 0
     printed = capsys.readouterr()
     assert "12 train, 3 valid, 5 test" in printed.out
     assert f"valid/2 video2: valid, sentence 2 video2: {message}" in printed.err
     assert "1 unreadable, left out" in printed.err
-    assert prepare.main([*command, str(tmp_path / "b"), "--strict"]) == 2
+    assert run_command(prepare.command, ["prepare", *command, str(tmp_path / "b"), "--strict"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ") and message in last
     assert not (tmp_path / "b" / "cmu_mosei").exists()
-    assert prepare.main([*command, str(tmp_path / "a"), "--strict"]) == 2
+    assert run_command(prepare.command, ["prepare", *command, str(tmp_path / "a"), "--strict"]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -327,7 +328,13 @@ def test_a_hostile_pickle_is_refused_and_nothing_runs(tmp_path, place, capsys):
     else:
         data["train"]["vision"] = np.array([hostile], dtype=object)
     path = write(tmp_path / "m.pkl", data)
-    assert prepare.main(["cmu_mosei", "--source", str(path), "--data_dir", str(tmp_path)]) == 2
+    assert (
+        run_command(
+            prepare.command,
+            ["prepare", "cmu_mosei", "--source", str(path), "--data_dir", str(tmp_path)],
+        )
+        == 2
+    )
     error = capsys.readouterr().err.splitlines()[-1]
     assert "refused" in error and "nothing in it was executed" in error
     assert not marker.exists() and not (tmp_path / "cmu_mosei").exists()

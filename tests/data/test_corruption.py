@@ -6,18 +6,18 @@ import types
 import numpy as np
 import pytest
 
-from rollingq_jax.data.arrays import from_arrays
 from rollingq_jax.data.corruption import (
     Corruption,
-    Misaligned,
+    GaussianNoise,
     corrupt,
+    misalign,
     parse_corruptions,
     training_deviation,
 )
+from rollingq_jax.data.dataset import ArraySource, Dataset, ModalityInfo
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.pipeline import eval_batches, train_batches
-from rollingq_jax.data.transforms import GaussianNoise
-from rollingq_jax.data.types import ArraySource, Dataset, ModalityInfo
+from rollingq_jax.data.sources.arrays import from_arrays
 from rollingq_jax.errors import ConfigError, DataError
 
 
@@ -56,7 +56,7 @@ def read(dataset, split="test", **kwargs):
     )
 
 
-def normalised(pixels, info):
+def normalized(pixels, info):
     return (pixels / 255 - np.array(info.mean)) / np.array(info.std)
 
 
@@ -75,15 +75,15 @@ def test_noise_in_training_standard_deviations(dataset, scale):
     assert "quality_photo" not in noisy
 
 
-def test_noise_on_pixels_is_added_after_normalisation(dataset):
+def test_noise_on_pixels_is_added_after_normalization(dataset):
     info = dataset.modalities["photo"]
     clean, noisy = read(dataset)["photo"], read(corrupt(dataset, "photo=0.5"))["photo"]
-    difference = noisy - normalised(clean, info)
+    difference = noisy - normalized(clean, info)
     assert noisy.dtype == np.float32 and difference.std() == pytest.approx(0.5, rel=0.05)
     np.testing.assert_allclose(
-        read(corrupt(dataset, "photo=0"))["photo"], normalised(clean, info), atol=1e-6
+        read(corrupt(dataset, "photo=0"))["photo"], normalized(clean, info), atol=1e-6
     )
-    # A model that normalises otherwise sees the same pixels and noise of as many deviations.
+    # A model that normalizes otherwise sees the same pixels and noise of as many deviations.
     encoders = {"photo": {"kind": "image", "mean": (0.5,), "std": (0.5,)}}
     other = read(corrupt(dataset, "photo=0.5", encoders=encoders))["photo"]
     expected_std = 0.5 * (clean / 255 / 0.5).std()
@@ -191,9 +191,9 @@ def test_misalignment_takes_from_another_class(dataset):
 def test_misalignment_needs_two_classes():
     source = ArraySource({"m": np.zeros((3, 2), np.float32), "label": np.zeros(3, np.int32)})
     with pytest.raises(DataError, match="one class"):
-        Misaligned(source, "m")
+        misalign(source, "m")
     with pytest.raises(ConfigError, match="between 0 and 1"):
-        Misaligned(source, "m", share=2.0)
+        misalign(source, "m", prob=2.0)
 
 
 def test_training_corruptions_vary_by_epoch_and_repeat_by_seed(tmp_path):

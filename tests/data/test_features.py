@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from rollingq_jax.data import features
+from rollingq_jax.data import audio
+from rollingq_jax.data.sources import crema_d, kinetics_sounds
 from rollingq_jax.errors import DataError
 
 
@@ -42,14 +43,14 @@ def slow_fbank(samples, rate, num_bins):
             for k in range(size // 2)  # Kaldi leaves the highest frequency out
         ]
         for b in range(num_bins):
-            left, centre, right = (low + (b + j) * width for j in range(3))
+            left, center, right = (low + (b + j) * width for j in range(3))
             energy = 0.0
             for k in range(size // 2):
                 place = mel(rate * k / size)
-                if left < place <= centre:
-                    energy += power[k] * (place - left) / (centre - left)
-                elif centre < place < right:
-                    energy += power[k] * (right - place) / (right - centre)
+                if left < place <= center:
+                    energy += power[k] * (place - left) / (center - left)
+                elif center < place < right:
+                    energy += power[k] * (right - place) / (right - center)
             row.append(math.log(max(energy, 1.1920928955078125e-07)))
         rows.append(row)
     return np.array(rows)
@@ -68,7 +69,7 @@ def test_fbank_equals_the_definition(rate, num_bins, count):
     expected = slow_fbank(samples, rate, num_bins)
     assert expected.shape[0] >= 2
     np.testing.assert_allclose(
-        features.kaldi_fbank(samples, rate, num_bins), expected, rtol=1e-4, atol=1e-4
+        audio.kaldi_fbank(samples, rate, num_bins), expected, rtol=1e-4, atol=1e-4
     )
 
 
@@ -79,7 +80,7 @@ def test_fbank_equals_kaldi():
         [-7.46785, -5.28568, -2.88639, 3.48951, -0.4342, 0.46294, 1.44613],
         [-7.09841, -4.67759, -3.6071, -0.71432, -0.56152, 0.48849, 1.92752],
     ]
-    actual = features.kaldi_fbank(signal(), 16_000, 40)
+    actual = audio.kaldi_fbank(signal(), 16_000, 40)
     assert actual.shape == (98, 40)
     np.testing.assert_allclose(actual[[0, 50, 97]][:, ::6], expected, atol=2e-4)
 
@@ -93,15 +94,15 @@ def test_stft_equals_librosa():
         [-2.03981, -0.60617, -1.07998, -1.25033],
         [-2.61062, -3.38816, -0.80745, -1.96842],
     ]
-    actual = features.log_stft(signal())
+    actual = audio.log_stft(signal(), crema_d.N_FFT, crema_d.HOP)
     assert actual.shape == (257, 46) and actual.dtype == np.float32
     np.testing.assert_allclose(actual[::64][:, [0, 1, 20, 45]], expected, atol=2e-4)
 
 
 def test_stft_of_one_frame_by_hand():
     samples = signal(2000)
-    actual = features.log_stft(samples)
-    frame = 3  # centred on sample 3 * 353, whole inside the signal
+    actual = audio.log_stft(samples, crema_d.N_FFT, crema_d.HOP)
+    frame = 3  # centered on sample 3 * 353, whole inside the signal
     for k in (0, 7, 256):
         total = sum(
             float(samples[frame * 353 - 256 + i])
@@ -114,38 +115,38 @@ def test_stft_of_one_frame_by_hand():
 
 def test_crema_d_spectrogram():
     second = signal(22_050, 22_050)
-    spectrogram = features.crema_d_spectrogram(second)
+    spectrogram = crema_d.crema_d_spectrogram(second)
     assert spectrogram.shape == (257, 188) and spectrogram.dtype == np.float32
-    np.testing.assert_array_equal(spectrogram, features.crema_d_spectrogram(np.tile(second, 3)))
+    np.testing.assert_array_equal(spectrogram, crema_d.crema_d_spectrogram(np.tile(second, 3)))
     np.testing.assert_array_equal(
-        features.crema_d_spectrogram(10 * second),
-        features.crema_d_spectrogram(np.clip(10 * second, -1, 1)),
+        crema_d.crema_d_spectrogram(10 * second),
+        crema_d.crema_d_spectrogram(np.clip(10 * second, -1, 1)),
     )
     np.testing.assert_array_equal(
-        features.crema_d_spectrogram(np.zeros(5, np.float32)),
+        crema_d.crema_d_spectrogram(np.zeros(5, np.float32)),
         np.full((257, 188), np.log(np.float32(1e-7))),
     )
 
 
 def test_tile_repeats_short_sounds_as_often_as_needed():
-    np.testing.assert_array_equal(features.tile(np.float32([1, 2, 3]), 8), [1, 2, 3, 1, 2, 3, 1, 2])
+    np.testing.assert_array_equal(audio.tile(np.float32([1, 2, 3]), 8), [1, 2, 3, 1, 2, 3, 1, 2])
 
 
 def test_kinetics_fbank_pads_then_scales():
     samples = signal(16_000) + 0.2  # the mean is taken off first
-    result = features.kinetics_fbank(samples)
+    result = kinetics_sounds.kinetics_fbank(samples)
     assert result.shape == (1024, 128) and result.dtype == np.float32
-    fbank = features.kaldi_fbank(samples - samples.mean(), 16_000)
+    fbank = audio.kaldi_fbank(samples - samples.mean(), 16_000)
     np.testing.assert_allclose(result[:98] * 2 * 5.141276 - 4.503877, fbank, atol=1e-4)
     np.testing.assert_allclose(result[98:], 0.438, atol=1e-4)
 
 
 def test_kinetics_fbank_of_ten_seconds_and_more():
-    assert len(features.kaldi_fbank(np.zeros(160_000), 16_000)) == 998
+    assert len(audio.kaldi_fbank(np.zeros(160_000), 16_000)) == 998
     long = signal(11 * 16_000)
-    assert features.kinetics_fbank(long).shape == (1024, 128)
+    assert kinetics_sounds.kinetics_fbank(long).shape == (1024, 128)
 
 
 def test_kinetics_fbank_of_almost_nothing():
     with pytest.raises(DataError, match="399 samples at 16000 Hz; at least 25 ms"):
-        features.kinetics_fbank(np.zeros(399))
+        kinetics_sounds.kinetics_fbank(np.zeros(399))

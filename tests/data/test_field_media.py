@@ -12,12 +12,11 @@ import media_files
 import numpy as np
 import pytest
 
-from rollingq_jax.data import media, stored_frames
-from rollingq_jax.data.containers import find_missing
-from rollingq_jax.data.folder import load
-from rollingq_jax.data.media_arrays import MediaSizes, read_value
+from rollingq_jax.data import audio, video
+from rollingq_jax.data.audio import MAX_RATE, MIN_RATE
 from rollingq_jax.data.reading import check_lfs_pointer
-from rollingq_jax.data.sound import MAX_RATE, MIN_RATE
+from rollingq_jax.data.sources.media_folder import MediaSizes, load, read_value
+from rollingq_jax.data.video import find_missing
 from rollingq_jax.errors import DataError
 
 POINTER = (
@@ -69,11 +68,11 @@ def cut(path, share):
 def test_sound_of_a_video_without_a_length_is_measured(tmp_path, name, options):
     path = tmp_path / name
     media_files.write_clip(path, 50, **options)  # 2 s
-    assert media.video_seconds(path) == pytest.approx(2.0, abs=0.15)
-    assert media.video_seconds(path, 0.5) == pytest.approx(0.5, abs=0.01)
+    assert video.video_seconds(path) == pytest.approx(2.0, abs=0.15)
+    assert video.video_seconds(path, 0.5) == pytest.approx(0.5, abs=0.01)
     if options.get("codec", True):
-        assert media.count_video_frames(path) == 50
-        assert media.read_video_frames(path, 3).shape == (3, 48, 64, 3)
+        assert video.count_video_frames(path) == 50
+        assert video.read_video_frames(path, 3).shape == (3, 48, 64, 3)
 
 
 def test_a_manifest_measures_what_the_header_leaves_out(tmp_path):
@@ -94,8 +93,8 @@ def test_a_wrong_length_in_the_header_is_not_believed(tmp_path, seconds):
     where = data.index(b"\x44\x89\x88") + 3  # Duration, a double, in milliseconds
     assert struct.unpack(">d", data[where : where + 8])[0] == pytest.approx(2000, abs=100)
     path.write_bytes(data[:where] + struct.pack(">d", 1000 * seconds) + data[where + 8 :])
-    assert media.video_seconds(path, 10) == pytest.approx(2.0, abs=0.15)
-    assert media.count_video_frames(path) == 50
+    assert video.video_seconds(path, 10) == pytest.approx(2.0, abs=0.15)
+    assert video.count_video_frames(path) == 50
 
 
 def wav_bytes(length, samples, *, riff=0, before=b"", behind=b"", rate=16000, channels=1,
@@ -121,10 +120,10 @@ def test_wav_from_a_pipe_is_read_to_its_end(tmp_path, length, seconds):
     listing = b"LIST" + struct.pack("<I", 5) + b"INFOx\0"  # an odd size is padded
     path.write_bytes(wav_bytes(length, RAMP.tobytes(), riff=length + 36 & 0xFFFFFFFF,
                                before=listing))  # fmt: skip
-    waveform, rate = media.read_audio(path, seconds)
+    waveform, rate = audio.read_audio(path, seconds)
     assert rate == 16000 and len(waveform) == (1600 if seconds is None else 801)
     np.testing.assert_allclose(waveform, RAMP[: len(waveform)] / 32768, atol=1e-7)
-    assert media.sound_seconds(path, 10) == pytest.approx(0.1)
+    assert audio.sound_seconds(path, 10) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("magic", [b"RF64", b"BW64"])
@@ -135,10 +134,10 @@ def test_wav_of_64_bit_lengths(tmp_path, magic, known):
     before = b"ds64" + struct.pack("<IQQQI", 28, *lengths, 0)
     data = wav_bytes(0xFFFFFFFF, RAMP.tobytes(), riff=0xFFFFFFFF, before=before, magic=magic)
     path.write_bytes(data)
-    np.testing.assert_allclose(media.read_audio(path)[0], RAMP / 32768, atol=1e-7)
+    np.testing.assert_allclose(audio.read_audio(path)[0], RAMP / 32768, atol=1e-7)
     if known:
         path.write_bytes(data[:-1000])
-        refuses(lambda: media.read_audio(path), "truncated WAV, 2200 of 3200")
+        refuses(lambda: audio.read_audio(path), "truncated WAV, 2200 of 3200")
 
 
 def test_big_endian_wav(tmp_path):
@@ -151,9 +150,9 @@ def test_big_endian_wav(tmp_path):
     where = data.index(b"data") + 4
     for length in (b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xf0\0"):
         path.write_bytes(data[:where] + length + data[where + 4 :])
-        np.testing.assert_allclose(media.read_audio(path)[0], RAMP / 32768, atol=1e-7)
+        np.testing.assert_allclose(audio.read_audio(path)[0], RAMP / 32768, atol=1e-7)
     path.write_bytes(data[:-200])
-    refuses(lambda: media.read_audio(path), "truncated WAV, 3000 of 3200")
+    refuses(lambda: audio.read_audio(path), "truncated WAV, 3000 of 3200")
 
 
 @pytest.mark.parametrize("subtype", ["PCM_24", "FLOAT", "DOUBLE", "ULAW", "IMA_ADPCM", "MS_ADPCM"])
@@ -163,23 +162,23 @@ def test_wav_of_other_encodings_from_a_pipe(tmp_path, subtype):
     path = tmp_path / "a.wav"
     tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(32000) / 16000)
     soundfile.write(path, np.stack([tone, tone], 1), 16000, subtype=subtype)
-    whole, _ = media.read_audio(path)
+    whole, _ = audio.read_audio(path)
     data = path.read_bytes()
     where = data.index(b"data") + 4
     path.write_bytes(data[:where] + b"\0\0\0\0" + data[where + 4 :])
-    np.testing.assert_array_equal(media.read_audio(path)[0], whole)
-    np.testing.assert_array_equal(media.read_audio(path, 0.5)[0], whole[:8001])
+    np.testing.assert_array_equal(audio.read_audio(path)[0], whole)
+    np.testing.assert_array_equal(audio.read_audio(path, 0.5)[0], whole[:8001])
 
 
 def test_wav_that_is_cut_or_empty_is_refused(tmp_path):
     path = tmp_path / "a.wav"
     for behind in (b"", b"LIST" + struct.pack("<I", 4) + b"INFO"):
         path.write_bytes(wav_bytes(0, b"", behind=behind))
-        refuses(lambda: media.read_audio(path), "holds no samples")
+        refuses(lambda: audio.read_audio(path), "holds no samples")
     for length in (3202, 0x10000000, 0x7FF00000):
         path.write_bytes(wav_bytes(length, RAMP.tobytes()))
-        refuses(lambda: media.read_audio(path, 0.01), f"truncated WAV, 3200 of {length}")
-        refuses(lambda: media.sound_seconds(path), "truncated WAV")
+        refuses(lambda: audio.read_audio(path, 0.01), f"truncated WAV, 3200 of {length}")
+        refuses(lambda: audio.sound_seconds(path), "truncated WAV")
 
 
 def flac_bytes(tmp_path, seconds=1.0, rate=16000):
@@ -195,10 +194,10 @@ def test_flac_from_a_pipe_is_read_to_its_end(tmp_path):
     path = tmp_path / "pipe.flac"
     path.write_bytes(data)
     expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)
-    np.testing.assert_allclose(media.read_audio(path)[0], expected, atol=1e-4)
-    assert len(media.read_audio(path, 0.25)[0]) == 4001
-    assert media.sound_seconds(path, 10) == 1.0
-    assert media.sound_seconds(path, 0.5) == pytest.approx(0.5, abs=1e-3)
+    np.testing.assert_allclose(audio.read_audio(path)[0], expected, atol=1e-4)
+    assert len(audio.read_audio(path, 0.25)[0]) == 4001
+    assert audio.sound_seconds(path, 10) == 1.0
+    assert audio.sound_seconds(path, 0.5) == pytest.approx(0.5, abs=1e-3)
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
@@ -208,7 +207,7 @@ def test_flac_that_is_cut_is_refused_even_if_the_part_used_is_there(tmp_path, sh
 
     noise = 0.1 * np.random.default_rng(0).standard_normal(40000)
     soundfile.write(whole, noise, 16000)
-    refuses(lambda: media.read_audio(cut(whole, share), 0.1), "cut off", "40000 samples")
+    refuses(lambda: audio.read_audio(cut(whole, share), 0.1), "cut off", "40000 samples")
 
 
 def test_flac_that_promises_too_much_is_refused(tmp_path):
@@ -216,7 +215,7 @@ def test_flac_that_promises_too_much_is_refused(tmp_path):
     data[22:26] = struct.pack(">I", 2_000_000_000)
     path = tmp_path / "a.flac"
     path.write_bytes(data)
-    refuses(lambda: media.read_audio(path), "2000000000 samples")
+    refuses(lambda: audio.read_audio(path), "2000000000 samples")
 
 
 # Files that were cut off.
@@ -238,18 +237,18 @@ CONTAINERS = [
 def test_a_cut_video_is_refused(tmp_path, name, options):
     path = tmp_path / name
     media_files.write_clip(path, 50, **options)
-    assert media.count_video_frames(path) == 50
-    assert media.read_video_frames(path).shape[0] == 50
-    assert media.video_seconds(path) == pytest.approx(2.0, abs=0.15)
+    assert video.count_video_frames(path) == 50
+    assert video.read_video_frames(path).shape[0] == 50
+    assert video.video_seconds(path) == pytest.approx(2.0, abs=0.15)
     with path.open("rb") as file:
         assert find_missing(file).bytes == 0
     for share in (0.5, 0.75, 0.9):
         part = cut(path, share)
-        refuses(lambda p=part: media.count_video_frames(p), part, "cut off", "video are there")
-        refuses(lambda p=part: media.read_video_frames(p, 3), "cut off")
-        refuses(lambda p=part: media.read_video_frames(p, fps=1), "cut off")
-        refuses(lambda p=part: media.read_video_audio(p), "cut off", "audio are there")
-        refuses(lambda p=part: media.video_seconds(p, 0.1), "cut off")
+        refuses(lambda p=part: video.count_video_frames(p), part, "cut off", "video are there")
+        refuses(lambda p=part: video.read_video_frames(p, 3), "cut off")
+        refuses(lambda p=part: video.read_video_frames(p, fps=1), "cut off")
+        refuses(lambda p=part: video.read_video_audio(p), "cut off", "audio are there")
+        refuses(lambda p=part: video.video_seconds(p, 0.1), "cut off")
 
 
 def test_the_counts_of_a_cut_video_are_named(tmp_path):
@@ -260,7 +259,7 @@ def test_the_counts_of_a_cut_video_are_named(tmp_path):
     sizes = struct.unpack(">50I", data[where : where + 200])
     start = data.index(b"mdat") + 4
     path.write_bytes(data[: start + sum(sizes[:20])])
-    refuses(lambda: media.read_video_frames(path, 3), "20 of 50 frames")
+    refuses(lambda: video.read_video_frames(path, 3), "20 of 50 frames")
 
 
 @pytest.mark.parametrize(("name", "options"), CONTAINERS[:-1])
@@ -268,9 +267,9 @@ def test_a_video_that_lacks_its_last_frame_is_read(tmp_path, name, options):
     path = tmp_path / name
     media_files.write_clip(path, 50, **options)
     part = cut(path, 0.985)
-    assert 48 <= media.count_video_frames(part) <= 50
-    assert media.read_video_frames(part, 4).shape == (4, 48, 64, 3)
-    assert media.video_seconds(part) == pytest.approx(2, abs=0.15)
+    assert 48 <= video.count_video_frames(part) <= 50
+    assert video.read_video_frames(part, 4).shape == (4, 48, 64, 3)
+    assert video.video_seconds(part) == pytest.approx(2, abs=0.15)
 
 
 def test_frames_that_an_edit_list_hides_are_not_counted(tmp_path):
@@ -287,9 +286,9 @@ def test_frames_that_an_edit_list_hides_are_not_counted(tmp_path):
         for packet in [*packets, *stream.encode()]:
             packet.pts, packet.dts = packet.pts - 10, packet.dts - 10
             container.mux(packet)
-    shown = media.read_video_frames(path)
-    assert media.count_video_frames(path) == len(shown) == 20
-    levels = media.read_video_frames(path, 4).mean(axis=(1, 2, 3))
+    shown = video.read_video_frames(path)
+    assert video.count_video_frames(path) == len(shown) == 20
+    levels = video.read_video_frames(path, 4).mean(axis=(1, 2, 3))
     assert np.rint(levels / 8).tolist() == [12, 17, 22, 27]
 
 
@@ -333,8 +332,8 @@ def turned(path, matrix):
 def test_a_turned_video_is_shown_upright(tmp_path, matrix, shape, corner):
     path = tmp_path / "v.mp4"
     turned(path, matrix)
-    frames = media.read_video_frames(path, 2)
-    assert frames.shape == (2, *shape, 3) and media.count_video_frames(path) == 5
+    frames = video.read_video_frames(path, 2)
+    assert frames.shape == (2, *shape, 3) and video.count_video_frames(path) == 5
 
     def white(frame):
         h, w = frame.shape[0] // 2, frame.shape[1] // 2
@@ -348,8 +347,8 @@ def test_a_turned_video_is_shown_upright(tmp_path, matrix, shape, corner):
         return max(means, key=means.get)
 
     assert white(frames[0]) == white(frames[1]) == corner
-    (stored,) = stored_frames.clip_from_video(path, fps=1, short_side=24)
-    small = media.decode_image(stored)
+    (stored,) = video.clip_from_video(path, fps=1, short_side=24)
+    small = video.decode_image(stored)
     assert small.shape == (shape[0] // 2, shape[1] // 2, 3) and white(small) == corner
 
 
@@ -393,7 +392,7 @@ BYTES = [0, 1, 128, 255]
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_sixteen_bits_are_scaled(order):
     def levels(data):
-        image = media.decode_image(data)
+        image = video.decode_image(data)
         assert (image[..., 0] == image[..., 2]).all()
         return image[0, :, 0].tolist()
 
@@ -419,22 +418,22 @@ def png_bytes(rows, width, height, bits, color):
 @pytest.mark.parametrize(("color", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
 def test_sixteen_bit_png_is_scaled(color, channels):
     row = b"\0" + np.repeat(SIXTEEN[0, :, None], channels, 1).astype(">u2").tobytes()
-    image = media.decode_image(png_bytes(row, 4, 1, 16, color))
+    image = video.decode_image(png_bytes(row, 4, 1, 16, color))
     assert image.shape == (1, 4, 3) and image[0, :, 1].tolist() == BYTES
 
 
 def test_floats_are_scaled_from_zero_to_one():
     values = np.array([[0, 0.5, 1, 0.25]], np.float32)
     for order in "<>":
-        assert media.decode_image(tiff(values, 32, 3, order=order))[0, :, 0].tolist() == [
+        assert video.decode_image(tiff(values, 32, 3, order=order))[0, :, 0].tolist() == [
             0, 128, 255, 64]  # fmt: skip
-    assert (media.decode_image(tiff(0 * values, 32, 3)) == 0).all()
+    assert (video.decode_image(tiff(0 * values, 32, 3)) == 0).all()
 
 
 @pytest.mark.parametrize("odd", [np.nan, np.inf, -0.5, 1.5, 255.0])
 def test_floats_outside_zero_to_one_are_refused(odd):
     values = np.array([[0, odd]], np.float32)
-    refuses(lambda: media.decode_image(tiff(values, 32, 3), "f.tif"), "f.tif", "[0, 1]")
+    refuses(lambda: video.decode_image(tiff(values, 32, 3), "f.tif"), "f.tif", "[0, 1]")
 
 
 @pytest.mark.parametrize(
@@ -449,7 +448,7 @@ def test_floats_outside_zero_to_one_are_refused(odd):
 )
 def test_integers_without_a_meaning_are_refused(values, bits, sample_format, words):
     data = tiff(values, bits, sample_format)
-    refuses(lambda: media.decode_image(data, "i.tif"), "i.tif", words, "8 or 16 bits")
+    refuses(lambda: video.decode_image(data, "i.tif"), "i.tif", words, "8 or 16 bits")
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGB", "RGBA", "CMYK", "YCbCr"])
@@ -459,7 +458,7 @@ def test_other_modes_become_rgb(mode):
     white = Image.new("RGBA", (4, 3), "white").convert("RGB").convert(mode if mode != "PA" else "P")
     white = white.convert("PA") if mode == "PA" else white
     format = {"CMYK": "TIFF", "PA": "TIFF", "YCbCr": "JPEG"}.get(mode, "PNG")
-    image = media.decode_image(encoded(white, format))
+    image = video.decode_image(encoded(white, format))
     assert image.shape == (3, 4, 3) and image.min() >= 254
 
 
@@ -469,7 +468,7 @@ def test_of_several_pages_the_first_is_taken():
     pages = [Image.new("RGB", (4, 3), color) for color in ("red", "blue")]
     for format in ("TIFF", "GIF", "PNG", "WEBP"):
         data = encoded(pages[0], format, save_all=True, append_images=pages[1:])
-        assert media.decode_image(data)[0, 0].argmax() == 0
+        assert video.decode_image(data)[0, 0].argmax() == 0
 
 
 # What is no media file at all.
@@ -491,22 +490,22 @@ IMPOSTORS = [
 @pytest.mark.parametrize(("content", "words"), IMPOSTORS, ids=lambda value: str(value)[:24])
 def test_impostors_are_named(tmp_path, content, words):
     for name, reader in {
-        "a.wav": media.read_audio,
-        "b.flac": media.sound_seconds,
-        "c.jpg": media.read_image,
-        "d.mp4": media.read_video_frames,
-        "e.flv": media.read_video_audio,
-        "f.webm": media.video_seconds,
+        "a.wav": audio.read_audio,
+        "b.flac": audio.sound_seconds,
+        "c.jpg": video.read_image,
+        "d.mp4": video.read_video_frames,
+        "e.flv": video.read_video_audio,
+        "f.webm": video.video_seconds,
     }.items():
         path = tmp_path / name
         path.write_bytes(content)
         refuses(lambda p=path, r=reader: r(p), path, words)
-    refuses(lambda: media.decode_image(content, "frame 3"), "frame 3", words)
+    refuses(lambda: video.decode_image(content, "frame 3"), "frame 3", words)
 
 
 def test_a_telephones_picture_under_another_name():
     heic = b"\0\0\0\x18ftypheic" + bytes(40)
-    refuses(lambda: media.decode_image(heic, "a.jpg"), "a.jpg", "HEIC", "convert it to JPEG")
+    refuses(lambda: video.decode_image(heic, "a.jpg"), "a.jpg", "HEIC", "convert it to JPEG")
 
 
 def test_a_pointer_in_place_of_a_text(tmp_path):
@@ -531,7 +530,7 @@ def test_pointers_can_be_told_by_others(tmp_path):
 def test_a_link_to_nowhere_is_named(tmp_path):
     path = tmp_path / "a.jpg"
     path.symlink_to(tmp_path / "gone.jpg")
-    refuses(lambda: media.read_image(path), path, "link to a file that is not there")
+    refuses(lambda: video.read_image(path), path, "link to a file that is not there")
 
 
 # Numbers in a header that cost time and memory.
@@ -543,7 +542,7 @@ def test_a_link_to_nowhere_is_named(tmp_path):
 def test_absurd_rates_are_refused(tmp_path, rate):
     path = tmp_path / "a.wav"
     path.write_bytes(wav_bytes(3200, RAMP.tobytes(), rate=rate))
-    for reader in (media.read_audio, media.sound_seconds):
+    for reader in (audio.read_audio, audio.sound_seconds):
         refuses(lambda r=reader: r(path), f"{rate} Hz", f"[{MIN_RATE}, {MAX_RATE}]")
 
 
@@ -551,7 +550,7 @@ def test_absurd_rates_are_refused(tmp_path, rate):
 def test_absurd_numbers_of_channels_are_refused(tmp_path, channels):
     path = tmp_path / "a.wav"
     path.write_bytes(wav_bytes(3200, RAMP.tobytes(), channels=channels))
-    refuses(lambda: media.read_audio(path), f"{channels} channels", "[1, 1024]")
+    refuses(lambda: audio.read_audio(path), f"{channels} channels", "[1, 1024]")
 
 
 ODD_RATES = [(44101, 16000), (999983, 16000), (8009, 16000), (16001, 16000), (127, 16000),
@@ -563,7 +562,7 @@ def test_odd_rates_are_cheap_and_keep_the_pitch(rate, target):
     seconds, pitch = max(1.0, 2000 / rate), min(rate, target) / 5
     waveform = np.sin(2 * np.pi * pitch * np.arange(int(rate * seconds)) / rate).astype(np.float32)
     tracemalloc.start()
-    resampled = media.resample(waveform, rate, target)
+    resampled = audio.resample(waveform, rate, target)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 64e6
@@ -609,9 +608,9 @@ def test_of_a_long_recording_only_the_part_in_use_is_decoded(tmp_path, suffix):
 def test_of_a_long_video_only_the_sound_in_use_is_decoded(tmp_path):
     path = tmp_path / "long.mkv"
     media_files.write_clip(path, 1500, codec=None, sound="pcm_s16le", audio_rate=16000)
-    (waveform, rate), peak = peak_of(lambda: media.read_video_audio(path, 2.0))
+    (waveform, rate), peak = peak_of(lambda: video.read_video_audio(path, 2.0))
     assert rate == 16000 and len(waveform) == 32001 and peak < 2e6
-    assert len(media.read_video_audio(path)[0]) == 960_000
+    assert len(video.read_video_audio(path)[0]) == 960_000
 
 
 def test_an_image_that_would_fill_the_memory_is_refused(tmp_path):
@@ -621,7 +620,7 @@ def test_an_image_that_would_fill_the_memory_is_refused(tmp_path):
         path.write_bytes(png_bytes(bytes(1000), side, side, 8, 6))
         _, peak = peak_of(
             lambda s=side: refuses(
-                lambda: media.read_image(path), f"{s * s:,} pixels", "67,108,864"
+                lambda: video.read_image(path), f"{s * s:,} pixels", "67,108,864"
             )
         )
         assert peak < 1e6
@@ -632,7 +631,7 @@ def test_a_large_photograph_is_read_at_half_its_size(tmp_path):
 
     path = tmp_path / "a.jpg"
     Image.new("L", (10000, 8000), 77).save(path, quality=20)  # 80 million pixels
-    image = media.read_image(path)
+    image = video.read_image(path)
     assert image.shape == (4000, 5000, 3) and abs(int(image[0, 0, 0]) - 77) <= 1
 
 
@@ -647,7 +646,7 @@ def test_a_video_of_huge_frames_is_refused(tmp_path):
         packet = av.Packet(png_bytes(rows, 16000, 16000, 8, 2))
         packet.stream, packet.pts, packet.dts, packet.time_base = stream, 0, 0, Fraction(1, 25)
         container.mux(packet)
-    for reader in (media.count_video_frames, media.read_video_frames):
+    for reader in (video.count_video_frames, video.read_video_frames):
         refuses(lambda r=reader: r(path), path, "more than 67,108,864 pixels")
 
 
@@ -662,8 +661,8 @@ def test_a_video_whose_end_was_never_written_is_refused(tmp_path):
         data = path.read_bytes()
         assert len(data) > 10_000
         path.write_bytes(data[: len(data) // 2].ljust(len(data), b"\0"))
-        refuses(lambda p=path: media.read_video_frames(p, 3), path)
-        refuses(lambda p=path: media.read_video_audio(p), path)
+        refuses(lambda p=path: video.read_video_frames(p, 3), path)
+        refuses(lambda p=path: video.read_video_audio(p), path)
 
 
 def test_a_video_that_ends_in_silence_is_whole(tmp_path):
@@ -677,7 +676,7 @@ def test_a_video_that_ends_in_silence_is_whole(tmp_path):
         silence.sample_rate, silence.pts = 16000, 0
         container.mux(stream.encode(silence))
         container.mux(stream.encode())
-    assert len(media.read_video_audio(path)[0]) == 16000
+    assert len(video.read_video_audio(path)[0]) == 16000
 
 
 def test_what_pillow_warns_of_stays_quiet_in_threads():
@@ -691,7 +690,7 @@ def test_what_pillow_warns_of_stays_quiet_in_threads():
     def decode():
         try:
             for _ in range(20):
-                media.decode_image(data)
+                video.decode_image(data)
         except Exception as error:
             failures.append(error)
 

@@ -13,13 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollingq_jax import check
-from rollingq_jax.data.arrays import load as load_arrays
-from rollingq_jax.data.folder import load, open_manifest
-from rollingq_jax.data.infer import infer_model
-from rollingq_jax.data.labels import groups_of, ids_of, labels_of
-from rollingq_jax.data.manifest import read_manifest
-from rollingq_jax.data.media_arrays import MediaSizes, sound_features
+from rollingq_jax.data.dataset import groups_of, ids_of, infer_model, labels_of
 from rollingq_jax.data.pipeline import eval_batches
+from rollingq_jax.data.sources.arrays import load as load_arrays
+from rollingq_jax.data.sources.media_folder import (
+    MediaSizes,
+    load,
+    open_manifest,
+    read_manifest,
+    sound_features,
+)
 from rollingq_jax.errors import ConfigError, DataError
 
 SMALL = {"image_size": 16, "audio_bins": 8, "audio_frames": 10, "video_frames": 3}
@@ -101,7 +104,7 @@ def test_every_type_of_file(tree, form):
     assert load({"path": str(folder), **SMALL}, seed=0).num_classes == 2
 
 
-def test_standardisation_and_its_switch(tree, tmp_path):
+def test_standardization_and_its_switch(tree, tmp_path):
     folder, rows = tree
     write_csv(folder / "sound.csv", [{k: r[k] for k in ("split", "label", "sound")} for r in rows])
     config = {"path": str(folder / "sound.csv"), **SMALL}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rollingq_jax.data import frames, stored_frames
-from rollingq_jax.data.media import decode_image, encode_jpeg, evenly_spaced, resize_image
+from rollingq_jax.data import video
+from rollingq_jax.data.video import decode_image, encode_jpeg, resize_image
 from rollingq_jax.errors import DataError
 
 
@@ -47,25 +47,25 @@ def jpeg(image, **options):
     ],
 )
 def test_segment_frames_in_evaluation(count, expected):
-    assert frames.segment_frames(count, 3).tolist() == expected
+    assert video.segment_frames(count, 3).tolist() == expected
 
 
 @pytest.mark.parametrize("count", [3, 4, 10, 12, 31])
 def test_segment_frames_in_training(count):
-    draws = np.array([frames.segment_frames(count, 3, rng(seed)) for seed in range(400)])
+    draws = np.array([video.segment_frames(count, 3, rng(seed)) for seed in range(400)])
     segment = count // 3
     for i in range(3):
         assert set(draws[:, i]) == set(range(i * segment, (i + 1) * segment))
 
 
 def test_random_frames_are_ascending_and_uniform():
-    draws = np.array([frames.random_frames(5, 3, rng(seed)) for seed in range(2000)])
+    draws = np.array([video.random_frames(5, 3, rng(seed)) for seed in range(2000)])
     assert (np.diff(draws, axis=1) >= 0).all()
     counts = np.bincount(draws.ravel(), minlength=5)
     np.testing.assert_allclose(counts / counts.sum(), 0.2, atol=0.03)
 
 
-@pytest.mark.parametrize("pick", [frames.random_frames, frames.segment_frames])
+@pytest.mark.parametrize("pick", [video.random_frames, video.segment_frames])
 def test_a_clip_without_frames(pick):
     with pytest.raises(DataError, match="without frames"):
         pick(0, 3, rng())
@@ -73,7 +73,7 @@ def test_a_clip_without_frames(pick):
 
 def test_crop_boxes_fit_and_cover_the_range():
     width, height = 341, 256
-    boxes = [frames.random_crop_box(width, height, rng(seed)) for seed in range(2000)]
+    boxes = [video.random_crop_box(width, height, rng(seed)) for seed in range(2000)]
     for left, top, right, bottom in boxes:
         assert 0 <= left < right <= width and 0 <= top < bottom <= height
     areas = np.array([(r - x) * (b - y) for x, y, r, b in boxes]) / (width * height)
@@ -83,8 +83,8 @@ def test_crop_boxes_fit_and_cover_the_range():
 
 
 def test_crop_box_of_an_image_that_no_draw_fits():
-    assert frames.random_crop_box(1000, 10, rng()) == (493, 0, 506, 10)
-    assert frames.random_crop_box(10, 1000, rng()) == (0, 493, 10, 506)
+    assert video.random_crop_box(1000, 10, rng()) == (493, 0, 506, 10)
+    assert video.random_crop_box(10, 1000, rng()) == (0, 493, 10, 506)
 
 
 def clip(number):
@@ -93,7 +93,7 @@ def clip(number):
 
 def test_evaluation_takes_whole_frames():
     example = clip(5)
-    result = frames.EvalFrames("visual", 3, 24).map(example)
+    result = video.EvalFrames("visual", 3, 24).map(example)
     assert result["visual"].shape == (3, 24, 24, 3) and result["visual"].dtype == np.uint8
     assert result["label"] == 1 and isinstance(example["visual"], list)
     for frame, index in zip(result["visual"], [0, 2, 4], strict=True):
@@ -103,22 +103,22 @@ def test_evaluation_takes_whole_frames():
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_short_clips_repeat_frames(count):
-    result = frames.EvalFrames("visual", 3, 16).map(clip(count))["visual"]
+    result = video.EvalFrames("visual", 3, 16).map(clip(count))["visual"]
     assert result.shape == (3, 16, 16, 3)
     assert len({frame.tobytes() for frame in result}) == count
 
 
 def test_training_crops_all_frames_of_a_clip_alike():
     """Frames differ in blue alone, so red and green show the crop."""
-    transform = frames.TrainFrames("visual", 3, 32)
+    transform = video.TrainFrames("visual", 3, 32)
     same = {"visual": [jpeg(gradient())] * 4}
     seen = []
     for seed in range(30):
-        video = transform.random_map(same, rng(seed))["visual"]
-        assert video.shape == (3, 32, 32, 3) and video.dtype == np.uint8
-        np.testing.assert_array_equal(video[0], video[1])
-        np.testing.assert_array_equal(video[0], video[2])
-        seen.append(video[0])
+        clip_frames = transform.random_map(same, rng(seed))["visual"]
+        assert clip_frames.shape == (3, 32, 32, 3) and clip_frames.dtype == np.uint8
+        np.testing.assert_array_equal(clip_frames[0], clip_frames[1])
+        np.testing.assert_array_equal(clip_frames[0], clip_frames[2])
+        seen.append(clip_frames[0])
     flipped = [int(image[:, 0, 0].mean()) > int(image[:, -1, 0].mean()) for image in seen]
     assert 5 < sum(flipped) < 25
     assert len({image.tobytes() for image in seen}) == 30
@@ -128,28 +128,29 @@ def test_training_crop_is_the_box_that_was_drawn():
     image = gradient()
     data = jpeg(image)
     box, generator = None, rng(3)
-    frames.random_frames(1, 2, generator)
+    video.random_frames(1, 2, generator)
     flip = generator.random() < 0.5
-    box = frames.random_crop_box(60, 40, generator)
-    video = frames.TrainFrames("visual", 2, 20).random_map({"visual": [data]}, rng(3))["visual"]
+    box = video.random_crop_box(60, 40, generator)
+    transform = video.TrainFrames("visual", 2, 20)
+    clip_frames = transform.random_map({"visual": [data]}, rng(3))["visual"]
     left, top, right, bottom = box
     expected = resize_image(decode_image(data)[top:bottom, left:right], (20, 20))
     expected = expected[:, ::-1] if flip else expected
     # Pillow filters with pixels outside of the box where there are some: only borders differ.
     np.testing.assert_allclose(
-        video[0, 2:-2, 2:-2].astype(int), expected[2:-2, 2:-2].astype(int), atol=3
+        clip_frames[0, 2:-2, 2:-2].astype(int), expected[2:-2, 2:-2].astype(int), atol=3
     )
 
 
 def test_training_draws_depend_on_the_generator_alone():
-    transform = frames.TrainFrames("visual", 3, 16)
+    transform = video.TrainFrames("visual", 3, 16)
     first = transform.random_map(clip(6), rng(1))["visual"]
     np.testing.assert_array_equal(first, transform.random_map(clip(6), rng(1))["visual"])
     assert isinstance(transform, grain.transforms.RandomMap)
 
 
 def test_training_uses_every_frame_in_time():
-    transform = frames.TrainFrames("visual", 1, 8)
+    transform = video.TrainFrames("visual", 1, 8)
     example = clip(4)
     blues = collections.Counter(
         int(round(transform.random_map(example, rng(seed))["visual"][0, :, :, 2].mean() / 10))
@@ -163,48 +164,48 @@ def test_grey_and_cmyk_jpegs_become_rgb(mode):
     image = Image.fromarray(gradient()).convert(mode)
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=95)
-    video = frames.decode_frames([buffer.getvalue()], np.array([0]), 16)
-    assert video.shape == (1, 16, 16, 3)
+    clip_frames = video.decode_frames([buffer.getvalue()], np.array([0]), 16)
+    assert clip_frames.shape == (1, 16, 16, 3)
     if mode == "L":
-        np.testing.assert_array_equal(video[..., 0], video[..., 2])
+        np.testing.assert_array_equal(clip_frames[..., 0], clip_frames[..., 2])
     else:
         expected = resize_image(gradient(), (16, 16)).astype(int)
-        np.testing.assert_allclose(video[0].astype(int), expected, atol=12)
+        np.testing.assert_allclose(clip_frames[0].astype(int), expected, atol=12)
 
 
 def test_grey_frames_equal_their_rgb_copies():
-    grey = gradient()[:, :, 0]
+    gray = gradient()[:, :, 0]
     box = (5, 3, 40, 33)
-    data = jpeg(grey)
+    data = jpeg(gray)
     rgb = decode_image(data)
     expected = Image.fromarray(rgb).resize((16, 16), Image.Resampling.BILINEAR, box=box)
     np.testing.assert_array_equal(
-        frames.decode_frames([data], np.array([0]), 16, lambda w, h: box)[0], np.asarray(expected)
+        video.decode_frames([data], np.array([0]), 16, lambda w, h: box)[0], np.asarray(expected)
     )
 
 
 def test_stored_frames_have_short_side_256():
-    stored = stored_frames.stored_jpeg(jpeg(gradient(360, 480)))
+    stored = video.stored_jpeg(jpeg(gradient(360, 480)))
     assert decode_image(stored).shape == (256, 341, 3)
-    stored = stored_frames.stored_jpeg(jpeg(gradient(480, 360)))
+    stored = video.stored_jpeg(jpeg(gradient(480, 360)))
     assert decode_image(stored).shape == (341, 256, 3)
 
 
 def test_small_jpegs_are_stored_byte_for_byte():
     data = jpeg(gradient(40, 60))
-    assert stored_frames.stored_jpeg(data) is data
-    grey = jpeg(gradient()[:, :, 0])
-    assert stored_frames.stored_jpeg(grey) is grey
+    assert video.stored_jpeg(data) is data
+    gray = jpeg(gradient()[:, :, 0])
+    assert video.stored_jpeg(gray) is gray
     buffer = io.BytesIO()
     Image.fromarray(gradient()).save(buffer, format="PNG")
-    stored = stored_frames.stored_jpeg(buffer.getvalue())
+    stored = video.stored_jpeg(buffer.getvalue())
     assert stored[:2] == b"\xff\xd8"
 
 
 def test_turned_photographs_are_stored_upright():
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees to see it upright
-    stored = stored_frames.stored_jpeg(jpeg(gradient(40, 60), exif=exif))
+    stored = video.stored_jpeg(jpeg(gradient(40, 60), exif=exif))
     assert decode_image(stored).shape == (60, 40, 3)
     assert not Image.open(io.BytesIO(stored)).getexif()
 
@@ -212,21 +213,21 @@ def test_turned_photographs_are_stored_upright():
 def test_damaged_frames_are_named():
     data = encode_jpeg(gradient())
     with pytest.raises(DataError, match="00001.jpg"):
-        stored_frames.stored_clip([("00000.jpg", data), ("00001.jpg", data[:200])])
+        video.stored_clip([("00000.jpg", data), ("00001.jpg", data[:200])])
     with pytest.raises(DataError, match="40 x 60|60 x 40"):
-        stored_frames.stored_clip([("a", data), ("b", encode_jpeg(gradient(60, 40)))])
+        video.stored_clip([("a", data), ("b", encode_jpeg(gradient(60, 40)))])
     with pytest.raises(DataError, match="without frames"):
-        stored_frames.stored_clip([])
+        video.stored_clip([])
 
 
 def test_frames_of_a_folder_come_in_the_order_of_their_numbers(tmp_path):
     for number in (10, 9, 100, 1):
         (tmp_path / f"frame_{number}.jpg").write_bytes(jpeg(gradient(offset=2 * number)))
     (tmp_path / "notes.txt").write_text("x")
-    stored = stored_frames.clip_from_folder(tmp_path)
+    stored = video.clip_from_folder(tmp_path)
     blues = [decode_image(data)[:, :, 2].mean() for data in stored]
     np.testing.assert_allclose(blues, [2, 18, 20, 200], atol=1)
 
 
 def test_evenly_spaced_is_the_evaluation_default():
-    assert frames.EvalFrames("visual", 3, 8).pick is evenly_spaced
+    assert video.EvalFrames("visual", 3, 8).pick is video.evenly_spaced_frames

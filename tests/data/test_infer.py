@@ -4,16 +4,16 @@ import jax
 import numpy as np
 import pytest
 
-from rollingq_jax.data.arrays import from_arrays
-from rollingq_jax.data.infer import (
+from rollingq_jax.data.dataset import (
     MAX_TOKENS,
+    ModalityInfo,
     infer_encoders,
     infer_model,
     infer_patch,
     num_tokens,
 )
 from rollingq_jax.data.pipeline import eval_batches
-from rollingq_jax.data.types import ModalityInfo
+from rollingq_jax.data.sources.arrays import from_arrays
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.models import build_model
 

@@ -6,11 +6,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from rollingq_jax import prepare
-from rollingq_jax.data import kinetics_lists, kinetics_sounds
 from rollingq_jax.data.load import load_dataset
-from rollingq_jax.data.media import read_video_audio
 from rollingq_jax.data.pipeline import eval_batches, train_batches
+from rollingq_jax.data.sources import kinetics_sounds
+from rollingq_jax.data.video import read_video_audio
 from rollingq_jax.errors import ConfigError, UserError
+from rollingq_jax.train.cli import run_command
 
 TRAIN = [f"train{i:06d}_{i:06d}_{i + 10:06d}" for i in range(12)]
 TEST = [f"-test_{i:05d}" for i in range(4)]  # eleven characters, - and _ among them
@@ -33,7 +34,7 @@ def write_lists(root, form="overlap", train=TRAIN, test=TEST):
 
 
 def make_preprocessed(root, num_frames=7, train=TRAIN, test=TEST):
-    """train_spec/, test_spec/ and the two folders of frames; frame number n has grey level 10 n."""
+    """train_spec/, test_spec/ and the two folders of frames; frame number n has gray level 10 n."""
     write_lists(root, train=train, test=test)
     folders = {
         "train": ("train_spec", "train-frames-1fps/train"),
@@ -171,7 +172,7 @@ def test_class_names_of_ones_own(tmp_path):
     ],
 )
 def test_names(name, expected):
-    assert kinetics_lists.split_name(name) == expected
+    assert kinetics_sounds.split_name(name) == expected
 
 
 def fails(call, *words):
@@ -215,13 +216,13 @@ def test_bad_lists(tmp_path, kind):
     content, message = BAD_LISTS[kind]
     path = tmp_path / "ks_train_overlap.txt"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    fails(lambda: kinetics_lists.read_list(path), message)
+    fails(lambda: kinetics_sounds.read_list(path), message)
 
 
 def test_lists_with_marks_line_ends_and_suffixes(tmp_path):
     path = tmp_path / "list.txt"
     path.write_bytes(b"\xef\xbb\xbfa_1.mp4,10,3\r\nb 30\r\n")
-    assert kinetics_lists.read_list(path) == {"a_1": 3, "b": 30}
+    assert kinetics_sounds.read_list(path) == {"a_1": 3, "b": 30}
 
 
 def test_a_clip_in_both_lists(tmp_path):
@@ -264,11 +265,11 @@ def test_damaged_clips_are_left_out_by_name(tmp_path, kind, capsys):
     source = make_preprocessed(tmp_path / "KS", num_frames=2)
     damage_tree(source, kind)
     command = ["kinetics_sounds", "--source", str(source), "--data_dir"]
-    assert prepare.main([*command, str(tmp_path / "a")]) == 0
+    assert run_command(prepare.command, ["prepare", *command, str(tmp_path / "a")]) == 0
     printed = capsys.readouterr()
     assert "15 clips" in printed.out and "1 unreadable, left out" in printed.err
     assert f"unreadable: train/{TRAIN[0]}" in printed.err
-    assert prepare.main([*command, str(tmp_path / "b"), "--strict"]) == 2
+    assert run_command(prepare.command, ["prepare", *command, str(tmp_path / "b"), "--strict"]) == 2
     assert TRAIN[0] in capsys.readouterr().err.splitlines()[-1]
 
 

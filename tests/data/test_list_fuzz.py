@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rollingq_jax.data import crema_d_ratings, crema_d_tables, kinetics_lists
+from rollingq_jax.data.sources import crema_d, kinetics_sounds
 from rollingq_jax.errors import DataError
 
 WORDS = st.sampled_from(
@@ -15,10 +15,10 @@ WORDS = st.sampled_from(
 LINES = st.lists(st.lists(WORDS, max_size=6).map(",".join), max_size=5).map("\n".join)
 CONTENT = st.one_of(LINES.map(str.encode), st.text(max_size=80).map(str.encode), st.binary())
 READERS = {
-    "split list": crema_d_tables.read_split_list,
-    "ratings": crema_d_ratings.read_ratings,
-    "Kinetics list": kinetics_lists.read_list,
-    "class names": kinetics_lists.read_class_names,
+    "split list": crema_d.read_split_list,
+    "ratings": crema_d.read_ratings,
+    "Kinetics list": kinetics_sounds.read_list,
+    "class names": kinetics_sounds.read_class_names,
 }
 
 

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rollingq_jax.data import digits, mosei_source
 from rollingq_jax.data.load import ANY_TFDS_NAME, LOADERS, load_dataset
-from rollingq_jax.data.media_arrays import MediaSizes
 from rollingq_jax.data.options import (
     ANY_TFDS,
     COMMON_FIELDS,
@@ -18,6 +16,8 @@ from rollingq_jax.data.options import (
     check_fields,
     option,
 )
+from rollingq_jax.data.sources import av_digits, cmu_mosei
+from rollingq_jax.data.sources.media_folder import MediaSizes
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.train.cli import TRAIN
 from rollingq_jax.train.config import check_config, default_config, from_json
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 MODULES = {
     **{name: [place] for name, place in LOADERS.items()},
     "arrays": [LOADERS["arrays"], LOADERS["folder"]],
-    ANY_TFDS: [ANY_TFDS_NAME, "rollingq_jax.data.tfds_forms"],
+    ANY_TFDS: [ANY_TFDS_NAME],
 }
 SIZES = {field.name: field.default for field in dataclasses.fields(MediaSizes)}
 
@@ -58,8 +58,8 @@ def test_the_table_is_what_loaders_read(loader):
 
 def test_the_table_has_the_loaders_choices_and_sizes():
     assert FIELDS.keys() == {*LOADERS, ANY_TFDS}
-    assert FIELDS["av_digits"]["regime"].choices == tuple(digits.REGIMES)
-    assert FIELDS["cmu_mosei"]["label_rule"].choices == tuple(mosei_source.LABEL_RULES)
+    assert FIELDS["av_digits"]["regime"].choices == tuple(av_digits.REGIMES)
+    assert FIELDS["cmu_mosei"]["label_rule"].choices == tuple(cmu_mosei.LABEL_RULES)
     for field in (f for fields in FIELDS.values() for f in fields.values()):
         assert field.meaning and field.allowed
         assert not field.choices or field.choices[0] == field.default

@@ -11,10 +11,10 @@ import test_cmu_mosei
 import test_kinetics_sounds
 
 from rollingq_jax.comparison.selection import settings_of
-from rollingq_jax.data import cmu_mosei, crema_d, kinetics_sounds
 from rollingq_jax.data.corruption import corrupt
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.pipeline import eval_batches
+from rollingq_jax.data.sources import cmu_mosei, crema_d, kinetics_sounds
 from rollingq_jax.train.config import check_config
 from rollingq_jax.train.setup import build, example_batch, resolve_config
 

@@ -8,8 +8,8 @@ import grain
 import numpy as np
 import pytest
 
+from rollingq_jax.data.dataset import ArraySource, Subset
 from rollingq_jax.data.pipeline import collate, eval_batches, steps_per_epoch, train_batches
-from rollingq_jax.data.types import ArraySource, Subset
 from rollingq_jax.errors import ConfigError, DataError
 
 COUNT, BATCH = 23, 6

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from rollingq_jax.data.record_writer import write_records
-from rollingq_jax.data.records import Recipe, open_records
+from rollingq_jax.data.records import Recipe, open_records, write_records
 from rollingq_jax.errors import DataError
 
 FEATURES = {
@@ -109,7 +108,7 @@ def test_interruption_at_the_end(tmp_path, when, monkeypatch):
     """Between the last shard and the folder's name."""
     from pathlib import Path
 
-    from rollingq_jax.data import record_writer
+    from rollingq_jax.data import records
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
@@ -118,13 +117,11 @@ def test_interruption_at_the_end(tmp_path, when, monkeypatch):
         if when == "metadata":
             patch.setattr(tfds.folder_dataset, "write_metadata", stop)
         elif when == "index":
-            write_json = record_writer.write_json
+            write_whole = records.write_whole
             patch.setattr(
-                record_writer,
-                "write_json",
-                lambda path, value: (
-                    stop() if path.name == "index.json" else write_json(path, value)
-                ),
+                records,
+                "write_whole",
+                lambda path, text: stop() if path.name == "index.json" else write_whole(path, text),
             )
         else:
             patch.setattr(Path, "rename", stop)

@@ -7,8 +7,15 @@ import json
 import numpy as np
 import pytest
 
-from rollingq_jax.data.signature import SAMPLED, difference, signature
-from rollingq_jax.data.types import ArraySource, Dataset, ModalityInfo, Subset
+from rollingq_jax.data.dataset import (
+    SAMPLED,
+    ArraySource,
+    Dataset,
+    ModalityInfo,
+    Subset,
+    fingerprint,
+    first_difference,
+)
 
 
 def made(seed=0, count=20, **columns):
@@ -20,7 +27,7 @@ def made(seed=0, count=20, **columns):
 
 def test_numbers_are_mean_absolute_values_of_evenly_spaced_examples():
     values = np.arange(71, dtype=np.float32)[:, None] * np.array([1, -1, 1, -1, 1.0])
-    found = signature(made(count=71, a=values))["train"]
+    found = fingerprint(made(count=71, a=values))["train"]
     assert found["a"] == list(range(0, 71, 2)) and len(found["a"]) == SAMPLED
     assert found["label"] == [place % 3 for place in found["a"]]
 
@@ -28,7 +35,7 @@ def test_numbers_are_mean_absolute_values_of_evenly_spaced_examples():
 def test_labels_are_hashed_whole():
     """SHA-256 of 0, 1, 2, 0, ... as little-endian int32."""
     expected = hashlib.sha256(b"".join(bytes([n % 3, 0, 0, 0]) for n in range(1000))).hexdigest()
-    assert signature(made(count=1000))["test"]["label/sha256"] == expected
+    assert fingerprint(made(count=1000))["test"]["label/sha256"] == expected
 
 
 def changed(data, split, places):
@@ -42,9 +49,9 @@ def changed(data, split, places):
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("place", [1, 437, 998])
 def test_one_label_of_many_that_has_changed(split, place):
-    ours = signature(made(count=1000))
-    other = signature(changed(made(count=1000), split, [place]))
-    assert difference(ours, json.loads(json.dumps(other))) == f"{split}/label"
+    ours = fingerprint(made(count=1000))
+    other = fingerprint(changed(made(count=1000), split, [place]))
+    assert first_difference(ours, json.loads(json.dumps(other))) == f"{split}/label"
 
 
 def test_labels_of_part_of_another_source_and_of_a_wrapped_one():
@@ -67,7 +74,7 @@ def test_labels_of_part_of_another_source_and_of_a_wrapped_one():
     expected = hashlib.sha256(bytes(4 * len(places))).hexdigest()
     subset = Subset(Wrapped(data.splits["train"]), places)
     splits = {"train": subset, "test": Unknown(data.splits["test"])}
-    found = signature(dataclasses.replace(data, splits=splits))
+    found = fingerprint(dataclasses.replace(data, splits=splits))
     assert found["train"]["label/sha256"] == expected and "label/sha256" not in found["test"]
 
 
@@ -88,29 +95,29 @@ def test_records_of_earlier_versions_are_compared_by_their_own_rule(count):
         }
 
     data = made(count=count)
-    assert difference(signature(data), earlier(data)) == ""
+    assert first_difference(fingerprint(data), earlier(data)) == ""
     if count > 3:
-        assert difference(signature(data), earlier(changed(data, "test", [places[1]])))
-        assert difference(signature(data), earlier(made(seed=1, count=count))) == "test/a"
+        assert first_difference(fingerprint(data), earlier(changed(data, "test", [places[1]])))
+        assert first_difference(fingerprint(data), earlier(made(seed=1, count=count))) == "test/a"
 
 
 @pytest.mark.parametrize(
     "odd", [[], None, {"train": 3}, {"train": {"a": "x"}}, {"train": {"a": [None], "label": {}}}]
 )
 def test_a_record_of_odd_content_is_of_other_data(odd):
-    assert difference(signature(made()), odd) != ""
+    assert first_difference(fingerprint(made()), odd) != ""
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_few_examples(count):
-    found = signature(made(count=count))["test"]
+    found = fingerprint(made(count=count))["test"]
     assert all(len(values) == count for name, values in found.items() if "/" not in name)
 
 
 def test_through_json_and_with_other_last_bits_it_is_the_same():
-    ours = signature(made())
+    ours = fingerprint(made())
     values = made().splits["train"].columns["a"] * np.float32(1 + 1e-6)
-    assert difference(ours, json.loads(json.dumps(signature(made(a=values))))) == ""
+    assert first_difference(ours, json.loads(json.dumps(fingerprint(made(a=values))))) == ""
 
 
 @pytest.mark.parametrize(
@@ -122,14 +129,14 @@ def test_through_json_and_with_other_last_bits_it_is_the_same():
     ],
 )
 def test_what_differs_is_named(other, where):
-    assert difference(signature(made()), signature(other)) == where
+    assert first_difference(fingerprint(made()), fingerprint(other)) == where
 
 
 def test_encoded_frames():
     def frames(*contents):
         data = made()
         source = [{"v": list(contents), "label": np.int32(0)}]
-        return signature(Dataset({"train": source}, data.modalities, 3))
+        return fingerprint(Dataset({"train": source}, data.modalities, 3))
 
     assert frames(b"\x02\x04", b"\x06")["train"]["v"] == [4.0]
-    assert difference(frames(b"ab", b"c"), frames(b"ab", b"z")) == "train/v"
+    assert first_difference(frames(b"ab", b"c"), frames(b"ab", b"z")) == "train/v"

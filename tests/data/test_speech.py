@@ -4,7 +4,8 @@ import sys
 import numpy as np
 import pytest
 
-from rollingq_jax.data import speech
+from rollingq_jax.data import audio
+from rollingq_jax.data.sources import av_digits
 from rollingq_jax.errors import DataError
 
 RATE = 22050
@@ -12,10 +13,10 @@ RATE = 22050
 
 @pytest.fixture(scope="module")
 def synthesizer():
-    return speech.Synthesizer()
+    return av_digits.Synthesizer()
 
 
-@pytest.mark.parametrize("voice", speech.VOICES)
+@pytest.mark.parametrize("voice", av_digits.VOICES)
 @pytest.mark.parametrize("variant", ["", "+m1", "+f5", "+croak", "+whisper"])
 def test_every_accent_speaks(synthesizer, voice, variant):
     waveform = synthesizer.say("seven", voice=voice + variant)
@@ -28,14 +29,14 @@ def test_every_variant_is_in_the_library_and_differs_from_the_plain_voice(synthe
     # espeak-ng falls back on the plain voice, without an error, for a variant that it lacks.
     def timbre(voice):
         mels = [
-            speech.log_mel(speech.trim_silence(synthesizer.say("five", voice=voice)), RATE)
+            audio.log_mel(audio.trim_silence(synthesizer.say("five", voice=voice)), RATE)
             for _ in range(3)
         ]
         return np.mean(mels, axis=0)
 
     plain = timbre("en-us")
     drift = np.abs(timbre("en-us") - plain).mean()
-    for variant in speech.VARIANTS:
+    for variant in av_digits.VARIANTS:
         assert np.abs(timbre(f"en-us+{variant}") - plain).mean() > 2 * drift, variant
 
 
@@ -54,7 +55,7 @@ def test_a_higher_rate_is_shorter_and_a_higher_pitch_is_higher(synthesizer):
 
 def test_the_same_calls_give_the_same_samples():
     def speak():
-        synthesizer = speech.Synthesizer()
+        synthesizer = av_digits.Synthesizer()
         return [
             synthesizer.say(word, voice=f"en-gb+{variant}")
             for variant in ("m2", "whisper", "croak", "f4")
@@ -62,7 +63,7 @@ def test_the_same_calls_give_the_same_samples():
         ]
 
     first = speak()
-    speech.Synthesizer().say("whatever else was said", voice="en-us+whisper")
+    av_digits.Synthesizer().say("whatever else was said", voice="en-us+whisper")
     second = speak()
     assert not np.array_equal(first[0], first[1])  # which is why each needs its own library
     for one, other in zip(first, second, strict=True):
@@ -83,7 +84,7 @@ def test_mistakes_are_named(synthesizer):
 def test_without_the_library_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
     with pytest.raises(DataError, match="pip install espeakng-loader") as caught:
-        speech.Synthesizer()
+        av_digits.Synthesizer()
     assert "\n" not in str(caught.value)
 
 
@@ -92,16 +93,17 @@ def test_a_library_or_data_that_cannot_be_used_are_named(monkeypatch, tmp_path):
 
     monkeypatch.setattr(espeakng_loader, "get_data_path", lambda: str(tmp_path))
     with pytest.raises(DataError, match="no usable data"):
-        speech.Synthesizer()
+        av_digits.Synthesizer()
     broken = tmp_path / "libespeak-ng.so"
     broken.write_bytes(b"not a library")
     monkeypatch.setattr(espeakng_loader, "get_library_path", lambda: str(broken))
     with pytest.raises(DataError, match="cannot be loaded"):
-        speech.Synthesizer()
+        av_digits.Synthesizer()
 
 
 def test_importing_the_module_loads_no_speech():
-    code = "import sys, rollingq_jax.data.speech; print('espeakng_loader' in sys.modules)"
+    module = "rollingq_jax.data.sources.av_digits"
+    code = f"import sys, {module}; print('espeakng_loader' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -113,9 +115,9 @@ def mel_of(frequency):
 @pytest.mark.parametrize("frequency", [200, 440, 1000, 3000, 8000])
 def test_a_tone_shows_in_its_band_all_the_time(frequency):
     time = np.arange(RATE) / RATE
-    spectrogram = speech.log_mel(np.sin(2 * np.pi * frequency * time), RATE)
+    spectrogram = audio.log_mel(np.sin(2 * np.pi * frequency * time), RATE)
     assert spectrogram.shape == (32, 32) and spectrogram.dtype == np.float32
-    expected = mel_of(frequency) / mel_of(RATE / 2) * 33 - 1  # band 0 is centred on 1 of 33 steps
+    expected = mel_of(frequency) / mel_of(RATE / 2) * 33 - 1  # band 0 is centered on 1 of 33 steps
     assert (np.abs(spectrogram.argmax(axis=0) - expected) <= 1).all()
     assert spectrogram.max() == 0 and spectrogram.min() >= -80
 
@@ -126,7 +128,7 @@ def test_frames_span_the_waveform_whatever_its_length():
         waveform = np.where(
             time < seconds / 2, np.sin(2 * np.pi * 500 * time), np.sin(2 * np.pi * 4000 * time)
         )
-        peaks = speech.log_mel(waveform, RATE).argmax(axis=0)
+        peaks = audio.log_mel(waveform, RATE).argmax(axis=0)
         assert len(peaks) == 32
         assert (peaks[:12] == peaks[0]).all() and (peaks[-12:] == peaks[-1]).all()
         assert peaks[-1] > peaks[0] + 5
@@ -134,14 +136,14 @@ def test_frames_span_the_waveform_whatever_its_length():
 
 def test_loudness_does_not_matter_and_silence_is_the_floor():
     waveform = np.random.default_rng(0).standard_normal(RATE // 2)
-    loud, soft = (speech.log_mel(gain * waveform, RATE) for gain in (1.0, 1e-3))
+    loud, soft = (audio.log_mel(gain * waveform, RATE) for gain in (1.0, 1e-3))
     np.testing.assert_allclose(loud, soft, atol=1e-4)
     for silence in (np.zeros(RATE // 2), np.zeros(0), np.zeros(10)):
-        assert (speech.log_mel(silence, RATE) == -80).all()
+        assert (audio.log_mel(silence, RATE) == -80).all()
 
 
 def test_filters_cover_the_range_without_gaps():
-    filters = speech.mel_filters(RATE, 1024, 32)
+    filters = audio.mel_filters(RATE, 1024, 32)
     assert filters.shape == (32, 513)
     inside = filters.sum(axis=0)[3:-40]
     assert (filters >= 0).all() and inside.min() > 0.5 and inside.max() <= 1 + 1e-9
@@ -149,6 +151,6 @@ def test_filters_cover_the_range_without_gaps():
 
 def test_silence_is_trimmed_at_both_ends():
     waveform = np.concatenate([np.zeros(50), np.ones(20), np.zeros(5), np.ones(3), np.zeros(70)])
-    assert len(speech.trim_silence(waveform)) == 28
-    assert len(speech.trim_silence(np.zeros(9))) == 9
-    assert len(speech.trim_silence(np.zeros(0))) == 0
+    assert len(audio.trim_silence(waveform)) == 28
+    assert len(audio.trim_silence(np.zeros(9))) == 9
+    assert len(audio.trim_silence(np.zeros(0))) == 0

@@ -5,18 +5,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollingq_jax.data.labels import (
+from rollingq_jax.data.dataset import (
+    ArraySource,
+    Subset,
     check_tags,
+    complete_splits,
     groups_of,
+    hold_out_groups,
     ids_of,
     labels_of,
+    stratified_split,
     warn_of_shared_groups,
     with_test,
     with_valid,
 )
 from rollingq_jax.data.preprocessing import Preprocessed
-from rollingq_jax.data.splits import hold_out_groups, stratified_split
-from rollingq_jax.data.types import ArraySource, Subset
 from rollingq_jax.errors import DataError
 
 
@@ -28,9 +31,7 @@ def make_source(labels, groups=None, ids=None):
 
 def divide(labels, groups=None, *, seed=0):
     """Train, valid and test of one table, by nothing but the public functions."""
-    splits = with_test({"train": make_source(labels, groups)}, labels, groups=groups)
-    train = splits["train"]
-    return with_valid(splits, labels_of(train), seed=seed, groups=groups_of(train))
+    return complete_splits({"train": make_source(labels, groups)}, seed=seed)
 
 
 def spare(labels, groups):
@@ -53,7 +54,7 @@ def test_a_group_never_stands_on_two_sides(seed, num_examples, num_groups, num_c
     if names:
         groups = np.char.add("speaker ", groups.astype(str))
     try:
-        valid = with_valid({"train": make_source(labels, groups)}, labels, seed=seed, groups=groups)
+        valid = with_valid({"train": make_source(labels, groups)}, seed=seed)
     except DataError:
         assert not spare(labels, groups)
         return
@@ -127,9 +128,9 @@ def test_many_groups_take_little_time():
 def test_groups_that_cannot_be_parted_are_named(groups, words):
     labels = np.array([0, 0, 0, 1, 1, 1])
     with pytest.raises(DataError, match=rf"train/group: .*{words}.*give valid/\*"):
-        with_valid({"train": make_source(labels)}, labels, seed=0, groups=groups)
+        with_valid({"train": make_source(labels, groups)}, seed=0)
     with pytest.raises(DataError, match=r"give test/\*"):
-        with_test({"train": make_source(labels)}, labels, groups=groups)
+        with_test({"train": make_source(labels, groups)})
 
 
 def test_without_groups_a_table_is_divided_class_by_class():
@@ -142,7 +143,7 @@ def test_without_groups_a_table_is_divided_class_by_class():
     assert other["test"].indices.tolist() == splits["test"].indices.tolist()
     assert other["valid"].indices.tolist() != splits["valid"].indices.tolist()
     train, valid = stratified_split(labels, [0.9, 0.1], seed=3)
-    whole = with_valid({"train": make_source(labels)}, labels, seed=3)
+    whole = with_valid({"train": make_source(labels)}, seed=3)
     assert whole["valid"].indices.tolist() == valid.tolist()
     assert whole["train"].indices.tolist() == train.tolist()
 

@@ -14,13 +14,13 @@ import tensorflow_datasets as tfds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rollingq_jax.data.av_digits import AvDigits, av_digits_config
 from rollingq_jax.data.cache import build_once
-from rollingq_jax.data.labels import groups_of, ids_of, labels_of
+from rollingq_jax.data.dataset import groups_of, ids_of, labels_of
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.pipeline import eval_batches
 from rollingq_jax.data.records import RecordSource
-from rollingq_jax.data.tfds_source import open_tfds
+from rollingq_jax.data.sources.av_digits import AvDigits, av_digits_config
+from rollingq_jax.data.sources.tfds import open_tfds
 from rollingq_jax.errors import ConfigError, DataError
 
 
@@ -35,7 +35,7 @@ class RqToySet(tfds.core.GeneratorBasedBuilder):
     def _info(self):
         features = {
             "image": tfds.features.Image(shape=(None, None, 3)),
-            "grey": tfds.features.Image(shape=(4, 5, 1), encoding_format="png"),
+            "gray": tfds.features.Image(shape=(4, 5, 1), encoding_format="png"),
             "steps": tfds.features.Tensor(shape=(None, 3), dtype=np.float32),
             "ids": tfds.features.Sequence(tfds.features.Scalar(np.int64)),
             "text": tfds.features.Text(),
@@ -65,7 +65,7 @@ class RqToySet(tfds.core.GeneratorBasedBuilder):
                 str(number),
                 {
                     "image": png((20, 25 + number, 3), number),
-                    "grey": png((4, 5), number),
+                    "gray": png((4, 5), number),
                     "steps": np.full((1 + number % 5, 3), number, np.float32),
                     "ids": list(range(1, 2 + number % 4)),
                     "text": f"no. {number}",
@@ -94,7 +94,7 @@ def read(folder, features, name="rq_toy_set", **fields):
 def test_features_become_modalities(prepared):
     dataset = read(
         prepared,
-        "photo=image, grey=grey, steps=steps, words=text, table=nested/table, ids=ids, label=label",
+        "photo=image, gray=gray, steps=steps, words=text, table=nested/table, ids=ids, label=label",
         image_size=16,
         text_length=6,
         sequence_length=4,
@@ -102,7 +102,7 @@ def test_features_become_modalities(prepared):
     )
     forms = {name: (info.kind, info.shape, info.dtype) for name, info in dataset.modalities.items()}
     assert forms == {
-        "grey": ("image", (4, 5, 1), "uint8"),
+        "gray": ("image", (4, 5, 1), "uint8"),
         "ids": ("tokens", (4,), "int32"),
         "photo": ("image", (16, 16, 3), "uint8"),
         "steps": ("sequence", (4, 3), "float32"),
@@ -129,7 +129,7 @@ def test_features_become_modalities(prepared):
 def test_splits_can_be_given_and_mappings_used(prepared):
     dataset = read(
         prepared,
-        {"grey": "grey", "label": "label"},
+        {"gray": "gray", "label": "label"},
         tfds_splits="train=train[:50%], valid=train[50%:], test=test",
         standardize=False,
     )
@@ -140,17 +140,17 @@ def test_splits_can_be_given_and_mappings_used(prepared):
     ("features", "fields", "words"),
     [
         ("", {}, ["data.features", "visual=image, label=label", "nested/table"]),
-        ("grey=grey", {}, ["data.features", "label"]),
-        ("grey=gray,label=label", {}, ["grey=gray", "grey, ids"]),
-        ("grey:grey", {}, ["name=value"]),
+        ("gray=gray", {}, ["data.features", "label"]),
+        ("gray=grey,label=label", {}, ["gray=grey", "gray, ids"]),
+        ("gray:gray", {}, ["name=value"]),
         ("odd=odd,label=label", {}, ["odd", "only the first axis"]),
         ("ids=ids,label=label", {}, ["vocab_size", "'ids'"]),
         ("ids=ids,label=label", {"vocab_size": 3}, ["ids", "below 3"]),
-        ("grey=grey,label=number", {}, ["label=number", "ClassLabel"]),
-        ("grey=grey,label=broken", {}, ["broken is -1", "0 to 2"]),
-        ("a b=grey,label=label", {}, ["'a b'"]),
-        ("grey=grey,label=label", {"tfds_splits": "train=train"}, ["tfds_splits", "test"]),
-        ("grey=grey,label=label", {"tfds_splits": "train=nope,test=test"}, ["'nope'"]),
+        ("gray=gray,label=number", {}, ["label=number", "ClassLabel"]),
+        ("gray=gray,label=broken", {}, ["broken is -1", "0 to 2"]),
+        ("a b=gray,label=label", {}, ["'a b'"]),
+        ("gray=gray,label=label", {"tfds_splits": "train=train"}, ["tfds_splits", "test"]),
+        ("gray=gray,label=label", {"tfds_splits": "train=nope,test=test"}, ["'nope'"]),
     ],
 )
 def test_mistakes_are_named(prepared, features, fields, words):
@@ -201,7 +201,7 @@ def stranger(prepared, tmp_path, monkeypatch):
 
 def refused(folder, *words, name="rq_toy_set"):
     with pytest.raises(DataError) as caught:
-        read(str(folder / "data"), "grey=grey,label=label", name=name)
+        read(str(folder / "data"), "gray=gray,label=label", name=name)
     message = str(caught.value)
     assert "\n" not in message and len(message) < 700
     for word in words:
@@ -323,7 +323,7 @@ def test_every_way_to_the_files_is_guarded(stranger):
     refused(stranger, "'payload.Feature'", name="rq_toy_set:1.*.*")
     refused(stranger, "'payload.Feature'", name="RqToySet")
     config = {"name": "rq_toy_set:1.0.0", "path": str(stranger / "data")}
-    config |= {"features": "grey=grey,label=label"}
+    config |= {"features": "gray=gray,label=label"}
     assert load_dataset(config, seed=0).num_classes == 2
     other = stranger / "data" / "of_strangers"
     (other / ".config").mkdir(parents=True)
@@ -389,7 +389,7 @@ def test_damaged_records_are_one_line(stranger):
     refused(stranger, "git lfs pull")
 
 
-GROUPED = "grey=grey, label=label, group=speaker, id=number"
+GROUPED = "gray=gray, label=label, group=speaker, id=number"
 
 
 def test_groups_stay_whole(prepared, caplog):
@@ -402,8 +402,8 @@ def test_groups_stay_whole(prepared, caplog):
     assert "in both train and test" in caplog.text
     for source in dataset.splits.values():
         examples = [source[index] for index in range(len(source))]
-        assert set(examples[0]) == {"grey", "label"}
-        numbers = [int(example["grey"][0, 0, 0]) for example in examples]
+        assert set(examples[0]) == {"gray", "label"}
+        numbers = [int(example["gray"][0, 0, 0]) for example in examples]
         assert ids_of(source).tolist() == numbers
         assert groups_of(source).tolist() == [f"s{number // 4}" for number in numbers]
         assert labels_of(source).tolist() == [number % 2 for number in numbers]
@@ -413,7 +413,7 @@ def test_a_number_of_classes_beyond_reason(stranger):
     file = features_file(stranger)
     file.write_text(file.read_text().replace('"numClasses": "3"', '"numClasses": "1000000000"'))
     with pytest.raises(DataError, match="label=broken.*at most 100000"):
-        read(str(stranger / "data"), "grey=grey,label=broken")
+        read(str(stranger / "data"), "gray=gray,label=broken")
 
 
 NODES = st.recursive(
@@ -445,7 +445,7 @@ NODES = st.recursive(
 def test_any_description_opens_or_gives_one_line(stranger, content):
     features_file(stranger).write_text(json.dumps(content))
     with pytest.raises((DataError, ConfigError)) as caught:
-        read(str(stranger / "data"), "grey=grey,label=label")
+        read(str(stranger / "data"), "gray=gray,label=label")
     assert "\n" not in str(caught.value) and not (stranger / "ran").exists()
 
 
@@ -467,7 +467,7 @@ def test_a_single_split_is_divided(stranger):
 def test_groups_that_cannot_be_used_are_named(prepared):
     for feature in ("nested/table", "steps"):
         with pytest.raises(DataError, match=f"group={feature}"):
-            read(prepared, f"grey=grey, label=label, group={feature}")
+            read(prepared, f"gray=gray, label=label, group={feature}")
 
 
 def test_new_data_for_a_trained_model(prepared):

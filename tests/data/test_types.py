@@ -1,8 +1,14 @@
 import numpy as np
 import pytest
 
-from rollingq_jax.data.splits import stratified_split
-from rollingq_jax.data.types import ArraySource, Dataset, ModalityInfo, Source, Subset
+from rollingq_jax.data.dataset import (
+    ArraySource,
+    Dataset,
+    ModalityInfo,
+    Source,
+    Subset,
+    stratified_split,
+)
 from rollingq_jax.errors import DataError
 
 

@@ -7,8 +7,8 @@ from ml_collections import ConfigDict
 
 import rollingq_jax as rq
 from rollingq_jax.convert import upstream_model, upstream_shapes
+from rollingq_jax.data.dataset import ModalityInfo
 from rollingq_jax.data.preprocessing import InputSpec, Preprocessing
-from rollingq_jax.data.types import ModalityInfo
 from rollingq_jax.models import build_model
 from rollingq_jax.train.restore import LoadedRun
 

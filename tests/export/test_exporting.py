@@ -16,8 +16,8 @@ from flax import traverse_util
 import rollingq_jax as rq
 from rollingq_jax import export as export_module
 from rollingq_jax.convert import load_state_dict
+from rollingq_jax.data.dataset import ModalityInfo
 from rollingq_jax.data.preprocessing import Preprocessing
-from rollingq_jax.data.types import ModalityInfo
 from rollingq_jax.errors import UserError
 from rollingq_jax.export import command, export_run
 from rollingq_jax.exported import input_shapes, is_upstream, read_exported, serialize

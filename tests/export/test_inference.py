@@ -10,10 +10,10 @@ import pytest
 from export_cases import CLASSES, HEADS, INPUTS, made_run, make_batch
 
 import rollingq_jax as rq
+from rollingq_jax.data.dataset import ModalityInfo
 from rollingq_jax.data.load import load_dataset
-from rollingq_jax.data.media_arrays import MediaSizes
 from rollingq_jax.data.preprocessing import Preprocessing
-from rollingq_jax.data.types import ModalityInfo
+from rollingq_jax.data.sources.media_folder import MediaSizes
 from rollingq_jax.errors import DataError, UserError
 from rollingq_jax.inference import Predictor, chunks, read_files
 from rollingq_jax.train import load_run

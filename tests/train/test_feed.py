@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rollingq_jax.data.types import ArraySource, Dataset, ModalityInfo
+from rollingq_jax.data.dataset import ArraySource, Dataset, ModalityInfo
 from rollingq_jax.errors import DataError
 from rollingq_jax.train.feed import Feed
 

@@ -9,8 +9,8 @@ import pytest
 from etils import epath
 from train_cases import files, make_arrays, read_metrics, tiny_config, write_arrays
 
+from rollingq_jax.data.dataset import SAMPLED
 from rollingq_jax.data.load import load_dataset
-from rollingq_jax.data.signature import SAMPLED
 from rollingq_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UserError
 from rollingq_jax.train import loop
 from rollingq_jax.train.checkpoint import Checkpoints

@@ -1,6 +1,12 @@
-"""Sound: WAV and FLAC through ``soundfile``, resampling through SciPy (imported on first use)."""
+"""Sound: WAV and FLAC files, resampling, and the spectrograms that are made of a waveform.
+
+Files are read through `soundfile` and resampled through SciPy (both imported on first use). The
+spectrograms follow published recipes step by step, so that records made here can be used with
+models that were trained on others'.
+"""
 
 import contextlib
+import functools
 import io
 import os
 import struct
@@ -18,13 +24,15 @@ MAX_CHANNELS = 1024
 # A sample rate may be off by this share of it where the exact ratio would cost much more: a tenth
 # of the smallest difference in pitch that is heard, and half a millisecond in ten seconds.
 RATE_TOLERANCE = 5e-5
-
+DYNAMIC_RANGE = 80.0  # decibels
+# Kaldi floors the filters' energies at the smallest difference from 1 in float32.
+FLOOR = float(np.finfo(np.float32).eps)
 _BLOCK = 1 << 20  # samples of all channels decoded at a time
 _UNKNOWN_FRAMES = 1 << 62  # libsndfile gives 2^63 - 1 where a FLAC header is silent
 
 
 def samples_in(seconds: float, rate: int) -> int:
-    """How many samples are used of the first ``seconds``: those, and one for the resampling."""
+    """How many samples are used of the first `seconds`: those, and one for the resampling."""
     return round(seconds * rate) + 1
 
 
@@ -34,7 +42,7 @@ def read_audio(path: str | os.PathLike, seconds: float | None = None) -> tuple[n
     Args:
       path: the file. Where its header leaves the length open, as encoders do that write to a pipe,
         it is read to its end.
-      seconds: only the beginning is decoded, :func:`samples_in` of it; None decodes all.
+      seconds: only the beginning is decoded, `samples_in` of it; None decodes all.
 
     Raises:
       DataError: the file is missing, damaged, empty, shorter than its header says, or has a sample
@@ -57,7 +65,7 @@ def sound_seconds(path: str | os.PathLike, at_most: float | None = None) -> floa
       at_most: decoding ends there, so that a longer file may count as this long.
 
     Raises:
-      DataError: as in :func:`read_audio`.
+      DataError: as in `read_audio`.
     """
     with _open_sound(path, at_most) as sound:
         frames, rate = sound.frames, sound.samplerate
@@ -69,7 +77,7 @@ def sound_seconds(path: str | os.PathLike, at_most: float | None = None) -> floa
 
 @contextlib.contextmanager
 def _open_sound(path: str | os.PathLike, seconds: float | None) -> Iterator[Any]:
-    """An open ``soundfile.SoundFile`` whose header has been checked."""
+    """An open `soundfile.SoundFile` whose header has been checked."""
     with reading(path, "audio"):
         import soundfile
 
@@ -105,7 +113,7 @@ def _check_end(sound: Any, path: str | os.PathLike) -> None:
 
 
 def _blocks(sound: Any, most: int | None) -> Iterator[np.ndarray]:
-    """The sound in float32 [samples] of a bounded size, channels averaged; ``most`` samples."""
+    """The sound in float32 [samples] of a bounded size, channels averaged; `most` samples."""
     block, left = max(_BLOCK // sound.channels, 1), most
     while left is None or left > 0:
         samples = sound.read(
@@ -124,7 +132,7 @@ def average_channels(samples: np.ndarray) -> np.ndarray:
 
 
 def check_waveform(waveform: np.ndarray, path: str | os.PathLike) -> np.ndarray:
-    """float32 [samples], as it came; ``path`` is for the error message.
+    """float32 [samples], as it came; `path` is for the error message.
 
     Raises:
       DataError: a sample is NaN or infinite.
@@ -165,7 +173,7 @@ class _WavHeader(NamedTuple):
 
 
 def _read_wav_header(file: Any, path: str | os.PathLike) -> _WavHeader | None:
-    """Reads the chunks before the samples; None for another format. Leaves ``file`` at its start.
+    """Reads the chunks before the samples; None for another format. Leaves `file` at its start.
 
     Raises:
       DataError: fewer bytes of samples follow than are promised (libsndfile shortens the sound
@@ -212,7 +220,7 @@ def _read_wav_header(file: Any, path: str | os.PathLike) -> _WavHeader | None:
 
 
 def _is_open(length: int, bits: int) -> bool:
-    """Whether a length stands for "not known yet": 0, or near the largest of ``bits`` or 32 bits.
+    """Whether a length stands for "not known yet": 0, or near the largest of `bits` or 32 bits.
 
     Encoders that write to a pipe leave all ones (FFmpeg), 2^31 - 1, 2^31 - 4096 (sox), 2^31 ...,
     some of them rounded or with the header's size added or taken off.
@@ -240,7 +248,7 @@ def _chunks_end_the_file(file: Any, size: int, order: str) -> bool:
 def _with_length(file: Any, wav: _WavHeader, seconds: float | None) -> Any:
     """The file itself; where libsndfile would not read its header, a copy with a plain one.
 
-    The copy holds the bytes for ``seconds`` at most. libsndfile takes a length of 0 as it is, and
+    The copy holds the bytes for `seconds` at most. libsndfile takes a length of 0 as it is, and
     does not know BW64.
     """
     if wav.length is not None and wav.magic != b"BW64" or len(wav.format) < 16:
@@ -262,10 +270,10 @@ def _with_length(file: Any, wav: _WavHeader, seconds: float | None) -> Any:
 
 
 def resample(waveform: np.ndarray, rate: int, target_rate: int) -> np.ndarray:
-    """Band-limited (polyphase) resampling of float32 [samples] from ``rate`` to ``target_rate``.
+    """Band-limited (polyphase) resampling of float32 [samples] from `rate` to `target_rate`.
 
     The ratio of rates with a small common period is exact; others are taken as the nearby ratio of
-    the smallest numbers that is off by at most ``RATE_TOLERANCE`` of it.
+    the smallest numbers that is off by at most `RATE_TOLERANCE` of it.
 
     Raises:
       DataError: a rate is not positive.
@@ -283,7 +291,7 @@ def resample(waveform: np.ndarray, rate: int, target_rate: int) -> np.ndarray:
 
 
 def _ratio(rate: int, target_rate: int) -> tuple[int, int]:
-    """(up, down) whose ratio is ``target_rate / rate``, nearly so where that needs large numbers.
+    """(up, down) whose ratio is `target_rate / rate`, nearly so where that needs large numbers.
 
     The filter has 20 taps for each unit of the larger number: 44,101 Hz to 16,000 Hz, exactly,
     would take 882,020 taps and nearly a megabyte for any sound.
@@ -298,3 +306,203 @@ def _ratio(rate: int, target_rate: int) -> tuple[int, int]:
     if exact < 1:
         return ratio.denominator, ratio.numerator
     return ratio.numerator, ratio.denominator
+
+
+def tile(waveform: np.ndarray, length: int) -> np.ndarray:
+    """float32 [samples], at least one -> [length]: repeated from its start, then cut."""
+    return np.resize(waveform, length).astype(np.float32)
+
+
+def trim_silence(waveform: np.ndarray, threshold: float = 0.01) -> np.ndarray:
+    """The part between the first and the last sample above `threshold` times the peak."""
+    loud = np.flatnonzero(np.abs(waveform) > threshold * np.abs(waveform).max(initial=0.0))
+    return waveform[loud[0] : loud[-1] + 1] if len(loud) else waveform
+
+
+def log_stft(waveform: np.ndarray, n_fft: int, hop: int) -> np.ndarray:
+    """log(|X| + 1e-7) of the short-time Fourier transform X, as librosa's `stft` has it.
+
+    Frames are centered at multiples of the hop, the window is the periodic Hann window, and half a
+    window of zeros goes before and after the sound (librosa 0.10 and later; earlier versions
+    mirrored it, which changes the first and last frame).
+
+    Args:
+      waveform: float [samples].
+      n_fft: length of window and transform.
+      hop: samples from one frame to the next.
+
+    Returns:
+      float32 [n_fft // 2 + 1, 1 + samples // hop].
+    """
+    padded = np.pad(np.asarray(waveform, np.float64), n_fft // 2)
+    starts = np.arange(0, len(padded) - n_fft + 1, hop)
+    magnitude = _magnitude(_frames(padded, starts, n_fft), _hann(n_fft))
+    return np.log(magnitude + 1e-7).T.astype(np.float32)
+
+
+def decibel_stft(
+    waveform: np.ndarray, bins: int, frames: int, *, dynamic_range: float = DYNAMIC_RANGE
+) -> np.ndarray:
+    """Spectrogram of linear frequency in decibels, with a fixed number of frames.
+
+    Args:
+      waveform: float [samples].
+      bins: number of frequencies; a window has 2 (bins - 1) samples.
+      frames: number of windows, evenly spaced from the first sample to the last.
+      dynamic_range: values more than this many decibels under the largest are raised to there.
+
+    Returns:
+      float32 [bins, frames], decibels relative to the spectrogram's largest value.
+    """
+    length = 2 * (bins - 1)
+    power = np.square(_magnitude(_spread_frames(waveform, length, frames), _hann(length)))
+    peak = max(power.max(), np.finfo(np.float64).tiny)
+    decibels = 10 * np.log10(np.maximum(power / peak, 10 ** (-dynamic_range / 10)))
+    return decibels.T.astype(np.float32)
+
+
+def log_mel(
+    waveform: np.ndarray,
+    rate: int,
+    bins: int = 32,
+    frames: int = 32,
+    *,
+    window: float = 0.025,
+    dynamic_range: float = DYNAMIC_RANGE,
+) -> np.ndarray:
+    """Log-mel spectrogram in decibels, with a fixed number of frames.
+
+    The hop is what lets `frames` windows of `window` seconds span the waveform from its first
+    sample to its last: short and long utterances are stretched to one length. A waveform shorter
+    than one window is padded with zeros behind.
+
+    Args:
+      waveform: samples, [n].
+      rate: samples per second.
+      bins: number of mel bands between 0 and rate / 2.
+      frames: number of windows.
+      window: length of the (periodic Hann) window in seconds.
+      dynamic_range: values more than this many decibels under the largest are raised to there.
+
+    Returns:
+      Decibels relative to the spectrogram's largest value, in [-dynamic_range, 0], float32
+      [bins, frames]; silence gives -dynamic_range throughout.
+    """
+    length = round(window * rate)
+    n_fft = 2 ** int(np.ceil(np.log2(length)))
+    power = np.square(_magnitude(_spread_frames(waveform, length, frames), _hann(length), n_fft))
+    # Not a BLAS product, whose order of summation may depend on the number of threads.
+    mel = np.einsum("tf,mf->tm", power, mel_filters(rate, n_fft, bins))
+    peak = max(mel.max(), np.finfo(np.float64).tiny)
+    floor = peak * 10 ** (-dynamic_range / 10)
+    decibels = 10 * np.log10(np.maximum(mel, floor) / peak)
+    if mel.max() <= 0:
+        decibels[:] = -dynamic_range
+    return decibels.T.astype(np.float32)
+
+
+def kaldi_fbank(
+    waveform: np.ndarray,
+    rate: int,
+    num_bins: int = 128,
+    *,
+    frame_ms: float = 25.0,
+    shift_ms: float = 10.0,
+    low_frequency: float = 20.0,
+    preemphasis: float = 0.97,
+) -> np.ndarray:
+    """Log energies of mel filters as `torchaudio.compliance.kaldi.fbank` has them.
+
+    Without dither and without an energy term, as in the AST recipe (Gong et al. 2021). A frame is
+    taken wherever it fits whole into the sound. From each its own mean is subtracted, then
+    x[n] - 0.97 x[n - 1] (the first sample against itself), the symmetric Hanning window, zeros up
+    to the next power of two, power spectrum, triangles on the mel scale from 20 Hz to half the
+    sample rate, natural logarithm with floor 2^-23.
+
+    Args:
+      waveform: float [samples].
+      rate: sample rate in Hz.
+      num_bins: number of filters.
+      frame_ms, shift_ms: length of a frame, and from one to the next.
+      low_frequency: lower edge of the first filter.
+      preemphasis: the factor 0.97 above.
+
+    Returns:
+      float32 [frames, num_bins]; no frames if the sound is shorter than one.
+    """
+    length, shift = int(rate * frame_ms * 0.001), int(rate * shift_ms * 0.001)
+    samples = np.asarray(waveform, np.float64)
+    if len(samples) < length:
+        return np.zeros((0, num_bins), np.float32)
+    frames = _frames(samples, np.arange(0, len(samples) - length + 1, shift), length)
+    frames = frames - frames.mean(axis=1, keepdims=True)
+    previous = np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
+    n_fft = 1 << (length - 1).bit_length()
+    power = np.square(_magnitude(frames - preemphasis * previous, np.hanning(length), n_fft))
+    filters = mel_filters(rate, n_fft, num_bins, low_frequency=low_frequency, kaldi=True)
+    return np.log(np.maximum(power @ filters.T, FLOOR)).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=8)
+def mel_filters(
+    rate: int, n_fft: int, num_bins: int, *, low_frequency: float = 0.0, kaldi: bool = False
+) -> np.ndarray:
+    """Triangular filters, equally spaced and overlapping by half on the mel scale, peak 1.
+
+    The mel scale is that of the HTK book (Young et al., section 5.4), m = 2595 log10(1 + f / 700),
+    which Kaldi rounds to 1127 ln(1 + f / 700).
+
+    Args:
+      rate: sample rate in Hz; the last filter ends at half of it.
+      n_fft: length of the transform.
+      num_bins: number of filters.
+      low_frequency: where the first filter begins, in Hz.
+      kaldi: whether the triangles' sides are straight over mel, as Kaldi has them, which also
+        leaves the highest frequency out; else over the frequency.
+
+    Returns:
+      float64 [num_bins, n_fft // 2 + 1]; one array for all callers, so not writable. Narrow filters
+      at low frequencies may hold no frequency of the transform and be 0 throughout.
+    """
+
+    def mel(frequency: np.ndarray | float) -> Any:
+        ratio = np.asarray(frequency) / 700
+        return 1127 * np.log1p(ratio) if kaldi else 2595 * np.log10(1 + ratio)
+
+    edges = np.linspace(mel(low_frequency), mel(rate / 2), num_bins + 2)
+    positions = np.arange(n_fft // 2 + 1) * rate / n_fft
+    if kaldi:
+        positions = mel(positions)
+    else:
+        edges = 700 * (10 ** (edges / 2595) - 1)
+    left, center, right = edges[:-2, None], edges[1:-1, None], edges[2:, None]
+    rising = (positions - left) / (center - left)
+    falling = (right - positions) / (right - center)
+    filters = np.maximum(0.0, np.minimum(rising, falling))
+    if kaldi:
+        filters[:, -1] = 0.0
+    filters.flags.writeable = False
+    return filters
+
+
+def _hann(length: int) -> np.ndarray:
+    """The periodic Hann window, float64 [length]."""
+    return 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(length) / length)
+
+
+def _frames(samples: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+    """[samples] -> [frames, length], a copy of what follows each start."""
+    return samples[starts[:, None] + np.arange(length)]
+
+
+def _spread_frames(waveform: np.ndarray, length: int, count: int) -> np.ndarray:
+    """float64 [count, length]: frames from the first sample to the last; zeros behind if short."""
+    samples = np.asarray(waveform, np.float64)
+    samples = np.pad(samples, (0, max(0, length - len(samples))))
+    starts = np.rint(np.linspace(0, len(samples) - length, count)).astype(np.int64)
+    return _frames(samples, starts, length)
+
+
+def _magnitude(frames: np.ndarray, window: np.ndarray, n_fft: int | None = None) -> np.ndarray:
+    """|X| of each windowed frame: [frames, length] -> float64 [frames, n_fft // 2 + 1]."""
+    return np.abs(np.fft.rfft(frames * window, n_fft, axis=1))

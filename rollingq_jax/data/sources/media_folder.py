@@ -1,24 +1,40 @@
-"""Manifests: a CSV, TSV or JSONL file that says which files make up each example.
+"""Own data as media files, with a manifest that says which files make up each example.
 
-One row an example, with the columns
+A manifest is a CSV, TSV or JSONL file, one row an example, with the columns
 
-- ``split``: train, test, or valid (val and validation mean the same); without it, or with rows of
-  train alone, validation and test examples are set aside;
-- ``label``: a class number from 0 in every row, or a name in every row;
+- `split`: train, test, or valid (val and validation mean the same); without it, or with rows of
+  train only, validation and test examples are set aside;
+- `label`: a class number from 0 in every row, or a name in every row;
 - one column for each modality: a path relative to the manifest's folder. The name may be followed
-  by a colon and the type, ``sound:audio``; else the suffix tells the type. Types: audio (.wav,
+  by a colon and the type, `sound:audio`; else the suffix tells the type. Types: audio (.wav,
   .flac; of a video file, its sound), image, video, text (.txt, bytes), and string (the cell itself
   is the text). An empty cell (null in JSONL) means that the example lacks the modality;
-- optional ``quality_<modality>``: a number, minus the noise in standard deviations;
-- optional ``group``: a speaker, a video, a patient, never on both sides of an automatic split;
-- optional ``id``: what predictions call the example.
+- optional `quality_<modality>`: a number, minus the noise in standard deviations;
+- optional `group`: a speaker, a video, a patient, never on both sides of an automatic split;
+- optional `id`: what predictions call the example.
 
-Columns may have other names (``data.columns``: "label=emotion, sound=wav_path"), and where
-``data.modalities`` says which are used, the others are left alone. In a CSV file, cells stand
-between commas, semicolons (whose numbers may have decimal commas), tabs or ``|``.
+Columns may have other names (`data.columns`: "label=emotion, sound=wav_path"), and where
+`data.modalities` says which are used, the others are left alone. In a CSV file, cells stand
+between commas, semicolons (whose numbers may have decimal commas), tabs or `|`. A manifest is data
+that someone else may have written: no path in it may lead out of its folder, by `..`, from the
+root, or through a link.
 
-A manifest is data that someone else may have written: no path in it may lead out of its folder, by
-``..``, from the root, or through a link.
+Files are read when an example is read, and become arrays of one size:
+
+======== =========== ==============================================================================
+type     kind        an example
+======== =========== ==============================================================================
+audio    spectrogram float32 [audio_bins, audio_frames, 1]: resampled to `audio_rate`, padded with
+                     silence or cut to `audio_seconds`; decibels under the loudest, standardized.
+                     `audio_features` "mel" (log-mel) or "stft" (linear frequency)
+image    image       uint8 [image_size, image_size, 3]
+video    video       uint8 [video_frames, image_size, image_size, 3], frames evenly spaced
+text     tokens      int32 [text_length]: 1 + the value of each byte, 0 pads; 257 ids
+======== =========== ==============================================================================
+
+`audio_seconds` 0 stands for the longest clip, at most 10 s; `text_length` 0 for the longest text,
+at most 512 bytes. These lengths, means and standard deviations come from at most `stats_examples`
+training examples, evenly spaced.
 """
 
 import codecs
@@ -31,14 +47,52 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
-from rollingq_jax.data.labels import check_name
-from rollingq_jax.data.manifest_paths import is_file, resolve_inside
-from rollingq_jax.data.reading import check_lfs_pointer
+import numpy as np
+
+from rollingq_jax.data.audio import (
+    decibel_stft,
+    log_mel,
+    read_audio,
+    resample,
+    samples_in,
+    sound_seconds,
+)
+from rollingq_jax.data.dataset import (
+    Dataset,
+    Example,
+    ModalityInfo,
+    Source,
+    check_name,
+    complete_splits,
+    count_classes,
+    encode_labels,
+    is_class_number,
+)
+from rollingq_jax.data.options import choice, local_path, mapping_option, option
+from rollingq_jax.data.preprocessing import Preprocessing, evenly_spaced, standardize
+from rollingq_jax.data.reading import HEAD, check_lfs_pointer
+from rollingq_jax.data.video import (
+    read_image,
+    read_video_audio,
+    read_video_frames,
+    resize_image,
+    video_seconds,
+)
 from rollingq_jax.errors import DataError, said
 
+MAX_SECONDS = 10.0
+MAX_TEXT = 512
+KINDS = {
+    "audio": "spectrogram",
+    "image": "image",
+    "video": "video",
+    "text": "tokens",
+    "string": "tokens",
+}
+BYTE_VOCABULARY = 257
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl")
 SUFFIXES = {
     "audio": (".wav", ".flac"),
@@ -57,7 +111,6 @@ DECLARE = (
     "to use"
 )
 DELIMITERS = ",;\t|"
-
 _BYTE_ORDERS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -118,6 +171,347 @@ class Manifest:
         return tuple(str(file.relative_to(self.path.parent)) for file in files if not is_file(file))
 
 
+@dataclasses.dataclass(frozen=True)
+class MediaSizes:
+    """To what sizes files are brought; the fields are those of `config.data`."""
+
+    audio_features: str = "mel"
+    audio_rate: int = 16000
+    audio_seconds: float = 0.0
+    audio_bins: int = 64
+    audio_frames: int = 96
+    image_size: int = 64
+    video_frames: int = 4
+    text_length: int = 0
+    stats_examples: int = 256
+
+
+class FileForm(NamedTuple):
+    """What a modality's cells are, and to what sizes they are brought."""
+
+    type: str
+    sizes: MediaSizes
+
+
+def load(config_data: Any, *, seed: int) -> Dataset:
+    """The data set of the manifest at `config_data.path`.
+
+    Args:
+      config_data: `path`; optional `columns` ("label=emotion, sound=wav_path"), `modalities`,
+        `standardize` and the fields of `MediaSizes`.
+      seed: of the validation split, where the manifest has none.
+
+    Raises:
+      DataError: the manifest is malformed or files are missing; a file that cannot be read raises
+        when its example is read, or here if it is among those that statistics are taken from.
+      ConfigError: a field has the wrong type or value.
+    """
+    path = option(config_data, "path", "")
+    if not path:
+        raise DataError("data.path: not given; a manifest (.csv, .tsv or .jsonl) or its folder")
+    manifest = read_manifest(
+        local_path(path, "data.path"),
+        columns=mapping_option(config_data, "columns"),
+        modalities=option(config_data, "modalities", ()),
+    )
+    if manifest.missing:
+        raise DataError(describe_missing(manifest))
+    rows = _rows_of_splits(manifest)
+    check_task([row.label for row in manifest.rows], manifest.path.name)
+    labels, class_names = encode_labels(
+        {split: np.array([row.label for row in found], str) for split, found in rows.items()}
+    )
+    num_classes = count_classes(labels, class_names)
+    sizes = _read_sizes(config_data, manifest.types, rows["train"])
+    files = {name: FileForm(type_, sizes) for name, type_ in manifest.types.items()}
+    optional = {name for name in files if any(row.values[name] is None for row in manifest.rows)}
+
+    def tags(found: Sequence[Row], name: str) -> np.ndarray | None:
+        in_order = np.array([getattr(row, name) for row in found], str)
+        return in_order if name in manifest.special else None
+
+    sources = {
+        split: FolderSource(
+            found,
+            files,
+            optional,
+            labels[split],
+            groups=tags(found, "group"),
+            ids=tags(found, "id"),
+        )
+        for split, found in rows.items()
+    }
+    floats = option(config_data, "standardize", True)
+    splits, modalities = standardize(
+        complete_splits(sources, seed=seed),
+        _modalities(files),
+        most=sizes.stats_examples,
+        floats=floats,
+    )
+    return Dataset(
+        splits,
+        {name: one.info for name, one in modalities.items()},
+        num_classes,
+        class_names,
+        f"files of {manifest.path.name}",
+        preprocessing=modalities,
+    )
+
+
+def _rows_of_splits(manifest: Manifest) -> dict[str, list[Row]]:
+    """The rows of train, valid and test that there are."""
+    rows: dict[str, list[Row]] = {}
+    for split in ("train", "valid", "test"):
+        if found := [row for row in manifest.rows if (row.split or "train") == split]:
+            rows[split] = found
+    for split, needed in (("train", True), ("test", "valid" in rows)):
+        if needed and split not in rows:
+            raise DataError(f"{manifest.path.name}: no rows of split {split!r}")
+    return rows
+
+
+def _read_sizes(config_data: Any, types: Mapping[str, str], train: Sequence[Row]) -> MediaSizes:
+    """The configuration's sizes, with the lengths that it leaves open measured."""
+    least = {"audio_rate": 1000, "audio_seconds": 0, "audio_bins": 2, "text_length": 0}
+    fields: dict[str, Any] = {
+        field.name: option(config_data, field.name, field.default, minimum=least.get(field.name, 1))
+        for field in dataclasses.fields(MediaSizes)
+        if field.name != "audio_features"
+    }
+    sizes = MediaSizes(choice(config_data, "audio_features", ("mel", "stft")), **fields)
+    sample = [train[i] for i in evenly_spaced(len(train), sizes.stats_examples)]
+
+    def longest(kinds: tuple[str, ...], length: Any) -> float:
+        cells = [row.values[n] for row in sample for n, type_ in types.items() if type_ in kinds]
+        return max((length(cell) for cell in cells if cell is not None), default=0)
+
+    if not sizes.audio_seconds:
+        seconds = min(longest(("audio",), _sound_seconds), MAX_SECONDS)
+        sizes = dataclasses.replace(sizes, audio_seconds=max(seconds, 0.05))
+    if not sizes.text_length:
+        length = min(longest(("text", "string"), _text_bytes), MAX_TEXT)
+        sizes = dataclasses.replace(sizes, text_length=max(int(length), 1))
+    return sizes
+
+
+def _sound_seconds(file: Path) -> float:
+    seconds = video_seconds if is_video(file) else sound_seconds
+    return seconds(file, MAX_SECONDS)
+
+
+def _text_bytes(cell: Path | str) -> int:
+    return cell.stat().st_size if isinstance(cell, Path) else len(cell.encode("utf-8", "replace"))
+
+
+def _modalities(files: Mapping[str, FileForm]) -> dict[str, Preprocessing]:
+    """How files become arrays, before anything is measured."""
+    modalities = {}
+    for name, (type_, sizes) in files.items():
+        vocab_size = BYTE_VOCABULARY if KINDS[type_] == "tokens" else None
+        shape, dtype = example_form(type_, sizes)
+        info = ModalityInfo(name, KINDS[type_], shape, dtype, vocab_size)
+        media = {"type": type_, **dataclasses.asdict(sizes)}
+        modalities[name] = Preprocessing(info, shape, dtype, media=media)
+    return modalities
+
+
+class FolderSource:
+    """The examples of one split, not standardized; the module's docstring says what is in them.
+
+    Args:
+      rows: of the manifest.
+      files: {modality: what its cells are}.
+      optional: modalities that have a mask, as some example lacks them.
+      labels: int32 [N], or None for examples without them.
+      groups, ids: strings [N], held beside the examples; None where there are none.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        files: Mapping[str, FileForm],
+        optional: set[str],
+        labels: np.ndarray | None = None,
+        *,
+        groups: np.ndarray | None = None,
+        ids: np.ndarray | None = None,
+    ) -> None:
+        self.rows, self.files, self.optional = tuple(rows), dict(files), optional
+        self.groups, self.ids = groups, ids
+        if labels is not None:
+            self.labels = labels
+        rated = [set(row.qualities) for row in rows]
+        self.rated = set.intersection(*rated) & set(files)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        row = self.rows[index]
+        example: Example = {"label": self.labels[index]} if hasattr(self, "labels") else {}
+        for name, (type_, sizes) in self.files.items():
+            cell = row.values[name]
+            if cell is None:
+                example[name] = np.zeros(*example_form(type_, sizes))
+            else:
+                example[name] = read_value(cell, type_, sizes)
+            if name in self.optional:
+                example[f"{name}_mask"] = np.asarray(cell is not None)
+        for name in self.rated:
+            example[f"quality_{name}"] = np.asarray(row.qualities[name], np.float32)
+        return example
+
+
+def describe_missing(manifest: Manifest, rows: Sequence[Row] | None = None) -> str:
+    """One line on files that are named (by some of the rows) and not there; empty if none are."""
+    missing = manifest.missing if rows is None else manifest.missing_of(rows)
+    if not missing:
+        return ""
+    shown = ", ".join(repr(name) for name in missing[:3])
+    more = ", ..." if len(missing) > 3 else ""
+    files = "file" if len(missing) == 1 else "files"
+    return f"{manifest.path.name}: {len(missing)} missing {files}: {shown}{more}"
+
+
+def open_manifest(
+    path: Path,
+    modalities: Mapping[str, Preprocessing],
+    *,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> tuple[Source, list[str], list[str]]:
+    """New examples for a trained model, from files that a manifest names.
+
+    Args:
+      path: the manifest, or its folder. It needs a column for one of the modalities only; one that
+        has none is missing in every example.
+      modalities: those that the model reads, with the sizes to which it has its files brought.
+      split: which rows, where there is a column for it; None for all where they are of one split,
+        else those of "test".
+      columns: as `data.columns`; names that are not there are left out.
+
+    Returns:
+      A source of raw arrays `{m: array}` and `{m}_mask`, a bool scalar, without labels; for each
+      example its id (the number of its row from 0, where there is no column for it) and its label,
+      "" where it has none.
+
+    Raises:
+      DataError: as `load`; there are no such rows; the model was trained on arrays.
+    """
+    saved = {name: _saved_form(one) for name, one in modalities.items()}
+    types = {name: form.type for name, form in saved.items()}
+    manifest = read_manifest(path, columns=columns, types=types)
+    files = {name: FileForm(type_, saved[name].sizes) for name, type_ in manifest.types.items()}
+    rows: Sequence[Row] = manifest.rows
+    if "split" in manifest.special:
+        there = {row.split for row in rows}
+        if split is None and len(there) > 1:
+            split = "test"
+        if split is not None:
+            rows = [row for row in rows if row.split == SPLIT_NAMES.get(split, split)]
+        if not rows:
+            names = ", ".join(sorted(there - {""})) or "none"
+            raise DataError(f"{manifest.path.name}: no rows of split {split!r}; there are {names}")
+    if missing := describe_missing(manifest, rows):
+        raise DataError(missing)
+    has_id = "id" in manifest.special
+    ids = [row.id if has_id else str(row.number) for row in rows]
+    labels = [str(int(r.label)) if is_class_number(r.label) else r.label for r in rows]
+    return FolderSource(rows, files, set(files)), ids, labels
+
+
+def _saved_form(one: Preprocessing) -> FileForm:
+    """How a trained model's files become raw arrays."""
+    name = one.info.name
+    if one.media is None:
+        raise DataError(
+            f"modality {name!r}: the run was trained on arrays of it, so files cannot be read for "
+            "it; give arrays (.npz)"
+        )
+    try:
+        sizes = dict(one.media)
+        form = FileForm(str(sizes.pop("type")), MediaSizes(**sizes))
+        fits = example_form(*form) == (tuple(one.raw_shape), one.raw_dtype)
+    except (KeyError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise DataError(
+            f"modality {name!r}: how its files are read cannot be told from the run's record "
+            f"({str(dict(one.media))[:200]})"
+        )
+    return form
+
+
+def example_form(type_: str, sizes: MediaSizes) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of an example of the type."""
+    side = sizes.image_size
+    return {
+        "audio": ((sizes.audio_bins, sizes.audio_frames, 1), "float32"),
+        "image": ((side, side, 3), "uint8"),
+        "video": ((sizes.video_frames, side, side, 3), "uint8"),
+        "text": ((sizes.text_length,), "int32"),
+        "string": ((sizes.text_length,), "int32"),
+    }[type_]
+
+
+def is_video(path: Path | str) -> bool:
+    """Whether the name is that of a video file."""
+    return Path(path).suffix.lower() in SUFFIXES["video"]
+
+
+def read_value(value: Path | str, type_: str, sizes: MediaSizes) -> np.ndarray:
+    """A manifest's cell as the array that `example_form` describes.
+
+    Raises:
+      DataError: the file is missing or damaged; the message names it.
+    """
+    size = (sizes.image_size, sizes.image_size)
+    if type_ == "audio":
+        reader = read_video_audio if is_video(value) else read_audio
+        return sound_features(*reader(value, sizes.audio_seconds), sizes)
+    if type_ == "image":
+        return resize_image(read_image(value), size)
+    if type_ == "video":
+        frames = read_video_frames(value, sizes.video_frames)
+        return np.stack([resize_image(frame, size) for frame in frames])
+    if isinstance(value, Path):
+        try:
+            with value.open("rb") as file:
+                data = file.read(max(sizes.text_length, HEAD))
+        except OSError as error:
+            raise DataError(f"text {value}: cannot be read ({error.strerror})") from None
+        check_lfs_pointer(data, f"text {value}")
+    else:
+        data = value.encode("utf-8", "replace")
+    return byte_tokens(data, sizes.text_length)
+
+
+def byte_tokens(data: bytes, length: int) -> np.ndarray:
+    """Bytes as token ids, int32 [length]: 1 + the value of each; cut off or padded with 0."""
+    data = data[:length]
+    ids = np.zeros(length, np.int32)
+    ids[: len(data)] = np.frombuffer(data, np.uint8).astype(np.int32) + 1
+    return ids
+
+
+def sound_features(waveform: np.ndarray, rate: int, sizes: MediaSizes) -> np.ndarray:
+    """float32 [samples] -> [audio_bins, audio_frames, 1], decibels under the loudest."""
+    length = round(sizes.audio_seconds * sizes.audio_rate)
+    # Cut before resampling: of a long recording only the beginning is used.
+    waveform = waveform[: samples_in(sizes.audio_seconds, rate)]
+    samples = resample(waveform, rate, sizes.audio_rate)[:length]
+    samples = np.pad(samples, (0, length - len(samples)))
+    hop = sizes.audio_seconds / sizes.audio_frames
+    if sizes.audio_features == "mel":
+        window = max(0.025, 1.5 * hop)  # so that no sound falls between two windows
+        features = log_mel(
+            samples, sizes.audio_rate, sizes.audio_bins, sizes.audio_frames, window=window
+        )
+    else:
+        features = decibel_stft(samples, sizes.audio_bins, sizes.audio_frames)
+    return features[:, :, None]
+
+
 def is_manifest(path: Any) -> bool:
     """Whether a path is that of a manifest, or of a local folder with one under its usual name."""
     if path.suffix.lower() in MANIFEST_SUFFIXES:
@@ -137,9 +531,9 @@ def read_manifest(
     """Reads and checks a manifest; files are looked for, not opened.
 
     Args:
-      path: the manifest, or a folder that holds ``manifest.csv``, ``.tsv`` or ``.jsonl``.
+      path: the manifest, or a folder that holds `manifest.csv`, `.tsv` or `.jsonl`.
       columns: {our name: the column's name}: of a modality, perhaps with its type, or of split,
-        label, group, id or ``quality_<modality>``.
+        label, group, id or `quality_<modality>`.
       modalities: those to use; other columns are not looked at. Empty for all columns.
       types: for new data, {modality: type} of a trained model: only these are looked for, each may
         be absent, labels too.
@@ -277,7 +671,7 @@ def _csv_records(
 def _delimited(path: Path, text: str, known: set[str]) -> tuple[str, str, int]:
     """The text from its header on, what stands between cells, and how many lines were left out.
 
-    Excel writes ``sep=;`` above the header. Else the header tells: of several candidates in it, the
+    Excel writes `sep=;` above the header. Else the header tells: of several candidates in it, the
     one that gives more of the names that are known.
     """
     lines = _NEW_LINE.split(text, 1)
@@ -509,3 +903,35 @@ def check_task(labels: Sequence[str], name: str) -> None:
                 f"{name}: label {label[:60]!r} is made of others; multi-label classification is "
                 "not supported: one class number or name"
             )
+
+
+def resolve_inside(folder: Path, root: Path, text: str, where: str) -> Path:
+    """`folder / text`, if that is inside `root` (the folder's real path) after all links.
+
+    Raises:
+      DataError: the path is absolute, contains `..`, or a link on it leads out of the folder.
+    """
+    parts = {*PurePosixPath(text).parts, *PureWindowsPath(text).parts}
+    absolute = PurePosixPath(text).is_absolute() or bool(PureWindowsPath(text).anchor)
+    if absolute or ".." in parts or "\0" in text:
+        raise DataError(
+            f"{where}: path {text!r} refused; paths are relative to the manifest and may not "
+            "contain '..'"
+        )
+    try:
+        real = Path(os.path.realpath(folder / text))
+    except (OSError, ValueError):
+        raise DataError(f"{where}: path {text!r} refused; not a valid path") from None
+    if not real.is_relative_to(root):
+        raise DataError(
+            f"{where}: path {text!r} refused; a link leads out of the manifest's folder"
+        )
+    return folder / text
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file, as far as one can tell."""
+    try:
+        return path.is_file()
+    except OSError:  # a name too long, a folder that may not be entered
+        return False

@@ -1,53 +1,55 @@
 """Kinetics-Sounds: 31 kinds of action that can be seen and heard, ten-second clips from YouTube.
 
-The media cannot be passed on. ``python -m rollingq_jax.prepare kinetics_sounds`` makes records from
+The media cannot be passed on. `python -m rollingq_jax.prepare kinetics_sounds` makes records from
 a folder of videos and the published lists, or from the preprocessed tree that upstream reads
-(train_spec/<name>.npy and train-frames-1fps/train/<name>/frame_00001.jpg ...); :func:`load` reads
-them. Audio is a Kaldi filter bank of 1,024 frames; see :func:`~rollingq_jax.data.features.
+(train_spec/<name>.npy and train-frames-1fps/train/<name>/frame_00001.jpg ...); `load` reads
+them. Audio is a Kaldi filter bank of 1,024 frames; see `rollingq_jax.data.features.
 kinetics_fbank`. Of the frames, one second apart, each third of the clip gives one; see
-:func:`~rollingq_jax.data.frames.segment_frames`.
+`rollingq_jax.data.frames.segment_frames`.
 
 Upstream leaves out clips with three frames or fewer; here every clip with a frame is kept. Sound
 from a video is averaged over its channels and resampled to 16 kHz; upstream takes the first channel
 at whatever rate its WAV files had.
 """
 
+import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rollingq_jax.data.features import FBANK_BINS, FBANK_FRAMES, FBANK_RATE, kinetics_fbank
-from rollingq_jax.data.frames import (
+from rollingq_jax.data.audio import kaldi_fbank, resample
+from rollingq_jax.data.dataset import Dataset, ModalityInfo, Source, Subset, with_valid
+from rollingq_jax.data.options import local_path, option
+from rollingq_jax.data.records import ClipSource, Recipe, RecordSet, open_records, write_records
+from rollingq_jax.data.video import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    SHORT_SIDE,
     EvalFrames,
     TrainFrames,
+    clip_from_folder,
+    clip_from_video,
+    read_video_audio,
     segment_frames,
 )
-from rollingq_jax.data.kinetics_lists import (
-    NUM_CLASSES,
-    VideoIndex,
-    read_class_names,
-    read_list,
-)
-from rollingq_jax.data.labels import with_valid
-from rollingq_jax.data.media import read_video_audio, resample
-from rollingq_jax.data.options import local_path, option
-from rollingq_jax.data.record_writer import write_records
-from rollingq_jax.data.records import ClipSource, Recipe, RecordSet, open_records
-from rollingq_jax.data.stored_frames import SHORT_SIDE, clip_from_folder, clip_from_video
-from rollingq_jax.data.types import Dataset, ModalityInfo, Source, Subset
 from rollingq_jax.errors import DataError
 
 NAME = "kinetics_sounds"
+NUM_CLASSES = 31
+FBANK_RATE = 16_000
+FBANK_FRAMES, FBANK_BINS = 1024, 128
+# Mean and half the divisor that upstream's preparation of Kinetics-Sounds uses.
+FBANK_MEAN, FBANK_STD = -4.503877, 5.141276
 FBANK_SHAPE = (FBANK_FRAMES, FBANK_BINS, 1)
 # (train, test) of the two published formats, the one preferred first.
 LISTS = (("ks_train_overlap.txt", "ks_test_overlap.txt"), ("my_train.txt", "my_test.txt"))
 SPECTROGRAMS = {"train": "train_spec", "test": "test_spec"}
 FRAMES = {"train": "train-frames-1fps/train", "test": "val-frames-1fps/test"}
 CLASS_FILE = "classes.txt"
+VIDEO_SUFFIXES = (".avi", ".flv", ".mkv", ".mov", ".mp4", ".webm")
 DOWNLOAD = (
     "get the lists ks_train_overlap.txt and ks_test_overlap.txt from data/ of "
     "github.com/GeWu-Lab/Certifiable-Robust-Multi-modal-Training (or my_train.txt and my_test.txt "
@@ -55,6 +57,7 @@ DOWNLOAD = (
     "github.com/cvdfoundation/kinetics-dataset; put the lists into the folder that holds the "
     "videos, or train_spec/ and train-frames-1fps/, and pass it as --source"
 )
+Reader = Callable[[str, str], tuple[np.ndarray, list[bytes]]]
 
 
 def prepare(
@@ -65,7 +68,7 @@ def prepare(
     workers: int = 1,
     fps: int = 1,
 ) -> RecordSet:
-    """Makes the records in ``data_dir/kinetics_sounds``, going on from where a call stopped.
+    """Makes the records in `data_dir/kinetics_sounds`, going on from where a call stopped.
 
     Args:
       source: the folder with the lists, and videos at any depth or upstream's preprocessed tree.
@@ -77,14 +80,14 @@ def prepare(
 
     Raises:
       DataError: the folder is missing or holds something else, or as in
-        :func:`~rollingq_jax.data.record_writer.write_records`.
+        `write_records`.
     """
     recipe = make_recipe(Path(source), fps)
     return write_records(Path(data_dir) / NAME, recipe, strict=strict, workers=workers)
 
 
 def make_recipe(source: Path, fps: int) -> Recipe:
-    """How the records are made from the folder ``source``."""
+    """How the records are made from the folder `source`."""
     import tensorflow_datasets as tfds
 
     if not source.is_dir():
@@ -129,9 +132,6 @@ def make_recipe(source: Path, fps: int) -> Recipe:
     )
 
 
-Reader = Callable[[str, str], tuple[np.ndarray, list[bytes]]]
-
-
 def _tree_reader(source: Path) -> Reader:
     """(split, name) -> filter bank and frames, from upstream's preprocessed tree."""
 
@@ -170,12 +170,36 @@ def _video_reader(source: Path, fps: int) -> Reader:
     return read
 
 
-def load(config_data: Any, *, seed: int) -> Dataset:
-    """The prepared records under ``config_data.path``.
+def kinetics_fbank(waveform: np.ndarray, rate: int = FBANK_RATE) -> np.ndarray:
+    """Upstream's audio for Kinetics-Sounds: mean removed, 128 filters, 1,024 frames, normalized.
+
+    Padding comes before (x + 4.503877) / (2 * 5.141276), as upstream has it, so a frame after the
+    sound's end holds 0.438 throughout. Ten seconds give 998 frames.
 
     Args:
-      config_data: ``path``, the --data_dir of the preparation; optional ``split_seed`` (0) of the
-        tenth of train that becomes "valid", ``num_frames`` (3), ``frame_size`` (224).
+      waveform: float [samples].
+      rate: sample rate in Hz.
+
+    Returns:
+      float32 [1024, 128], time by frequency.
+
+    Raises:
+      DataError: the sound is shorter than one frame, 25 ms.
+    """
+    samples = np.asarray(waveform, np.float64)
+    features = kaldi_fbank(samples - samples.mean(), rate)[:FBANK_FRAMES]
+    if len(features) == 0:
+        raise DataError(f"sound of {len(samples)} samples at {rate} Hz; at least 25 ms are needed")
+    padded = np.pad(features, ((0, FBANK_FRAMES - len(features)), (0, 0)))
+    return (padded - FBANK_MEAN) / (2 * FBANK_STD)
+
+
+def load(config_data: Any, *, seed: int) -> Dataset:
+    """The prepared records under `config_data.path`.
+
+    Args:
+      config_data: `path`, the --data_dir of the preparation; optional `split_seed` (0) of the
+        tenth of train that becomes "valid", `num_frames` (3), `frame_size` (224).
       seed: not used: the splits are the same for every run, so that runs can be compared.
 
     Raises:
@@ -201,7 +225,7 @@ def load(config_data: Any, *, seed: int) -> Dataset:
             raise DataError(f"{records.folder}: no clip of {split} is readable")
         splits[split] = Subset(source, numbers)
     split_seed = option(config_data, "split_seed", 0, minimum=0)
-    splits = with_valid(splits, labels[parts == "train"], seed=split_seed)
+    splits = with_valid(splits, seed=split_seed)
     num_frames = option(config_data, "num_frames", 3, minimum=1)
     size = option(config_data, "frame_size", 224, minimum=1)
     counts = ", ".join(f"{len(splits[split])} {split}" for split in ("train", "valid", "test"))
@@ -229,3 +253,114 @@ def load(config_data: Any, *, seed: int) -> Dataset:
         train_transforms=(TrainFrames("visual", num_frames, size, segment_frames),),
         eval_transforms=(EvalFrames("visual", num_frames, size, segment_frames),),
     )
+
+
+def read_list(path: Path) -> dict[str, int]:
+    """The clips of a published list: lines `name label` or `name,10,label`.
+
+    A name is `<ytid>_<ssssss>_<eeeeee>`, `<ytid>_<sec>` or `<ytid>`, with a media suffix or
+    without.
+
+    Returns:
+      {name without suffix: label}.
+
+    Raises:
+      DataError: the file cannot be read, a line has another form, a label is not one of 0 .. 30, or
+        a clip occurs twice; the message names the line.
+    """
+    clips: dict[str, int] = {}
+    for number, line in enumerate(_lines(path), 1):
+        cells = [cell.strip() for cell in (line.split(",") if "," in line else line.split())]
+        if cells in ([], [""]):
+            continue
+        where = f"{path}, line {number}"
+        if len(cells) not in (2, 3) or not re.fullmatch(r"-?\d+", cells[-1]):
+            raise DataError(f"{where}: {line[:60]!r}; must be `name label` or `name,10,label`")
+        name = re.sub(r"\.(wav|avi|flv|mkv|mov|mp4|webm)$", "", cells[0])
+        label = int(cells[-1])
+        if not re.fullmatch(r"[\w-]+", name):
+            raise DataError(f"{where}: {name[:60]!r} is not a clip's name")
+        if not 0 <= label < NUM_CLASSES:
+            raise DataError(f"{where}: label {label}; must be from 0 to {NUM_CLASSES - 1}")
+        if name in clips:
+            raise DataError(f"{where}: duplicate clip {name!r}")
+        clips[name] = label
+    if not clips:
+        raise DataError(f"{path}: lists no clips")
+    return clips
+
+
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """One name a line, in the order of the labels; the published lists come without.
+
+    Raises:
+      DataError: the file cannot be read, or does not hold 31 different names.
+    """
+    names = tuple(line.strip() for line in _lines(path) if line.strip())
+    if len(names) != NUM_CLASSES or len(set(names)) != NUM_CLASSES:
+        raise DataError(f"{path}: {len(set(names))} different names; must be {NUM_CLASSES}")
+    return names
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoIndex:
+    """Videos by YouTube id (the first eleven characters of a name) and start second.
+
+    Attributes:
+      by_id: {id: [(start second or None, path)]}.
+    """
+
+    by_id: dict[str, list[tuple[int | None, Path]]]
+
+    @classmethod
+    def of_folder(cls, folder: Path, hint: str) -> "VideoIndex":
+        """All videos under a folder.
+
+        Raises:
+          DataError: there are none; `hint` says where to get them.
+        """
+        by_id: dict[str, list[tuple[int | None, Path]]] = {}
+        for path in sorted(folder.rglob("*")):
+            if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith("."):
+                youtube_id, start = split_name(path.stem)
+                by_id.setdefault(youtube_id, []).append((start, path))
+        if not by_id:
+            there = ", ".join(sorted(path.name for path in folder.iterdir())[:6])
+            raise DataError(
+                f"Kinetics-Sounds, --source {folder}: holds neither videos nor train_spec/ but "
+                f"{there}; {hint}"
+            )
+        return cls(by_id)
+
+    def find(self, name: str) -> Path:
+        """The video of a listed clip; where either has no start second, the id decides.
+
+        Raises:
+          DataError: there is none, or more than one.
+        """
+        youtube_id, start = split_name(name)
+        paths = [
+            path
+            for other, path in self.by_id.get(youtube_id, [])
+            if start is None or other is None or start == other
+        ]
+        if not paths:
+            raise DataError(f"clip {name!r}: no video of that name")
+        if len(paths) > 1:
+            raise DataError(f"duplicate clip {name!r}: {paths[0]} and {paths[1]}")
+        return paths[0]
+
+
+def split_name(name: str) -> tuple[str, int | None]:
+    """`<ytid>_000012_000022`, `<ytid>_12` or `<ytid>` -> (ytid, 12 or None)."""
+    found = re.fullmatch(r"(.{11})(?:_(\d+)(?:_\d+)?)?", name)
+    if not found:
+        return name, None
+    return found[1], None if found[2] is None else int(found[2])
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None

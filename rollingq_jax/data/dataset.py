@@ -1,0 +1,969 @@
+"""A data set: modalities, labels, splits, a fingerprint, and the model that its shapes suggest.
+
+An example is a dict of NumPy arrays without a batch axis: `"<m>"` for each modality m, `"label"`
+(an int32 scalar), and where they apply `"<m>_mask"` (bool, True = real position, or a bool scalar,
+False = the modality is missing) and `"quality_<m>"` (float32 scalar, minus the standard deviation
+of the noise in the modality, in training-set standard deviations). Layouts are channels last.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import logging
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from rollingq_jax.errors import ConfigError, DataError
+from rollingq_jax.models import infer_kind as kind_of_batch
+
+Example = dict[str, np.ndarray]
+# Before a modality's name: whether an example keeps it under "drop" because it is its last.
+KEPT = "kept/"
+KINDS = ("image", "sequence", "spectrogram", "tokens", "vector", "video")
+_RANKS = {"image": 3, "sequence": 2, "spectrogram": 3, "tokens": 1, "vector": 1, "video": 4}
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access to the examples of one split.
+
+    The pipeline may read from several threads at once, so `__getitem__` must be thread-safe, and
+    the same number must give the same example each time.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ModalityInfo:
+    """One modality of an example.
+
+    Attributes:
+      name: its key in an example.
+      kind: one of `KINDS`.
+      shape: of one example: image [H, W, C]; spectrogram [F, T, 1]; video [T, H, W, C]; sequence
+        [L, D]; tokens [L]; vector [D].
+      dtype: of the stored array: "float32", "uint8" (images and video) or "int32" (tokens).
+      vocab_size: for tokens, the number of ids, padding (0) included.
+      mean, std: for uint8, the channels' mean and standard deviation on the scale [0, 1]; the model
+        normalizes on the device.
+      unit: for float32, one standard deviation of the training split (before any noise that the
+        data set adds), in the array's units; None where that is not known.
+
+    Raises:
+      DataError: the kind is unknown, or the shape does not fit it.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    vocab_size: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    unit: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise DataError(
+                f"modality {self.name!r}: kind {self.kind!r} is not one of {', '.join(KINDS)}"
+            )
+        if len(self.shape) != _RANKS[self.kind]:
+            raise DataError(
+                f"modality {self.name!r}: an example of kind {self.kind!r} has "
+                f"{_RANKS[self.kind]} axes, got shape {tuple(self.shape)}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Splits of examples and what is in them.
+
+    Attributes:
+      splits: name -> source; "train" and "test" always, "valid" wherever settings or checkpoints
+        are to be chosen.
+      modalities: name -> `ModalityInfo`, in alphabetical order.
+      num_classes: labels are 0 .. num_classes - 1.
+      class_names: one for each class; empty where the data set has none.
+      description: what the data are and how they were made, for logs and reports.
+      train_transforms, eval_transforms: what turns a source's example into the one that
+        `modalities` describes, where that is not done by the source itself (frames kept as JPEG
+        bytes are decoded and cropped here): Grain Map and RandomMap, for the pipeline's
+        `transforms`, before any others.
+      preprocessing: name -> `rollingq_jax.data.preprocessing.Preprocessing`, how a raw array of
+        the modality became what the source gives; one that is not in it is given as it is stored.
+    """
+
+    splits: Mapping[str, Source]
+    modalities: dict[str, ModalityInfo]
+    num_classes: int
+    class_names: tuple[str, ...] = ()
+    description: str = ""
+    train_transforms: tuple[Any, ...] = ()
+    eval_transforms: tuple[Any, ...] = ()
+    preprocessing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise DataError(
+                f"class_names: {len(self.class_names)} names for {self.num_classes} classes"
+            )
+        object.__setattr__(self, "modalities", dict(sorted(self.modalities.items())))
+
+
+class ArraySource:
+    """Examples held in memory as columns: `{"audio": [N, ...], "label": [N], ...}`.
+
+    An example's arrays are views of the columns, so a transformation must not write into them.
+
+    Raises:
+      DataError: the columns differ in length, or there are none.
+    """
+
+    def __init__(self, columns: Mapping[str, np.ndarray]) -> None:
+        self.columns = dict(columns)
+        lengths = {name: len(column) for name, column in self.columns.items()}
+        if len(set(lengths.values())) != 1:
+            counts = ", ".join(f"{name} {count}" for name, count in lengths.items())
+            raise DataError(
+                f"columns must have the same number of examples, got {counts or 'none'}"
+            )
+        self._length = next(iter(lengths.values()))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Example:
+        return {name: column[index] for name, column in self.columns.items()}
+
+
+class Subset:
+    """The examples of another source whose numbers are given, in the order given."""
+
+    def __init__(self, source: Source, indices: Sequence[int] | np.ndarray) -> None:
+        self.source = source
+        self.indices = np.asarray(indices, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[int(self.indices[index])]
+
+
+def infer_kind(shape: tuple[int, ...], dtype: Any, name: str = "modality") -> str:
+    """Infers the kind of a modality whose examples have this shape and stored dtype.
+
+    ======================== =======================================================
+    one example              kind
+    ======================== =======================================================
+    [T, H, W, C]             video
+    [H, W, C]                image; spectrogram where C = 1 and the dtype is not uint8
+    [H, W] uint8             image (a channel axis is added)
+    [L, D] of other dtypes   sequence
+    [L] integer              tokens
+    [D] float or bool        vector
+    [] (one number)          as [1]; own arrays have to be said to be a modality
+    ======================== =======================================================
+
+    Raises:
+      DataError: there are more axes than any kind has, or the dtype is not numeric.
+    """
+    dtype = np.dtype(dtype)
+    if dtype.kind not in "biuf":
+        raise DataError(f"{name}: dtype {dtype}; must be boolean, integer or float")
+    if len(shape) > 4:
+        raise DataError(
+            f"{name}: shape {list(shape)} of one example; at most 4 axes [T, H, W, C] (video)"
+        )
+    if len(shape) == 2:
+        return "image" if dtype == np.uint8 else "sequence"
+    if dtype == np.bool_:
+        dtype = np.dtype(np.float32)
+    return kind_of_batch((1, *(shape or (1,))), dtype)
+
+
+def fit_shape(name: str, shape: tuple[int, ...], kind: str) -> tuple[tuple[int, ...], bool]:
+    """The example shape that the kind needs, and whether a last axis of size 1 is added for it.
+
+    Raises:
+      DataError: the kind is unknown, or does not fit with one more axis either.
+    """
+    try:
+        return ModalityInfo(name, kind, shape).shape, False
+    except DataError as error:
+        try:
+            return ModalityInfo(name, kind, (*shape, 1)).shape, True
+        except DataError:
+            raise error from None
+
+
+LONG_VECTOR = 2000
+
+
+def warn_suspicious_shape(info: ModalityInfo) -> None:
+    """Logs a line where a shape allows the kind that was inferred, but suggests another meaning."""
+    logger = logging.getLogger(__name__)
+    if info.kind == "vector" and info.dtype == "float32" and info.shape[0] >= LONG_VECTOR:
+        logger.warning(
+            f"{info.name}: {info.shape[0]} numbers become one token; if it is a waveform or a "
+            "series, store a spectrogram [N, F, T, 1] or a sequence [N, L, D]"
+        )
+    channels = info.shape[-1]
+    first = info.shape[:2] if info.kind == "video" else info.shape[:1]
+    if info.kind in ("image", "video") and channels > 4 and {1, 3} & set(first):
+        logger.warning(
+            f"{info.name}: examples of shape {list(info.shape)} are read with {channels} channels "
+            "last; if the channels come first, move them to the last axis"
+        )
+
+
+def labels_of(source: Source) -> np.ndarray:
+    """All labels of a source, int32 [N]; examples are read only where nothing else knows them."""
+    known = _known_labels(source)
+    if known is not None:
+        return known
+    return np.array([source[index]["label"] for index in range(len(source))], np.int32)
+
+
+def _known_labels(source: Source) -> np.ndarray | None:
+    """All labels, int32 [N]; None where that would mean to read every example."""
+    if isinstance(source, Subset):
+        known = _known_labels(source.source)
+        return None if known is None else known[source.indices]
+    if isinstance(source, ArraySource):
+        return np.asarray(source.columns["label"], np.int32)
+    if hasattr(source, "labels"):
+        return np.asarray(source.labels, np.int32)
+    inner = getattr(source, "source", None)  # a source that changes another one's examples
+    return _known_labels(inner) if inner is not None and len(inner) == len(source) else None
+
+
+def groups_of(source: Source) -> np.ndarray | None:
+    """The group of each example of a source, int64 or strings [N]; None where it has none."""
+    return _tags_of(source, "groups")
+
+
+def ids_of(source: Source) -> np.ndarray | None:
+    """The id of each example of a source, int64 or strings [N]; None where it has none."""
+    return _tags_of(source, "ids")
+
+
+def _tags_of(source: Any, name: str) -> np.ndarray | None:
+    """The attribute of a source, or of the one that it stands around."""
+    tags = getattr(source, name, None)
+    if tags is not None:
+        return np.asarray(tags)
+    if not hasattr(source, "source"):
+        return None
+    tags = _tags_of(source.source, name)
+    return tags[source.indices] if isinstance(source, Subset) and tags is not None else tags
+
+
+MAX_CLASSES = 100_000
+
+
+def check_labels(labels: np.ndarray, where: str) -> np.ndarray:
+    """Labels as int32 [N]; floats that are whole numbers are read as such.
+
+    Raises:
+      DataError: they are of another task (regression, multi-label classification), have not one
+        axis, are not numbers, negative, none, or too large to be class numbers.
+    """
+    labels = np.asarray(labels)
+    _check_task(labels, where)
+    if labels.ndim != 1:
+        hint = ""
+        if labels.ndim == 2:
+            hint = "; ravel it" if labels.shape[1] == 1 else "; take the argmax of one-hot rows"
+        raise DataError(f"{where}: shape {list(labels.shape)}; must be [N] class numbers{hint}")
+    if labels.dtype.kind not in "biuf":
+        raise DataError(
+            f"{where}: dtype {labels.dtype}; must be integers from 0, or in every split names"
+        )
+    if len(labels) == 0:
+        raise DataError(f"{where}: no examples; at least 1")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= MAX_CLASSES:
+        raise DataError(
+            f"{where}: labels from {low} to {high}; class numbers go from 0 to at most "
+            f"{MAX_CLASSES - 1} (regression is not supported)"
+        )
+    return labels.astype(np.int32)
+
+
+def _check_task(labels: np.ndarray, where: str) -> None:
+    """Refuses the labels of a task that is not the choice of one class."""
+    if labels.dtype.kind == "f":
+        if not np.isfinite(labels).all():
+            raise DataError(f"{where}: NaN or infinite labels; must be class numbers")
+        if (labels != np.floor(labels)).any():
+            several = " or of a distribution over classes" if labels.ndim > 1 else ""
+            raise DataError(
+                f"{where}: values such as {labels[labels != np.floor(labels)][0]:g}; regression is "
+                f"not supported, nor is learning of scores{several}; must be class numbers or names"
+            )
+    if labels.ndim == 2 and labels.shape[1] > 1 and labels.dtype.kind in "biuf":
+        ones = (labels == 1).sum(axis=1)
+        if not np.isin(labels, (0, 1)).all() or (ones != 1).any():
+            raise DataError(
+                f"{where}: shape {list(labels.shape)}, and not one 1 in every row; multi-label "
+                "classification and several targets are not supported; must be [N] class numbers"
+            )
+
+
+def encode_labels(
+    labels: Mapping[str, np.ndarray], class_names: Sequence[str] = ()
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Class numbers as they are; names as their numbers.
+
+    Args:
+      labels: {split: [N]}, integers, or in every split strings (bytes count as such). Strings that
+        all are numbers are read as class numbers, unless they are among the class names.
+      class_names: in the order of the numbers; without them, names are numbered in alphabetical
+        order of those in train.
+
+    Returns:
+      {split: int32 [N]}, and the class names, () where the data have none.
+
+    Raises:
+      DataError: as `check_labels` and `check_class_names`; names beside numbers, an
+        empty name, or one that is not known.
+    """
+    class_names = check_class_names(class_names)
+    for split, values in labels.items():
+        _check_task(np.asarray(values), f"{split}/label")
+    if not all(np.asarray(v).dtype.kind in "SUT" and v.ndim == 1 for v in labels.values()):
+        return {s: check_labels(v, f"{s}/label") for s, v in labels.items()}, class_names
+    names = {
+        split: np.array([as_text(value).strip() for value in values.tolist()], str)
+        for split, values in labels.items()
+    }
+    every = {name for of_split in names.values() for name in of_split.tolist()}
+    if every and all(map(is_class_number, every)) and not every <= set(class_names):
+        numbers = {split: of_split.astype(np.int64) for split, of_split in names.items()}
+        return {s: check_labels(v, f"{s}/label") for s, v in numbers.items()}, class_names
+    known = class_names or check_class_names(np.unique(names["train"]).tolist(), "train/label")
+    number_of = {name: number for number, name in enumerate(known)}
+    for split, of_split in names.items():
+        if unknown := [name for name in of_split.tolist() if name not in number_of]:
+            why = (
+                "is not in class_names"
+                if class_names
+                else "never occurs in train, so it cannot be learned; put examples of it into "
+                "train or leave it out"
+            )
+            raise DataError(f"{split}/label: {unknown[0][:60]!r} {why}")
+    return {
+        split: check_labels(
+            np.array([number_of[name] for name in of_split.tolist()], np.int32), f"{split}/label"
+        )
+        for split, of_split in names.items()
+    }, tuple(known)
+
+
+def is_class_number(label: str) -> bool:
+    """Whether a label is written as a number."""
+    return re.fullmatch(r"-?[0-9]{1,9}", label) is not None
+
+
+def check_class_names(names: Sequence[str], where: str = "class_names") -> tuple[str, ...]:
+    """The names, without spaces around them, if they tell the classes apart.
+
+    Raises:
+      DataError: one is empty, or two are the same.
+    """
+    stripped = tuple(name.strip() for name in names)
+    seen: dict[str, int] = {}
+    for number, name in enumerate(stripped):
+        if not name:
+            raise DataError(f"{where}: the name of class {number} is empty")
+        if (first := seen.setdefault(name, number)) < number:
+            raise DataError(
+                f"{where}: {name[:60]!r} names class {first} and class {number}; each needs a name "
+                "of its own"
+            )
+    return stripped
+
+
+def count_classes(labels: Mapping[str, np.ndarray], class_names: Sequence[str] = ()) -> int:
+    """One more than the largest label, or the number of class names where there are any.
+
+    A number that no training example has is an output without use: it gets a warning.
+
+    Args:
+      labels: {split: int32 [N]}.
+      class_names: what the data say the classes are called.
+
+    Raises:
+      DataError: a label in another split never occurs in train (the model could not learn it; move
+        some of its examples), fewer than two classes, or fewer names than classes.
+    """
+    known = set(np.unique(labels["train"]).tolist())
+    for split, values in labels.items():
+        if unknown := sorted(set(np.unique(values).tolist()) - known):
+            shown = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+            raise DataError(
+                f"{split}/label: {shown} never occurs in train/label, so it cannot be learned; put "
+                "examples of it into train or leave it out"
+            )
+    if len(known) < 2:
+        raise DataError(f"train/label: only the label {known.pop()}; at least 2 classes are needed")
+    num_classes = max(known) + 1
+    if class_names and len(class_names) < num_classes:
+        raise DataError(
+            f"class_names: {len(class_names)} names, but labels go up to {num_classes - 1}"
+        )
+    num_classes = len(class_names) or num_classes
+    if line := _unused_classes(known, num_classes, class_names):
+        logging.getLogger(__name__).warning(line)
+    return num_classes
+
+
+def _unused_classes(known: set[int], num_classes: int, class_names: Sequence[str]) -> str:
+    """A line on classes that no training example has; empty where all occur."""
+    unused = num_classes - len(known)
+    if not unused:
+        return ""
+    first = next(number for number in range(num_classes) if number not in known)
+    low, high = min(known), max(known)
+    found = f"{low} and {high:,}" if len(known) == 2 else f"{low} to {high:,}"
+    named = f" ({class_names[first]!r})" if class_names else ""
+    never = f"class {first}{named} never occurs"
+    if unused > 1:
+        never = f"{unused:,} classes never occur, the first of them {first}{named}"
+    if class_names:
+        hint = "give examples of every class, or leave its name out"
+    elif low == 1 and unused == 1:
+        hint = "subtract 1 if the labels are meant to begin at 1"
+    else:
+        hint = f"number the classes from 0 to {len(known) - 1}, or give names as labels"
+    return (
+        f"train/label: labels {found}: {never}; the model gets {num_classes:,} outputs for "
+        f"{len(known):,} classes; {hint}"
+    )
+
+
+def check_tags(values: np.ndarray, where: str) -> np.ndarray:
+    """Groups or ids: int64 [N], or strings [N] (bytes are decoded).
+
+    Raises:
+      DataError: not one axis, neither integers nor strings, or an empty string.
+    """
+    values = np.asarray(values)
+    if values.ndim != 1 or values.dtype.kind not in "iuSUT":
+        raise DataError(
+            f"{where}: {values.dtype}{list(values.shape)}; must be [N] integers or strings"
+        )
+    if values.dtype.kind in "iu":
+        if len(values) and values.max() > np.iinfo(np.int64).max:
+            raise DataError(f"{where}: {values.max()} is too large for a 64-bit signed integer")
+        return values.astype(np.int64)
+    values = np.array([as_text(value) for value in values.tolist()], str)
+    if len(empty := np.flatnonzero(values == "")):
+        raise DataError(f"{where}: example {empty[0]} has an empty one; give every example its own")
+    return values
+
+
+def as_text(value: Any) -> str:
+    """A string, or bytes in UTF-8; other bytes are written as escapes."""
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
+
+
+def warn_of_shared_groups(groups: Mapping[str, np.ndarray]) -> None:
+    """Logs, for each two splits, how many groups have examples in both of them."""
+    for first, second in itertools.combinations(groups, 2):
+        shared = np.intersect1d(groups[first], groups[second])
+        if len(shared):
+            stand = "groups stand" if len(shared) > 1 else "group stands"
+            logging.getLogger(__name__).warning(
+                f"{len(shared)} {stand} in both {first} and {second} (such as "
+                f"{shared[0].item()!r}): what is learned of a group by heart counts as success "
+                "there"
+            )
+
+
+RESERVED_NAMES = ("example", "group", "id", "label", "split")
+
+
+def check_name(name: str, where: str) -> str:
+    """The modality's name, if it can be a key of a batch and of a configuration.
+
+    Raises:
+      DataError: it is not an identifier, or means something else in a batch.
+    """
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
+        raise DataError(
+            f"{where}: modality name {name!r}; must be letters, digits and _, a letter first"
+        )
+    if name in RESERVED_NAMES or name.endswith("_mask") or name.startswith(("quality_", "mask_")):
+        raise DataError(f"{where}: modality name {name!r} has a meaning of its own; rename it")
+    return name
+
+
+VALID_FRACTION = 0.1
+TEST_FRACTION = 0.2
+
+
+def complete_splits(splits: Mapping[str, Source], *, seed: int) -> dict[str, Source]:
+    """The splits, with "test" and "valid" taken out of "train" where they are missing.
+
+    Warns of groups that stand in two of the given splits.
+
+    Raises:
+      DataError: as `with_test` and `with_valid`.
+    """
+    groups = {split: groups_of(source) for split, source in splits.items()}
+    warn_of_shared_groups({split: found for split, found in groups.items() if found is not None})
+    return with_valid(with_test(splits), seed=seed)
+
+
+def with_valid(splits: Mapping[str, Source], *, seed: int) -> dict[str, Source]:
+    """The splits, with 10 % of train as "valid" where there is none.
+
+    Without groups each class gives 10 % of its examples, rounded; where that comes to nothing at
+    all (few examples of every class), each class with two or more gives one. Groups are kept whole,
+    so that the sizes are as near to that as they allow. No class is left without a training
+    example.
+
+    Args:
+      splits: with "train", of which `labels_of` and `groups_of` are used.
+      seed: of the choice.
+
+    Raises:
+      DataError: none can be spared: every class has a single example, or every group a class that
+        no other has.
+    """
+    if "valid" in splits:
+        return dict(splits)
+    train = splits["train"]
+    valid = _hold_out(
+        labels_of(train), VALID_FRACTION, seed, groups_of(train), "validation; give valid/*"
+    )
+    return _divided(splits, valid, "valid")
+
+
+def with_test(splits: Mapping[str, Source]) -> dict[str, Source]:
+    """The splits, with 20 % of train as "test" where there is none; for data in a single table.
+
+    The choice is as in `with_valid`, but always the same: whatever is chosen by training with
+    several seeds, no run has seen another's test examples. What is left in train can serve
+    `with_valid`.
+
+    Raises:
+      DataError: as `with_valid`.
+    """
+    if "test" in splits:
+        return dict(splits)
+    train = splits["train"]
+    test = _hold_out(
+        labels_of(train),
+        TEST_FRACTION,
+        0,
+        groups_of(train),
+        "the test; give test/*",
+        further="valid" not in splits,
+    )
+    return _divided(splits, test, "test")
+
+
+def _hold_out(
+    labels: np.ndarray,
+    fraction: float,
+    seed: int,
+    groups: np.ndarray | None,
+    purpose: str,
+    further: bool = False,
+) -> np.ndarray:
+    """The numbers of the examples to set aside, in ascending order."""
+    if groups is not None:
+        chosen = hold_out_groups(labels, groups, fraction, seed=seed, further=further)
+        if len(chosen) == 0:
+            count = len(np.unique(groups))
+            why = "every group has a label of its own" if count > 1 else "there is a single group"
+            raise DataError(
+                f"train/group: {why} ({count} group{'s' * (count > 1)}), so none can be set aside "
+                f"whole for {purpose}"
+            )
+        return chosen
+    _, chosen = stratified_split(labels, [1 - fraction, fraction], seed=seed)
+    if len(chosen) == 0:
+        order = np.random.default_rng(seed).permutation(len(labels))
+        _, first, counts = np.unique(labels[order], return_index=True, return_counts=True)
+        chosen = np.sort(order[first[counts > 1]])
+    if len(chosen) == 0:
+        raise DataError(
+            f"train/label: every class has a single example, so none can be set aside for {purpose}"
+        )
+    return chosen
+
+
+def _divided(splits: Mapping[str, Source], chosen: np.ndarray, name: str) -> dict[str, Source]:
+    """The splits, the chosen examples of train under a name of their own."""
+    source = splits["train"]
+    rest = np.setdiff1d(np.arange(len(source)), chosen)
+    parts = {**splits, "train": Subset(source, rest), name: Subset(source, chosen)}
+    return {split: parts[split] for split in ("train", "valid", "test") if split in parts}
+
+
+_ORDERS = 5  # in which groups are gone through
+_MANY = 2000  # groups, of which one order is enough
+_PASSES = 10
+_SINGLES = 100  # groups that are tried alone where the choices of several will not do
+_SIZE_MATTERS = 4.0  # how much more the number of examples weighs than the classes' shares
+
+
+def stratified_split(
+    labels: np.ndarray, fractions: Sequence[float], *, seed: int
+) -> list[np.ndarray]:
+    """Divides examples into parts, each with its share of every class.
+
+    Args:
+      labels: [N] integers.
+      fractions: of each part; they sum to 1.
+      seed: of the choice.
+
+    Returns:
+      For each part its examples' numbers, in ascending order, int64; together they are 0 .. N - 1
+      without repetition. In a class of n examples each part has its fraction of n to within 1.
+    """
+    rng = np.random.default_rng(seed)
+    bounds = np.cumsum(fractions)[:-1]
+    parts: list[list[np.ndarray]] = [[] for _ in fractions]
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        for part, chosen in zip(
+            parts, np.split(members, np.rint(bounds * len(members)).astype(int)), strict=True
+        ):
+            part.append(chosen)
+    return [np.sort(np.concatenate(chosen)).astype(np.int64) for chosen in parts]
+
+
+def hold_out_groups(
+    labels: np.ndarray, groups: np.ndarray, fraction: float, *, seed: int, further: bool = False
+) -> np.ndarray:
+    """Chooses whole groups whose examples come near a fraction of all, and of every class.
+
+    Groups are taken up, or put back, one by one wherever that brings the share of all examples and
+    the shares of the classes nearer to the fraction; of several orders in which they are gone
+    through, the one that ends nearest counts. No class is taken whole, so every label that is held
+    out occurs in the rest, too.
+
+    Args:
+      labels: [N] integers.
+      groups: [N] integers or strings.
+      fraction: of the examples, between 0 and 1.
+      seed: of the orders.
+      further: whether the rest must be such that groups can be held out of it once more.
+
+    Returns:
+      The examples' numbers in ascending order, int64; at least one group's, or none where each
+      group has a class to itself (or, with `further`, where the rest would be like that).
+    """
+    rng = np.random.default_rng(seed)
+    choice = _GroupChoice(labels, groups, fraction)
+    orders = [rng.permutation(choice.num_groups) for _ in range(_ORDERS)]
+    orders[0] = orders[0][np.argsort(-choice.sizes[orders[0]], kind="stable")]
+    if choice.num_groups > _MANY:  # any order ends near enough
+        del orders[1:]
+    best = sorted(map(choice.improve, orders), key=choice.distance)
+
+    def alone() -> Iterator[list[int]]:
+        single = [[group] for group in orders[0].tolist() if choice.can_spare(group)]
+        yield from sorted(single, key=choice.distance)[:_SINGLES]
+
+    for chosen in itertools.chain(filter(None, best), alone()):
+        held_out = np.isin(choice.group_of, chosen)
+        if not further or _can_hold_out(labels[~held_out], groups[~held_out]):
+            return np.flatnonzero(held_out).astype(np.int64)
+    return np.zeros(0, np.int64)
+
+
+class _GroupChoice:
+    """How far a choice of groups to hold out is from what is wanted, and how to get nearer."""
+
+    def __init__(self, labels: np.ndarray, groups: np.ndarray, fraction: float) -> None:
+        _, class_of = np.unique(labels, return_inverse=True)
+        names, self.group_of = np.unique(groups, return_inverse=True)
+        self.num_groups, self.sizes = len(names), np.bincount(self.group_of)
+        totals = np.bincount(class_of)
+        # Only the pairs that occur: there may be as many groups and as many classes as examples.
+        pairs, counts = np.unique(self.group_of * len(totals) + class_of, return_counts=True)
+        self.parts: list[list[tuple[int, int]]] = [[] for _ in names]
+        for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
+            self.parts[pair // len(totals)].append((pair % len(totals), count))
+        self.totals = totals.tolist()
+        self.wanted = (fraction * totals).tolist()
+        self.wanted_size = fraction * len(labels)
+        # Squared relative errors; each class weighs as much as it has examples.
+        self.weights = (1 / (fraction**2 * totals * len(labels))).tolist()
+        self.size_weight = _SIZE_MATTERS / self.wanted_size**2
+
+    def can_spare(self, group: int, held: Sequence[int] | None = None) -> bool:
+        """Whether the rest keeps every class of the group, with `held` of each class taken out."""
+        return all(
+            self.totals[c] - (held[c] if held is not None else 0) > count
+            for c, count in self.parts[group]
+        )
+
+    def distance(self, chosen: Iterable[int]) -> float:
+        """From the fraction of all examples and of each class; 0 where both are met exactly."""
+        held = [0] * len(self.totals)
+        for group in chosen:
+            for c, count in self.parts[group]:
+                held[c] += count
+        errors = zip(held, self.wanted, self.weights, strict=True)
+        classes = sum((has - wanted) ** 2 * weight for has, wanted, weight in errors)
+        return classes + self.size_weight * (sum(held) - self.wanted_size) ** 2
+
+    def improve(self, order: np.ndarray) -> list[int]:
+        """From none, takes groups up or puts them back while that lessens the distance."""
+        chosen, held, size = set[int](), [0] * len(self.totals), 0
+        for _ in range(_PASSES):
+            changed = False
+            for group in order.tolist():
+                sign = -1 if group in chosen else 1
+                change, gain = sign * int(self.sizes[group]), 0.0
+                for c, count in self.parts[group]:
+                    step = sign * count
+                    gain += step * (2 * (held[c] - self.wanted[c]) + step) * self.weights[c]
+                gain += self.size_weight * change * (2 * (size - self.wanted_size) + change)
+                if gain < -1e-12 and (sign < 0 or self.can_spare(group, held)):
+                    chosen ^= {group}
+                    for c, count in self.parts[group]:
+                        held[c] += sign * count
+                    size, changed = size + change, True
+            if not changed:
+                break
+        return sorted(chosen)
+
+
+def _can_hold_out(labels: np.ndarray, groups: np.ndarray) -> bool:
+    """Whether some group can be spared without losing a class."""
+    choice = _GroupChoice(labels, groups, 0.5)
+    return any(map(choice.can_spare, range(choice.num_groups)))
+
+
+SAMPLED = 36  # examples of a split, evenly spaced; every fifth is one of the EARLIER
+EARLIER = 8  # as many were taken by versions that did not hash the labels
+LABELS = "label/sha256"
+Signature = dict[str, dict[str, Any]]
+
+
+def fingerprint(dataset: Dataset) -> Signature:
+    """`{split: {array: numbers}}`: mean absolute values in some examples, as JSON can hold them.
+
+    Means and not hashes, since decoders and resamplers of another machine may differ in last bits.
+    Labels have no last bits: "label/sha256" is the hash of all of them as int32, where they are
+    known without reading the examples.
+
+    Raises:
+      DataError: an example cannot be read.
+    """
+    found: Signature = {}
+    for split, source in dataset.splits.items():
+        count = len(source)
+        examples = [source[place] for place in _places(count, SAMPLED)]
+        names = sorted(examples[0]) if examples else []
+        found[split] = {name: [_size(example[name]) for example in examples] for name in names}
+        labels = _known_labels(source)
+        if labels is not None:
+            found[split][LABELS] = hashlib.sha256(labels.astype("<i4").tobytes()).hexdigest()
+    return found
+
+
+def first_difference(ours: Signature, theirs: Mapping[str, Any]) -> str:
+    """The first `split/array` in which two signatures differ; empty if they do not.
+
+    `theirs` may be of an earlier version, with fewer examples and without the hash of the labels.
+    """
+    for split, arrays in sorted(ours.items()):
+        before = theirs.get(split, {}) if isinstance(theirs, Mapping) else {}
+        if not isinstance(before, Mapping):
+            return split
+        hashes = arrays.get(LABELS), before.get(LABELS)
+        if None not in hashes and hashes[0] != hashes[1]:
+            return f"{split}/label"
+        for name in sorted((arrays.keys() | before.keys()) - {LABELS}):
+            first, second = arrays.get(name, []), before.get(name, [])
+            earlier = [first[place] for place in _places(len(first), EARLIER)]
+            if not (_close(first, second) or (LABELS not in before and _close(earlier, second))):
+                return f"{split}/{name}"
+    return ""
+
+
+def _places(count: int, most: int) -> list[int]:
+    """Numbers of at most so many examples, evenly spaced, the first and the last among them."""
+    return sorted({i * (count - 1) // (most - 1) for i in range(most)}) if count else []
+
+
+def _close(first: Any, second: Any) -> bool:
+    try:
+        first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return first.shape == second.shape and np.allclose(first, second, rtol=1e-3, atol=1e-6)
+
+
+def _size(value: Any) -> float:
+    """Mean absolute value; of encoded frames, of their bytes."""
+    if isinstance(value, list):
+        value = np.frombuffer(b"".join(value), np.uint8)
+    size = np.mean(np.abs(np.asarray(value, np.float64))) if np.size(value) else 0.0
+    return float(np.nan_to_num(size))
+
+
+# What the class token attends to in one modality. More of it costs time without need in a first
+# model; the user can set a finer patch.
+MAX_TOKENS = {"image": 100, "spectrogram": 100, "video": 200}
+PATCH_SIDES = (
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    10,
+    12,
+    14,
+    16,
+    20,
+    24,
+    28,
+    32,
+    40,
+    48,
+    56,
+    64,
+    96,
+    128,
+    192,
+    256,
+)
+
+
+def infer_patch(info: ModalityInfo) -> tuple[int, ...] | None:
+    """A patch for spectrograms and images (h, w) and videos (1, h, w); None for other kinds.
+
+    The patch is square, of the smallest side that keeps to `MAX_TOKENS`, or of one up to
+    twice as large if less of the array is cut off at the edges. A side of the array shorter than
+    the patch is one patch. Spectrograms are cut after their axes are swapped, so a spectrogram's
+    patch is (time, frequency).
+    """
+    if info.kind not in MAX_TOKENS:
+        return None
+    frames = info.shape[0] if info.kind == "video" else 1
+    height, width = info.shape[-3:-1]
+    if info.kind == "spectrogram":
+        height, width = width, height
+
+    def patch(side: int) -> tuple[int, int]:
+        return min(side, height), min(side, width)
+
+    def count(side: int) -> int:
+        h, w = patch(side)
+        return frames * (height // h) * (width // w)
+
+    def cut_off(side: int) -> int:
+        h, w = patch(side)
+        return height * width - (height // h * h) * (width // w * w)
+
+    largest = max(height, width)
+    candidates = [*(side for side in PATCH_SIDES if side < largest), largest]
+    few = [side for side in candidates if count(side) <= MAX_TOKENS[info.kind]] or [largest]
+    chosen = patch(min((side for side in few if side <= 2 * few[0]), key=cut_off))
+    return (1, *chosen) if info.kind == "video" else chosen
+
+
+def infer_encoders(
+    modalities: Mapping[str, ModalityInfo], overrides: Mapping[str, Any] | None = None
+) -> dict[str, dict[str, Any]]:
+    """A spec for `config.model.encoders` for every modality.
+
+    Args:
+      modalities: what the data set holds.
+      overrides: {modality: {field: value}}; a field that is given and not None wins.
+
+    Returns:
+      {modality: {"kind": ..., and where they apply "patch", "vocab_size", "mean", "std"}}.
+
+    Raises:
+      ConfigError: an override names a modality that is not there, or a kind that the arrays as
+        loaded do not fit.
+    """
+    overrides = {} if overrides is None else overrides
+    for name in overrides:
+        if name not in modalities:
+            raise ConfigError(
+                f"model.encoders.{name}: the data have no such modality; "
+                f"there are {', '.join(sorted(modalities))}"
+            )
+    encoders = {}
+    for name, info in sorted(modalities.items()):
+        given = {
+            field: value
+            for field, value in dict(overrides.get(name) or {}).items()
+            if value is not None
+        }
+        kind = given.get("kind", info.kind)
+        if kind != info.kind:
+            try:
+                info = ModalityInfo(
+                    name, kind, info.shape, info.dtype, mean=info.mean, std=info.std
+                )
+            except DataError as error:
+                raise ConfigError(f"model.encoders.{name}.kind: {error}") from None
+        spec = {
+            "kind": kind,
+            "patch": infer_patch(info),
+            "vocab_size": info.vocab_size,
+            "mean": info.mean,
+            "std": info.std,
+        }
+        encoders[name] = {field: v for field, v in spec.items() if v is not None} | given
+    return encoders
+
+
+def infer_model(dataset: Dataset, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Fields of `config.model` for a data set: a small model that trains on a CPU.
+
+    Args:
+      dataset: its modalities and number of classes are used.
+      overrides: {field: value}; a field that is given and not None wins (`num_classes` if not 0),
+        and `encoders` is completed as in `infer_encoders`.
+
+    Returns:
+      The overrides with `num_classes`, `dim`, `depth`, `num_heads` and `encoders` set.
+
+    Raises:
+      ConfigError: as in `infer_encoders`, or `num_classes` is less than the data need.
+    """
+    given = {} if overrides is None else dict(overrides.items())
+    given = {name: value for name, value in given.items() if value is not None}
+    model = {"dim": 64, "depth": 2, "num_heads": 4} | given
+    model["num_classes"] = given.get("num_classes") or dataset.num_classes
+    if model["num_classes"] < dataset.num_classes:
+        raise ConfigError(
+            f"model.num_classes: {model['num_classes']}; the data have {dataset.num_classes}"
+        )
+    model["encoders"] = infer_encoders(dataset.modalities, given.get("encoders"))
+    return model
+
+
+def num_tokens(info: ModalityInfo, patch: tuple[int, ...] | None) -> int:
+    """Tokens of one example after patching, without the class token."""
+    if info.kind == "vector":
+        return 1
+    if info.kind in ("sequence", "tokens"):
+        return info.shape[0]
+    grid = info.shape[:-1]
+    if info.kind == "spectrogram":
+        grid = grid[::-1]
+    return math.prod(side // size for side, size in zip(grid, patch or (), strict=True))
