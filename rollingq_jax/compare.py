@@ -8,6 +8,7 @@ Leaves `selection.json` (before any test set is read), `results.json`, `results.
 the same table. More seeds or arms can be added by naming them in another call.
 """
 
+import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,10 +19,12 @@ from ml_collections import ConfigDict
 
 from rollingq_jax.analysis.probes import NOISE_LEVELS
 from rollingq_jax.comparison import results as numbers
-from rollingq_jax.comparison.arms import ARMS, FORM, Overrides, parse_arms, resets
-from rollingq_jax.comparison.pictures import write_pictures
 from rollingq_jax.comparison.runs import (
+    ARMS,
+    FORM,
+    Overrides,
     Plan,
+    Progress,
     answers_of,
     check_same,
     claim,
@@ -29,9 +32,12 @@ from rollingq_jax.comparison.runs import (
     dataset_of,
     make_plan,
     noise_of,
+    parse_arms,
+    resets,
+    run_tests,
+    search_line,
+    tune_arms,
 )
-from rollingq_jax.comparison.selection import search_line
-from rollingq_jax.comparison.stages import Progress, run_tests, tune_arms
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.train.cli import Command, integer, run_command, switch, text
 from rollingq_jax.train.config import check_config
@@ -64,7 +70,7 @@ def compare(
       config: the configuration that the arms change. `config.compare` says what each arm
         is tuned with, on seeds that count from `config.seed`.
       workdir: the comparison's folder.
-      arms: as `comparison.arms.parse_arms` reads them, or name -> changed fields.
+      arms: as `comparison.runs.parse_arms` reads them, or name -> changed fields.
       num_seeds: of each arm.
       reference: the arm that the others are compared with, seed by seed; by default attention,
         or the first arm where that is none.
@@ -82,41 +88,33 @@ def compare(
       NonFiniteError: with the chosen setting, a loss or gradient was NaN or infinite.
       Interrupted: the same call goes on from where this one stopped.
     """
-    if interruption is None:
-        with Interruption() as interruption:
-            return compare(
-                config,
-                workdir,
-                arms=arms,
-                num_seeds=num_seeds,
-                reference=reference,
-                noise=noise,
-                first_seed=first_seed,
-                allow_reuse=allow_reuse,
-                interruption=interruption,
+    with contextlib.ExitStack() as stack:
+        if interruption is None:
+            interruption = stack.enter_context(Interruption())
+        check_config(config)
+        if jax.process_count() > 1:
+            raise ConfigError(f"compare runs in {jax.process_count()} processes; allowed: one")
+        if not 1 <= num_seeds <= MOST_SEEDS:
+            raise ConfigError(
+                f"--seeds is {num_seeds}; allowed: an integer >= 1 and at most {MOST_SEEDS:,}"
             )
-    check_config(config)
-    if jax.process_count() > 1:
-        raise ConfigError(f"compare runs in {jax.process_count()} processes; allowed: one")
-    if not 1 <= num_seeds <= MOST_SEEDS:
-        raise ConfigError(
-            f"--seeds is {num_seeds}; allowed: an integer >= 1 and at most {MOST_SEEDS:,}"
+        folder = check_workdir(workdir)
+        dataset = dataset_of(config)
+        if isinstance(arms, str):
+            arms = parse_arms(arms, tuple(sorted(dataset.modalities)))
+        plan = make_plan(
+            config, arms, num_seeds, folder, dataset, first_seed=first_seed, allow_reuse=allow_reuse
         )
-    folder = check_workdir(workdir)
-    dataset = dataset_of(config)
-    if isinstance(arms, str):
-        arms = parse_arms(arms, tuple(sorted(dataset.modalities)))
-    plan = make_plan(
-        config, arms, num_seeds, folder, dataset, first_seed=first_seed, allow_reuse=allow_reuse
-    )
-    reference = reference or ("attention" if "attention" in arms else next(iter(arms)))
-    if reference not in arms:
-        raise ConfigError(f"--reference is {reference!r}; allowed: {', '.join(arms)}")
-    check_same(plan, dataset)
-    folder.mkdir(parents=True, exist_ok=True)
-    for line in resets(config, arms):
-        print(line)
-    with locked(folder), compiled_programs(folder / "compiled"), Progress(plan) as progress:
+        reference = reference or ("attention" if "attention" in arms else next(iter(arms)))
+        if reference not in arms:
+            raise ConfigError(f"--reference is {reference!r}; allowed: {', '.join(arms)}")
+        check_same(plan, dataset)
+        folder.mkdir(parents=True, exist_ok=True)
+        for line in resets(config, arms):
+            print(line)
+        stack.enter_context(locked(folder))
+        stack.enter_context(compiled_programs(folder / "compiled"))
+        progress = stack.enter_context(Progress(plan))
         claim(plan, dataset)
         selection = tune_arms(plan, interruption, progress)
         records = run_tests(plan, selection, interruption, progress)
@@ -174,7 +172,7 @@ def show(plan: Plan, result: dict[str, Any], noise: bool) -> None:
     if noise:
         points = {a: [noise_of(f, NOISE_LEVELS) for f in folders(a)] for a in plan.arms}
         write_json(plan.folder / "noise.json", points)
-    write_pictures(plan.folder, result, rows, samples, points)
+    numbers.write_pictures(plan.folder, result, rows, samples, points)
 
 
 def summary_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -12,8 +12,7 @@ from ml_collections import ConfigDict
 from rollingq_jax import compare
 from rollingq_jax.analysis.predictions import Predictions
 from rollingq_jax.baselines.build import build_baseline
-from rollingq_jax.comparison import arms as naming
-from rollingq_jax.comparison import results, runs, selection
+from rollingq_jax.comparison import results, runs
 from rollingq_jax.data.corruption import parse_corruptions
 from rollingq_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from rollingq_jax.models.spec import ModelSpec
@@ -288,23 +287,23 @@ FUSIONS = ("concat", "attention", "rollingq", "sum", "film", "gated", "mbt", "mb
 
 def test_arms_keep_what_the_configuration_sets(config_file, tmp_path, fake, capsys):
     """A loss for each modality and no limit on rotations, in every fusion; resets are told."""
-    arms = naming.parse_arms(",".join((*FUSIONS, "ogm", "audio")), ("audio", "visual"))
+    arms = runs.parse_arms(",".join((*FUSIONS, "ogm", "audio")), ("audio", "visual"))
     config = default_config()
     config.baseline.name = "joint"
     config.rolling.max_rotations = None
     config.rolling.check_every = 8
-    made = {name: naming.with_fields(config, fields, name) for name, fields in arms.items()}
+    made = {name: runs.with_fields(config, fields, name) for name, fields in arms.items()}
     names = {name: one.baseline.name for name, one in made.items()}
     assert names == dict.fromkeys(FUSIONS, "joint") | {"ogm": "ogm", "audio": ""}
     assert {(one.rolling.max_rotations, one.rolling.check_every) for one in made.values()} == {
         (None, 8)
     }
-    assert naming.resets(config, arms) == [
+    assert runs.resets(config, arms) == [
         "arm ogm: config.baseline.name is 'ogm' and not 'joint'",
         "arm audio: config.baseline.name is '' and not 'joint'",
     ]
     config.baseline.name = ""
-    assert naming.resets(config, arms) == []
+    assert runs.resets(config, arms) == []
     more = ("--arms", "attention,x=attention:baseline.name=:rolling.rho=2.0", "--seeds", "1")
     assert run(config_file, tmp_path / "out", "--config.baseline.name=joint", *more) == 0
     told = capsys.readouterr().out
@@ -316,9 +315,9 @@ def test_arms_keep_what_the_configuration_sets(config_file, tmp_path, fake, caps
 def test_controls_are_arms(config_file):
     """Even attention, one rotation, rotations at epochs' ends, and noise that is fresh."""
     text = "uniform,rollingq-once,rollingq-epoch,uniform-fresh,attention-fresh,rollingq-fresh"
-    arms = naming.parse_arms(text, ("audio", "visual"))
+    arms = runs.parse_arms(text, ("audio", "visual"))
     config = read_python(str(ROOT / "configs" / "av_digits.py"))
-    made = {name: naming.with_fields(config, fields, name) for name, fields in arms.items()}
+    made = {name: runs.with_fields(config, fields, name) for name, fields in arms.items()}
     for one in made.values():
         check_config(one)
         assert one.model.fusion == "attention" and one.baseline.name == "joint"
@@ -363,20 +362,20 @@ def test_a_comparison_of_an_older_version_goes_on_where_its_arms_are_the_same(
 
 
 def test_arms_are_named_changes_of_the_configuration():
-    parsed = naming.parse_arms(
+    parsed = runs.parse_arms(
         "audio, wide=rollingq:model.dim=128:rolling.method=svd,"
         "p=config:model.encoders.audio.patch=(4,8):rolling.joint=true",
         ("audio", "visual"),
     )
     assert parsed["audio"]["model.modality"] == "audio"
     assert parsed["audio"]["model.fusion"] == "unimodal"
-    assert parsed["wide"] == naming.ARMS["rollingq"] | {"model.dim": 128, "rolling.method": "svd"}
+    assert parsed["wide"] == runs.ARMS["rollingq"] | {"model.dim": 128, "rolling.method": "svd"}
     assert parsed["p"] == {"model.encoders.audio.patch": (4, 8), "rolling.joint": True}
     config = default_config()
-    changed = naming.with_fields(config, parsed["wide"], "here")
+    changed = runs.with_fields(config, parsed["wide"], "here")
     assert changed.model.dim == 128 and config.model.dim == 64
-    one = naming.with_fields(config, parsed["audio"], "here")
-    back = naming.with_fields(one, naming.ARMS["sum"], "here")
+    one = runs.with_fields(config, parsed["audio"], "here")
+    back = runs.with_fields(one, runs.ARMS["sum"], "here")
     assert one.model.modality == "audio" and back.model.modality is None
 
 
@@ -391,7 +390,7 @@ def test_the_documentation_has_every_ablation():
     fields = {
         field
         for arms, _ in COMMANDS
-        for changes in naming.parse_arms(arms, ("audio", "visual")).values()
+        for changes in runs.parse_arms(arms, ("audio", "visual")).values()
         for field in changes
     }
     assert fields >= {
@@ -403,10 +402,10 @@ def test_the_documentation_has_every_ablation():
 
 @pytest.mark.parametrize(("arms", "reference"), COMMANDS, ids=lambda text: text[:30])
 def test_the_ablations_of_the_documentation_are_arms(arms, reference):
-    parsed = naming.parse_arms(arms, ("audio", "visual"))
+    parsed = runs.parse_arms(arms, ("audio", "visual"))
     assert (reference or "attention") in parsed and len(parsed) > 2
     for name, fields in parsed.items():
-        changed = naming.with_fields(
+        changed = runs.with_fields(
             read_python(str(ROOT / "configs" / "av_digits.py")), fields, name
         )
         check_config(changed)
@@ -419,20 +418,20 @@ def test_the_ablations_of_the_documentation_are_arms(arms, reference):
 
 def test_settings_are_all_combinations_and_ties_go_to_the_first():
     grid = ConfigDict({"optimizer": {"learning_rate": (0.1, 0.2)}, "rolling": {"rho": (1.0, 4.0)}})
-    settings = selection.settings_of(grid)
+    settings = runs.settings_of(grid)
     assert settings[1] == {"optimizer.learning_rate": 0.1, "rolling.rho": 4.0}
-    assert len(settings) == 4 and selection.settings_of(ConfigDict()) == [{}]
-    assert selection.choose([[0.5, 0.75], [0.75, 0.5], [0.9, None]]) == 0
-    assert selection.choose([[None], [None]]) is None
+    assert len(settings) == 4 and runs.settings_of(ConfigDict()) == [{}]
+    assert runs.choose([[0.5, 0.75], [0.75, 0.5], [0.9, None]]) == 0
+    assert runs.choose([[None], [None]]) is None
     with pytest.raises(ConfigError, match="grid.rolling.rho is 1.0"):
-        selection.settings_of(ConfigDict({"rolling": {"rho": 1.0}}))
+        runs.settings_of(ConfigDict({"rolling": {"rho": 1.0}}))
 
 
 def test_damaged_files_are_named(tmp_path):
     path = tmp_path / "selection.json"
     path.write_text("[1")
     with pytest.raises(CheckpointError, match="selection.json is damaged"):
-        selection.read_json(path)
+        runs.read_json(path)
 
 
 def table_with(differences):

@@ -1,21 +1,39 @@
-"""The runs of a comparison: where they lie, training one, and reading back what it left."""
+"""The runs of a comparison: its arms and settings, where runs lie, and the two stages of training.
 
+Settings are chosen on validation data, before any test set is read; then every arm is trained and
+tested on every seed.
+"""
+
+import ast
 import contextlib
+import copy
+import itertools
+import json
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from rollingq_jax.analysis import predictions, probes
-from rollingq_jax.comparison.arms import Overrides, check_name, with_fields
-from rollingq_jax.comparison.selection import Setting, read_json, setting_name, settings_of
+from rollingq_jax.comparison.results import Run, run_record
 from rollingq_jax.data.dataset import Dataset, fingerprint, first_difference
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.errors import CheckpointError, ConfigError, NonFiniteError
-from rollingq_jax.train.config import check_config, differing_fields, flatten, from_json
+from rollingq_jax.train.config import (
+    allowed_in,
+    check_config,
+    default_config,
+    differing_fields,
+    flatten,
+    from_json,
+)
 from rollingq_jax.train.interrupt import Interruption
 from rollingq_jax.train.loop import train_and_evaluate
 from rollingq_jax.train.restore import load_run
@@ -24,6 +42,282 @@ from rollingq_jax.train.summary import read_summary
 from rollingq_jax.train.writer import write_json
 
 MOST_SEED = 2**32 - 1
+
+Overrides = dict[str, Any]
+Setting = dict[str, Any]
+
+# An arm changes what it names and nothing else: a method of `config.baseline` stays, so that each
+# fusion is compared with the losses that the configuration asks for.
+PLAIN = {"rolling.enabled": False, "model.modality": None}
+STATIC = PLAIN | {"model.fusion_layers": 1}  # they have no class token that attends
+CONCAT = STATIC | {"model.fusion": "concat"}
+
+ATTENTION = PLAIN | {"model.fusion": "attention"}
+ROLLINGQ = ATTENTION | {"rolling.enabled": True}
+
+# The methods of comparison stand on concat, as the paper has them; on another fusion they are
+# written as NAME=FUSION:baseline.name=METHOD.
+ARMS: dict[str, Overrides] = {
+    "sum": STATIC | {"model.fusion": "sum"},
+    "concat": CONCAT,
+    "film": STATIC | {"model.fusion": "film"},
+    "gated": STATIC | {"model.fusion": "gated"},
+    "attention": ATTENTION,
+    "uniform": ATTENTION | {"model.attention_scale": 0.0},
+    "rollingq": ROLLINGQ,
+    "rollingq-once": ROLLINGQ | {"rolling.max_rotations": 1},
+    "rollingq-epoch": ROLLINGQ | {"rolling.max_rotations": None, "rolling.check_every": 0},
+    "mbt": PLAIN | {"model.fusion": "mbt"},
+    "mbt+rollingq": PLAIN
+    | {"model.fusion": "mbt", "model.mbt_head": "attention", "rolling.enabled": True},
+    "ogm": CONCAT | {"baseline.name": "ogm"},
+    "ogm-ge": CONCAT | {"baseline.name": "ogm_ge"},
+    "pmr": CONCAT | {"baseline.name": "pmr"},
+    "modality_dropout": CONCAT | {"baseline.name": "modality_dropout"},
+    "joint": CONCAT | {"baseline.name": "joint"},
+    "config": {},  # the configuration as it is, to build own arms on
+}
+FRESH_BASES = ("concat", "attention", "uniform", "rollingq")
+FORM = "NAME, or NAME=BASE:FIELD=VALUE:FIELD=VALUE with BASE the name of an arm"
+
+
+def known_arms(modalities: tuple[str, ...]) -> dict[str, Overrides]:
+    """The arms by name, with a unimodal one for each modality."""
+    # No method against imbalance fits one modality, whose loss is its own in any case.
+    alone = STATIC | {"model.fusion": "unimodal", "baseline.name": ""}
+    noise = {"data.corruptions": fresh_noise(modalities)}
+    fresh = {f"{base}-fresh": ARMS[base] | noise for base in FRESH_BASES}
+    return {m: alone | {"model.modality": m} for m in modalities} | ARMS | fresh
+
+
+def fresh_noise(modalities: tuple[str, ...]) -> str:
+    """Light noise in every modality, drawn anew in each epoch of training, so that it is not
+    learned by heart: .5 for audio and .3 else, with up to 3 and 1.5 more in 30 % of the examples.
+    """
+    levels = {m: (0.5, 3.0) if m == "audio" else (0.3, 1.5) for m in modalities}
+    return ", ".join(f"{m}={low}, {m}=0..{high}@0.3" for m, (low, high) in levels.items())
+
+
+def parse_arms(text: str, modalities: tuple[str, ...]) -> dict[str, Overrides]:
+    """Arms from a command line: `"concat,rollingq,fast=rollingq:rolling.beta=0.1"`.
+
+    Args:
+      text: arms with commas between; each a name, or `NAME=BASE:FIELD=VALUE...`, an arm `BASE`
+        with fields of the configuration changed.
+      modalities: of the data; each names the arm that sees it alone.
+
+    Returns:
+      Name -> fields of the configuration and their values.
+
+    Raises:
+      ConfigError: an arm is unknown, named twice or malformed; says which.
+    """
+    known, arms = known_arms(modalities), {}
+    for item in _parts(text, ","):
+        name, equals, rest = item.partition("=")
+        base, *changes = _parts(rest, ":") if equals else (name,)
+        check_name(name)
+        if name in arms:
+            raise ConfigError(f"--arms: {name!r} is there twice; allowed: once")
+        if base not in known:
+            raise ConfigError(f"--arms: {base!r} is no arm; allowed: {', '.join(known)}")
+        arms[name] = known[base] | dict(_change(item, change) for change in changes)
+    return arms
+
+
+def check_name(name: str) -> None:
+    """An arm's name can be that of a folder.
+
+    Raises:
+      ConfigError: it cannot.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,60}", name):
+        raise ConfigError(
+            f"an arm has the name {name!r}; allowed: letters, digits, and _ . + - after the first"
+        )
+
+
+def _change(item: str, text: str) -> tuple[str, Any]:
+    field, equals, value = text.partition("=")
+    if not equals or not field:
+        raise ConfigError(f"--arms: {item!r} has the part {text!r}; allowed: FIELD=VALUE")
+    return field.removeprefix("config."), read_value(value)
+
+
+def read_value(text: str) -> Any:
+    """A value as Python writes it (`0.5`, `(8, 8)`, `true` too), else the text itself."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError):  # TypeError: a dict with an unhashable key
+        return text
+
+
+def _parts(text: str, mark: str) -> Iterator[str]:
+    """The text between marks that are outside brackets, stripped; at least one part."""
+    depth, start = 0, 0
+    for place, letter in enumerate(text):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == mark and depth == 0:
+            yield text[start:place].strip()
+            start = place + 1
+    yield text[start:].strip()
+
+
+def resets(config: ConfigDict, arms: Mapping[str, Overrides]) -> list[str]:
+    """A line for each field in which an arm has another value than the configuration's own.
+
+    Own are values that differ from `default_config()`. What an arm is by its name, the fusion and
+    whether it rolls, is not told.
+    """
+    ours, defaults = flatten(config), flatten(default_config())
+    return [
+        f"arm {arm}: config.{field} is {value!r} and not {ours[field]!r}"
+        for arm, fields in arms.items()
+        for field, value in fields.items()
+        if field not in ("model.fusion", "rolling.enabled")
+        and field in ours
+        and ours[field] not in (value, defaults.get(field))
+    ]
+
+
+def with_fields(config: ConfigDict, fields: Mapping[str, Any], where: str) -> ConfigDict:
+    """A copy of the configuration with some fields changed.
+
+    Args:
+      config: a whole configuration.
+      fields: `{"rolling.beta": 0.1}`.
+      where: what asks for it, for messages.
+
+    Raises:
+      ConfigError: there is no such field, or the value has another type.
+    """
+    changed = copy.deepcopy(config)
+    for field, value in fields.items():
+        section, _, name = field.rpartition(".")
+        node: Any = changed
+        for part in section.split(".") if section else ():
+            node = node[part] if isinstance(node, ConfigDict) and part in node else None
+        if not isinstance(node, ConfigDict) or name not in node:
+            there = ", ".join(sorted(node.keys())) if isinstance(node, ConfigDict) else "no fields"
+            raise ConfigError(f"{where}: config.{field} is not a field; allowed there: {there}")
+        try:
+            if value is None:
+                with changed.ignore_type():
+                    node[name] = None
+            else:
+                node[name] = value
+        except TypeError:
+            allowed = allowed_in(field, config)
+            raise ConfigError(f"{where}: config.{field} is {value!r}; allowed: {allowed}") from None
+    return changed
+
+
+def settings_of(grid: Any) -> list[Setting]:
+    """Every combination of the grid's values, `{"optimizer.learning_rate": 0.02}`.
+
+    Args:
+      grid: `config.compare.grid`: fields of the configuration, nested as there, each with a tuple
+        of values. Empty: one setting that changes nothing.
+
+    Raises:
+      ConfigError: a field has something else than values.
+    """
+    fields = flatten(grid)
+    for field, values in fields.items():
+        if not isinstance(values, tuple) or not values:
+            raise ConfigError(
+                f"config.compare.grid.{field} is {values!r}; allowed: a tuple of values to try"
+            )
+    return [
+        dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())
+    ]
+
+
+def setting_name(number: int, setting: Setting) -> str:
+    """Name of its folder."""
+    if not setting:
+        return "fixed"
+    text = ",".join(f"{field.rpartition('.')[2]}={value}" for field, value in setting.items())
+    return f"{number}-" + re.sub(r"[^\w.+=,-]", "_", text)[:80]
+
+
+def choose(accuracies: Sequence[Sequence[float | None]]) -> int | None:
+    """Number of the setting with the best mean validation accuracy, the first of equals.
+
+    A setting in which a run failed (None) is out; None if all are.
+    """
+    means = [
+        -math.inf if any(a is None for a in row) else float(np.mean([float(a or 0) for a in row]))
+        for row in accuracies
+    ]
+    best = int(np.argmax(means))
+    return None if means[best] == -math.inf else best
+
+
+def selected(
+    settings: Sequence[Setting],
+    seeds: Sequence[int],
+    accuracies: Sequence[Sequence[float | None]],
+    arm: str,
+) -> dict[str, Any]:
+    """An arm's entry in `selection.json`.
+
+    Args:
+      settings: all that were tried.
+      seeds: on which.
+      accuracies: best validation accuracy of each setting and seed; None where training failed.
+      arm: name, for the message.
+
+    Raises:
+      ConfigError: no setting could be trained with.
+    """
+    best = choose(accuracies)
+    if best is None:
+        raise ConfigError(
+            f"arm {arm!r}: loss or gradient is NaN or infinite with every setting of "
+            "config.compare.grid; allowed: a grid with a setting that trains"
+        )
+    tried = [
+        {"setting": setting, "validation_accuracy": list(row)}
+        for setting, row in zip(settings, accuracies, strict=True)
+    ]
+    return {
+        "chosen": best,
+        "setting": settings[best],
+        "settings_tried": len(settings),
+        "runs": len(settings) * len(seeds),
+        "seeds": list(seeds),
+        "tried": tried,
+    }
+
+
+def fixed(setting: Setting) -> dict[str, Any]:
+    """The entry where there is nothing to choose."""
+    return {
+        "chosen": 0,
+        "setting": setting,
+        "settings_tried": 0,
+        "runs": 0,
+        "seeds": [],
+        "tried": [],
+    }
+
+
+def search_line(selection: Mapping[str, Any]) -> str:
+    """How much was tried before the tests, arm by arm: `{arm: entry}` of `selection.json`."""
+    counts = {arm: len(entry["tried"]) for arm, entry in selection.items()}
+    seeds = sorted({seed for entry in selection.values() for seed in entry["seeds"]})
+    if not seeds:
+        return "No settings were searched: each arm ran with those of the configuration."
+    runs = sum(len(entry["tried"]) * len(entry["seeds"]) for entry in selection.values())
+    each = sorted(set(counts.values()))
+    words = str(each[0]) if len(each) == 1 else ", ".join(f"{a} {n}" for a, n in counts.items())
+    return (
+        f"Settings tried for each arm: {words}, on validation data of seeds "
+        f"{', '.join(map(str, seeds))}; {runs} runs in all."
+    )
 
 
 class Plan(NamedTuple):
@@ -201,6 +495,85 @@ def claim(plan: Plan, dataset: Dataset) -> None:
     write_json(plan.folder / "comparison.json", content)
 
 
+class Progress:
+    """A bar over runs, and a line for each that has ended. A context manager."""
+
+    def __init__(self, plan: Plan) -> None:
+        tuning = len(plan.settings) * len(plan.tune_seeds)
+        self.total = len(plan.arms) * (tuning + len(plan.seeds))
+        self.done = 0
+
+    def __enter__(self) -> "Progress":
+        self._bar = tqdm(total=self.total, unit="run", disable=None, dynamic_ncols=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def begin(self, text: str) -> None:
+        """A run is under way."""
+        self._bar.set_postfix_str(text)
+
+    def end(self, text: str, runs: int = 1) -> None:
+        """Runs have ended."""
+        self.done += runs
+        self._bar.update(runs)
+        tqdm.write(f"{self.done}/{self.total}  {text}")
+
+
+def tune_arms(plan: Plan, interruption: Interruption, progress: Progress) -> dict[str, Any]:
+    """Chooses each arm's setting on validation data and writes `selection.json`.
+
+    An arm that has its setting already keeps it.
+
+    Returns:
+      Arm -> its entry (`selection.selected`).
+    """
+    path = plan.folder / "selection.json"
+    selection = dict(read_json(path) or {})
+    for arm in plan.arms:
+        if arm in selection:
+            runs = len(plan.settings) * len(plan.tune_seeds)
+            if runs:
+                progress.end(f"{arm}: has its setting already", runs)
+            continue
+        accuracies: list[list[float | None]] = [[] for _ in plan.settings]
+        for seed in plan.tune_seeds:
+            for number, setting in enumerate(plan.settings):
+                words = ", ".join(f"{field}={value}" for field, value in setting.items())
+                progress.begin(f"{arm}, {words}, seed {seed}")
+                found = tuned_accuracy(plan, arm, number, seed, interruption)
+                accuracies[number].append(found)
+                what = "not finite" if found is None else f"validation accuracy {found:.3f}"
+                progress.end(f"{arm}, {words}, seed {seed}: {what}")
+        if plan.tune_seeds:
+            selection[arm] = selected(plan.settings, plan.tune_seeds, accuracies, arm)
+        else:
+            selection[arm] = fixed(plan.settings[0])
+    write_json(path, selection)
+    return selection
+
+
+def run_tests(
+    plan: Plan, selection: Mapping[str, Any], interruption: Interruption, progress: Progress
+) -> list[Run]:
+    """Every arm and seed with the chosen setting, seed by seed, so that pairs come together.
+
+    Returns:
+      A record of each run, arm by arm.
+    """
+    records = []
+    for seed in plan.seeds:
+        for arm in plan.arms:
+            number = selection[arm]["chosen"]
+            progress.begin(f"{arm}, seed {seed}")
+            summary = tested_summary(plan, arm, number, seed, interruption)
+            records.append(run_record(arm, seed, plan.settings[number], summary))
+            progress.end(f"{arm}, seed {seed}: test accuracy {summary['test_accuracy']:.3f}")
+    order = list(plan.arms)
+    return sorted(records, key=lambda run: (order.index(run["arm"]), run["seed"]))
+
+
 def tuned_accuracy(
     plan: Plan, arm: str, number: int, seed: int, interruption: Interruption
 ) -> float | None:
@@ -290,3 +663,20 @@ def compiled_programs(folder: epath.Path) -> Iterator[None]:
     finally:
         jax.config.update(name, before)
         jax_cache.reset_cache()
+
+
+def read_json(path: epath.Path) -> Any:
+    """The content of a JSON file; None where there is none.
+
+    Raises:
+      CheckpointError: it is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} is damaged; allowed: a JSON object, or no file")
+    return content

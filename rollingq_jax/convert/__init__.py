@@ -7,9 +7,15 @@ Example:
   {'audio': (2, 257, 188, 1), 'visual': (2, 1, 224, 224, 3)}
 """
 
-from rollingq_jax.convert.architecture import upstream_batch, upstream_model, upstream_shapes
 from rollingq_jax.convert.files import load_state_dict
-from rollingq_jax.convert.upstream import dropped_tensors, from_upstream, to_upstream
+from rollingq_jax.convert.upstream import (
+    dropped_tensors,
+    from_upstream,
+    to_upstream,
+    upstream_batch,
+    upstream_model,
+    upstream_shapes,
+)
 from rollingq_jax.convert.vit import VitReport, load_vit, patch_grids
 
 __all__ = [

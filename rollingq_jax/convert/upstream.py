@@ -1,4 +1,8 @@
-"""Upstream's state dicts into our parameters, and back.
+"""Upstream's models in ours: its architecture, and its state dicts into our parameters and back.
+
+Upstream's modules are `encoder` (both modalities in one), `a_head` and `v_head` (the probes), and
+`fusion_module`; its encoder calls the visual modality "video". One table of tensors serves both
+directions of the conversion.
 
 Upstream applies its rotation to row vectors as `q R^T`, which is our `R q`: the stored matrix is
 ours as it stands. Upstream itself forgets a stored rotation on reload, because its counter `r_time`
@@ -6,25 +10,174 @@ is not part of the state dict; here it is always returned, and applied where it 
 """
 
 import logging
+import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax import Array
 
-from rollingq_jax.convert.detect import detect, detect_in_params
-from rollingq_jax.convert.names import LAYOUTS, Arm, Tensor, dead_names, tensors
-from rollingq_jax.errors import DataError, UserError
+from rollingq_jax.errors import ConfigError, DataError, UserError
+from rollingq_jax.models import build_model
 
-ROTATION = "fusion_module.rotate"
-AUDIO_SHAPES = ((257, 188), (1024, 128))  # CREMA-D, Kinetics-Sounds
-FRAME_TOKENS = 196  # 14 x 14 patches of a 224 x 224 frame
+CREMA_D, KINETICS_SOUNDS = "CREMAD", "KineticSound"
+DATASETS = {
+    "cremad": CREMA_D,
+    "kineticsound": KINETICS_SOUNDS,
+    "kineticssounds": KINETICS_SOUNDS,
+    "kineticssound": KINETICS_SOUNDS,
+    "ks": KINETICS_SOUNDS,
+}
+NUM_CLASSES = {CREMA_D: 6, KINETICS_SOUNDS: 31}
+SPECTROGRAMS = {CREMA_D: (257, 188), KINETICS_SOUNDS: (1024, 128)}
 PATCH_SIZE = 16
+FRAME_SIZE = 224  # in pixels
+FRAME_TOKENS = (FRAME_SIZE // PATCH_SIZE) ** 2
+MODALITIES = ("audio", "visual")
+UNIMODAL = {"uni_A": "audio", "audio": "audio", "uni_V": "visual", "visual": "visual"}
+STATIC = ("sum", "concat", "film", "gated")
+MBT_HEADS = ("attention", "concat", "sum")
+ENCODERS = {
+    "audio": {"kind": "spectrogram", "patch": (PATCH_SIZE, PATCH_SIZE)},
+    "visual": {"kind": "video", "patch": (1, PATCH_SIZE, PATCH_SIZE)},
+}
+FIXED = {  # what upstream's arguments do not reach
+    "num_heads": 12,
+    "fusion_heads": 1,
+    "mlp_ratio": 4.0,
+    "mbt_tokens": 4,
+    "dropout": 0.2,
+    "encoder_dropout": 0.0,
+    "gelu": "exact",
+}
+ROTATION = "fusion_module.rotate"
+STREAM = {"audio": "audio", "visual": "video"}  # inside upstream's encoder
+LETTER = {"audio": "a", "visual": "v"}  # of upstream's probe heads
+OPERAND = {"audio": "x", "visual": "y"}  # of upstream's fusion modules
+KERNELS = {  # upstream's patch kernels: channel first
+    "audio": (1, PATCH_SIZE, PATCH_SIZE),
+    "visual": (3, 1, PATCH_SIZE, PATCH_SIZE),
+}
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
+
+Path = tuple[str, ...]
+Template = tuple[int | str, ...]
+
+
+def upstream_model(
+    dataset: str = "CREMAD",
+    fusion_method: str = "attention",
+    backbone: str = "vit",
+    edim: int = 768,
+    depth: int = 4,
+    multi_depth: int = 0,
+    use_video_frames: int = 3,
+    n_classes: int | None = None,
+) -> Any:
+    """The model that upstream builds for these arguments, which are upstream's own.
+
+    Encoders with 12 heads, 16 x 16 patches, exact GELU; bottleneck layers and fusion attention with
+    one head; dropout 0.2 in the fusion and none in the encoders.
+
+    Args:
+      dataset: "CREMAD" or "KineticSound" (also "CREMA-D", "KS", "Kinetics-Sounds").
+      fusion_method: "attention", "sum", "concat", "film", "gated", or for one modality alone
+        "uni_A" ("audio") or "uni_V" ("visual"). FiLM and gated are in upstream's modules, but its
+        command line cannot reach them.
+      backbone: "vit" or "mbt".
+      edim: the model's width; a multiple of 12.
+      depth: layers of each encoder, the bottleneck layers not counted.
+      multi_depth: bottleneck layers; upstream sets it to 0 unless `backbone` is "mbt".
+      use_video_frames: frames of a video; see `upstream_shapes`.
+      n_classes: by default the data set's: 6, or 31.
+
+    Raises:
+      ConfigError: an argument has no meaning for upstream.
+
+    Example:
+      >>> upstream_model(fusion_method="concat", edim=24).spec.fusion
+      'concat'
+    """
+    dataset = _dataset(dataset)
+    if use_video_frames < 1:
+        raise ConfigError(f"use_video_frames is {use_video_frames}; allowed: 1 or more")
+    if backbone not in ("vit", "mbt"):
+        raise ConfigError(f"backbone is {backbone!r}; allowed: vit, mbt")
+    if fusion_method not in ("attention", *STATIC, *UNIMODAL):
+        allowed = ", ".join(("attention", *STATIC, *UNIMODAL))
+        raise ConfigError(f"fusion_method is {fusion_method!r}; allowed: {allowed}")
+    config: dict[str, Any] = {
+        "fusion": fusion_method,
+        "num_classes": NUM_CLASSES[dataset] if n_classes is None else n_classes,
+        "dim": edim,
+        "depth": depth,
+        "encoders": ENCODERS,
+        **FIXED,
+    }
+    if fusion_method in UNIMODAL:
+        config |= {"fusion": "unimodal", "modality": UNIMODAL[fusion_method]}
+    elif backbone == "mbt" and multi_depth:
+        if fusion_method not in MBT_HEADS:
+            allowed = ", ".join(MBT_HEADS)
+            raise ConfigError(
+                f"fusion_method is {fusion_method!r}; allowed with bottleneck layers: {allowed}"
+            )
+        config |= {"fusion": "mbt", "mbt_layers": multi_depth, "mbt_head": fusion_method}
+    return build_model(config)
+
+
+def upstream_shapes(
+    dataset: str = "CREMAD", use_video_frames: int = 3
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of one example in our layout: `{"audio": (F, T, 1), "visual": (frames, H, W, 3)}`.
+
+    Raises:
+      ConfigError: an unknown data set.
+
+    Example:
+      >>> upstream_shapes("KineticSound")
+      {'audio': (1024, 128, 1), 'visual': (3, 224, 224, 3)}
+    """
+    return {
+        "audio": (*SPECTROGRAMS[_dataset(dataset)], 1),
+        "visual": (use_video_frames, FRAME_SIZE, FRAME_SIZE, 3),
+    }
+
+
+def upstream_batch(audio: Any = None, video: Any = None) -> dict[str, Array]:
+    """Upstream's arrays in our layout, channels last; one that is None (unimodal) is left out.
+
+    Args:
+      audio: `[B, F, T]`, the spectrograms as upstream's data sets store them.
+      video: `[B, 3, T, H, W]`.
+
+    Returns:
+      `{"audio": [B, F, T, 1], "visual": [B, T, H, W, 3]}`, float32.
+
+    Raises:
+      DataError: another number of axes, or of channels.
+
+    Example:
+      >>> batch = upstream_batch(jnp.zeros((2, 257, 188)), jnp.zeros((2, 3, 1, 224, 224)))
+      >>> {name: array.shape for name, array in batch.items()}
+      {'audio': (2, 257, 188, 1), 'visual': (2, 1, 224, 224, 3)}
+    """
+    batch = {}
+    if audio is not None:
+        audio = jnp.asarray(audio).astype(jnp.float32)
+        if audio.ndim != 3:
+            raise DataError(f"audio has shape {audio.shape}; allowed: [B, F, T]")
+        batch["audio"] = audio[..., None]
+    if video is not None:
+        video = jnp.asarray(video).astype(jnp.float32)
+        if video.ndim != 5 or video.shape[1] != 3:
+            raise DataError(f"video has shape {video.shape}; allowed: [B, 3, T, H, W]")
+        batch["visual"] = jnp.moveaxis(video, 1, -1)
+    return batch
 
 
 def from_upstream(
@@ -66,7 +219,7 @@ def from_upstream(
       ((1, 12, 12), (12, 1, 12))
     """
     found = _names(state_dict)
-    arm, table, dropped = _select(found, modality)
+    variant, table, dropped = _select(found, modality)
     arrays = {name: _as_float32(name, found[name]) for name in sorted(set(found) - set(dropped))}
     sizes = _sizes(table, arrays)
     leaves = {}
@@ -76,8 +229,8 @@ def from_upstream(
         leaves[tensor.path] = jnp.array(LAYOUTS[tensor.layout].ours(array))
     params = traverse_util.unflatten_dict(leaves)
     if dropped:
-        _log.info("dropped tensors that upstream never uses: %s", ", ".join(dropped))
-    if arm.fusion != "attention":
+        log.info("dropped tensors that upstream never uses: %s", ", ".join(dropped))
+    if variant.fusion != "attention":
         return params, None
     rotation = arrays[ROTATION]
     _check_shape(Tensor(ROTATION, (), "plain", ("d", "d")), rotation.shape, sizes, None)
@@ -115,12 +268,12 @@ def to_upstream(params: Mapping[str, Any], rotation: Any = None) -> dict[str, np
       >>> state_dict = to_upstream(params, rotation)  # doctest: +SKIP
     """
     leaves = traverse_util.flatten_dict(params, sep="/")
-    arm = detect_in_params(params)
-    table = tensors(arm)
+    variant = _detect_in_params(params)
+    table = _tensors(variant)
     _check_names(("/".join(tensor.path) for tensor in table), leaves, "parameters")
-    dim = leaves[f"encoder_{arm.modalities[0]}/cls"].shape[-1]
-    sizes = _multiples(dim) | {"C": leaves[_head(arm)].shape[-1]}
-    sizes |= {f"L_{m}": leaves[f"encoder_{m}/position"].shape[0] for m in arm.modalities}
+    dim = leaves[f"encoder_{variant.modalities[0]}/cls"].shape[-1]
+    sizes = _multiples(dim) | {"C": leaves[_head(variant)].shape[-1]}
+    sizes |= {f"L_{m}": leaves[f"encoder_{m}/position"].shape[0] for m in variant.modalities}
     state = {}
     for tensor in table:
         path, layout = "/".join(tensor.path), LAYOUTS[tensor.layout]
@@ -132,16 +285,45 @@ def to_upstream(params: Mapping[str, Any], rotation: Any = None) -> dict[str, np
                 f"{path} has shape {array.shape}; upstream's {tensor.name} needs {expected}"
             )
         state[tensor.name] = np.ascontiguousarray(layout.theirs(array, shape))
-    if arm.fusion == "attention":
+    if variant.fusion == "attention":
         matrix = np.eye(dim)[None] if rotation is None else np.asarray(rotation)
         if matrix.shape != (1, dim, dim):
             raise UserError(f"rotation has shape {matrix.shape}; allowed: {(1, dim, dim)}")
         state[ROTATION] = np.array(matrix[0], dtype=np.float32)
     elif rotation is not None:
         raise UserError(
-            f"rotation is given; allowed: None, for these parameters have {arm.fusion} fusion"
+            f"rotation is given; allowed: None, for these parameters have {variant.fusion} fusion"
         )
     return state
+
+
+def _dataset(name: str) -> str:
+    key = "".join(c for c in str(name).lower() if c.isalnum())
+    if key not in DATASETS:
+        raise ConfigError(f"dataset is {name!r}; allowed: CREMAD, KineticSound")
+    return DATASETS[key]
+
+
+class UpstreamVariant(NamedTuple):
+    """One of upstream's models, as far as the names of its tensors depend on it."""
+
+    fusion: str  # attention, concat, sum, film, gated or unimodal
+    modalities: tuple[str, ...]  # of a unimodal model, those whose stream is wanted
+    depth: int
+    multi_depth: int = 0  # bottleneck layers
+
+
+class Tensor(NamedTuple):
+    """One upstream tensor: its name, our path, how the values are laid out, and its shape.
+
+    Sizes in `shape` are numbers or symbols: "d" the model's width (also "2d", "3d", "4d"), "C" the
+    number of classes, "L_audio" and "L_visual" the lengths of the position tables.
+    """
+
+    name: str
+    path: Path
+    layout: str
+    shape: Template
 
 
 def _names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,14 +343,14 @@ def _names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 def _select(
     found: Mapping[str, Any], modality: str | None
-) -> tuple[Arm, list[Tensor], tuple[str, ...]]:
-    """The arm, the table of its tensors and the names to drop, once all names are accounted for."""
-    arm = detect(found, modality)
-    table = tensors(arm)
-    live = [tensor.name for tensor in table] + [ROTATION] * (arm.fusion == "attention")
-    dropped = tuple(sorted(dead_names(arm) & set(found)))
+) -> tuple[UpstreamVariant, list[Tensor], tuple[str, ...]]:
+    """The variant, its table of tensors and the names to drop, all names accounted for."""
+    variant = _detect(found, modality)
+    table = _tensors(variant)
+    live = [tensor.name for tensor in table] + [ROTATION] * (variant.fusion == "attention")
+    dropped = tuple(sorted(_dead_names(variant) & set(found)))
     _check_names(live, set(found) - set(dropped), "tensors")
-    return arm, table, dropped
+    return variant, table, dropped
 
 
 def _check_names(wanted: Iterable[str], found: Collection[str], what: str) -> None:
@@ -202,6 +384,226 @@ def _as_float32(name: str, value: Any) -> np.ndarray:
     return array.astype(np.float32)
 
 
+def _detect(names: Collection[str], modality: str | None) -> UpstreamVariant:
+    """The variant that a set of tensor names belongs to.
+
+    Raises:
+      DataError: the fusion module is of no known kind, or no variant fits.
+      UserError: `modality` is no modality, or is given for a model that fuses both.
+    """
+    fusion = _detect_fusion(names)
+    depth = max(_depth(names, f"{stream}_blocks") for stream in STREAM.values())
+    if fusion == "unimodal":
+        return UpstreamVariant(fusion, _detect_modalities(names, modality), depth)
+    if modality is not None:
+        raise UserError(
+            f"modality is {modality!r}; allowed: None, for these tensors have {fusion} fusion"
+        )
+    multi_depth = max(_depth(names, f"bot_{stream}_blocks") for stream in STREAM.values())
+    return UpstreamVariant(fusion, MODALITIES, depth, multi_depth)
+
+
+def _detect_fusion(names: Collection[str]) -> str:
+    parts = {name.split(".")[1] for name in names if name.startswith("fusion_module.")}
+    if parts & {"attn", "FC", "cls_token", "rotate"}:
+        return "attention"
+    if parts & {"fc_x", "fc_y"}:
+        return "gated" if "fc_out" in parts else "sum"
+    if "fc" in parts:
+        return "film"
+    if "fc_out" in parts:
+        return "concat"
+    if parts:
+        listed = ", ".join(sorted(f"fusion_module.{part}" for part in parts))
+        raise DataError(f"unknown tensors: {listed}; they belong to no fusion module of upstream's")
+    return "unimodal"
+
+
+def _detect_modalities(names: Collection[str], modality: str | None) -> tuple[str, ...]:
+    """The streams of a unimodal model: upstream's class stores both, and names do not tell."""
+    if modality is not None:
+        if modality not in UNIMODAL:
+            raise UserError(f"modality is {modality!r}; allowed: audio, visual, uni_A, uni_V")
+        return (UNIMODAL[modality],)
+    words = {word for name in names for word in re.split(r"[._]", name) if name[:8] == "encoder."}
+    streams = [m for m in MODALITIES if STREAM[m] in words]
+    heads = [m for m in MODALITIES if any(n.startswith(f"{LETTER[m]}_head.") for n in names)]
+    found = [m for m in streams if m in heads] or streams or heads
+    if not found:
+        raise DataError("no tensor has a name of upstream's, such as encoder.norm_audio.weight")
+    return tuple(found)
+
+
+def _depth(names: Collection[str], stack: str) -> int:
+    found = (re.match(rf"encoder\.{stack}\.(\d{{1,3}})\.", name) for name in names)
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def _detect_in_params(params: Mapping[str, Any]) -> UpstreamVariant:
+    """The variant of one of our parameter trees, by the names in it.
+
+    Raises:
+      DataError: its encoders are not upstream's.
+    """
+    modalities = tuple(
+        sorted(k.removeprefix("encoder_") for k in params if k.startswith("encoder_"))
+    )
+    fusion = params.get("fusion", {})
+    by_name = {"cls": "attention", "film": "film", "in_audio": "gated", "head": "concat"}
+    kind = next((kind for name, kind in by_name.items() if name in fusion), None)
+    if kind is None:  # heads named by modality
+        kind = "sum" if any(name.startswith("probe_") for name in params) else "unimodal"
+    if not modalities or not set(modalities) <= set(MODALITIES):
+        raise DataError(
+            f"the parameters have encoders for {', '.join(modalities) or 'nothing'}; upstream has "
+            + ", ".join(MODALITIES)
+        )
+
+    def depth(tree: Mapping[str, Any], prefix: str) -> int:
+        return sum(name.startswith(prefix) for name in tree)
+
+    bottleneck = depth(params.get("bottleneck", {}), f"{modalities[0]}_block_")
+    encoder = depth(params[f"encoder_{modalities[0]}"], "block_")
+    return UpstreamVariant(kind, modalities, encoder, bottleneck)
+
+
+class Layout(NamedTuple):
+    """`ours(array)` from upstream's values, `theirs(array, shape)` back to upstream's shape."""
+
+    ours: Callable[[np.ndarray], np.ndarray]
+    theirs: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
+
+
+def _patch_ours(kernel: np.ndarray) -> np.ndarray:
+    """`[d, C, (t,) h, w] -> [(t) h w C, d]`: channels last inside the patch."""
+    return np.moveaxis(kernel, (0, 1), (-1, -2)).reshape(-1, kernel.shape[0])
+
+
+def _patch_theirs(kernel: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return np.moveaxis(kernel.reshape(*shape[2:], shape[1], shape[0]), (-1, -2), (0, 1))
+
+
+LAYOUTS = {
+    "plain": Layout(lambda x: x, lambda x, shape: x),
+    "token": Layout(lambda x: x[0, 0], lambda x, shape: x[None, None]),
+    "table": Layout(lambda x: x[0], lambda x, shape: x[None]),
+    "linear": Layout(np.transpose, lambda x, shape: x.T),
+    "patch": Layout(_patch_ours, _patch_theirs),
+    # The query, key and value projections carry a head axis here; upstream has one head.
+    "head_kernel": Layout(lambda x: x.T[:, None], lambda x, shape: x[:, 0].T),
+    "head_bias": Layout(lambda x: x[None], lambda x, shape: x[0]),
+}
+
+
+def _linear(name: str, path: Path, inside: str, outside: str, head: bool = False) -> list[Tensor]:
+    kernel, bias = ("head_kernel", "head_bias") if head else ("linear", "plain")
+    return [
+        Tensor(f"{name}.weight", (*path, "kernel"), kernel, (outside, inside)),
+        Tensor(f"{name}.bias", (*path, "bias"), bias, (outside,)),
+    ]
+
+
+def _norm(name: str, path: Path) -> list[Tensor]:
+    return [
+        Tensor(f"{name}.weight", (*path, "scale"), "plain", ("d",)),
+        Tensor(f"{name}.bias", (*path, "bias"), "plain", ("d",)),
+    ]
+
+
+def _block(name: str, path: Path) -> list[Tensor]:
+    return [
+        *_norm(f"{name}.norm1", (*path, "norm1")),
+        *_linear(f"{name}.attn.qkv", (*path, "attention", "qkv"), "d", "3d"),
+        *_linear(f"{name}.attn.proj", (*path, "attention", "out"), "d", "d"),
+        *_norm(f"{name}.norm2", (*path, "norm2")),
+        *_linear(f"{name}.mlp.fc1", (*path, "mlp", "fc1"), "d", "4d"),
+        *_linear(f"{name}.mlp.fc2", (*path, "mlp", "fc2"), "4d", "d"),
+    ]
+
+
+def _encoder(modality: str, depth: int) -> Iterator[Tensor]:
+    stream, path = STREAM[modality], (f"encoder_{modality}",)
+    yield Tensor(f"encoder.cls_token_{stream}", (*path, "cls"), "token", (1, 1, "d"))
+    length = f"L_{modality}"
+    yield Tensor(f"encoder.pos_embed_{stream}", (*path, "position"), "table", (1, length, "d"))
+    embed = f"encoder.patch_embed_{stream}.proj"
+    kernel: Template = ("d", *KERNELS[modality])
+    yield Tensor(f"{embed}.weight", (*path, "embed", "kernel"), "patch", kernel)
+    yield Tensor(f"{embed}.bias", (*path, "embed", "bias"), "plain", ("d",))
+    for i in range(depth):
+        yield from _block(f"encoder.{stream}_blocks.{i}", (*path, f"block_{i}"))
+    yield from _norm(f"encoder.norm_{stream}", (f"norm_{modality}",))
+
+
+def _bottleneck(modalities: tuple[str, ...], depth: int) -> Iterator[Tensor]:
+    tokens = (1, FIXED["mbt_tokens"], "d")
+    yield Tensor("encoder.bot_token", ("bottleneck", "tokens"), "table", tokens)
+    for modality in modalities:
+        for i in range(depth):
+            path = ("bottleneck", f"{modality}_block_{i}")
+            yield from _block(f"encoder.bot_{STREAM[modality]}_blocks.{i}", path)
+
+
+def _attention() -> Iterator[Tensor]:
+    yield Tensor("fusion_module.cls_token", ("fusion", "cls"), "token", (1, 1, "d"))
+    for name, ours in (("w_qs", "query"), ("w_ks", "key"), ("w_vs", "value")):
+        yield from _linear(f"fusion_module.attn.{name}", ("fusion", ours), "d", "d", head=True)
+    yield from _linear("fusion_module.attn.fc", ("fusion", "out"), "d", "d")
+    yield from _linear("fusion_module.FC", ("fusion", "head"), "d", "C")
+
+
+def _fusion(variant: UpstreamVariant) -> Iterator[Tensor]:
+    head = ("fusion", "head")
+    if variant.fusion == "attention":
+        yield from _attention()
+    elif variant.fusion == "concat":
+        yield from _linear("fusion_module.fc_out", head, "2d", "C")
+    elif variant.fusion == "sum":
+        for modality in variant.modalities:
+            name = f"fusion_module.fc_{OPERAND[modality]}"
+            yield from _linear(name, ("fusion", f"head_{modality}"), "d", "C")
+    elif variant.fusion == "film":
+        yield from _linear("fusion_module.fc", ("fusion", "film"), "d", "2d")
+        yield from _linear("fusion_module.fc_out", head, "d", "C")
+    elif variant.fusion == "gated":
+        for modality in variant.modalities:
+            name = f"fusion_module.fc_{OPERAND[modality]}"
+            yield from _linear(name, ("fusion", f"in_{modality}"), "d", "d")
+        yield from _linear("fusion_module.fc_out", head, "d", "C")
+    else:  # unimodal: upstream trains the probe head itself
+        for modality in variant.modalities:
+            yield from _linear(f"{LETTER[modality]}_head", ("fusion", f"head_{modality}"), "d", "C")
+
+
+def _tensors(variant: UpstreamVariant) -> list[Tensor]:
+    """Every live tensor of a variant but the rotation, which is no parameter here."""
+    table = [tensor for m in variant.modalities for tensor in _encoder(m, variant.depth)]
+    if variant.multi_depth:
+        table += _bottleneck(variant.modalities, variant.multi_depth)
+    table += _fusion(variant)
+    if variant.fusion != "unimodal":
+        for m in variant.modalities:
+            table += _linear(f"{LETTER[m]}_head", (f"probe_{m}",), "d", "C")
+    return table
+
+
+def _dead_names(variant: UpstreamVariant) -> set[str]:
+    """Tensors that upstream allocates and stores but never uses.
+
+    The attention module's LayerNorm; the bottleneck tokens of a model without bottleneck layers;
+    of a unimodal model, the whole other stream and its head.
+    """
+    names = set()
+    if variant.fusion == "attention":
+        names |= {f"fusion_module.attn.layer_norm.{kind}" for kind in ("weight", "bias")}
+    if not variant.multi_depth:
+        names.add("encoder.bot_token")
+    for other in set(MODALITIES) - set(variant.modalities):
+        names |= {tensor.name for tensor in _encoder(other, variant.depth)}
+        names |= {f"{LETTER[other]}_head.{kind}" for kind in ("weight", "bias")}
+    return names
+
+
 def _multiples(dim: int) -> dict[str, int]:
     return {"d": dim, "2d": 2 * dim, "3d": 3 * dim, "4d": 4 * dim}
 
@@ -224,7 +626,7 @@ def _check_shape(
     sizes: Mapping[str, int],
     audio_shape: tuple[int, int] | None,
 ) -> None:
-    shapes = AUDIO_SHAPES if audio_shape is None else (audio_shape,)
+    shapes = SPECTROGRAMS.values() if audio_shape is None else (audio_shape,)
     lengths = tuple(1 + (f // PATCH_SIZE) * (t // PATCH_SIZE) for f, t in shapes)
 
     def fits(symbol: int | str, size: int) -> bool:
@@ -246,6 +648,6 @@ def _check_shape(
         raise DataError(f"{tensor.name} has shape {shape}; expected ({expected})")
 
 
-def _head(arm: Arm) -> str:
-    named = arm.fusion in ("sum", "unimodal")
-    return f"fusion/head_{arm.modalities[0]}/kernel" if named else "fusion/head/kernel"
+def _head(variant: UpstreamVariant) -> str:
+    named = variant.fusion in ("sum", "unimodal")
+    return f"fusion/head_{variant.modalities[0]}/kernel" if named else "fusion/head/kernel"

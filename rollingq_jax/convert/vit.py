@@ -1,7 +1,11 @@
 """ImageNet-21k ViT weights into the encoders of a multimodal model.
 
-The paper initialises both encoders from a ViT-B/16 (Dosovitskiy et al., 2021; AugReg: Steiner et
-al., 2022). Upstream reads a prepared file that it does not ship; here the public files are read.
+The paper initializes both encoders from a ViT-B/16 (Dosovitskiy et al., 2021; AugReg: Steiner et
+al., 2022). Upstream reads a prepared file that it does not ship; here the public files are read:
+AugReg and big_vision `.npz`, timm `.safetensors`, in the layouts of
+github.com/google-research/vision_transformer (`models_vit.py`, `checkpoint.py`),
+github.com/google-research/big_vision (`models/vit.py`) and timm (`vision_transformer.py`).
+
 AugReg weights were trained with the tanh approximation of GELU and evaluated by timm with the exact
 one, which is this project's default; `config.model.gelu = "tanh"` gives the former. They expect
 pixels scaled as (x - 0.5) / 0.5.
@@ -9,7 +13,8 @@ pixels scaled as (x - 0.5) / 0.5.
 
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,15 +22,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from rollingq_jax.convert.vit_files import Vit, read_vit
+from rollingq_jax.convert.files import load_state_dict
+from rollingq_jax.convert.upstream import FRAME_SIZE
 from rollingq_jax.errors import DataError, UserError
 from rollingq_jax.models.spec import ModelSpec
 
-#: Patches of the paper's spectrograms, (time, frequency): CREMA-D, Kinetics-Sounds.
+# Patches of the paper's spectrograms, (time, frequency): CREMA-D, Kinetics-Sounds.
 SPECTROGRAM_GRIDS = {176: (11, 16), 512: (8, 64)}
-FRAME_SIZE = 224  # of the paper's frames, in pixels
+# What may stand before the names of an .npz: nothing, a training checkpoint, big_vision.
+PREFIXES = ("", "opt/target/", "target/", "params/")
+PATCH_NPZ, PATCH_TIMM = "embedding/kernel", "patch_embed.proj.weight"
 
 Grid = tuple[int, int]
+Block = dict[str, np.ndarray]
+Take = Callable[[str], np.ndarray]
 
 
 class VitReport(NamedTuple):
@@ -48,14 +58,6 @@ class VitReport(NamedTuple):
         return "\n".join(lines + [f"{path}: {how}" for path, how in self.reshaped.items()])
 
 
-class _Plan(NamedTuple):
-    """How the file's patches become one encoder's."""
-
-    channels: int
-    frames: int
-    grid: Grid
-
-
 def load_vit(
     path: str | os.PathLike[str],
     params: Mapping[str, Any],
@@ -65,9 +67,9 @@ def load_vit(
     """Parameters whose patch encoders (spectrogram, image, video) start from a ViT's weights.
 
     The first layers of the file fill an encoder's layers, and the final norm its `norm_<m>`. A
-    spectrogram's kernel is the sum of the file's over red, green and blue (a grey image through it
+    spectrogram's kernel is the sum of the file's over red, green and blue (a gray image through it
     gives what it gave through the file's); a video's gets a time axis of 1. Position embeddings are
-    resized to the encoder's grid, bilinearly between patch centres, and repeated over frames.
+    resized to the encoder's grid, bilinearly between patch centers, and repeated over frames.
     Fusion, probes, bottleneck layers and encoders without patches keep their values.
 
     Args:
@@ -140,6 +142,30 @@ def patch_grids(config_model: Any, batch: Mapping[str, Any]) -> dict[str, Grid |
                 rows, columns = columns, rows
             grids[encoder.name] = (rows // patch[-2], columns // patch[-1])
     return grids
+
+
+class Vit(NamedTuple):
+    """A Vision Transformer's weights, in our layouts: linear kernels `[in, out]`.
+
+    G = side x side patches in the file's own grid.
+    """
+
+    kernel: np.ndarray  # [h, w, 3, d]
+    bias: np.ndarray  # [d]
+    cls: np.ndarray | None  # [d]
+    cls_position: np.ndarray | None  # [d]
+    position: np.ndarray  # [side, side, d]
+    blocks: list[Block]  # "norm1/scale", "attention/qkv/kernel", ... as in a block of ours
+    norm: Block  # scale, bias
+    unused: tuple[str, ...]  # tensors of the file that were not read: heads, further blocks
+
+
+class _Plan(NamedTuple):
+    """How the file's patches become one encoder's."""
+
+    channels: int
+    frames: int
+    grid: Grid
 
 
 def _encoder_shapes(leaves: Mapping[str, Any]) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -220,7 +246,7 @@ def _fill(
     kernel = vit.kernel
     if plan.channels == 1:
         kernel = kernel.sum(axis=2)
-        reshaped[f"{base}/embed/kernel"] = "sum over the file's three colours"
+        reshaped[f"{base}/embed/kernel"] = "sum over the file's three colors"
     new[f"{base}/embed/kernel"] = kernel.reshape(-1, kernel.shape[-1])
     new[f"{base}/embed/bias"] = vit.bias
     if vit.cls is not None:
@@ -254,3 +280,170 @@ def _positions(vit: Vit, plan: _Plan, initial: np.ndarray) -> tuple[np.ndarray, 
             "the class token's row kept" if vit.cls is None else "none for the class token"
         )
     return np.concatenate([first[None], rows]), ", ".join(steps)
+
+
+def read_vit(path: str | os.PathLike[str], depth: int) -> Vit:
+    """Reads a file of either layout, whatever its names say about variant and prefix.
+
+    Args:
+      path: `.npz` or `.safetensors`.
+      depth: the most blocks that are wanted, from the first on.
+
+    Raises:
+      DataError: the file cannot be read, has neither layout, or lacks a tensor (which is named).
+    """
+    tensors = load_state_dict(path)
+    used: set[str] = set()
+
+    def take(name: str) -> np.ndarray:
+        if name not in tensors:
+            raise DataError(f"{path} lacks {name}")
+        used.add(name)
+        return np.asarray(tensors[name], dtype=np.float32)
+
+    prefix = next((p for p in PREFIXES if p + PATCH_NPZ in tensors), None)
+    if prefix is None and PATCH_TIMM not in tensors:
+        raise DataError(
+            f"{path} is no ViT file: it has neither {PATCH_NPZ} (AugReg, big_vision) nor "
+            f"{PATCH_TIMM} (timm)"
+        )
+    try:
+        if prefix is None:
+            vit = _from_timm(tensors, take, depth)
+        else:
+            vit = _from_npz(tensors, take, depth, prefix)
+    except (ValueError, IndexError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} holds a tensor of an unexpected shape: {error}") from error
+    return vit._replace(unused=tuple(sorted(set(tensors) - used)))
+
+
+def _from_npz(tensors: Mapping[str, np.ndarray], take: Take, depth: int, prefix: str) -> Vit:
+    base = f"{prefix}Transformer/"
+    position = f"{base}posembed_input/pos_embedding"
+    if position not in tensors:
+        position = f"{prefix}pos_embedding"
+    stacked = f"{base}encoderblock/LayerNorm_0/scale"
+    if stacked in tensors:
+        depth = min(depth, tensors[stacked].shape[0])
+        blocks = [_npz_block(tensors, take, f"{base}encoderblock/", i) for i in range(depth)]
+    else:
+        depth = min(depth, _count(tensors, rf"{re.escape(base)}encoderblock_(\d+)/"))
+        blocks = [_npz_block(tensors, take, f"{base}encoderblock_{i}/") for i in range(depth)]
+    cls, position_table = f"{prefix}cls", take(position)
+    return _vit(
+        kernel=take(prefix + PATCH_NPZ),
+        bias=take(f"{prefix}embedding/bias"),
+        cls=take(cls) if cls in tensors else None,
+        position=position_table,
+        blocks=blocks,
+        norm={kind: take(f"{base}encoder_norm/{kind}") for kind in ("scale", "bias")},
+    )
+
+
+def _npz_block(
+    tensors: Mapping[str, np.ndarray], take: Take, base: str, index: int | None = None
+) -> Block:
+    """One block; modules are numbered over all kinds in AugReg files, by kind in big_vision's."""
+
+    def module(*names: str) -> str:
+        return next((n for n in names if any(f"{base}{n}/" in t for t in tensors)), names[0])
+
+    def get(name: str) -> np.ndarray:
+        return take(base + name) if index is None else take(base + name)[index]
+
+    attention = module("MultiHeadDotProductAttention_1", "MultiHeadDotProductAttention_0")
+    mlp = module("MlpBlock_3", "MlpBlock_0")
+    norms = {"norm1": "LayerNorm_0", "norm2": module("LayerNorm_2", "LayerNorm_1")}
+    kernels = [get(f"{attention}/{part}/kernel") for part in ("query", "key", "value")]
+    biases = [get(f"{attention}/{part}/bias") for part in ("query", "key", "value")]
+    out = get(f"{attention}/out/kernel")
+    block = {
+        f"{ours}/{kind}": get(f"{theirs}/{kind}")
+        for ours, theirs in norms.items()
+        for kind in ("scale", "bias")
+    }
+    block |= {
+        f"mlp/fc{i + 1}/{kind}": get(f"{mlp}/Dense_{i}/{kind}")
+        for i in (0, 1)
+        for kind in ("kernel", "bias")
+    }
+    return block | {
+        "attention/qkv/kernel": np.concatenate([k.reshape(k.shape[0], -1) for k in kernels], 1),
+        "attention/qkv/bias": np.concatenate([b.reshape(-1) for b in biases]),
+        "attention/out/kernel": out.reshape(-1, out.shape[-1]),
+        "attention/out/bias": get(f"{attention}/out/bias"),
+    }
+
+
+def _from_timm(tensors: Mapping[str, np.ndarray], take: Take, depth: int) -> Vit:
+    linear = {
+        "attention/qkv": "attn.qkv",
+        "attention/out": "attn.proj",
+        "mlp/fc1": "mlp.fc1",
+        "mlp/fc2": "mlp.fc2",
+    }
+
+    def norm(ours: str, theirs: str) -> Block:
+        return {f"{ours}scale": take(f"{theirs}.weight"), f"{ours}bias": take(f"{theirs}.bias")}
+
+    blocks = []
+    for i in range(min(depth, _count(tensors, r"blocks\.(\d+)\."))):
+        block = norm("norm1/", f"blocks.{i}.norm1") | norm("norm2/", f"blocks.{i}.norm2")
+        for ours, theirs in linear.items():
+            block[f"{ours}/kernel"] = take(f"blocks.{i}.{theirs}.weight").T
+            block[f"{ours}/bias"] = take(f"blocks.{i}.{theirs}.bias")
+        blocks.append(block)
+    return _vit(
+        kernel=take(PATCH_TIMM).transpose(2, 3, 1, 0),
+        bias=take("patch_embed.proj.bias"),
+        cls=take("cls_token") if "cls_token" in tensors else None,
+        position=take("pos_embed"),
+        blocks=blocks,
+        norm=norm("", "norm"),
+    )
+
+
+def _vit(
+    kernel: np.ndarray,
+    bias: np.ndarray,
+    cls: np.ndarray | None,
+    position: np.ndarray,
+    blocks: list[Block],
+    norm: Block,
+) -> Vit:
+    """Checks the patch kernel and takes the position table apart."""
+    if kernel.ndim != 4 or kernel.shape[2] != 3:
+        raise DataError(
+            f"the patch kernel has shape {kernel.shape}; expected 3 channels, [h, w, 3, d]"
+        )
+    dim = kernel.shape[-1]
+    rows = position.reshape(-1, dim)
+    # big_vision adds positions before it prepends the class token, which then has none.
+    has_cls = math.isqrt(len(rows)) ** 2 != len(rows)
+    side = math.isqrt(len(rows) - has_cls)
+    if side**2 + has_cls != len(rows):
+        raise DataError(
+            f"the position table has {len(rows)} rows; expected a square grid of patches, "
+            "with at most one more row for a class token"
+        )
+    return Vit(
+        kernel=kernel,
+        bias=bias,
+        cls=None if cls is None else cls.reshape(dim),
+        cls_position=rows[0] if has_cls else None,
+        position=rows[has_cls:].reshape(side, side, dim),
+        blocks=blocks,
+        norm=norm,
+        unused=(),
+    )
+
+
+def _count(names: Collection[str], pattern: str) -> int:
+    """How many blocks the names number, from 0."""
+    found = {int(match[1]) for name in names if (match := re.match(pattern, name))}
+    depth = max(found, default=-1) + 1
+    if len(found) != depth or not depth:
+        raise DataError(f"the file numbers its blocks {sorted(found)[:12]}; expected 0, 1, 2, ...")
+    return depth

@@ -10,7 +10,7 @@ import pytest
 import test_cmu_mosei
 import test_kinetics_sounds
 
-from rollingq_jax.comparison.selection import settings_of
+from rollingq_jax.comparison.runs import settings_of
 from rollingq_jax.data.corruption import corrupt
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.pipeline import eval_batches
