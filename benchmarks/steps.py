@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks import paper_scale
 from benchmarks.paper_scale import Scale, Stepper, compiled_alone, compiled_step, model_flops
 from benchmarks.timing import Row, cost, interleaved, rows
-from rollingq_jax.analysis.statistics import bootstrap_mean
+from rollingq_jax.analysis.metrics import bootstrap_mean
 
 PAPER = Scale()
 SMALL = Scale(depth=1, batch_size=4)

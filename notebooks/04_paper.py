@@ -64,7 +64,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from rollingq_jax.analysis.statistics import paired_difference
+from rollingq_jax.analysis.metrics import paired_difference
 from rollingq_jax.train import default_config, train_and_evaluate
 
 folder = Path(tempfile.mkdtemp())

@@ -4,8 +4,8 @@
     python -m rollingq_jax.evaluate --workdir runs/demo --corrupt audio=1.0
     python -m rollingq_jax.evaluate --workdir runs/demo --probes
 
-Writes ``evaluation.json``, ``evaluation.html``, ``figures/evaluation_*.png`` and, a line for each
-example, ``predictions.csv`` into the workdir. With ``--path NEW`` other data are evaluated.
+Writes `evaluation.json`, `evaluation.html`, `figures/evaluation_*.png` and, a line for each
+example, `predictions.csv` into the workdir. With `--path NEW` other data are evaluated.
 The parameters are those of the best checkpoint by validation accuracy.
 """
 
@@ -18,10 +18,10 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from rollingq_jax.analysis import predictions, probes
-from rollingq_jax.analysis.evaluation_report import summary_rows, write_pictures
+from rollingq_jax.analysis import metrics, probes
+from rollingq_jax.analysis.metrics import Predictions, csv_header, csv_rows, csv_writer
 from rollingq_jax.analysis.probes import Probe
-from rollingq_jax.analysis.table import header, rows, written_whole
+from rollingq_jax.analysis.report import summary_rows, write_evaluation
 from rollingq_jax.data.corruption import parse_corruptions
 from rollingq_jax.data.dataset import Dataset, Source, ids_of
 from rollingq_jax.data.new_data import as_dataset, open_new_data
@@ -69,7 +69,7 @@ def evaluate(
       batch_size, seed: of the passes; the run's own where they are None.
 
     Returns:
-      What ``evaluation.json`` holds. Each example's answer is in ``predictions.csv``.
+      What `evaluation.json` holds. Each example's answer is in `predictions.csv`.
 
     Raises:
       CheckpointError: the folder holds no run that can be restored.
@@ -85,7 +85,7 @@ def evaluate(
     for specification in corrupt:  # a mistake is told before the first pass
         parse_corruptions(specification, dataset.modalities)
     probe = Probe(
-        predictions.predictor(run.model, run.params, run.rotation),
+        metrics.predict_fn(run.model, run.params, run.rotation),
         dataset,
         split,
         # Batches are filled up with padding: none is larger than the split.
@@ -93,7 +93,7 @@ def evaluate(
         seed=run.config.seed if seed is None else seed,
         encoders=run.config.model.encoders,
     )
-    clean = probes.answers(probe)
+    clean = probes.predict(probe)
     result = {
         "workdir": str(folder),
         "split": split,
@@ -101,7 +101,7 @@ def evaluate(
         "step": run.step,
         "seed": probe.seed,
         "num_examples": len(clean.label),
-        **predictions.scores(clean, run.config.model.num_classes, run.inputs.class_names),
+        **metrics.scores(clean, run.config.model.num_classes, run.inputs.class_names),
         "corrupted": [condition(probe, one, clean, run.config) for one in corrupt],
     }
     if full_probes:
@@ -113,15 +113,15 @@ def evaluate(
     result |= {"versions": versions(), "device": device_line()}
     write_json(folder / "evaluation.json", result)
     write_predictions(folder, run, dataset.splits[split], clean)
-    write_pictures(folder, run, probe, clean, result)
+    write_evaluation(folder, run, probe, clean, result)
     return result
 
 
-def _with_query_times(run: LoadedRun, scale: float) -> predictions.Predict:
+def _with_query_times(run: LoadedRun, scale: float) -> metrics.PredictFn:
     """The run's answers with the class token's query times a factor."""
     spec = run.model.spec
     scaled = dataclasses.replace(spec, attention_scale=scale * spec.attention_scale)
-    return predictions.predictor(run.model.clone(spec=scaled), run.params, run.rotation)
+    return metrics.predict_fn(run.model.clone(spec=scaled), run.params, run.rotation)
 
 
 def _own_dataset(run: LoadedRun) -> Dataset:
@@ -138,14 +138,14 @@ def _new_dataset(run: LoadedRun, path: str, split: str | None) -> Dataset:
 
 
 def write_predictions(
-    folder: epath.Path, run: LoadedRun, source: Source, answers: predictions.Predictions
+    folder: epath.Path, run: LoadedRun, source: Source, answers: Predictions
 ) -> None:
-    """Writes ``predictions.csv``, as `rollingq_jax.predict` does for new data."""
+    """Writes `predictions.csv`, as `rollingq_jax.predict` does for new data."""
     classes, ids = run.inputs.classes, ids_of(source)
-    with written_whole(folder / "predictions.csv") as write:
-        write(iter([header(classes, tuple(answers.attention_share), labeled=True)]))
+    with csv_writer(folder / "predictions.csv") as write:
+        write(iter([csv_header(classes, tuple(answers.attention_share), labeled=True)]))
         write(
-            rows(
+            csv_rows(
                 classes,
                 range(len(answers.label)) if ids is None else list(ids),
                 answers.probabilities,
@@ -155,15 +155,13 @@ def write_predictions(
         )
 
 
-def condition(
-    probe: Probe, corruption: str, clean: predictions.Predictions, config: Any
-) -> dict[str, Any]:
+def condition(probe: Probe, corruption: str, clean: Predictions, config: Any) -> dict[str, Any]:
     """Scores of the split under one corruption, without those of each class.
 
     With "drop", "kept" counts the modalities that stayed because they are an example's last.
     """
-    found = probes.answers(probe, corruption)
-    scores = predictions.scores(found, config.model.num_classes)
+    found = probes.predict(probe, corruption)
+    scores = metrics.scores(found, config.model.num_classes)
     del scores["per_class"]
     result = {"corrupt": corruption, **scores, "unchanged": found.unchanged(clean)}
     if found.kept:
@@ -171,9 +169,7 @@ def condition(
     return result
 
 
-def all_probes(
-    probe: Probe, clean: predictions.Predictions, levels: Sequence[float]
-) -> dict[str, Any]:
+def all_probes(probe: Probe, clean: Predictions, levels: Sequence[float]) -> dict[str, Any]:
     """Noise curves (not of token ids, which cannot take noise) and reliance, for each modality."""
     modalities = probe.dataset.modalities
     curves = [

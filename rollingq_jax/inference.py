@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from rollingq_jax.analysis.predictions import class_probabilities
+from rollingq_jax.analysis.metrics import forward
 from rollingq_jax.data.dataset import ModalityInfo
 from rollingq_jax.data.preprocessing import InputSpec, Preprocessing, complete
 from rollingq_jax.data.sources.media_folder import MediaSizes, read_value
@@ -145,8 +145,8 @@ def answer_function(model: Any) -> Any:
     """`(params, rotation, batch) -> (probabilities [B, C], share {m: [B, n H]})`, pure."""
 
     def answer(params: Any, rotation: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits, out = model.apply({"params": params}, batch, rotation=rotation)
-        return class_probabilities(logits), out.get("attention_share", {})
+        probabilities, out = forward(model, params, rotation, batch)
+        return probabilities, out.get("attention_share", {})
 
     return answer
 

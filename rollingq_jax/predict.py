@@ -20,8 +20,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from rollingq_jax.analysis import table
-from rollingq_jax.analysis.predictions import check_answers
+from rollingq_jax.analysis.metrics import check_answers, csv_header, csv_rows, csv_writer
 from rollingq_jax.data.new_data import NewData, open_new_data
 from rollingq_jax.data.pipeline import collate
 from rollingq_jax.data.sources.media_folder import MANIFEST_SUFFIXES
@@ -29,7 +28,7 @@ from rollingq_jax.errors import ConfigError
 from rollingq_jax.inference import Prediction, Predictor, check_batch_size
 from rollingq_jax.train.cli import MOST_AT_ONCE, WORKDIR, Command, integer, run_command, text
 from rollingq_jax.train.restore import load_run
-from rollingq_jax.train.writer import table as aligned
+from rollingq_jax.train.writer import table
 
 log = logging.getLogger(__name__)
 READERS = 2  # threads that read and decode examples
@@ -75,14 +74,14 @@ def predict(
     target.parent.mkdir(parents=True, exist_ok=True)
     answered, correct, missing = 0, 0, dict.fromkeys(names, 0)
     known = sum(label in classes for label in data.labels)
-    with table.written_whole(target) as write:
+    with csv_writer(target) as write:
         shares = names if run.model.spec.scores_attention else ()
-        write(iter([table.header(classes, shares, labeled)]))
+        write(iter([csv_header(classes, shares, labeled)]))
         for place, batch, found in _answers(predictor, data, batch_size, quiet):
             rows = slice(place, place + len(found.probabilities))
             ids, labels = data.ids[rows], data.labels[rows]
             write(
-                table.rows(
+                csv_rows(
                     classes,
                     ids,
                     found.probabilities,
@@ -180,7 +179,7 @@ def command(argv: Sequence[str]) -> None:
     if "accuracy" in result:
         value = "-" if result["accuracy"] is None else f"{result['accuracy']:.3f}"
         lines += [("examples with a label", str(result["labeled"])), ("accuracy", value)]
-    print(aligned(lines))
+    print(table(lines))
     print(f"predictions are in {given.out}")
 
 

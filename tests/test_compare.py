@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from rollingq_jax import compare
-from rollingq_jax.analysis.predictions import Predictions
+from rollingq_jax.analysis.metrics import Predictions
 from rollingq_jax.baselines.build import build_baseline
 from rollingq_jax.comparison import results, runs
 from rollingq_jax.data.corruption import parse_corruptions

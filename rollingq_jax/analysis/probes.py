@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rollingq_jax.analysis.predictions import (
-    Predict,
+from rollingq_jax.analysis.metrics import (
+    PredictFn,
     Predictions,
     check_answers,
     collect,
@@ -28,15 +28,15 @@ class Probe(NamedTuple):
     """A model and how a split of its data is read.
 
     Attributes:
-      predict: see `predictions`.
+      predict: see `metrics.PredictFn`.
       dataset: its training split is where the units of noise come from.
       split: the one to read, with the data set's transformations for evaluation.
       batch_size: of the passes.
       seed: of the noise and of which examples are exchanged.
-      encoders: ``config.model.encoders``, as `rollingq_jax.data.corruption.corrupt` takes it.
+      encoders: `config.model.encoders`, as `rollingq_jax.data.corruption.corrupt` takes it.
     """
 
-    predict: Predict
+    predict: PredictFn
     dataset: Dataset
     split: str = "test"
     batch_size: int = 64
@@ -44,8 +44,8 @@ class Probe(NamedTuple):
     encoders: Mapping[str, Any] | None = None
 
 
-def answers(probe: Probe, corruption: str = "") -> Predictions:
-    """Predictions for the split, corrupted as ``corruption`` says (`rollingq_jax.data.corruption`).
+def predict(probe: Probe, corruption: str = "") -> Predictions:
+    """Predictions for the split, corrupted as `corruption` says (`rollingq_jax.data.corruption`).
 
     Examples whose logits are not finite are warned of. Under a corruption all may be so: that is
     an answer about the corruption, and the accuracy is 0.
@@ -92,7 +92,7 @@ def corruption_curve(
         if level == 0 and clean is not None:
             predictions = clean
         else:
-            predictions = answers(probe, f"{modality}={float(level)!r}")
+            predictions = predict(probe, f"{modality}={float(level)!r}")
         point = {"modality": modality, "level": float(level), "accuracy": predictions.accuracy}
         points.append(point | {"attention_share": mean_shares(predictions)})
     return points
@@ -100,7 +100,7 @@ def corruption_curve(
 
 def attention_scale_curve(
     probe: Probe,
-    scaled: Callable[[float], Predict],
+    scaled: Callable[[float], PredictFn],
     scales: Sequence[float] = ATTENTION_SCALES,
     *,
     clean: Predictions | None = None,
@@ -124,7 +124,7 @@ def attention_scale_curve(
     for scale in scales:
         found = clean
         if found is None or scale != 1:
-            found = answers(probe._replace(predict=scaled(float(scale))))
+            found = predict(probe._replace(predict=scaled(float(scale))))
         point: dict[str, Any] = {"scale": float(scale), "accuracy": found.accuracy}
         point["attention_share"] = mean_shares(found)
         if found.quality and len(found.attention_share) > 1:
@@ -143,7 +143,7 @@ def reliance(probe: Probe, modality: str, clean: Predictions) -> dict[str, dict[
 
     Returns:
       For each way "accuracy" (against the example's own label), "unchanged" (predictions that are
-      as in ``clean``), "attention_share"; for "swapped" also "follows", the share of predictions
+      as in `clean`), "attention_share"; for "swapped" also "follows", the share of predictions
       of the class that the swapped modality shows. "swapped" needs two classes, else it is absent.
     """
     source = probe.dataset.splits[probe.split]
@@ -160,7 +160,7 @@ def reliance(probe: Probe, modality: str, clean: Predictions) -> dict[str, dict[
         for way, chosen in partners.items()
         if chosen is not None
     }
-    found["replaced"] = answers(probe, f"{modality}=replace")
+    found["replaced"] = predict(probe, f"{modality}=replace")
     result = {
         way: {
             "accuracy": predictions.accuracy,

@@ -1,22 +1,41 @@
-"""One HTML file that shows a run: no script, no network, light and dark, fit for print.
+"""The report of a run in one HTML file, its figures in words, and an evaluation shown.
 
+`report.html` beside this file is the page: no script, no network, light and dark, fit for print.
 Everything that comes from outside (class names, paths, configuration, metrics) is escaped, and a
-content security policy in the file itself forbids scripts and any request besides.
+content security policy in the page itself forbids scripts and any request besides.
 """
 
 import base64
 import html
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import string
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
-from rollingq_jax.analysis.plots.style import png_bytes
-from rollingq_jax.analysis.report_style import CSS
+from rollingq_jax.analysis import metrics, plots
+from rollingq_jax.analysis.metrics import Predictions, written
+from rollingq_jax.analysis.plots import AttentionExample, ModalityView
+from rollingq_jax.analysis.plots import training as curves
+from rollingq_jax.analysis.plots.attention import num_tokens, split_attention
+from rollingq_jax.analysis.plots.geometry import PlaneView
+from rollingq_jax.analysis.plots.style import is_number, png_bytes, signed
+from rollingq_jax.analysis.plots.training import Row
+from rollingq_jax.analysis.probes import Probe
+from rollingq_jax.data.corruption import has_modality
+from rollingq_jax.data.dataset import Dataset, Subset
+from rollingq_jax.data.pipeline import eval_batches
+
+Array = np.ndarray
+
+
+# The page.
 
 
 class ReportFigure(NamedTuple):
@@ -78,7 +97,18 @@ def write_report(
       versions: package -> version, device and the like.
     """
     path = epath.Path(path)
-    page = "\n".join(_page(title, lead, key_numbers or {}, figures, tables, data, config, versions))
+    parts = {
+        "title": escape(title),
+        "lead": f'<p class="lead">{escape(lead)}</p>' if lead else "",
+        "numbers": _pairs("numbers", key_numbers or {}, shown),
+        "figures": "\n".join(map(_figure, figures)),
+        "tables": "\n".join(map(_table, tables)),
+        "data": _section("Data", f'<p class="small">{escape(data)}</p>' if data else ""),
+        "config": _section("Configuration", _pairs("pairs", flatten(config or {}), exact)),
+        "versions": _section("Produced by", _pairs("pairs", versions or {}, exact)),
+    }
+    template = resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
+    page = string.Template(template).substitute(parts)
     path.parent.mkdir(parents=True, exist_ok=True)
     # A reader never sees half a page: the old report stays until the new one is complete.
     part = path.with_name(path.name + ".part")
@@ -136,76 +166,40 @@ def escape(value: Any) -> str:
     return html.escape(text, quote=True)
 
 
-def _page(
-    title: str,
-    lead: str,
-    key_numbers: Mapping[str, Any],
-    figures: Sequence[ReportFigure],
-    tables: Sequence[Table],
-    data: str,
-    config: Mapping[str, Any] | None,
-    versions: Mapping[str, Any] | None,
-) -> Iterator[str]:
-    yield "<!DOCTYPE html>"
-    yield '<html lang="en"><head><meta charset="utf-8">'
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    yield f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-    yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    yield '<meta name="color-scheme" content="light dark">'
-    yield f"<title>{escape(title)}</title><style>{CSS}</style></head><body><main>"
-    yield f"<h1>{escape(title)}</h1>"
-    if lead:
-        yield f'<p class="lead">{escape(lead)}</p>'
-    if key_numbers:
-        yield '<dl class="numbers">'
-        for name, value in key_numbers.items():
-            yield f"<div><dt>{escape(name)}</dt><dd>{escape(shown(value))}</dd></div>"
-        yield "</dl>"
-    for figure in figures:
-        yield from _figure(figure)
-    for table in tables:
-        yield from _table(table)
-    if data:
-        yield f'<section><h2>Data</h2><p class="small">{escape(data)}</p></section>'
-    for heading, pairs in (
-        ("Configuration", flatten(config or {})),
-        ("Produced by", versions or {}),
-    ):
-        if pairs:
-            yield f'<section><h2>{heading}</h2><dl class="pairs">'
-            for name, value in pairs.items():
-                yield f"<div><dt>{escape(name)}</dt><dd>{escape(exact(value))}</dd></div>"
-            yield "</dl></section>"
-    yield "</main></body></html>"
+def _section(heading: str, content: str) -> str:
+    return f"<section><h2>{escape(heading)}</h2>{content}</section>" if content else ""
 
 
-def _figure(figure: ReportFigure) -> Iterator[str]:
+def _pairs(style: str, pairs: Mapping[str, Any], form: Callable[[Any], str]) -> str:
+    rows = (f"<div><dt>{escape(n)}</dt><dd>{escape(form(v))}</dd></div>" for n, v in pairs.items())
+    return f'<dl class="{style}">' + "\n".join(rows) + "</dl>" if pairs else ""
+
+
+def _figure(figure: ReportFigure) -> str:
     data = base64.b64encode(figure.png()).decode("ascii")
-    yield f"<section><h2>{escape(figure.title)}</h2><figure>"
-    yield f'<img src="data:image/png;base64,{data}" alt="{escape(figure.alt)}">'
-    if figure.text:
-        yield f"<figcaption>{escape(figure.text)}</figcaption>"
-    yield "</figure></section>"
+    image = f'<img src="data:image/png;base64,{data}" alt="{escape(figure.alt)}">'
+    text = f"<figcaption>{escape(figure.text)}</figcaption>" if figure.text else ""
+    return _section(figure.title, f"<figure>{image}{text}</figure>")
 
 
-def _table(table: Table) -> Iterator[str]:
-    yield f"<section><h2>{escape(table.title)}</h2>"
-    if table.text:
-        yield f"<p>{escape(table.text)}</p>"
+def _table(table: Table) -> str:
     sides = [
         ' class="number"' if all(_like_number(row[i]) for row in table.rows) else ""
         for i in range(len(table.columns))
     ]
-    yield '<div class="wide"><table><thead><tr>'
-    for name, side in zip(table.columns, sides, strict=True):
-        yield f'<th scope="col"{side}>{escape(name)}</th>'
-    yield "</tr></thead><tbody>"
-    for row in table.rows:
-        cells = zip(row, sides, strict=True)
-        yield "<tr>"
-        yield "".join(f"<td{side}>{escape(shown(cell))}</td>" for cell, side in cells)
-        yield "</tr>"
-    yield "</tbody></table></div></section>"
+    names = zip(table.columns, sides, strict=True)
+    head = "".join(f'<th scope="col"{side}>{escape(name)}</th>' for name, side in names)
+    lines = [
+        "".join(f"<td{s}>{escape(shown(cell))}</td>" for cell, s in zip(row, sides, strict=True))
+        for row in table.rows
+    ]
+    text = f"<p>{escape(table.text)}</p>" if table.text else ""
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return _section(
+        table.title,
+        f'{text}<div class="wide"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>",
+    )
 
 
 def _like_number(cell: Any) -> bool:
@@ -216,3 +210,431 @@ def _like_number(cell: Any) -> bool:
 
 def _is_mapping(value: Any) -> bool:
     return hasattr(value, "items") and hasattr(value, "keys")
+
+
+# Figures in words: for the report's text, and for readers who cannot see them.
+
+HOW_TO_READ = {
+    "dynamics": (
+        "Above, the part of the class token's attention that goes to the tokens of each modality; "
+        "below, the largest minus the smallest cosine score. The score of a modality is the mean "
+        "cosine between the class query and its mean keys, so a large imbalance says that the "
+        "query leans to one modality whatever the sample shows. A rotation turns the query to the "
+        "rebalance anchor; if the cycle is at work, the share drifts away again afterwards."
+    ),
+    "accuracy": (
+        "The probes are linear classifiers on each modality's own class token, trained beside the "
+        "model without a gradient to it: what each encoder knows by itself. The checkpoint is "
+        "chosen on validation data; the test set is read once, at the end."
+    ),
+    "polar": (
+        "Each point is the mean key of a sample, as a unit vector, projected on the plane of the "
+        "class query and the difference between the modalities' mean keys. The query points up, "
+        "so a point's height is its cosine to the query. The anchor is where the query goes: "
+        "between the mean keys, nearer to the modality that was neglected the larger rho is."
+    ),
+    "share_quality": (
+        "Quality is minus the standard deviation of the noise that a sample's modality got, in "
+        "standard deviations of the training set. Where attention follows the sample, the share "
+        "of a modality rises with its quality; a flat cloud says that attention looks at the "
+        "modality and not at the sample. The line is the mean of each tenth of the samples."
+    ),
+    "noise": (
+        "Gaussian noise is added to one modality of every sample while the other stays as it is. "
+        "A fusion that cooperates looks away from the noised modality and loses little; one in "
+        "the cycle keeps attending to it."
+    ),
+    "attention_scale": (
+        "The trained class query times a factor, everything else as it is: at 0 every token has "
+        "the same weight, 1 is the model as it was trained. Where 0 is above 1, what the query "
+        "prefers whatever the sample shows does harm; where it is below, the look at the sample "
+        "helps."
+    ),
+    "attention": (
+        "The weight that the class token gives each token, drawn over the place it was cut from "
+        "(1 is the weight of even attention over all tokens of all modalities). The modality's "
+        "own class token has no place and counts in the share alone."
+    ),
+    "arms": (
+        "Each line is the mean over seeds on validation data, each band one standard deviation. "
+        "Arms without attention have neither imbalance nor share."
+    ),
+}
+LISTED = 12  # rotations whose epochs are told one by one
+
+
+def describe_dynamics(rows: Sequence[Row], plain: Sequence[Row] = ()) -> str:
+    """Beginning and end of each share and of the imbalance, and when the query was rotated.
+
+    Args:
+      rows: of metrics.jsonl.
+      plain: those of the same run without rotations, where there is one.
+    """
+    parts = [_describe_curves(plain, "Without rotations, the")] if plain else []
+    parts += [_describe_curves(rows, "With them, the" if plain else "The")]
+    return " ".join(filter(None, [*parts, describe_rolls(rows)]))
+
+
+def _describe_curves(rows: Sequence[Row], first: str) -> str:
+    """A sentence a curve; the first begins with `first`."""
+    parts: list[str] = []
+    for name in curves.modalities(rows, "attention_share"):
+        curve = curves.curve(rows, "valid", f"attention_share/{name}")
+        if len(curve.y):
+            ends = f"from {curve.y[0]:.2f} to {curve.y[-1]:.2f}"
+            parts.append(f"attention share of {name} goes {ends}")
+    imbalance = curves.curve(rows, "valid", "imbalance")
+    if len(imbalance.y):
+        top = int(np.argmax(imbalance.y))
+        parts.append(
+            f"imbalance goes from {imbalance.y[0]:.2f} to {imbalance.y[-1]:.2f}, "
+            f"with a peak of {imbalance.y[top]:.2f} at epoch {imbalance.x[top]:.0f}"
+        )
+    words = (first, *["The"] * len(parts))
+    return " ".join(f"{word} {part}." for word, part in zip(words, parts, strict=False))
+
+
+def describe_rolls(rows: Sequence[Row]) -> str:
+    """How often, when and how far the query was rotated."""
+    rolls = curves.rolls(rows)
+    if not rolls:
+        return "The query was not rotated."
+    first = rolls[0]
+    times = [f"{roll.epoch:.3g}" for roll in rolls]
+    if len(times) > LISTED:
+        text = f"The query was rotated {len(times)} times, from epoch {times[0]} to {times[-1]}."
+    elif len(times) == 1:
+        text = f"The query was rotated once, after epoch {times[0]}."
+    else:
+        count = {2: "twice"}.get(len(times), f"{len(times)} times")
+        text = (
+            f"The query was rotated {count}, after epochs {', '.join(times[:-1])} and {times[-1]}."
+        )
+    if np.isfinite(first.angle_degrees):
+        angle, ends = first.angle_degrees, (first.imbalance_before, first.imbalance_after)
+        if np.isfinite(ends).all():
+            text += (
+                f" The first rotation, by {angle:.0f}°, took the imbalance from {ends[0]:.2f} to "
+                f"{ends[1]:.2f}."
+            )
+        else:
+            text += f" The first rotation was by {angle:.0f}°."
+    used_up = curves.used_up(rows)
+    if used_up is not None:
+        text += (
+            f" By the end of epoch {used_up['epoch']} no rotations were left, and the imbalance, "
+            f"{used_up['imbalance']:.2f}, stood above beta."
+        )
+    return text
+
+
+def describe_accuracy(rows: Sequence[Row]) -> str:
+    """Best validation accuracy, test accuracy, and the probes' last validation values."""
+    parts = []
+    valid = curves.curve(rows, "valid", "accuracy")
+    if len(valid.y):
+        best = int(np.argmax(valid.y))
+        parts.append(
+            f"The best validation accuracy is {100 * valid.y[best]:.1f}\N{NO-BREAK SPACE}%, "
+            f"at epoch {valid.x[best]:.0f}."
+        )
+    test = curves.curve(rows, "test", "accuracy")
+    if len(test.y):
+        parts.append(f"The test accuracy is {100 * test.y[-1]:.1f}\N{NO-BREAK SPACE}%.")
+    for name in curves.modalities(rows, "probe_accuracy"):
+        probe = curves.curve(rows, "valid", f"probe_accuracy/{name}")
+        if len(probe.y):
+            parts.append(
+                f"The probe on {name} alone ends at {100 * probe.y[-1]:.1f}\N{NO-BREAK SPACE}%."
+            )
+    return " ".join(parts) or "No epoch has been evaluated."
+
+
+def describe_views(before: PlaneView, after: PlaneView) -> str:
+    """The cosine scores before and after a rotation."""
+    changes = ", ".join(
+        f"{name} from {before.cosines[name]:.2f} to {after.cosines[name]:.2f}"
+        for name in sorted(before.cosines)
+    )
+    return f"Cosine scores before and after the rotation: {changes}."
+
+
+def describe_noise(points: Sequence[Mapping[str, Any]]) -> str:
+    """Accuracy and share of the noised modality at the lowest and the highest level of noise."""
+    parts = []
+    for name in sorted({point["modality"] for point in points}):
+        ordered = sorted((p for p in points if p["modality"] == name), key=lambda p: p["level"])
+        low, high = ordered[0], ordered[-1]
+        text = (
+            f"With noise from {low['level']:g} to {high['level']:g} in {name}, accuracy goes from "
+            f"{100 * low['accuracy']:.1f} to {100 * high['accuracy']:.1f}\N{NO-BREAK SPACE}%"
+        )
+        shares = [point.get("attention_share", {}).get(name) for point in (low, high)]
+        if all(is_number(share) for share in shares):
+            text += f" and the attention share of {name} from {shares[0]:.2f} to {shares[1]:.2f}"
+        parts.append(text + ".")
+    return " ".join(parts)
+
+
+def describe_attention_scale(points: Sequence[Mapping[str, Any]]) -> str:
+    """Accuracy at each factor of the query."""
+    values = [f"{100 * p['accuracy']:.1f} at {p['scale']:g}" for p in points]
+    return f"Accuracy in % with the trained query times a factor: {', '.join(values)}."
+
+
+# Chosen examples with the attention over them, for `plots.attention_figure`.
+
+
+def choose_examples(predictions: Predictions, count: int = 4) -> Array:
+    """Numbers of examples that differ as much as possible in which modality is the better one.
+
+    From the lowest to the highest quality contrast of the first modality, in even steps, of the
+    examples that have it and another; where the quality is not known, in even steps through the
+    data. No example twice.
+    """
+    order = np.arange(len(predictions.label))
+    if len(predictions.quality) > 1:
+        contrasts = metrics.quality_contrast(predictions.quality)
+        contrast = contrasts[sorted(contrasts)[0]]
+        known = int(np.isfinite(contrast).sum())
+        order = np.argsort(contrast, kind="stable")[: known or None]  # NaN comes last
+    return order[np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)]
+
+
+def attention_examples(
+    model: Any,
+    params: Any,
+    rotation: Any,
+    dataset: Dataset,
+    split: str,
+    indices: Sequence[int] | Array,
+    *,
+    seed: int = 0,
+) -> list[AttentionExample]:
+    """The chosen examples as the model sees them, with its attention, mean over heads.
+
+    Args:
+      model: from `build_model`, with attention fusion; its `spec` says how inputs are patched.
+      params, rotation: as in training.
+      dataset, split, indices: which examples; captions have the class names and the noise.
+      seed: of the data set's random transformations.
+    """
+    batch = next(
+        eval_batches(
+            Subset(dataset.splits[split], indices),
+            batch_size=len(indices),
+            seed=seed,
+            transforms=dataset.eval_transforms,
+        )
+    )
+    probabilities, out = jax.jit(
+        lambda batch: metrics.forward(model, params, rotation, batch, return_attention=True)
+    )(metrics.model_input(batch))
+    attention = np.array(out["attention"], np.float64)
+    attention[..., 0] = 0.0
+    # Each head's weights over the modalities' tokens sum to 1, as in the attention share; to 0 in
+    # an example without any modality, or without finite weights.
+    attention = np.where(np.isfinite(attention), attention, 0.0)
+    total = attention.sum(axis=-1, keepdims=True)
+    attention = (attention / np.where(total > 0, total, 1.0)).mean(axis=1)
+    probabilities = np.asarray(probabilities)
+    finite = np.isfinite(probabilities).all(axis=-1)
+    predicted = np.where(finite, probabilities.argmax(axis=-1), -1)
+    encoders = sorted(model.spec.encoders, key=lambda encoder: encoder.name)
+    lengths = {e.name: num_tokens(e.kind, batch[e.name].shape[1:], e.patch) for e in encoders}
+    weights = split_attention(attention, lengths)
+    return [
+        AttentionExample(
+            _caption(batch, row, int(predicted[row]), dataset.class_names),
+            tuple(
+                ModalityView(e.name, e.kind, batch[e.name][row], weights[e.name][row], e.patch)
+                for e in encoders
+            ),
+        )
+        for row in range(len(indices))
+    ]
+
+
+def _caption(batch: dict[str, Array], row: int, predicted: int, names: Sequence[str]) -> str:
+    classes = (int(batch["label"][row]), predicted)
+    shown = ["none" if c < 0 else names[c] if names else str(c) for c in classes]
+    lines = [f"true {shown[0]}", f"predicted {shown[1]}"]
+    example = {name: value[row] for name, value in batch.items()}
+    for name in sorted(batch):
+        if name.startswith("quality_"):
+            modality, noise = name.removeprefix("quality_"), -float(batch[name][row])
+            if np.isfinite(noise) and has_modality(example, modality):
+                lines.append(f"{modality} noise {max(noise, 0.0):.1f}")
+    return "\n".join(lines)
+
+
+# An evaluation shown: pictures, a report and a table for the terminal.
+
+
+def write_evaluation(
+    folder: epath.Path,
+    run: Any,
+    probe: Probe,
+    clean: Predictions,
+    result: Mapping[str, Any],
+) -> None:
+    """Writes `figures/evaluation_*.png` and `evaluation.html`.
+
+    Args:
+      folder: the run's folder.
+      run: as `rollingq_jax.train.restore.load_run` returns it.
+      probe: how the split was read.
+      clean: predictions without corruption.
+      result: what `evaluation.json` holds.
+    """
+    figures = []
+    for name, figure in _figures(run, probe, clean, result):
+        drawn = figure.drawn()  # once, for the file and the report
+        plots.save_png(drawn.figure, folder / "figures" / f"evaluation_{name}.png")
+        figures.append(drawn)
+    names = ("accuracy", "macro_f1", "calibration_error", "quality_correlation")
+    write_report(
+        folder / "evaluation.html",
+        title=f"Evaluation on {probe.split}: {run.config.data.name}, {run.config.model.fusion}",
+        lead=f"{result['num_examples']} examples of split {probe.split}, with the parameters of "
+        f"step {run.step}, the best by validation accuracy.",
+        key_numbers={name.replace("_", " "): result[name] for name in names if name in result},
+        figures=figures,
+        tables=list(_tables(result)),
+        data=probe.dataset.description,
+        config=run.config,
+        versions=result["versions"] | {"device": result["device"]},
+    )
+
+
+def _figures(
+    run: Any, probe: Probe, clean: Predictions, result: Mapping[str, Any]
+) -> Iterator[tuple[str, ReportFigure]]:
+    share, quality = clean.attention_share, clean.quality
+    if len(share) > 1 and quality:
+        yield (
+            "share_quality",
+            ReportFigure(
+                "Does attention follow quality?",
+                plots.share_quality_figure({"": (clean.shares(), {m: quality[m] for m in share})}),
+                "Scatter plot of each example's attention share against its quality contrast; "
+                f"their correlation is {signed(result['quality_correlation'])}.",
+                HOW_TO_READ["share_quality"],
+            ),
+        )
+    if result.get("noise"):
+        yield (
+            "noise",
+            ReportFigure(
+                "What noise in one modality does",
+                plots.noise_figure({"": [result["noise"]]}),
+                describe_noise(result["noise"]),
+                HOW_TO_READ["noise"],
+            ),
+        )
+    if result.get("attention_scale"):
+        points = result["attention_scale"]
+        yield (
+            "attention_scale",
+            ReportFigure(
+                "Does attention do good or harm?",
+                plots.attention_scale_figure(points),
+                describe_attention_scale(points),
+                HOW_TO_READ["attention_scale"],
+            ),
+        )
+    if share:
+        chosen = choose_examples(clean)
+        examples = attention_examples(
+            run.model, run.params, run.rotation, probe.dataset, probe.split, chosen, seed=probe.seed
+        )
+        yield (
+            "attention",
+            ReportFigure(
+                "Where the class token looks",
+                plots.attention_figure(examples),
+                "Heat maps of the class token's attention over the inputs of chosen examples.",
+                HOW_TO_READ["attention"],
+            ),
+        )
+
+
+def _tables(result: Mapping[str, Any]) -> Iterator[Table]:
+    if result["corrupted"]:
+        fields = ["corrupt", "accuracy", "unchanged"]
+        columns = ["corruption", "accuracy", "predictions unchanged"]
+        for field, words in (
+            ("kept", "examples that keep their last modality"),
+            ("nonfinite", "NaN or infinite logits"),
+        ):
+            if any(field in found for found in result["corrupted"]):
+                fields.append(field)
+                columns.append(words)
+        corrupted = [[found.get(field) for field in fields] for found in result["corrupted"]]
+        yield Table("Corrupted", columns, corrupted)
+    if "reliance" in result:
+        rows = [
+            (m, way, *(found.get(f) for f in ("accuracy", "unchanged", "follows")))
+            + (found["attention_share"].get(m),)
+            for m, ways in result["reliance"].items()
+            for way, found in ways.items()
+        ]
+        yield Table(
+            "Reliance on each modality",
+            ("modality", "is", "accuracy", "predictions unchanged", "follows it", "its share"),
+            rows,
+            "Shuffled: taken from another example. Swapped: from an example of another class; "
+            "then 'follows it' is the share of predictions of that class. Replaced: by noise.",
+        )
+    if "modality_examples" in result:
+        counts = result["modality_examples"]
+        share = result.get("attention_share", {})
+        present = [(m, count, share.get(m)) for m, count in counts.items()]
+        text = "Shares and correlations are over the examples that have the modality."
+        yield Table("Modalities", ("modality", "examples that have it", "its share"), present, text)
+    classes = result["per_class"].items()
+    lines = [(name, *(found[f] for f in ("examples", "accuracy", "f1"))) for name, found in classes]
+    yield Table("Classes", ("class", "examples", "accuracy", "F1"), lines)
+
+
+def _share_rows(
+    scores: Mapping[str, Any], words: str = "attention share, {}"
+) -> list[tuple[str, str]]:
+    """The share of each modality, with the examples behind it where some lack one."""
+    counts = scores.get("modality_examples", {})
+    return [
+        (words.format(m), written(share, count=counts.get(m)))
+        for m, share in scores.get("attention_share", {}).items()
+    ]
+
+
+def summary_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The table that the command prints."""
+    rows = [(f"{result['split']} examples", str(result["num_examples"]))]
+    if "nonfinite" in result:
+        rows.append(("examples with NaN or infinite logits", str(result["nonfinite"])))
+    paired = min(result.get("contrast_examples", {}).values(), default=None)
+    rows += [
+        (
+            name.replace("_", " "),
+            written(result[name], count=paired if name == "quality_correlation" else None),
+        )
+        for name in ("accuracy", "macro_f1", "calibration_error", "quality_correlation")
+        if name in result
+    ]
+    rows += _share_rows(result)
+    for found in result["corrupted"]:
+        text = f"accuracy {written(found['accuracy'])}"
+        text += "".join(f", {words} {value}" for words, value in _share_rows(found, "share {}"))
+        if "nonfinite" in found:
+            text += f", {found['nonfinite']} with NaN or infinite logits"
+        if "kept" in found:
+            text += f", {found['kept']} examples keep their last modality"
+        rows.append((found["corrupt"], text))
+    for point in result.get("attention_scale", []):
+        name = f"accuracy with the query times {point['scale']:g}"
+        rows.append((name, written(point["accuracy"])))
+    for m, ways in result.get("reliance", {}).items():
+        text = ", ".join(f"{way} {written(found['accuracy'])}" for way, found in ways.items())
+        rows.append((f"accuracy with {m}", text))
+    return rows

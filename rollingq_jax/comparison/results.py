@@ -10,16 +10,16 @@ from etils import epath
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from rollingq_jax.analysis import narrative, plots
-from rollingq_jax.analysis.plots import style
-from rollingq_jax.analysis.predictions import Predictions
-from rollingq_jax.analysis.report import ReportFigure, write_report
-from rollingq_jax.analysis.report import Table as ReportTable
-from rollingq_jax.analysis.statistics import (
+from rollingq_jax.analysis import plots
+from rollingq_jax.analysis.metrics import (
+    Predictions,
     bootstrap_mean,
     detectable_difference,
     paired_difference,
 )
+from rollingq_jax.analysis.plots import style
+from rollingq_jax.analysis.report import HOW_TO_READ, ReportFigure, write_report
+from rollingq_jax.analysis.report import Table as ReportTable
 
 Row = Mapping[str, Any]
 Run = dict[str, Any]
@@ -312,7 +312,7 @@ def all_figures(
     if differences is not None:
         words = result["conclusion"]
         yield "differences", ReportFigure(f"Against {against}", differences, words)
-    how = narrative.HOW_TO_READ
+    how = HOW_TO_READ
     accuracy = plots.arms_figure(rows, fields={"accuracy": "validation accuracy (0 to 1)"})
     alt = "Validation accuracy of each arm over training."
     yield "accuracy", ReportFigure("Accuracy over training", accuracy, alt, how["arms"])

@@ -21,7 +21,8 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from rollingq_jax.analysis import predictions, probes
+from rollingq_jax.analysis import probes
+from rollingq_jax.analysis.metrics import Predictions, predict_fn
 from rollingq_jax.comparison.results import Run, run_record
 from rollingq_jax.data.dataset import Dataset, fingerprint, first_difference
 from rollingq_jax.data.load import load_dataset
@@ -609,9 +610,9 @@ def tested_summary(
         raise NonFiniteError(f"arm {arm!r}, seed {seed}: {error}") from None
 
 
-def answers_of(folder: epath.Path) -> predictions.Predictions:
+def answers_of(folder: epath.Path) -> Predictions:
     """A finished run's answers on its test split."""
-    return probes.answers(_probe(folder))
+    return probes.predict(_probe(folder))
 
 
 def noise_of(folder: epath.Path, levels: Sequence[float]) -> list[dict[str, Any]]:
@@ -622,7 +623,7 @@ def noise_of(folder: epath.Path, levels: Sequence[float]) -> list[dict[str, Any]
     kept = read_json(folder / "noise.json")
     if kept is None or kept["levels"] != list(levels):
         probe = _probe(folder)
-        clean = probes.answers(probe)
+        clean = probes.predict(probe)
         points = [
             point
             for m, info in probe.dataset.modalities.items()
@@ -637,7 +638,7 @@ def noise_of(folder: epath.Path, levels: Sequence[float]) -> list[dict[str, Any]
 def _probe(folder: epath.Path) -> probes.Probe:
     run = load_run(folder)
     return probes.Probe(
-        predictions.predictor(run.model, run.params, run.rotation),
+        predict_fn(run.model, run.params, run.rotation),
         run.dataset,
         batch_size=run.config.batch_size,
         seed=run.config.seed,

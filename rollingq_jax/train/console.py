@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from rollingq_jax.analysis.statistics import written
+from rollingq_jax.analysis.metrics import written
 from rollingq_jax.data.dataset import KEPT, Dataset
 from rollingq_jax.train.setup import Setup
 from rollingq_jax.train.state import TrainState

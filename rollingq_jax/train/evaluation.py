@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rollingq_jax.analysis.predictions import check_answers
+from rollingq_jax.analysis.metrics import check_answers
 from rollingq_jax.train.metrics import add_sums, finish
 from rollingq_jax.train.parallel import Parallel
 from rollingq_jax.train.state import TrainState

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from rollingq_jax.analysis import narrative
-from rollingq_jax.analysis.looking import attention_examples, choose_examples
+from rollingq_jax.analysis import report
+from rollingq_jax.analysis.metrics import Predictions
 from rollingq_jax.analysis.plots import (
     PolarPanel,
     accuracy_figure,
@@ -15,8 +15,13 @@ from rollingq_jax.analysis.plots import (
     save_png,
     share_quality_figure,
 )
-from rollingq_jax.analysis.predictions import Predictions
-from rollingq_jax.analysis.report import ReportFigure, Table, write_report
+from rollingq_jax.analysis.report import (
+    ReportFigure,
+    Table,
+    attention_examples,
+    choose_examples,
+    write_report,
+)
 from rollingq_jax.train.run import Run
 from rollingq_jax.train.snapshot import Snapshot, load_snapshots
 from rollingq_jax.train.state import TrainState
@@ -50,8 +55,8 @@ def report_figures(
         "accuracy": ReportFigure(
             "Accuracy of the model and of its probes",
             accuracy_figure(rows, chance=1 / run.config.model.num_classes),
-            narrative.describe_accuracy(rows),
-            narrative.HOW_TO_READ["accuracy"],
+            report.describe_accuracy(rows),
+            report.HOW_TO_READ["accuracy"],
         )
     }
     if not predictions.attention_share:
@@ -60,23 +65,23 @@ def report_figures(
     figures["dynamics"] = ReportFigure(
         "Imbalance and attention share",
         dynamics_figure(rows, beta=run.config.rolling.beta, plain=plain),
-        narrative.describe_dynamics(rows, plain),
-        narrative.HOW_TO_READ["dynamics"],
+        report.describe_dynamics(rows, plain),
+        report.HOW_TO_READ["dynamics"],
     )
     panels = rotation_panels(run)
     if panels:
         figures["rotation"] = ReportFigure(
             "Keys around the query, before and after a rotation",
             polar_panels(panels),
-            narrative.describe_rolls(rows),
-            narrative.HOW_TO_READ["polar"],
+            report.describe_rolls(rows),
+            report.HOW_TO_READ["polar"],
         )
     if predictions.quality:
         figures["share_quality"] = ReportFigure(
             "Does attention follow quality?",
             share_quality_figure({"": (predictions.shares(), predictions.quality)}),
             "Scatter plot of attention share against the difference in quality, test data.",
-            narrative.HOW_TO_READ["share_quality"],
+            report.HOW_TO_READ["share_quality"],
         )
     examples = attention_examples(
         run.setup.model,
@@ -91,7 +96,7 @@ def report_figures(
         "What the class token looks at",
         attention_figure(examples),
         "Attention weights drawn over the inputs of some test examples.",
-        narrative.HOW_TO_READ["attention"],
+        report.HOW_TO_READ["attention"],
     )
     return figures
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from rollingq_jax.analysis.predictions import class_probabilities
+from rollingq_jax.analysis.metrics import class_probabilities
 from rollingq_jax.baselines.hooks import NO_BASELINE, Baseline, Seen
 from rollingq_jax.rolling import (
     RollInfo,

@@ -11,9 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from rollingq_jax.analysis import curves
-from rollingq_jax.analysis.predictions import Predictions, scores, where_present
-from rollingq_jax.analysis.statistics import written
+from rollingq_jax.analysis.metrics import Predictions, scores, where_present, written
 from rollingq_jax.data.preprocessing import InputSpec
 from rollingq_jax.errors import CheckpointError
 from rollingq_jax.train.checkpoint import Checkpoints, DamagedError
@@ -177,9 +175,11 @@ def finish_run(run: Run, checkpoints: Checkpoints, best: Mapping[str, Any]) -> d
         writer.remove("test")
         epoch = run.config.epochs
         writer.write([{"step": run.setup.total_steps, "epoch": epoch, "split": "test"} | means])
-        used_up = curves.used_up(writer.rows)
-        if used_up is not None:
-            summary["rotations_used_up"] = used_up
+        from rollingq_jax.analysis.plots.training import used_up  # Matplotlib, at the end only
+
+        spent = used_up(writer.rows)
+        if spent is not None:
+            summary["rotations_used_up"] = spent
         draw(run, state, summary, predictions, writer.rows)
         write_json(run.workdir / "summary.json", summary)
     return summary

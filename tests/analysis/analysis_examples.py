@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 
-from rollingq_jax.analysis.predictions import model_input
+from rollingq_jax.analysis.metrics import model_input
 from rollingq_jax.data.dataset import ArraySource, Dataset, ModalityInfo
 from rollingq_jax.models import build_model
 

@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from rollingq_jax import evaluate
-from rollingq_jax.analysis import predictions
+from rollingq_jax.analysis import metrics
 from rollingq_jax.data.preprocessing import input_spec
 from rollingq_jax.errors import CheckpointError
 from rollingq_jax.train.cli import run_command
@@ -62,7 +62,7 @@ def test_it_writes_numbers_pictures_and_a_report(workdir, capsys):
     result = json.loads((workdir / "evaluation.json").read_text())
     assert result["split"] == "test" and result["num_examples"] == 9 and result["step"] == 12
     model, params, _, columns = analysis_examples.small_model()
-    logits, shares = jax.jit(model.apply)({"params": params}, predictions.model_input(columns))
+    logits, shares = jax.jit(model.apply)({"params": params}, metrics.model_input(columns))
     right = (np.argmax(logits, -1) == columns["label"]).mean()
     assert result["accuracy"] == pytest.approx(right)
     share = np.asarray(shares["attention_share"]["audio"]).mean()

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from rollingq_jax.analysis import looking, plots, predictions, probes
+from rollingq_jax.analysis import metrics, plots, probes, report
+from rollingq_jax.analysis.metrics import Predictions
 from rollingq_jax.analysis.plots import ModalityView
-from rollingq_jax.analysis.predictions import Predictions
 from rollingq_jax.data.corruption import ModalityDropout
 from rollingq_jax.data.dataset import ArraySource, Dataset, ModalityInfo
 from rollingq_jax.errors import ConfigError, NonFiniteError
@@ -49,7 +49,7 @@ def make_probe(**kwargs):
 
 def test_every_example_counts_once_and_padding_never():
     probe = make_probe(count=37)
-    found = probes.answers(probe)
+    found = probes.predict(probe)
     labels = probe.dataset.splits["test"].columns["label"]
     np.testing.assert_array_equal(found.label, labels)
     assert found.accuracy == 1.0
@@ -66,34 +66,34 @@ def test_quality_counts_only_where_all_of_it_is_known():
         "label": np.zeros(2, np.int32),
         "quality_audio": np.zeros(2, np.float32),
     }
-    assert predictions.collect(one_quality, [batch]).quality == {}
+    assert metrics.collect(one_quality, [batch]).quality == {}
     with pytest.raises(ValueError, match="nothing to evaluate"):
-        predictions.collect(one_quality, [])
+        metrics.collect(one_quality, [])
 
 
 def test_noise_curve_falls_from_the_clean_value_to_chance_for_the_used_modality_alone():
     probe = make_probe(count=400)
-    clean = probes.answers(probe)
+    clean = probes.predict(probe)
     curve = probes.corruption_curve(probe, "audio", (0.0, 0.5, 50.0), clean=clean)
     accuracy = [point["accuracy"] for point in curve]
     assert accuracy[0] == 1.0 > accuracy[1] > accuracy[2]
     assert accuracy[2] == pytest.approx(1 / CLASSES, abs=0.08)
     assert [point["level"] for point in curve] == [0.0, 0.5, 50.0]
-    assert curve[0]["attention_share"] == predictions.mean_shares(clean)
+    assert curve[0]["attention_share"] == metrics.mean_shares(clean)
     assert curve[2]["attention_share"]["audio"] > 10 * curve[0]["attention_share"]["audio"]
     for point in probes.corruption_curve(probe, "visual", (50.0,)):
         assert point["accuracy"] == 1.0
 
 
 def test_a_noised_split_has_lower_quality():
-    found = probes.answers(make_probe(), "audio=2.0")
+    found = probes.predict(make_probe(), "audio=2.0")
     np.testing.assert_allclose(found.quality["audio"], -2.0)
     np.testing.assert_allclose(found.quality["visual"], 0.0)
 
 
 def test_reliance_tells_the_used_modality_from_the_unused():
     probe = make_probe(count=200)
-    clean = probes.answers(probe)
+    clean = probes.predict(probe)
     used = probes.reliance(probe, "audio", clean)
     assert used["swapped"]["accuracy"] == 0.0
     assert used["swapped"]["follows"] == 1.0
@@ -108,15 +108,15 @@ def test_reliance_tells_the_used_modality_from_the_unused():
 
 def test_probes_of_the_training_split_corrupt_it_too():
     probe = make_probe()._replace(split="train")
-    assert probes.answers(probe).accuracy == 1.0
-    assert probes.answers(probe, "audio=misalign").accuracy == 0.0
-    assert probes.answers(probe, "audio=40").accuracy < 0.6
+    assert probes.predict(probe).accuracy == 1.0
+    assert probes.predict(probe, "audio=misalign").accuracy == 0.0
+    assert probes.predict(probe, "audio=40").accuracy < 0.6
 
 
 def test_probes_are_seeded():
     probe = make_probe()
-    first, again = (probes.answers(probe, "audio=1.0").probabilities for _ in range(2))
-    other = probes.answers(probe._replace(seed=1), "audio=1.0").probabilities
+    first, again = (probes.predict(probe, "audio=1.0").probabilities for _ in range(2))
+    other = probes.predict(probe._replace(seed=1), "audio=1.0").probabilities
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
 
@@ -130,7 +130,7 @@ def test_partners_are_of_another_class():
 
 def test_an_unknown_modality_is_one_clear_line():
     with pytest.raises(ConfigError, match="no modality 'smell'; there are audio, visual"):
-        probes.answers(make_probe(), "smell=1.0")
+        probes.predict(make_probe(), "smell=1.0")
 
 
 def test_scores_by_hand():
@@ -138,7 +138,7 @@ def test_scores_by_hand():
     share = {"audio": np.array([0.5, 0.4, 0.3, 0.6])}
     share["visual"] = 1 - share["audio"]
     probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.4, 0.6]])
-    found = predictions.scores(
+    found = metrics.scores(
         Predictions(probabilities, np.array([0, 0, 1, 1]), share, quality), 2, ("cat", "dog")
     )
     assert found["accuracy"] == 0.75
@@ -158,7 +158,7 @@ def test_scores_by_hand():
 
 def test_scores_without_attention_or_quality_leave_them_out():
     bare = Predictions(np.eye(2), np.array([0, 1]), {}, {})
-    found = predictions.scores(bare, 2)
+    found = metrics.scores(bare, 2)
     assert found["accuracy"] == 1.0 and list(found["per_class"]) == ["0", "1"]
     assert not found.keys() & {"attention_share", "quality_correlation", "pearson"}
 
@@ -166,10 +166,10 @@ def test_scores_without_attention_or_quality_leave_them_out():
 def test_predictor_gives_what_the_model_gives():
     model, params, dataset, columns = analysis_examples.small_model()
     rotation = np.stack([np.eye(4, dtype=np.float32)[::-1]] * 2)
-    probe = probes.Probe(predictions.predictor(model, params, rotation), dataset, batch_size=4)
-    found = probes.answers(probe)
+    probe = probes.Probe(metrics.predict_fn(model, params, rotation), dataset, batch_size=4)
+    found = probes.predict(probe)
     logits, out = jax.jit(model.apply)(
-        {"params": params}, predictions.model_input(columns), rotation=rotation
+        {"params": params}, metrics.model_input(columns), rotation=rotation
     )
     np.testing.assert_allclose(found.probabilities, jax.nn.softmax(logits), atol=1e-6)
     for name, share in out["attention_share"].items():
@@ -178,15 +178,15 @@ def test_predictor_gives_what_the_model_gives():
 
 def test_predictor_of_a_static_fusion_has_no_shares():
     model, params, dataset, _ = analysis_examples.small_model("concat")
-    found = probes.answers(probes.Probe(predictions.predictor(model, params), dataset))
+    found = probes.predict(probes.Probe(metrics.predict_fn(model, params), dataset))
     assert found.attention_share == {} and found.probabilities.shape == (9, CLASSES)
 
 
 def test_examples_carry_the_models_attention():
     model, params, dataset, columns = analysis_examples.small_model()
     chosen = [4, 1]
-    shown = looking.attention_examples(model, params, None, dataset, "test", chosen)
-    _, out = jax.jit(model.apply)({"params": params}, predictions.model_input(columns))
+    shown = report.attention_examples(model, params, None, dataset, "test", chosen)
+    _, out = jax.jit(model.apply)({"params": params}, metrics.model_input(columns))
     for example, index in zip(shown, chosen, strict=True):
         assert example.caption.startswith(f"true {index % CLASSES}\npredicted ")
         assert f"audio noise {index}.0" in example.caption
@@ -203,21 +203,21 @@ def test_chosen_examples_span_the_quality_contrast():
     rng = np.random.default_rng(0)
     quality = {"audio": -rng.uniform(size=20), "visual": -rng.uniform(size=20)}
     found = Predictions(np.ones((20, 2)), np.zeros(20, int), {}, quality)
-    chosen = looking.choose_examples(found, 3)
+    chosen = report.choose_examples(found, 3)
     contrast = quality["audio"] - quality["visual"]
     assert chosen[0] == contrast.argmin() and chosen[-1] == contrast.argmax()
     np.testing.assert_array_equal(
-        looking.choose_examples(found._replace(quality={}), 4), [0, 6, 13, 19]
+        report.choose_examples(found._replace(quality={}), 4), [0, 6, 13, 19]
     )
-    assert len(looking.choose_examples(found._replace(label=np.zeros(2), quality={}), 4)) == 2
+    assert len(report.choose_examples(found._replace(label=np.zeros(2), quality={}), 4)) == 2
 
 
 def test_shares_and_correlations_are_over_the_examples_that_have_the_modality():
     share = {"audio": np.array([0.2, 0.4, 0.9, 1.0]), "visual": np.array([0.8, 0.6, 0.1, 0.0])}
     quality = {"audio": np.array([-2.0, -1.0, 0.0, -9.0]), "visual": np.zeros(4)}
     present = {"audio": np.ones(4, bool), "visual": np.array([True, True, True, False])}
-    quality["visual"] = predictions.where_present(quality["visual"], present["visual"])
-    found = predictions.scores(
+    quality["visual"] = metrics.where_present(quality["visual"], present["visual"])
+    found = metrics.scores(
         Predictions(np.eye(2)[[0, 0, 1, 1]], np.array([0, 0, 1, 1]), share, quality, present), 2
     )
     assert found["attention_share"]["visual"] == pytest.approx(0.5)
@@ -234,7 +234,7 @@ def test_answers_that_are_not_finite_are_told(caplog):
         return found
 
     probe = make_probe()._replace(predict=broken)
-    clean = probes.answers(probe)
+    clean = probes.predict(probe)
     count = int((clean.label == 0).sum())
     assert clean.nonfinite == count and (clean.predicted[clean.label == 0] == -1).all()
     assert f"split 'test': the logits of {count} of 50 examples" in caplog.text
@@ -243,8 +243,8 @@ def test_answers_that_are_not_finite_are_told(caplog):
         predict=lambda b: {"probabilities": np.full([len(b["label"]), 4], np.nan)}
     )
     with pytest.raises(NonFiniteError, match="all 50 examples"):
-        probes.answers(nothing)
-    assert probes.answers(nothing, "audio=0.5").accuracy == 0.0  # of the corruption, not the model
+        probes.predict(nothing)
+    assert probes.predict(nothing, "audio=0.5").accuracy == 0.0  # of the corruption, not the model
 
 
 def test_pictures_of_what_lacks_modalities_warn_of_nothing():

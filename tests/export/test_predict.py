@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 import rollingq_jax as rq
-from rollingq_jax.analysis import table
+from rollingq_jax.analysis.metrics import csv_writer
 from rollingq_jax.data.preprocessing import InputSpec
 from rollingq_jax.evaluate import evaluate
 from rollingq_jax.predict import command, predict
@@ -188,7 +188,7 @@ def test_names_of_classes_and_numbers_of_classes_as_text():
 
 @pytest.mark.parametrize("text", ["a\rb", "a\nb", "a\r\nb", 'say "a", b', "=1+1", "\ud800"])
 def test_any_text_stands_in_one_cell(text, tmp_path):
-    with table.written_whole(epath.Path(tmp_path / "out.csv")) as write:
+    with csv_writer(epath.Path(tmp_path / "out.csv")) as write:
         write(iter([["id", text], [text, "2"]]))
     found = [text.encode("utf-8", "backslashreplace").decode()] * 2
     with open(tmp_path / "out.csv", newline="", encoding="utf-8") as file:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from train_cases import make_arrays, read_metrics, tiny_config, write_arrays
 
-from rollingq_jax.analysis.narrative import describe_rolls
+from rollingq_jax.analysis.report import describe_rolls
 from rollingq_jax.errors import NonFiniteError
 from rollingq_jax.train.loop import train_and_evaluate
 from rollingq_jax.train.summary import print_summary

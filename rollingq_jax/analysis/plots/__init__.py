@@ -1,6 +1,5 @@
-"""Figures: functions from plain data to matplotlib ``Figure`` objects, none of them global."""
+"""Figures: functions from plain data to matplotlib `Figure` objects, none of them global."""
 
-from rollingq_jax.analysis.plots.arms import arms_figure
 from rollingq_jax.analysis.plots.attention import AttentionExample, ModalityView, attention_figure
 from rollingq_jax.analysis.plots.geometry import PolarPanel, polar_figure, polar_panels
 from rollingq_jax.analysis.plots.samples import (
@@ -9,7 +8,7 @@ from rollingq_jax.analysis.plots.samples import (
     share_quality_figure,
 )
 from rollingq_jax.analysis.plots.style import png_bytes, save_png
-from rollingq_jax.analysis.plots.training import accuracy_figure, dynamics_figure
+from rollingq_jax.analysis.plots.training import accuracy_figure, arms_figure, dynamics_figure
 
 __all__ = [
     "AttentionExample",

@@ -120,7 +120,7 @@ def polar_figure(
 
 
 def polar_panels(panels: Sequence[PolarPanel], *, head: int | None = None) -> Figure:
-    """Any number of `PolarPanel`s, two in a row; ``head`` as in `polar_figure`."""
+    """Any number of `PolarPanel`s, two in a row; `head` as in `polar_figure`."""
     views = [view(panel.keys, panel.query, panel.anchor, head=head) for panel in panels]
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)

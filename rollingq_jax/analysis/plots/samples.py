@@ -7,9 +7,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rollingq_jax.analysis import statistics
-from rollingq_jax.analysis.curves import is_number
+from rollingq_jax.analysis import metrics
 from rollingq_jax.analysis.plots import style
+from rollingq_jax.analysis.plots.style import is_number
 
 Array = np.ndarray
 Shares = Mapping[str, Array]
@@ -38,7 +38,7 @@ def share_quality_figure(
     panels = grid.flat
     for (name, (share, quality)), axes in zip(arms.items(), panels, strict=False):
         shown = sorted(share)[0] if modality is None else modality
-        contrast, values = statistics.quality_contrast(quality)[shown], np.asarray(share[shown])
+        contrast, values = metrics.quality_contrast(quality)[shown], np.asarray(share[shown])
         known = np.isfinite(contrast) & np.isfinite(values)
         _scatter(axes, contrast[known], values[known].astype(np.float64))
         last = axes in grid[:, -1] or axes is list(grid.flat)[len(arms) - 1]
@@ -181,6 +181,6 @@ def _seeds(arms: Mapping[str, Sequence]) -> str:
 
 
 def _correlations(contrast: Array, share: Array) -> str:
-    r, rho = statistics.pearson(contrast, share), statistics.spearman(contrast, share)
+    r, rho = metrics.pearson(contrast, share), metrics.spearman(contrast, share)
     shown = [style.signed(value, "+.2f") for value in (r, rho)]
     return f"Pearson r = {shown[0]}, Spearman ρ = {shown[1]}"

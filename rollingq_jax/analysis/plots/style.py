@@ -1,6 +1,6 @@
 """One look for all figures: colours that colour-blind readers can tell apart, quiet axes.
 
-Figures are matplotlib ``Figure`` objects drawn with Agg; pyplot and its global state are never
+Figures are matplotlib `Figure` objects drawn with Agg; pyplot and its global state are never
 used, so figures can be made in threads and in a process that has its own pyplot session.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from etils import epath
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -59,7 +60,7 @@ def color(index: int) -> str:
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Colour, dashes and marker of curve number ``index``: 12 differ before any repeats."""
+    """Colour, dashes and marker of curve number `index`: 12 differ before any repeats."""
     return {
         "color": color(index),
         "linestyle": DASHES[(index + index // len(PALETTE)) % len(DASHES)],
@@ -76,7 +77,7 @@ def plain(text: Any) -> str:
 
 
 def shorten(text: Any, limit: int = 28) -> str:
-    """Text of at most ``limit`` characters, with an ellipsis where something was cut."""
+    """Text of at most `limit` characters, with an ellipsis where something was cut."""
     text = str(text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
@@ -157,3 +158,10 @@ def legend_below(figure: Figure, handles: Sequence[Artist], labels: Sequence[str
         fontsize=10,
         handlelength=2.8,
     )
+
+
+def is_number(value: Any) -> bool:
+    """Whether value is a finite number (None, NaN, bool and text are not)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        return False
+    return math.isfinite(value)

@@ -1,19 +1,102 @@
-"""Pictures of one training run: the cycle and its breaking, and accuracy with the probes."""
+"""Training over time: rows of `metrics.jsonl` as curves, pictures of one run and of many.
 
-from collections.abc import Sequence
-from typing import Any
+A row is a dict with at least "step" and "split"; see the fields of the training loop: "accuracy",
+"loss", "imbalance", "attention_share/<m>", "probe_accuracy/<m>", and, in rows of split "roll",
+"head", "imbalance_before", "imbalance_after", "angle_degrees".
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from rollingq_jax.analysis import curves
-from rollingq_jax.analysis.curves import Row
 from rollingq_jax.analysis.plots import style
+from rollingq_jax.analysis.plots.style import is_number
 
+Row = Mapping[str, Any]
 _ROLL_LINE: dict[str, Any] = {"color": style.TURN, "linewidth": 1.6, "alpha": 0.8, "zorder": 1.5}
 MANY_ROLLS = 16  # more are drawn faintly, and without their angles
+
+
+class Curve(NamedTuple):
+    """A field over training: x [N] in epochs and y [N], float64."""
+
+    x: np.ndarray
+    y: np.ndarray
+
+
+class Roll(NamedTuple):
+    """One moment at which at least one head's query was rotated (means over those heads)."""
+
+    epoch: float
+    heads: int
+    imbalance_before: float
+    imbalance_after: float
+    angle_degrees: float
+
+
+def steps_per_epoch(rows: Sequence[Row]) -> float:
+    """Steps between validation rows, which are written once an epoch (1 if there are none)."""
+    steps = np.unique([row["step"] for row in rows if row["split"] == "valid"])
+    steps = steps[steps > 0]
+    if len(steps) == 0:
+        return 1.0
+    return float(np.median(np.diff(steps))) if len(steps) > 1 else float(steps[0])
+
+
+def curve(rows: Sequence[Row], split: str, field: str) -> Curve:
+    """The field over epochs in one split; rows that lack it or hold no number are left out.
+
+    Of several rows of one step the last counts.
+    """
+    scale = steps_per_epoch(rows)
+    points = {
+        row["step"]: float(row[field])
+        for row in rows
+        if row["split"] == split and is_number(row.get(field))
+    }
+    steps = sorted(points)
+    return Curve(np.array(steps, np.float64) / scale, np.array([points[s] for s in steps]))
+
+
+def rolls(rows: Sequence[Row]) -> list[Roll]:
+    """The rotations in order, heads that rolled at the same step taken together."""
+    scale = steps_per_epoch(rows)
+    by_step: dict[int, list[Row]] = {}
+    for row in rows:
+        if row["split"] == "roll":
+            by_step.setdefault(row["step"], []).append(row)
+    fields = ("imbalance_before", "imbalance_after", "angle_degrees")
+    return [
+        Roll(
+            step / scale, len(group), *(_mean(row.get(field) for row in group) for field in fields)
+        )
+        for step, group in sorted(by_step.items())
+    ]
+
+
+def used_up(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """The first epoch at whose end no rotations were left while imbalance stood above beta.
+
+    Returns:
+      Its "epoch" and "imbalance", or None where there was no such epoch.
+    """
+    found = [row for row in rows if row["split"] == "valid" and row.get("rotations_used_up")]
+    return {name: found[0][name] for name in ("epoch", "imbalance")} if found else None
+
+
+def modalities(rows: Sequence[Row], prefix: str) -> list[str]:
+    """The names that follow `prefix + "/"` in any row, in alphabetical order."""
+    return sorted({k.split("/", 1)[1] for row in rows for k in row if k.startswith(prefix + "/")})
+
+
+def _mean(values: Any) -> float:
+    values = [float(value) for value in values if is_number(value)]
+    return float(np.mean(values)) if values else float("nan")
 
 
 def dynamics_figure(
@@ -33,7 +116,7 @@ def dynamics_figure(
     """
     figure = style.new_figure(8.0, 5.6)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1.25, 1))
-    names = curves.modalities(rows, "attention_share")
+    names = modalities(rows, "attention_share")
     for i, name in enumerate(names):
         _train_and_valid(top, rows, f"attention_share/{name}", style.plain(name), i)
     if names:
@@ -49,7 +132,7 @@ def dynamics_figure(
     elif beta is not None:
         style.reference_line(bottom, beta, f"β = {beta:g}")
     bottom.set_ylim(bottom=min(0.0, bottom.get_ylim()[0]))
-    _mark_rolls(top, bottom, curves.rolls(rows))
+    _mark_rolls(top, bottom, rolls(rows))
     style.style_axes(top, ylabel="attention share\n(sums to 1)")
     style.style_axes(
         bottom, xlabel="training (epochs)", ylabel="imbalance of cosine\nscores (0 to 2)"
@@ -72,7 +155,7 @@ def accuracy_figure(rows: Sequence[Row], *, chance: float | None = None) -> Figu
     series: list[tuple[str, str, str, Any, str]] = [
         ("accuracy", "whole model", style.INK, "-", "o")
     ]
-    for i, name in enumerate(curves.modalities(rows, "probe_accuracy")):
+    for i, name in enumerate(modalities(rows, "probe_accuracy")):
         label = f"probe on {style.plain(name)} alone"
         series.append(
             (
@@ -85,7 +168,7 @@ def accuracy_figure(rows: Sequence[Row], *, chance: float | None = None) -> Figu
         )
     ends = []
     for field, label, colour, dashes, marker in series:
-        x, y = curves.curve(rows, "valid", field)
+        x, y = curve(rows, "valid", field)
         options: dict[str, Any] = {
             "color": colour,
             "linestyle": dashes,
@@ -93,7 +176,7 @@ def accuracy_figure(rows: Sequence[Row], *, chance: float | None = None) -> Figu
             "markersize": 4,
         }
         axes.plot(x, 100 * y, label=label, linewidth=2, **options)
-        test = curves.curve(rows, "test", field)
+        test = curve(rows, "test", field)
         if len(test.y):
             ends.append((100 * test.y[-1], colour, marker))
     if not axes.lines:
@@ -107,12 +190,87 @@ def accuracy_figure(rows: Sequence[Row], *, chance: float | None = None) -> Figu
     return figure
 
 
+def arms_figure(
+    arms: Mapping[str, Sequence[Sequence[Row]]], *, fields: Mapping[str, str] | None = None
+) -> Figure:
+    """Validation curves of many arms: mean over seeds, with a band of one standard deviation.
+
+    Args:
+      arms: name of the arm -> the rows of each of its runs (one run for each seed).
+      fields: field of the rows -> label of its panel. By default the imbalance, and the attention
+        share of each modality (of the first alone where there are two: the other is 1 minus it).
+
+    Returns:
+      A figure with a panel for each field. Arms without that field (a fusion without attention)
+      are left out of the panel, and out of the legend if no panel has them.
+    """
+    if fields is None:
+        fields = _default_fields([row for runs in arms.values() for rows in runs for row in rows])
+    columns = min(len(fields), 2)
+    lines = -(-len(fields) // columns)
+    width = 4.4 * columns + 0.2 if columns > 1 else 6.8  # the title takes that much
+    figure = style.new_figure(width, 3.6 * lines + 0.5)
+    panels = figure.subplots(lines, columns, squeeze=False).flat
+    handles: dict[str, Line2D] = {}  # by the arm's whole name: cut short, two may look alike
+    for axes, (field, label) in zip(panels, fields.items(), strict=False):
+        for i, (name, runs) in enumerate(arms.items()):
+            line = _band(axes, [curve(rows, "valid", field) for rows in runs], i)
+            if line is not None:
+                handles.setdefault(name, line)
+        if not axes.lines:
+            style.empty_note(axes, "no arm has this")
+        if field.startswith("attention_share/"):
+            axes.set_ylim(0, 1)
+        elif field == "imbalance":
+            axes.set_ylim(bottom=0)
+        style.style_axes(axes, xlabel="training (epochs)", ylabel=label)
+    for axes in list(panels):
+        axes.set_visible(False)
+    seeds = sorted({len(runs) for runs in arms.values()})
+    count = "–".join(str(n) for n in (seeds[:1] + seeds[-1:] if len(seeds) > 1 else seeds))
+    figure.suptitle(
+        f"Validation data over training: mean of {count} seeds, band ± 1 standard deviation",
+        fontsize=11.5,
+        x=0.01,
+        ha="left",
+    )
+    labels = [style.plain(style.shorten(name)) for name in handles]
+    style.legend_below(figure, list(handles.values()), labels)
+    return figure
+
+
+def _default_fields(rows: Sequence[Row]) -> dict[str, str]:
+    names = modalities(rows, "attention_share")
+    shown = names[:1] if len(names) == 2 else names
+    fields = {"imbalance": "imbalance of cosine scores (0 to 2)"}
+    return fields | {
+        f"attention_share/{m}": f"attention share of {style.plain(m)} (0 to 1)" for m in shown
+    }
+
+
+def _band(axes: Axes, series: Sequence[Curve], index: int) -> Line2D | None:
+    """Mean line and band over the epochs that every run has; None if there are none."""
+    common = set.intersection(*(set(np.round(c.x, 4)) for c in series)) if series else set()
+    if not common:
+        return None
+    x = np.array(sorted(common))
+    y = np.stack([c.y[np.isin(np.round(c.x, 4), x)] for c in series])
+    look = style.line_style(index)
+    every = max(1, len(x) // 8)
+    (line,) = axes.plot(x, y.mean(0), linewidth=2, markersize=4.5, markevery=every, **look)
+    if len(series) > 1:
+        deviation = y.std(0, ddof=1)
+        low, high = y.mean(0) - deviation, y.mean(0) + deviation
+        axes.fill_between(x, low, high, color=look["color"], alpha=0.16, linewidth=0)
+    return line
+
+
 def _train_and_valid(
     axes: Axes, rows: Sequence[Row], field: str, label: str, index: int | None
 ) -> None:
     """A thin line for the training rows and a thick one with markers for validation."""
     look = {"color": style.INK, "marker": "o"} if index is None else style.line_style(index)
-    train, valid = (curves.curve(rows, split, field) for split in ("train", "valid"))
+    train, valid = (curve(rows, split, field) for split in ("train", "valid"))
     if len(train.x):
         axes.plot(train.x, train.y, color=look["color"], alpha=0.35, linewidth=1)
     if len(valid.x):
@@ -123,7 +281,7 @@ def _plain_share(axes: Axes, plain: Sequence[Row], names: Sequence[str]) -> None
     """The share of the modality that attention without rotations ends up with."""
     ends = {}
     for name in names:
-        values = curves.curve(plain, "valid", f"attention_share/{name}").y
+        values = curve(plain, "valid", f"attention_share/{name}").y
         if len(values):
             ends[name] = values[-1]
     if ends:
@@ -134,13 +292,13 @@ def _plain_share(axes: Axes, plain: Sequence[Row], names: Sequence[str]) -> None
 
 def _plain_curve(axes: Axes, plain: Sequence[Row], field: str, color: str) -> None:
     """A broken line for the validation rows of the run without rotations, named at its end."""
-    curve = curves.curve(plain, "valid", field)
-    if not len(curve.x):
+    points = curve(plain, "valid", field)
+    if not len(points.x):
         return
-    axes.plot(curve.x, curve.y, color=color, linestyle=(0, (4, 2)), linewidth=2)
+    axes.plot(points.x, points.y, color=color, linestyle=(0, (4, 2)), linewidth=2)
     axes.annotate(
         "without rotations",
-        (curve.x[-1], curve.y[-1]),
+        (points.x[-1], points.y[-1]),
         xytext=(0, 6),
         textcoords="offset points",
         ha="right",
@@ -149,7 +307,7 @@ def _plain_curve(axes: Axes, plain: Sequence[Row], field: str, color: str) -> No
     )
 
 
-def _mark_rolls(top: Axes, bottom: Axes, rolls: Sequence[curves.Roll]) -> None:
+def _mark_rolls(top: Axes, bottom: Axes, rolls: Sequence[Roll]) -> None:
     many = len(rolls) > MANY_ROLLS
     words = f"{len(rolls)} rotations of the query" if many else "rotation of the query"
     look = _ROLL_LINE | ({"alpha": 0.25, "linewidth": 1} if many else {})
@@ -206,7 +364,7 @@ def _mark_test_values(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> Non
 
 
 def _spread(values: np.ndarray, gap: float) -> np.ndarray:
-    """Positions near the values, in the same order, at least ``gap`` apart."""
+    """Positions near the values, in the same order, at least `gap` apart."""
     order = np.argsort(values, kind="stable")
     placed = values[order].astype(float)
     for _ in range(50):

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rollingq_jax.analysis import tokens
+from rollingq_jax.analysis.plots import attention as tokens
 from rollingq_jax.models.embeddings import KINDS
 
 SHAPES = {

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from rollingq_jax.analysis import curves
+from rollingq_jax.analysis.plots import training as curves
 
 ROWS = [
     {"step": 5, "split": "train", "loss": 2.0},
