@@ -11,14 +11,12 @@ Example:
 """
 
 from rollingq_jax.models.attention_fusion import AttentionFusion
-from rollingq_jax.models.bottleneck import Bottleneck
 from rollingq_jax.models.classifier import MultimodalTransformer, build_model
-from rollingq_jax.models.embeddings import infer_kind
-from rollingq_jax.models.encoders import Encoder
+from rollingq_jax.models.encoders import Bottleneck, Encoder, infer_kind
 from rollingq_jax.models.fusion import ConcatFusion, FilmFusion, GatedFusion, SumFusion
-from rollingq_jax.models.layers import Block
-from rollingq_jax.models.self_attention import (
+from rollingq_jax.models.layers import (
     AttentionFn,
+    Block,
     default_attention,
     dense_attention,
     fused_attention,

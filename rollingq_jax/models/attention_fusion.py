@@ -18,7 +18,6 @@ from rollingq_jax.attention import (
     mean_key,
 )
 from rollingq_jax.errors import ConfigError
-from rollingq_jax.models import initializers
 from rollingq_jax.models.fusion import Masks, Output, Tokens
 from rollingq_jax.models.fusion_layers import (
     Seen,
@@ -70,7 +69,7 @@ class AttentionFusion(nn.Module):
     def setup(self) -> None:
         """Declares the parameters, which `class_query` and the fusion share."""
         heads = (self.num_heads, self.dim // self.num_heads)
-        init = initializers.normal(self.token_scale)
+        init = nn.initializers.normal(self.token_scale)
         self.cls = self.param("cls", init, (self.dim,), jnp.float32)
         self.layer = {
             str(i): Block(self.num_heads, **self.block) for i in range(self.num_layers - 1)

@@ -11,12 +11,9 @@ from jax import Array
 
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.models.attention_fusion import AttentionFusion
-from rollingq_jax.models.bottleneck import Bottleneck
-from rollingq_jax.models.embeddings import Presence, read_inputs, read_mask
-from rollingq_jax.models.encoders import Encoder
+from rollingq_jax.models.encoders import Bottleneck, Encoder, Presence, read_inputs, read_mask
 from rollingq_jax.models.fusion import STATIC_FUSIONS
-from rollingq_jax.models.layers import Dense, LayerNorm
-from rollingq_jax.models.self_attention import AttentionFn
+from rollingq_jax.models.layers import AttentionFn, Dense, LayerNorm
 from rollingq_jax.models.spec import DTYPES, ModelSpec
 
 
@@ -39,7 +36,7 @@ class MultimodalTransformer(nn.Module):
 
     Attributes:
       spec: the fields of `config.model`.
-      attention_fn: self-attention of the encoders, see `self_attention`; None chooses by backend
+      attention_fn: self-attention of the encoders, see `models.layers`; None chooses by backend
         and length.
     """
 
@@ -177,7 +174,7 @@ def build_model(config: Any, attention_fn: AttentionFn | None = None) -> Multimo
 
     Args:
       config: `ModelSpec`, or its fields as a mapping, `ml_collections.ConfigDict` or namespace.
-      attention_fn: self-attention of the encoders, see `self_attention`; None chooses by backend
+      attention_fn: self-attention of the encoders, see `models.layers`; None chooses by backend
         and length when the model is traced.
 
     Raises:

@@ -1,32 +1,269 @@
-"""One modality's encoder: embedding, class token, positions, Transformer blocks.
+"""Encoders: from one modality's raw array to tokens, and the bottleneck between encoders.
 
-As upstream's `models/vit.py`, after Dosovitskiy et al., "An Image is Worth 16x16 Words" (2021). The
-final LayerNorm is the classifier's, since bottleneck layers may come before it.
+Patches are cut by reshaping and embedded by one matrix product; a class token and positions are
+added; Transformer blocks follow. As upstream's `models/mbt_backbone.py`, after Dosovitskiy et al.,
+"An Image is Worth 16x16 Words" (2021), and Nagrani et al., "Attention Bottlenecks for Multimodal
+Fusion" (2021). The final LayerNorm is the classifier's, since bottleneck layers may come before it.
+
+Layouts are channels last: spectrogram [B, F, T, C], image [B, H, W, C], video [B, T, H, W, C],
+sequence [B, L, D], tokens [B, L] integer ids (0 pads), vector [B, D].
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import Array
 
 from rollingq_jax.errors import DataError
-from rollingq_jax.models import initializers
-from rollingq_jax.models.embeddings import Presence, check_input, embedding, make_features
-from rollingq_jax.models.layers import Block, Dense
-from rollingq_jax.models.self_attention import AttentionFn
+from rollingq_jax.models.layers import AttentionFn, Block, Dense, symmetric_uniform
 from rollingq_jax.models.spec import EncoderSpec
 
+TOKEN_STD = 0.02
 CLASS_TOKEN_STD = 1e-6
 POSITION_STD = 0.02
+BOTTLENECK_STD = 0.02
+
+
+def cut_patches(x: Array, patch: tuple[int, ...]) -> Array:
+    """Cuts the axes between batch and channel into patches, stride = patch, remainder dropped.
+
+    `[B, N_1, ..., N_n, C] -> [B, L, P]`: L counts the patches and P a patch's values, both in C
+    order of the axes (frame, row, column, channel).
+
+    Raises:
+      DataError: an axis is shorter than the patch.
+    """
+    batch_size, *sizes, channels = x.shape
+    grid = [size // length for size, length in zip(sizes, patch, strict=True)]
+    if 0 in grid:
+        raise DataError(f"the input's size is {tuple(sizes)}; allowed: at least one patch {patch}")
+    count = len(patch)
+    kept = [slice(0, number * length) for number, length in zip(grid, patch, strict=True)]
+    x = x[(slice(None), *kept)]
+    pairs = [n for pair in zip(grid, patch, strict=True) for n in pair]
+    x = x.reshape(batch_size, *pairs, channels)
+    order = (0, *range(1, 2 * count, 2), *range(2, 2 * count + 1, 2), 2 * count + 1)
+    return x.transpose(order).reshape(batch_size, math.prod(grid), math.prod(patch) * channels)
+
+
+def _spectrogram(x: Array, patch: tuple[int, ...]) -> Array:
+    """Upstream swaps frequency and time before it cuts; token order and positions follow."""
+    return cut_patches(x.swapaxes(1, 2), patch)
+
+
+class Kind(NamedTuple):
+    """The axes behind the batch, and how `(array, patch)` becomes features `[B, L, P]`."""
+
+    axes: tuple[str, ...]
+    features: Callable[[Array, Any], Array]
+
+
+KINDS = {
+    "spectrogram": Kind(("frequency", "time", "channel"), _spectrogram),
+    "image": Kind(("row", "column", "channel"), cut_patches),
+    "video": Kind(("frame", "row", "column", "channel"), cut_patches),
+    "sequence": Kind(("position", "feature"), lambda x, patch: x),
+    "tokens": Kind(("position",), lambda x, patch: x),
+    "vector": Kind(("feature",), lambda x, patch: x[:, None]),
+}
+
+
+def infer_kind(shape: Sequence[int], dtype: Any) -> str:
+    """The kind that the shape `[N, ...]` and dtype of a whole array of examples speak for.
+
+    [N, T, H, W, C] video; [N, F, T, 1] spectrogram, unless it is uint8; other [N, H, W, C] image;
+    [N, L, D] float sequence; [N, L] integer tokens; [N, D] float vector.
+
+    Raises:
+      DataError: neither fits.
+    """
+    dtype = np.dtype(dtype)
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    integer = jnp.issubdtype(dtype, jnp.integer)
+    axes = len(shape) - 1
+    if axes == 4 and (floating or integer):
+        return "video"
+    if axes == 3 and (floating or integer):
+        return "spectrogram" if shape[-1] == 1 and dtype != np.uint8 else "image"
+    if axes == 2 and floating:
+        return "sequence"
+    if axes == 1 and (floating or integer):
+        return "vector" if floating else "tokens"
+    raise DataError(
+        f"an array of shape {tuple(shape)} and dtype {dtype} is of no known kind; allowed: "
+        "[N, T, H, W, C], [N, H, W, C], [N, L, D] float, [N, L] integer, [N, D] float"
+    )
+
+
+def read_inputs(batch: Mapping[str, Any], modalities: Sequence[str]) -> dict[str, Array]:
+    """The modalities' arrays, `[B, ...]` with one B.
+
+    Raises:
+      DataError: one is missing or is no array, or their numbers of examples differ.
+    """
+    inputs = {}
+    for name in modalities:
+        if name not in batch:
+            raise DataError(f"the batch has no {name!r}; it has: {', '.join(sorted(batch))}")
+        try:
+            inputs[name] = jnp.asarray(batch[name])
+        except (TypeError, ValueError) as error:
+            line = str(error).splitlines()[0]
+            raise DataError(f"{name} is not an array of numbers: {line}") from None
+    sizes = {name: x.shape[:1] for name, x in inputs.items()}
+    if len(set(sizes.values())) > 1 or () in sizes.values():
+        counts = ", ".join(f"{name} {size[0] if size else 'none'}" for name, size in sizes.items())
+        raise DataError(f"numbers of examples: {counts}; allowed: one for all modalities")
+    return inputs
+
+
+def check_input(spec: EncoderSpec, x: Array) -> None:
+    """Checks rank and dtype of `x` against the kind.
+
+    Raises:
+      DataError: they do not fit.
+    """
+    axes = KINDS[spec.kind].axes
+    if spec.kind == "tokens":
+        allowed, fits = "integer", jnp.issubdtype(x.dtype, jnp.integer)
+    else:
+        allowed = "float or uint8"
+        fits = jnp.issubdtype(x.dtype, jnp.floating) or x.dtype == jnp.uint8
+    if x.ndim != 1 + len(axes) or not fits:
+        raise DataError(
+            f"{spec.name} has shape {x.shape} and dtype {x.dtype}; allowed for kind "
+            f"{spec.kind!r}: [batch, {', '.join(axes)}], {allowed}"
+        )
+
+
+def normalize_pixels(spec: EncoderSpec, x: Array) -> Array:
+    """(x / 255 - mean) / std for uint8, per channel; other dtypes pass, in float32.
+
+    Raises:
+      DataError: the specification's channels are neither one nor those of `x`.
+    """
+    if x.dtype != jnp.uint8:
+        return x.astype(jnp.float32)
+    x = x.astype(jnp.float32) / 255.0
+    mean, std = (np.array(v, np.float32) for v in (spec.mean or (0.0,), spec.std or (1.0,)))
+    for values in (mean, std):
+        if values.size not in (1, x.shape[-1]):
+            raise DataError(
+                f"{spec.name} has {x.shape[-1]} channels; its mean and std have {values.size}"
+            )
+    axes = (1,) * (x.ndim - 1) + (-1,)
+    return (x - mean.reshape(axes)) / std.reshape(axes)
+
+
+class Presence(NamedTuple):
+    """The real part of one modality in a batch; None where nothing says otherwise.
+
+    Attributes:
+      positions: `[B, L]` bool, tokens that are real.
+      present: `[B]` bool, examples that have the modality at all.
+    """
+
+    positions: Array | None = None
+    present: Array | None = None
+
+
+def read_mask(spec: EncoderSpec, x: Array, mask: Array | None) -> Presence:
+    """Presence from a mask `[B, L]` (real positions) or `[B]` (modality present), or from the ids.
+
+    Token ids without a mask of positions are real where they are not 0.
+
+    Raises:
+      DataError: the mask is not boolean, or its shape is neither.
+    """
+    mask = None if mask is None else jnp.asarray(mask)
+    if mask is not None and (
+        mask.dtype != jnp.bool_ or mask.shape[:1] != x.shape[:1] or mask.ndim > 2
+    ):
+        raise DataError(
+            f"{spec.name}_mask has shape {mask.shape} and dtype {mask.dtype}; allowed: bool, "
+            f"[{x.shape[0]}] or [{x.shape[0]}, positions]"
+        )
+    if mask is not None and mask.ndim == 2:
+        return Presence(mask, jnp.any(mask, axis=1))
+    if spec.kind == "tokens":
+        positions = x != 0 if mask is None else (x != 0) & mask[:, None]
+        return Presence(positions, jnp.any(positions, axis=1))
+    return Presence(None, mask)
+
+
+def make_features(spec: EncoderSpec, x: Array, presence: Presence) -> Array:
+    """`[B, ...] -> [B, L, P]` float32 (or ids `[B, L]`), zeros where there is nothing real.
+
+    So NaN in place of what is missing reaches neither a value nor a gradient.
+
+    Raises:
+      DataError: the mask has another number of positions than there are tokens.
+    """
+    kind = KINDS[spec.kind]
+    if spec.kind == "tokens":
+        features = kind.features(x, None)
+    else:
+        features = kind.features(normalize_pixels(spec, x), spec.patch)
+    positions, present = presence
+    if positions is not None and positions.shape != features.shape[:2]:
+        raise DataError(
+            f"{spec.name}_mask has shape {positions.shape}; allowed: {features.shape[:2]}, "
+            "one value a token"
+        )
+    if positions is None and present is not None:
+        positions = jnp.broadcast_to(present[:, None], features.shape[:2])
+    if positions is None or spec.kind == "tokens":
+        return features
+    return jnp.where(positions[..., None], features, 0.0)
+
+
+class TokenEmbedding(nn.Module):
+    """A learned vector for each token id, N(0, 0.02^2) at first."""
+
+    vocab_size: int
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: Array) -> Array:
+        """`[B, L] -> [B, L, width]`; an id outside the vocabulary gives NaN."""
+        table = self.param(
+            "embedding",
+            nn.initializers.normal(TOKEN_STD),
+            (self.vocab_size, self.width),
+            jnp.float32,
+        )
+        return jnp.take(table, ids, axis=0, mode="fill").astype(self.dtype)
+
+
+def embedding(spec: EncoderSpec, features: Array, dtype: Any, name: str) -> nn.Module:
+    """The module that embeds `features`: a table for ids, else a projection `[P, width]`.
+
+    Kernels start as upstream's: Kaiming normal for a spectrogram's patches, PyTorch's uniform
+    +-1/sqrt(fan_in) for those of images and videos and for every patch bias. Features that are not
+    patches have a linear layer like any other.
+    """
+    if spec.kind == "tokens":
+        assert spec.vocab_size is not None
+        return TokenEmbedding(spec.vocab_size, spec.width, dtype, name=name)
+    if spec.patch is None:
+        return Dense(spec.width, dtype=dtype, name=name)
+    kernel_init = uniform = symmetric_uniform(1.0 / math.sqrt(features.shape[-1]))
+    if spec.kind == "spectrogram":
+        fan_out = spec.width * math.prod(spec.patch)  # of a convolution, in pixels
+        kernel_init = nn.initializers.normal(math.sqrt(2.0 / fan_out))
+    return Dense(spec.width, dtype=dtype, kernel_init=kernel_init, bias_init=uniform, name=name)
 
 
 def block_function(block: Block, remat: bool = False) -> Callable[..., Array]:
     """`(params, x, mask, rng, example_index) -> x` of a block, its parameters an argument.
 
-    With `remat`, what the block computes is not kept for the backward pass but computed again.
+    With `remat`, intermediates are not kept for the backward pass but computed again.
     """
     unbound = block.clone(parent=None, name=None)
 
@@ -118,9 +355,9 @@ class Encoder(nn.Module):
                     f"{self.spec.name} has {length - 1} tokens; allowed: {learned - 1}, the number "
                     "that the parameters' position embedding was made for"
                 )
-        cls = self.param("cls", initializers.normal(CLASS_TOKEN_STD), (width,), jnp.float32)
+        cls = self.param("cls", nn.initializers.normal(CLASS_TOKEN_STD), (width,), jnp.float32)
         position = self.param(
-            "position", initializers.normal(POSITION_STD), (length, width), jnp.float32
+            "position", nn.initializers.normal(POSITION_STD), (length, width), jnp.float32
         )
         cls = jnp.broadcast_to(cls.astype(self.dtype)[None, None], (tokens.shape[0], 1, width))
         return jnp.concatenate([cls, tokens], axis=1) + position.astype(self.dtype)[None]
@@ -148,8 +385,8 @@ class Encoder(nn.Module):
 
         Args:
           x: `[B, ...]` in the layout of the kind, float or uint8 (ids: integer).
-          presence: what of it is real, by default everything. Tokens attend to real positions
-            alone; an example without the modality still gets tokens, which mean nothing.
+          presence: the real part of `x`, by default everything. Tokens attend to real positions
+            only; an example without the modality still gets tokens, which mean nothing.
           train: whether dropout applies (key "dropout").
           example_index: `[B]` int32, positions in the global batch; default 0, 1, ...
 
@@ -184,4 +421,106 @@ class Encoder(nn.Module):
         )
         if self.spec.width == self.dim:
             return tokens
-        return Dense(self.dim, self.dtype, name="project")(tokens)
+        return Dense(self.dim, dtype=self.dtype, name="project")(tokens)
+
+
+def mean_over_present(copies: list[Array], presences: list[Presence]) -> Array:
+    """Mean of one array a modality over the modalities that an example has.
+
+    `M x [B, n, d] -> [B, n, d]`; zeros for an example without any.
+    """
+    if all(presence.present is None for presence in presences):
+        return sum(copies[1:], start=copies[0]) / len(copies)
+    batch_size = copies[0].shape[0]
+    has = jnp.stack(
+        [
+            jnp.ones(batch_size, jnp.bool_) if presence.present is None else presence.present
+            for presence in presences
+        ]
+    )[..., None, None]
+    count = jnp.maximum(jnp.sum(has, axis=0), 1).astype(copies[0].dtype)
+    return jnp.sum(jnp.where(has, jnp.stack(copies), 0.0), axis=0) / count
+
+
+class Bottleneck(nn.Module):
+    """Streams exchange information through a few shared bottleneck tokens b.
+
+    As upstream has it, the tokens are prepended and the layers have one attention head. In each
+    layer, for all modalities m at once (a parallel update: all see the same old b),
+
+        [b_m; x_m] <- Block_m([b; x_m]),    b <- mean of b_m over the modalities present.
+
+    Attributes:
+      num_layers: layers.
+      num_tokens: n, tokens of the bottleneck.
+      mlp_ratio, dropout, gelu, dtype, attention_fn: see `Block`.
+      remat: recompute each block in the backward pass.
+    """
+
+    num_layers: int
+    num_tokens: int = 4
+    mlp_ratio: float = 4.0
+    dropout: float = 0.0
+    gelu: str = "exact"
+    dtype: Any = jnp.float32
+    attention_fn: AttentionFn | None = None
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Mapping[str, Array],
+        presences: Mapping[str, Presence],
+        *,
+        train: bool = False,
+        example_index: Array,
+    ) -> dict[str, Array]:
+        """`{m: [B, 1 + L_m, d]} -> {m: [B, 1 + L_m, d]}`.
+
+        Args:
+          tokens: each modality's, its class token first.
+          presences: the real part of each; see `Presence`.
+          train: whether dropout applies (key "dropout").
+          example_index: `[B]` int32, positions in the global batch.
+        """
+        modalities = sorted(tokens)
+        batch_size, _, width = tokens[modalities[0]].shape
+        shared = self.param(
+            "tokens", nn.initializers.normal(BOTTLENECK_STD), (self.num_tokens, width), jnp.float32
+        )
+        shared = jnp.broadcast_to(
+            shared.astype(self.dtype)[None], (batch_size, self.num_tokens, width)
+        )
+        rng = self.make_rng("dropout") if train and self.dropout > 0 else None
+        streams = dict(tokens)
+        for layer in range(self.num_layers):
+            copies = []
+            for number, m in enumerate(modalities):
+                block = Block(
+                    num_heads=1,
+                    mlp_ratio=self.mlp_ratio,
+                    dropout=self.dropout,
+                    gelu=self.gelu,
+                    dtype=self.dtype,
+                    attention_fn=self.attention_fn,
+                    name=f"{m}_block_{layer}",
+                )
+                stream = run_blocks(
+                    [block],
+                    jnp.concatenate([shared, streams[m]], axis=1),
+                    self._mask(presences[m]),
+                    None if rng is None else jax.random.fold_in(rng, layer * len(streams) + number),
+                    example_index,
+                    remat=self.remat,
+                )
+                copies.append(stream[:, : self.num_tokens])
+                streams[m] = stream[:, self.num_tokens :]
+            shared = mean_over_present(copies, [presences[m] for m in modalities])
+        return streams
+
+    def _mask(self, presence: Presence) -> Array | None:
+        """`[B, n + 1 + L]`: bottleneck and class token are real."""
+        if presence.positions is None:
+            return None
+        leading = (presence.positions.shape[0], self.num_tokens + 1)
+        return jnp.concatenate([jnp.ones(leading, jnp.bool_), presence.positions], axis=1)

@@ -13,8 +13,7 @@ from jax import Array
 
 from rollingq_jax.attention import attention_share, class_token_attention, mean_key
 from rollingq_jax.models.encoders import block_function, block_params
-from rollingq_jax.models.layers import Block, LayerNorm
-from rollingq_jax.models.self_attention import AttentionFn, default_attention
+from rollingq_jax.models.layers import AttentionFn, Block, LayerNorm, default_attention
 
 
 class Seen(NamedTuple):

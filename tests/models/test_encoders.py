@@ -1,4 +1,4 @@
-"""Encoders against NumPy; scanned and rematerialised layers against the plain ones; masks."""
+"""Patches in the documented order, masks, encoders and bottleneck against NumPy."""
 
 import functools
 
@@ -7,11 +7,180 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_reference
 import pytest
-from model_cases import KINDS, batch, close, filled, run
+from model_cases import BATCH, KINDS, batch, close, filled, run
 
 from rollingq_jax.errors import DataError
-from rollingq_jax.models import Encoder, EncoderSpec, dense_attention, mapped_attention
-from rollingq_jax.models.embeddings import Presence, make_features
+from rollingq_jax.models import (
+    Bottleneck,
+    Encoder,
+    EncoderSpec,
+    dense_attention,
+    infer_kind,
+    mapped_attention,
+)
+from rollingq_jax.models.encoders import (
+    Presence,
+    cut_patches,
+    make_features,
+    normalize_pixels,
+    read_mask,
+)
+
+# ----- from an array to features
+
+
+def spec(kind, **fields):
+    return EncoderSpec.from_config(
+        "m", {"kind": kind, **KINDS[kind][0], **fields}, depth=1, width=8, num_heads=2
+    )
+
+
+def values(kind, seed=0):
+    return batch({"m": kind}, seed=seed)["m"]
+
+
+def test_image_patches_go_row_by_row():
+    x = np.asarray(values("image"))  # [B, 9, 8, 3]: the ninth row is dropped
+    expected = [x[:, r : r + 4, c : c + 4].reshape(BATCH, -1) for r in (0, 4) for c in (0, 4)]
+    np.testing.assert_array_equal(cut_patches(x, (4, 4)), np.stack(expected, axis=1))
+
+
+def test_video_patches_go_frame_row_column():
+    x = np.asarray(values("video"))  # [B, 2, 8, 8, 3]
+    expected = [
+        x[:, t, r : r + 4, c : c + 4].reshape(BATCH, -1)
+        for t in (0, 1)
+        for r in (0, 4)
+        for c in (0, 4)
+    ]
+    np.testing.assert_array_equal(cut_patches(x, (1, 4, 4)), np.stack(expected, axis=1))
+
+
+def test_a_patch_over_frames_orders_its_values_frame_row_column_channel():
+    x = np.asarray(values("video"))
+    got = cut_patches(x, (2, 4, 4))
+    np.testing.assert_array_equal(got[:, 1], x[:, 0:2, 0:4, 4:8].reshape(BATCH, -1))
+
+
+def test_spectrogram_is_cut_after_its_axes_are_swapped():
+    x = np.asarray(values("spectrogram"))  # [B, F=10, T=13, 1]
+    got = make_features(spec("spectrogram"), jnp.asarray(x), Presence())
+    expected = [
+        x[:, f : f + 4, t : t + 4, 0].swapaxes(1, 2).reshape(BATCH, -1)
+        for t in (0, 4, 8)
+        for f in (0, 4)
+    ]
+    np.testing.assert_array_equal(got, np.stack(expected, axis=1))
+
+
+def test_a_patch_product_is_the_strided_convolution():
+    x = values("image")
+    kernel = jax.random.normal(jax.random.key(0), (4, 4, 3, 6))
+    convolved = jax.lax.conv_general_dilated(
+        x, kernel, (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    close(cut_patches(x, (4, 4)) @ kernel.reshape(1, -1, 6), convolved.reshape(BATCH, -1, 6))
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_number_of_tokens(kind):
+    features = make_features(spec(kind), values(kind), Presence())
+    assert features.shape[:2] == (BATCH, KINDS[kind][2])
+
+
+def test_an_input_smaller_than_a_patch_is_named():
+    with pytest.raises(DataError, match=r"size is \(3, 8\).*patch \(4, 4\)"):
+        cut_patches(jnp.zeros((1, 3, 8, 1)), (4, 4))
+
+
+def test_uint8_is_normalised_a_channel_at_a_time():
+    pixels = np.random.default_rng(0).integers(256, size=(2, 8, 8, 3)).astype(np.uint8)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    got = normalize_pixels(spec("image", mean=mean, std=std), jnp.asarray(pixels))
+    expected = (pixels / 255.0 - np.array(mean)) / np.array(std)
+    close(got, expected, 1e-6)
+    close(normalize_pixels(spec("image"), jnp.asarray(pixels)), pixels / 255.0, 1e-6)
+    one = normalize_pixels(spec("image", mean=(0.5,), std=(0.5,)), jnp.asarray(pixels))
+    close(one, pixels / 127.5 - 1.0, 1e-6)
+
+
+def test_floats_are_taken_as_they_are():
+    x = values("image")
+    got = normalize_pixels(spec("image", mean=(0.5,), std=(0.5,)), x.astype(jnp.float16))
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, x.astype(jnp.float16).astype(jnp.float32))
+
+
+def test_channels_that_do_not_fit_the_mean_are_named():
+    with pytest.raises(DataError, match="m has 3 channels; its mean and std have 2"):
+        normalize_pixels(spec("image", mean=(0.5, 0.5)), jnp.zeros((1, 8, 8, 3), jnp.uint8))
+
+
+def test_mask_of_positions_and_of_presence():
+    x = values("sequence")
+    positions = jnp.arange(7)[None] < jnp.array([7, 3, 0, 1])[:, None]
+    read = read_mask(spec("sequence"), x, positions)
+    np.testing.assert_array_equal(read.positions, positions)
+    np.testing.assert_array_equal(read.present, [True, True, False, True])
+    present = jnp.array([True, False, True, True])
+    read = read_mask(spec("sequence"), x, present)
+    assert read.positions is None
+    np.testing.assert_array_equal(read.present, present)
+    assert read_mask(spec("sequence"), x, None) == Presence(None, None)
+
+
+def test_ids_of_zero_are_padding():
+    ids = jnp.array([[3, 0, 5], [0, 0, 0], [1, 2, 0], [4, 4, 4]], jnp.int32)
+    read = read_mask(spec("tokens"), ids, None)
+    np.testing.assert_array_equal(read.positions, ids != 0)
+    np.testing.assert_array_equal(read.present, [True, False, True, True])
+    read = read_mask(spec("tokens"), ids, jnp.array([False, True, True, True]))
+    np.testing.assert_array_equal(read.present, [False, False, True, True])
+    explicit = jnp.ones((4, 3), jnp.bool_)
+    np.testing.assert_array_equal(read_mask(spec("tokens"), ids, explicit).positions, explicit)
+
+
+@pytest.mark.parametrize("mask", [jnp.ones((4, 7)), jnp.ones((3, 7), bool), jnp.ones((3,), bool)])
+def test_a_mask_of_another_dtype_or_batch_is_refused(mask):
+    with pytest.raises(DataError, match="m_mask has shape"):
+        read_mask(spec("sequence"), values("sequence"), mask)
+
+
+def test_a_mask_of_another_length_is_refused():
+    presence = read_mask(spec("image"), values("image"), jnp.ones((4, 9), bool))
+    with pytest.raises(DataError, match=r"m_mask has shape \(4, 9\); allowed: \(4, 4\)"):
+        make_features(spec("image"), values("image"), presence)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "kind"),
+    [
+        ((5, 3, 8, 8, 3), np.uint8, "video"),
+        ((5, 3, 8, 8, 3), np.float32, "video"),
+        ((5, 8, 8, 3), np.uint8, "image"),
+        ((5, 8, 8, 3), np.float32, "image"),
+        ((5, 8, 8, 1), np.uint8, "image"),
+        ((5, 129, 40, 1), np.float32, "spectrogram"),
+        ((5, 50, 35), np.float64, "sequence"),
+        ((5, 50), np.int64, "tokens"),
+        ((5, 50), np.float32, "vector"),
+        ((5, 50), jnp.bfloat16, "vector"),
+    ],
+)
+def test_infer_kind(shape, dtype, kind):
+    assert infer_kind(shape, dtype) == kind
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((5,), np.float32), ((5, 4, 4), np.uint8), ((5, 4), np.bool_), ((5, 4), "U3")],
+)
+def test_infer_kind_refuses_what_it_does_not_know(shape, dtype):
+    with pytest.raises(DataError, match="allowed"):
+        infer_kind(shape, dtype)
+
+
+# ----- encoders
 
 
 def made_encoder(kind="sequence", depth=2, width=8, dim=8, **fields):
@@ -159,3 +328,94 @@ def test_an_array_that_does_not_fit_the_kind_is_named(x):
     encoder, params, _ = made_encoder()
     with pytest.raises(DataError, match="m has shape .* allowed for kind 'sequence'"):
         encoder.apply({"params": params}, x)
+
+
+# ----- the bottleneck
+
+
+LENGTHS = {"audio": 5, "text": 3, "visual": 4}
+INDEX = jnp.arange(3, dtype=jnp.int32)
+
+
+def made_bottleneck(modalities=("audio", "visual"), **fields):
+    module = Bottleneck(num_layers=2, num_tokens=4, mlp_ratio=2.0, **fields)
+    keys = jax.random.split(jax.random.key(0), len(modalities))
+    streams = {
+        m: jax.random.normal(k, (3, LENGTHS[m], 8)) for m, k in zip(modalities, keys, strict=True)
+    }
+    everything = {m: Presence() for m in modalities}
+    params = filled(module, streams, everything, example_index=INDEX)
+    return module, params, streams, everything
+
+
+@pytest.mark.parametrize("modalities", [("audio", "visual"), ("audio", "text", "visual")])
+def test_equals_the_loop(modalities):
+    module, params, streams, everything = made_bottleneck(modalities)
+    expected = numpy_reference.bottleneck(params, streams, num_layers=2, num_tokens=4)
+    got = run(module, params, streams, everything, example_index=INDEX)
+    for m in modalities:
+        close(got[m], expected[m])
+
+
+def test_an_absent_modality_adds_nothing_to_the_bottleneck():
+    module, params, streams, everything = made_bottleneck(("audio", "text", "visual"))
+    present = {"audio": [1, 0, 1], "text": [1, 1, 1], "visual": [0, 1, 1]}
+    present = {m: jnp.array(x, jnp.bool_) for m, x in present.items()}
+    presences = {m: Presence(None, x) for m, x in present.items()}
+    expected = numpy_reference.bottleneck(
+        params, streams, num_layers=2, num_tokens=4, present=present
+    )
+    got = run(module, params, streams, presences, example_index=INDEX)
+    for m in streams:
+        real = np.asarray(present[m])
+        close(np.asarray(got[m])[real], expected[m][real])
+
+
+def test_an_example_without_any_modality_stays_finite():
+    module, params, streams, _ = made_bottleneck()
+    presences = {m: Presence(None, jnp.array([True, False, True])) for m in streams}
+    got = run(module, params, streams, presences, example_index=INDEX)
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in got.values())
+
+
+def test_padded_positions_change_no_stream_of_the_bottleneck():
+    module, params, streams, everything = made_bottleneck()
+    positions = jnp.arange(4)[None] < jnp.array([4, 1, 2])[:, None]
+    presences = {**everything, "audio": Presence(positions, jnp.any(positions, axis=1))}
+    padding = jnp.concatenate([jnp.zeros((3, 1), jnp.bool_), ~positions], axis=1)[..., None]
+    noisy = {**streams, "audio": jnp.where(padding, 50.0, streams["audio"])}
+    a, b = (run(module, params, x, presences, example_index=INDEX) for x in (streams, noisy))
+    np.testing.assert_array_equal(a["visual"], b["visual"])
+    np.testing.assert_array_equal(a["audio"][:, 0], b["audio"][:, 0])
+
+
+def test_remat_changes_nothing():
+    module, params, streams, everything = made_bottleneck()
+
+    def loss(module, params):
+        out = run(module, params, streams, everything, example_index=INDEX)
+        return sum(jnp.sum(jnp.sin(x)) for x in out.values())
+
+    a = jax.jit(jax.value_and_grad(lambda p: loss(module, p)))(params)
+    b = jax.jit(jax.value_and_grad(lambda p: loss(module.clone(remat=True), p)))(params)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        close(x, y, 1e-4)
+
+
+def test_every_block_drops_independently():
+    module, params, streams, everything = made_bottleneck(dropout=0.5)
+    same = {m: streams["visual"] for m in streams}
+    shared = {k.replace("visual", "audio"): p for k, p in params.items() if "visual" in k}
+    params = {**params, **shared}  # two equal streams with equal parameters
+    quiet = run(module, params, same, everything, example_index=INDEX)
+    close(quiet["audio"], quiet["visual"], 1e-6)
+    noisy = run(
+        module,
+        params,
+        same,
+        everything,
+        example_index=INDEX,
+        train=True,
+        rngs={"dropout": jax.random.key(2)},
+    )
+    assert not np.allclose(noisy["audio"], noisy["visual"])

@@ -31,11 +31,12 @@ def uniform(fan_in):
 
 
 def tree(fusion, kinds=None, **fields):
-    """{path: values of SEEDS initialisations}."""
-    model, inputs = build_model(config(fusion, kinds, **fields)), batch(kinds)
-    trees = [model.init(jax.random.key(seed), inputs)["params"] for seed in range(SEEDS)]
-    leaves = jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda *x: np.stack(x), *trees))
-    return {"/".join(k.key for k in path): x for path, x in leaves}
+    """{path: values of SEEDS initializations}."""
+    model = build_model(config(fusion, kinds, **fields))
+    init = jax.jit(jax.vmap(model.init, in_axes=(0, None)))
+    params = init(jax.random.split(jax.random.key(0), SEEDS), batch(kinds))["params"]
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {"/".join(k.key for k in path): np.asarray(x) for path, x in leaves}
 
 
 # The whole tree of an audio-visual bottleneck model with an attention head, width 16.
@@ -99,7 +100,7 @@ def test_every_parameter_has_upstreams_distribution():
 
 
 def test_normals_are_not_truncated():
-    # 4.55 % of a normal distribution lie beyond two standard deviations; JAX's own initialisers
+    # 4.55 % of a normal distribution lie beyond two standard deviations; JAX's own initializers
     # cut there.
     values = tree("attention", depth=4)
     kernel = np.concatenate([v.ravel() for k, v in values.items() if k.endswith("qkv/kernel")])
