@@ -90,7 +90,7 @@ class MultimodalTransformer(nn.Module):
         """Logits, and every intermediate that is worth looking at.
 
         Args:
-          batch: `"<m>"` `[B, ...]` for each modality, channels last (see `embeddings`);
+          batch: `"<m>"` `[B, ...]` for each modality, channels last (see `encoders`);
             optionally `"<m>_mask"`, bool `[B, L_m]` (True at real tokens, the class token not
             counted) or `[B]` (True where the example has the modality). Other keys are not read.
           rotation: `[n H, d_h, d_h]` for the class queries of n fusion layers of H heads, the first
