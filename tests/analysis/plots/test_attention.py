@@ -4,13 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-<<<<<<< HEAD:tests/analysis/plots/test_attention.py
 from rollingq_jax.analysis.plots import attention as tokens
 from rollingq_jax.models.encoders import KINDS
-=======
-from rollingq_jax.analysis import tokens
-from rollingq_jax.models.encoders import KINDS
->>>>>>> 31a0d19 (Models: layers with their attention and initial values, encoders with embeddings and bottleneck):tests/analysis/test_tokens.py
 
 SHAPES = {
     "spectrogram": ((13, 22, 1), (4, 3)),
