@@ -1,6 +1,11 @@
 """Small real media files for the tests."""
 
+import tracemalloc
+
 import numpy as np
+import pytest
+
+from rollingq_jax.errors import DataError
 
 
 def write_video(path, num_frames=10, size=(48, 64), fps=25, codec=None, audio_rate=None):
@@ -122,3 +127,32 @@ def write_clip(
                 container.mux(stream.encode())
     if pipe:
         target.close()
+
+
+def refuses(call, *words):
+    """The call raises DataError with all the words in one line."""
+    with pytest.raises(DataError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 600
+    for word in words:
+        assert str(word) in message, message
+    return message
+
+
+def cut(path, share):
+    """A copy of the first part of a file."""
+    other = path.with_name(f"cut{round(100 * share)}_{path.name}")
+    data = path.read_bytes()
+    other.write_bytes(data[: int(len(data) * share)])
+    return other
+
+
+def peak_of(call):
+    tracemalloc.start()
+    try:
+        result = call()
+    finally:
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    return result, peak

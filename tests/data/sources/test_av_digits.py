@@ -1,12 +1,15 @@
 """The demo's data: what is in them, that they are learnable, disjoint and the same every time."""
 
 import collections
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sklearn.datasets
 import tensorflow_datasets as tfds
 
+from rollingq_jax.data.audio import log_mel, trim_silence
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.pipeline import train_batches
 from rollingq_jax.data.sources import av_digits
@@ -21,8 +24,32 @@ def dataset(av_digits_cache):
 
 
 @pytest.fixture(scope="module")
-def clean():
-    return av_digits.generate(av_digits.REGIMES["clean"], seed=0, test_pairings=1)
+def spoken():
+    """Speech by what determines it, so that the same is spoken once; a test holds that it is so."""
+    known, speak = {}, av_digits._speak
+
+    def remembered(labels, voices, seed):
+        key = (seed, *(column.tobytes() for column in labels.values()))
+        if key not in known:
+            known[key] = speak(labels, voices, seed)
+        return known[key]
+
+    return remembered
+
+
+@pytest.fixture(scope="module")
+def clean(spoken):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(av_digits, "_speak", spoken)
+        return av_digits.generate(av_digits.REGIMES["clean"], seed=0, test_pairings=1)
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    """200 images of 1,797, so that less is spoken."""
+    digits = sklearn.datasets.load_digits()
+    few = SimpleNamespace(images=digits.images[:200], target=digits.target[:200])
+    monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: few)
 
 
 def test_splits_and_examples_are_as_described(dataset):
@@ -81,7 +108,8 @@ def test_the_demos_noise_varies_alike_in_training_and_test():
     assert -np.hypot(0.5, 3) <= quality["visual"].min() < -2.9
 
 
-def test_quality_is_minus_the_deviation_of_the_noise_in_the_example(clean):
+def test_quality_is_minus_the_deviation_of_the_noise_in_the_example(clean, spoken, monkeypatch):
+    monkeypatch.setattr(av_digits, "_speak", spoken)
     regime = av_digits.REGIMES["varied_train"]
     noised = av_digits.generate(regime, seed=0, test_pairings=1)
     for split in ("train", "valid", "test"):
@@ -128,12 +156,12 @@ def test_valid_and_test_have_one_distribution(dataset):
             assert abs(np.quantile(valid[name], level) - np.quantile(test[name], level)) < 0.2
 
 
-def test_every_heldout_image_meets_several_utterances(clean):
+def test_every_heldout_image_meets_several_utterances(few_images):
     several = av_digits.generate(av_digits.REGIMES["clean"], seed=0, test_pairings=3)["test"]
     pairs = collections.defaultdict(set)
-    for image, audio in zip(several["visual"], several["audio"], strict=True):
-        pairs[image.tobytes()].add(audio.tobytes())
-    assert len(pairs) == 450 and {len(heard) for heard in pairs.values()} == {3}
+    for image, sound in zip(several["visual"], several["audio"], strict=True):
+        pairs[image.tobytes()].add(sound.tobytes())
+    assert len(pairs) == 50 and {len(heard) for heard in pairs.values()} == {3}
 
 
 def test_each_modality_can_be_learned_and_noise_makes_it_harder(clean, dataset):
@@ -154,20 +182,26 @@ def test_each_modality_can_be_learned_and_noise_makes_it_harder(clean, dataset):
         assert correct.mean() > 0.75
 
 
-def test_the_same_seed_gives_the_same_bytes(tmp_path, av_digits_cache, dataset):
-    again = load_dataset(SimpleNamespace(name="av_digits", cache_dir=str(tmp_path)), seed=0)
-    for split, source in dataset.splits.items():
+def test_the_same_seed_gives_the_same_bytes(tmp_path, few_images):
+    one, again = (
+        load_dataset(SimpleNamespace(name="av_digits", cache_dir=str(tmp_path / name)), seed=0)
+        for name in ("one", "again")
+    )
+    for split, source in one.splits.items():
         for name, column in source.columns.items():
             np.testing.assert_array_equal(
                 column, again.splits[split].columns[name], err_msg=f"{split} {name}", strict=True
             )
+
+
+def test_the_cache_gives_the_same_again(av_digits_cache, dataset):
     cached = load_dataset(SimpleNamespace(name="av_digits", cache_dir=av_digits_cache), seed=0)
     np.testing.assert_array_equal(
         cached.splits["test"].columns["audio"], dataset.splits["test"].columns["audio"]
     )
 
 
-def test_another_seed_gives_other_splits_and_noise():
+def test_another_seed_gives_other_splits_and_noise(few_images):
     regime = av_digits.REGIMES["varied_test"]
     one, other = (av_digits.generate(regime, seed=seed, test_pairings=1)["test"] for seed in (1, 2))
     assert not np.array_equal(one["quality_audio"], other["quality_audio"])
@@ -181,7 +215,9 @@ def test_tfds_knows_the_builder(tmp_path, capfd):
     assert builder.info.features["label"].names == list(av_digits.WORDS)
 
 
-def test_building_shows_a_bar_on_a_terminal_alone_and_no_notices(tmp_path, capfd, monkeypatch):
+def test_building_shows_a_bar_on_a_terminal_alone_and_no_notices(
+    tmp_path, capfd, monkeypatch, few_images
+):
     config = SimpleNamespace(cache_dir=str(tmp_path), test_pairings=1)
     av_digits.load(config, seed=3)
     assert capfd.readouterr() == ("", "")
@@ -220,3 +256,93 @@ def test_mistakes_are_named(tmp_path, av_digits_cache):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cache_dir: .* cannot be written"):
         load(cache_dir=str(tmp_path / "file"))
+
+
+RATE = 22050
+
+
+@pytest.fixture(scope="module")
+def synthesizer():
+    return av_digits.Synthesizer()
+
+
+@pytest.mark.parametrize("voice", av_digits.VOICES)
+@pytest.mark.parametrize("variant", ["", "+m1", "+f5", "+croak", "+whisper"])
+def test_every_accent_speaks(synthesizer, voice, variant):
+    waveform = synthesizer.say("seven", voice=voice + variant)
+    assert waveform.dtype == np.float32
+    assert 0.2 < len(waveform) / synthesizer.sample_rate < 1.5
+    assert 0.05 < np.abs(waveform).max() <= 1
+
+
+def test_every_variant_is_in_the_library_and_differs_from_the_plain_voice(synthesizer):
+    # espeak-ng falls back on the plain voice, without an error, for a variant that it lacks.
+    def timbre(voice):
+        mels = [log_mel(trim_silence(synthesizer.say("five", voice=voice)), RATE) for _ in range(3)]
+        return np.mean(mels, axis=0)
+
+    plain = timbre("en-us")
+    drift = np.abs(timbre("en-us") - plain).mean()
+    for variant in av_digits.VARIANTS:
+        assert np.abs(timbre(f"en-us+{variant}") - plain).mean() > 2 * drift, variant
+
+
+def test_a_higher_rate_is_shorter_and_a_higher_pitch_is_higher(synthesizer):
+    def pitch_of(waveform):
+        middle = waveform[len(waveform) // 3 : 2 * len(waveform) // 3].astype(np.float64)
+        correlation = np.correlate(middle, middle, "full")[len(middle) :]
+        lags = slice(RATE // 400, RATE // 60)
+        return RATE / (lags.start + np.argmax(correlation[lags]))
+
+    slow, fast = (len(synthesizer.say("three", voice="en-us", rate=r)) for r in (120, 240))
+    assert fast < 0.8 * slow
+    low, high = (pitch_of(synthesizer.say("nine", voice="en-us", pitch=p)) for p in (20, 80))
+    assert high > 1.3 * low
+
+
+def test_the_same_calls_give_the_same_samples():
+    def speak():
+        synthesizer = av_digits.Synthesizer()
+        return [
+            synthesizer.say(word, voice=f"en-gb+{variant}")
+            for variant in ("m2", "whisper", "croak", "f4")
+            for word in ("one", "one", "six")
+        ]
+
+    first = speak()
+    av_digits.Synthesizer().say("whatever else was said", voice="en-us+whisper")
+    second = speak()
+    assert not np.array_equal(first[0], first[1])  # which is why each needs its own library
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_mistakes_in_what_to_say_are_named(synthesizer):
+    with pytest.raises(DataError, match="'xx' is not one of en-029, en-gb"):
+        synthesizer.say("one", voice="xx")
+    with pytest.raises(DataError, match="'m9' is not one of m1"):
+        synthesizer.say("one", voice="en-us+m9")
+    with pytest.raises(DataError, match="rate: 10; from 80 to 450"):
+        synthesizer.say("one", voice="en-us", rate=10)
+    with pytest.raises(DataError, match="pitch: 101; from 0 to 100"):
+        synthesizer.say("one", voice="en-us", pitch=101)
+
+
+def test_without_the_library_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "espeakng_loader", None)
+    with pytest.raises(DataError, match="pip install espeakng-loader") as caught:
+        av_digits.Synthesizer()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_library_or_data_that_cannot_be_used_are_named(monkeypatch, tmp_path):
+    import espeakng_loader
+
+    monkeypatch.setattr(espeakng_loader, "get_data_path", lambda: str(tmp_path))
+    with pytest.raises(DataError, match="no usable data"):
+        av_digits.Synthesizer()
+    broken = tmp_path / "libespeak-ng.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(espeakng_loader, "get_library_path", lambda: str(broken))
+    with pytest.raises(DataError, match="cannot be loaded"):
+        av_digits.Synthesizer()
