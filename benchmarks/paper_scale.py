@@ -1,5 +1,6 @@
 """The paper's model at CREMA-D's size, and its training step."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,8 +10,8 @@ import optax
 
 from benchmarks.flops import train_step_flops
 from rollingq_jax import build_model, rolling_query
-from rollingq_jax.train.state import TrainState, create_state
-from rollingq_jax.train.steps import RollSchedule, make_train_step
+from rollingq_jax.train.steps import RollSchedule, train_step
+from rollingq_jax.train.train_state import TrainState, create_state
 
 PATCHES = {"audio": 176, "visual": 588}
 PATCH_SIZES = {"audio": 256, "visual": 768}
@@ -68,7 +69,8 @@ def step_of(scale: Scale, rolling: bool = True) -> tuple[Callable[..., Any], Tra
     roller = rolling_query(beta=0.0, rho=1.0, max_rotations=1)
     schedule = RollSchedule.from_fraction(STEPS_PER_EPOCH, 0.25) if rolling else None
     state = create_state(model, tx, roller, seed=0, batch=batch_of(scale._replace(batch_size=2)))
-    return make_train_step(model, tx, roller, schedule), state
+    parts = {"model": model, "tx": tx, "roller": roller, "schedule": schedule}
+    return functools.partial(train_step, **parts), state
 
 
 def compiled_alone(scale: Scale, rolling: bool = True) -> Any:

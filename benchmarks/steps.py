@@ -1,5 +1,6 @@
 """Training steps at the paper's scale: PyTorch, RollingQ on and off, memory, devices."""
 
+import functools
 import os
 import statistics
 import subprocess
@@ -112,11 +113,12 @@ ONE_LAYOUT = "import sys; from benchmarks import steps; print(steps.one_layout(s
 def one_layout(parallel: str) -> float:
     """Median seconds of a small step, whose batch is laid out over all devices."""
     from rollingq_jax.train.parallel import WRAPPERS
-    from rollingq_jax.train.steps import make_eval_step
+    from rollingq_jax.train.steps import eval_step
 
     scale = Scale(batch_size=16, dim=192, depth=2, num_heads=4)
     step, state = paper_scale.step_of(scale)
-    layout = WRAPPERS[parallel](step, make_eval_step(paper_scale.model_of(scale)))
+    evaluate = functools.partial(eval_step, model=paper_scale.model_of(scale))
+    layout = WRAPPERS[parallel](step, evaluate)
     state = layout.put_state(state)
     batch = layout.put_batch({k: np.asarray(v) for k, v in paper_scale.batch_of(scale).items()})
     times = []

@@ -41,12 +41,9 @@ from rollingq_jax.comparison.runs import (
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.train.cli import Command, integer, run_command, switch, text
 from rollingq_jax.train.config import check_config
-from rollingq_jax.train.console import device_line
-from rollingq_jax.train.interrupt import Interruption
-from rollingq_jax.train.lock import locked
-from rollingq_jax.train.summary import versions
-from rollingq_jax.train.workdir import check_workdir
-from rollingq_jax.train.writer import read_rows, table, write_json, write_whole
+from rollingq_jax.train.logging import device_line, read_rows, table, versions
+from rollingq_jax.train.preemption import Interruption
+from rollingq_jax.train.workdir import check_workdir, locked, write_json, write_whole
 
 DEFAULT_ARMS = "concat,attention,rollingq"
 MOST_SEEDS = 10_000

@@ -102,5 +102,5 @@ def did_you_mean(
       >>> did_you_mean("wrokdir", ["config", "workdir"], "--{}".format)
       ' (did you mean --workdir?)'
     """
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.65)
     return f" (did you mean {form(near[0])}?)" if near else ""

@@ -36,11 +36,9 @@ from rollingq_jax.train.cli import (
     switch,
     text,
 )
-from rollingq_jax.train.console import device_line
-from rollingq_jax.train.restore import LoadedRun, load_run
-from rollingq_jax.train.summary import versions
-from rollingq_jax.train.workdir import check_workdir
-from rollingq_jax.train.writer import table, write_json
+from rollingq_jax.train.logging import device_line, table, versions
+from rollingq_jax.train.loop import LoadedRun, load_run
+from rollingq_jax.train.workdir import check_workdir, write_json
 
 
 def evaluate(

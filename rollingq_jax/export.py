@@ -30,9 +30,9 @@ from rollingq_jax.exported import (
     write_bytes,
 )
 from rollingq_jax.train.cli import WORKDIR, Command, run_command, switch, text
-from rollingq_jax.train.restore import LoadedRun, load_run
-from rollingq_jax.train.summary import read_summary, versions
-from rollingq_jax.train.writer import json_ready, table, write_json
+from rollingq_jax.train.logging import table, versions
+from rollingq_jax.train.loop import LoadedRun, load_run
+from rollingq_jax.train.workdir import json_ready, read_summary, write_json
 
 log = logging.getLogger(__name__)
 # Of rounding raw arrays to float32, in standard deviations, above which the user is told.

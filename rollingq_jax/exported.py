@@ -27,7 +27,7 @@ from rollingq_jax.errors import ConfigError, UserError
 from rollingq_jax.inference import answer_function
 from rollingq_jax.models import ModelSpec, build_model, dense_attention
 from rollingq_jax.rotation import fold_rotation
-from rollingq_jax.train.restore import LoadedRun
+from rollingq_jax.train.loop import LoadedRun
 
 ROTATION = "rolling.rotation"
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -16,7 +16,7 @@ from rollingq_jax.data.dataset import ModalityInfo
 from rollingq_jax.data.preprocessing import InputSpec, Preprocessing, complete
 from rollingq_jax.data.sources.media_folder import MediaSizes, read_value
 from rollingq_jax.errors import DataError, UserError
-from rollingq_jax.train.restore import load_run
+from rollingq_jax.train.loop import load_run
 
 Batch = Mapping[str, Any]
 

@@ -27,8 +27,8 @@ from rollingq_jax.data.sources.media_folder import MANIFEST_SUFFIXES
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.inference import Prediction, Predictor, check_batch_size
 from rollingq_jax.train.cli import MOST_AT_ONCE, WORKDIR, Command, integer, run_command, text
-from rollingq_jax.train.restore import load_run
-from rollingq_jax.train.writer import table
+from rollingq_jax.train.logging import table
+from rollingq_jax.train.loop import load_run
 
 log = logging.getLogger(__name__)
 READERS = 2  # threads that read and decode examples

@@ -18,7 +18,7 @@ from rollingq_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from rollingq_jax.models.spec import ModelSpec
 from rollingq_jax.train.cli import read_python, run_command
 from rollingq_jax.train.config import check_config, default_config
-from rollingq_jax.train.interrupt import Interrupted
+from rollingq_jax.train.preemption import Interrupted
 
 CONFIG = """
 from ml_collections import ConfigDict

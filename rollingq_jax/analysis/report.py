@@ -482,7 +482,7 @@ def write_evaluation(
 
     Args:
       folder: the run's folder.
-      run: as `rollingq_jax.train.restore.load_run` returns it.
+      run: as `rollingq_jax.train.loop.load_run` returns it.
       probe: how the split was read.
       clean: predictions without corruption.
       result: what `evaluation.json` holds.

@@ -11,7 +11,7 @@ from jax import Array
 Batch = dict[str, Array]
 
 
-class Seen(NamedTuple):
+class StepContext(NamedTuple):
     """What a training step knows after its forward pass.
 
     Attributes:
@@ -39,19 +39,19 @@ class Baseline(NamedTuple):
     Attributes:
       init: `() -> state`, a pytree that is checkpointed with the run.
       change_batch: `(batch, rng, example_index) -> batch`, before the forward pass.
-      loss: `(state, seen) -> [B]`, added to each example's loss; differentiated in `seen.params`
-        and `seen.out`.
-      update: `(state, seen) -> state`, after the forward pass, without a gradient.
-      transform: of the gradient, before the optimiser's; None leaves it.
-      gradient_args: `(state, seen) -> {name: value}`, extra arguments of `transform.update`.
+      loss: `(state, context) -> [B]`, added to each example's loss; differentiated in
+        `context.params` and `context.out`.
+      update: `(state, context) -> state`, after the forward pass, without a gradient.
+      transform: of the gradient, before the optimizer's; None leaves it.
+      gradient_args: `(state, context) -> {name: value}`, extra arguments of `transform.update`.
     """
 
     init: Callable[[], Any] = lambda: ()
     change_batch: Callable[[Batch, Array, Array], Batch] = lambda batch, rng, index: batch
-    loss: Callable[[Any, Seen], Array | float] = lambda state, seen: 0.0
-    update: Callable[[Any, Seen], Any] = lambda state, seen: state
+    loss: Callable[[Any, StepContext], Array | float] = lambda state, context: 0.0
+    update: Callable[[Any, StepContext], Any] = lambda state, context: state
     transform: optax.GradientTransformationExtraArgs | None = None
-    gradient_args: Callable[[Any, Seen], dict[str, Any]] = lambda state, seen: {}
+    gradient_args: Callable[[Any, StepContext], dict[str, Any]] = lambda state, context: {}
 
 
 NO_BASELINE = Baseline()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from rollingq_jax.baselines.hooks import Baseline, Seen, class_tokens, presence
+from rollingq_jax.baselines.hooks import Baseline, StepContext, class_tokens, presence
 from rollingq_jax.rotation import HIGHEST
 
 
@@ -38,8 +38,8 @@ def unimodal_losses(
 def joint_baseline(modalities: tuple[str, ...], weight: float) -> Baseline:
     """The unimodal losses in a training step, times `weight`."""
 
-    def loss(state: Any, seen: Seen) -> Array:
-        losses = unimodal_losses(seen.params, seen.out, seen.batch["label"], modalities)
+    def loss(state: Any, context: StepContext) -> Array:
+        losses = unimodal_losses(context.params, context.out, context.batch["label"], modalities)
         return weight * jnp.sum(losses, axis=0)
 
     return Baseline(loss=loss)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from rollingq_jax.baselines.hooks import Baseline, Seen, probability_of_label
+from rollingq_jax.baselines.hooks import Baseline, StepContext, probability_of_label
 from rollingq_jax.baselines.unimodal import unimodal_logits
 from rollingq_jax.models.spec import ModelSpec
 
@@ -103,13 +103,13 @@ def ogm_baseline(spec: ModelSpec, alpha: float, *, noise: bool, active_steps: in
       active_steps: the first steps, in which the gradient is modulated.
     """
 
-    def gradient_args(state: Any, seen: Seen) -> dict[str, Any]:
-        logits = unimodal_logits(seen.params, seen.out, spec)
-        scores = modality_scores(logits, seen.batch["label"], seen.weight)
+    def gradient_args(state: Any, context: StepContext) -> dict[str, Any]:
+        logits = unimodal_logits(context.params, context.out, spec)
+        scores = modality_scores(logits, context.batch["label"], context.weight)
         return {
-            "scores": seen.reduce(scores),
-            "active": seen.step < active_steps,
-            "rng": seen.rng,
+            "scores": context.reduce(scores),
+            "active": context.step < active_steps,
+            "rng": context.rng,
         }
 
     return Baseline(transform=ogm(alpha, spec.modalities, noise=noise), gradient_args=gradient_args)

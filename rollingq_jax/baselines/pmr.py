@@ -25,7 +25,7 @@ from jax import Array
 
 from rollingq_jax.baselines.hooks import (
     Baseline,
-    Seen,
+    StepContext,
     class_tokens,
     presence,
     probability_of_label,
@@ -133,22 +133,24 @@ def pmr_baseline(
     names = spec.modalities
     window = max(1, epoch_steps // 10)
 
-    def read(seen: Seen) -> tuple[Array, Array]:
-        return jnp.stack(list(class_tokens(seen.out, names).values())), presence(seen.out, names)
+    def read(context: StepContext) -> tuple[Array, Array]:
+        return jnp.stack(list(class_tokens(context.out, names).values())), presence(
+            context.out, names
+        )
 
-    def loss(state: Prototypes, seen: Seen) -> Array:
-        tokens, present = read(seen)
-        whole = seen.weight * jnp.prod(present, axis=0)
-        active = (seen.step < active_steps).astype(jnp.float32)
-        losses = prototype_loss(tokens, seen.batch["label"], whole, state, seen.reduce)
+    def loss(state: Prototypes, context: StepContext) -> Array:
+        tokens, present = read(context)
+        whole = context.weight * jnp.prod(present, axis=0)
+        active = (context.step < active_steps).astype(jnp.float32)
+        losses = prototype_loss(tokens, context.batch["label"], whole, state, context.reduce)
         return alpha * active * losses
 
-    def update(state: Prototypes, seen: Seen) -> Prototypes:
-        tokens, present = read(seen)
-        place = seen.step % epoch_steps
+    def update(state: Prototypes, context: StepContext) -> Prototypes:
+        tokens, present = read(context)
+        place = context.step % epoch_steps
         counted = (place >= epoch_steps - window).astype(jnp.float32)
-        weight = present * seen.weight[None] * counted
-        state = add_tokens(state, tokens, seen.batch["label"], weight, seen.reduce)
+        weight = present * context.weight[None] * counted
+        state = add_tokens(state, tokens, context.batch["label"], weight, context.reduce)
         return jax.lax.cond(
             place == epoch_steps - 1, lambda s: renew(s, momentum), lambda s: s, state
         )

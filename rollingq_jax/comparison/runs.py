@@ -35,12 +35,10 @@ from rollingq_jax.train.config import (
     flatten,
     from_json,
 )
-from rollingq_jax.train.interrupt import Interruption
-from rollingq_jax.train.loop import train_and_evaluate
-from rollingq_jax.train.restore import load_run
-from rollingq_jax.train.setup import build, resolve_config
-from rollingq_jax.train.summary import read_summary
-from rollingq_jax.train.writer import write_json
+from rollingq_jax.train.experiment import Experiment
+from rollingq_jax.train.loop import load_run, train_and_evaluate
+from rollingq_jax.train.preemption import Interruption
+from rollingq_jax.train.workdir import read_summary, write_json
 
 MOST_SEED = 2**32 - 1
 
@@ -432,7 +430,7 @@ def make_plan(
             try:
                 check_config(changed)
                 seen = dataset_of(changed) if own else dataset
-                build(resolve_config(changed, seen), seen)
+                Experiment(changed, seen)
             except ConfigError as error:
                 raise ConfigError(f"arm {arm!r}: {error}") from None
     return plan

@@ -1,27 +1,22 @@
-"""What a model is made of: immutable descriptions, read from a configuration and checked."""
+"""Schemas of configurations: sections as frozen dataclasses, and those of a model.
+
+Each field of a section stands in one place: `name: Annotated[type, Rule, "its meaning"] = default`.
+`section_fields` reads that, `read_fields` checks a mapping against it.
+"""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import functools
+import math
+import numbers
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, NamedTuple
 
 import jax.numpy as jnp
 
-from rollingq_jax.errors import ConfigError
-from rollingq_jax.models.fields import (
-    FLAG,
-    INT32_MAX,
-    RATE,
-    Rule,
-    as_mapping,
-    integer,
-    is_integer,
-    is_real,
-    one_of,
-    read_fields,
-    real,
-    several,
-)
+from rollingq_jax.errors import ConfigError, did_you_mean
 
+INT32_MAX = 2**31 - 1  # a step number and a count of rotations are int32
 #: Kinds of modality, and the number of axes that a patch of each cuts (0: the kind has no patches).
 PATCH_AXES = {"spectrogram": 2, "image": 2, "video": 3, "sequence": 0, "tokens": 0, "vector": 0}
 FUSIONS = ("unimodal", "sum", "concat", "film", "gated", "attention", "mbt")
@@ -31,55 +26,154 @@ MAX_LAYERS, MAX_WIDTH = 1000, 2**20
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-ENCODER_RULES = {
-    "kind": one_of(PATCH_AXES),
-    "patch": several(lambda v: is_integer(v) and v >= 1, int, "integers >= 1"),
-    "depth": integer(0, MAX_LAYERS),
-    "width": integer(1, MAX_WIDTH),
-    "num_heads": integer(1),
-    "vocab_size": Rule(
-        f"an integer >= 2 and at most {INT32_MAX:,}",
-        lambda v: v is None or (is_integer(v) and 2 <= v <= INT32_MAX),
-        lambda v: v and int(v),
-    ),
-    "mean": several(is_real, float, "numbers, one a channel or one for all"),
-    "std": several(
-        lambda v: is_real(v) and v > 0, float, "numbers > 0, one a channel or one for all"
-    ),
-}
+class Rule(NamedTuple):
+    """The values that a field may hold: in words, as a test, and how a value is kept."""
 
-MODEL_RULES = {
-    "fusion": one_of(FUSIONS),
-    "modality": Rule(
-        "the name of an encoder", lambda v: v is None or isinstance(v, str), lambda v: v or None
-    ),
-    "num_classes": integer(2, MAX_WIDTH)._replace(
-        allowed=f"an integer >= 2 and at most {MAX_WIDTH:,} (a run fills in a config's 0 when it "
-        "has loaded the data)"
-    ),
-    "dim": integer(1, MAX_WIDTH),
-    "depth": integer(0, MAX_LAYERS),
-    "num_heads": integer(1),
-    "fusion_heads": integer(1),
-    "fusion_layers": Rule(
-        f"an integer from 1 to {MOST_FUSION_LAYERS}",
-        lambda v: is_integer(v) and 1 <= v <= MOST_FUSION_LAYERS,
-        int,
-    ),
-    "mlp_ratio": real("a number > 0 and at most 1000", lambda v: 0 < v <= 1000),
-    "dropout": RATE,
-    "encoder_dropout": RATE,
-    "gelu": one_of(("exact", "tanh")),
-    "dtype": one_of(DTYPES),
-    "fusion_token_scale": real("a number >= 0", lambda v: v >= 0),
-    "attention_scale": real("a number >= 0", lambda v: v >= 0),
-    "mbt_layers": integer(1, MAX_LAYERS),
-    "mbt_tokens": integer(1, MAX_WIDTH),
-    "mbt_head": one_of(MBT_HEADS),
-    "scan_layers": FLAG,
-    "remat": FLAG,
-    "encoders": Rule("a mapping", lambda v: True, lambda v: as_mapping(v, "model.encoders")),
-}
+    allowed: str
+    accepts: Callable[[Any], bool]
+    keep: Callable[[Any], Any]
+
+
+def is_integer(value: Any) -> bool:
+    """Python's or NumPy's integer; True and False are not."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_real(value: Any) -> bool:
+    """Python's or NumPy's finite integer or float; True and False are not."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that float64 does not hold
+        return False
+
+
+def integer(low: int, high: int = INT32_MAX) -> Rule:
+    """An integer of at least `low` and at most `high`."""
+    words = f"an integer >= {low} and at most {high:,}"
+    return Rule(words, lambda v: is_integer(v) and low <= v <= high, int)
+
+
+def real(words: str, accepts: Callable[[float], bool]) -> Rule:
+    """A number for which `accepts` holds; `words` says which."""
+    return Rule(words, lambda v: is_real(v) and accepts(v), float)
+
+
+def one_of(names: Iterable[str]) -> Rule:
+    """One of the names."""
+    names = tuple(names)
+    return Rule(", ".join(names), lambda v: isinstance(v, str) and v in names, str)
+
+
+def several(item: Callable[[Any], bool], keep: type, words: str) -> Rule:
+    """A non-empty tuple or list, or nothing."""
+
+    def accepts(value: Any) -> bool:
+        return value is None or (
+            isinstance(value, tuple | list) and len(value) > 0 and all(map(item, value))
+        )
+
+    return Rule(words, accepts, lambda v: None if v is None else tuple(map(keep, v)))
+
+
+def at_least(low: float) -> Rule:
+    """A number of at least `low`."""
+    return real(f"a number >= {low:g}", lambda v: v >= low)
+
+
+def optional(rule: Rule, meaning: str = "") -> Rule:
+    """Also None; `meaning` says in words what that does."""
+    words = f"{rule.allowed}, or None{' ' * bool(meaning)}{meaning}"
+    return Rule(
+        words,
+        lambda v: v is None or rule.accepts(v),
+        lambda v: None if v is None else rule.keep(v),
+    )
+
+
+RATE = real("a number in [0, 1)", lambda v: 0 <= v < 1)
+FLAG = Rule("True or False", lambda v: isinstance(v, bool), bool)
+TEXT = Rule("a string", lambda v: isinstance(v, str), str)
+
+
+class Field(NamedTuple):
+    """One field of a section.
+
+    Attributes:
+      rule: the values that it may hold.
+      meaning: in a few words.
+      default: `dataclasses.MISSING` where there is none.
+    """
+
+    rule: Rule
+    meaning: str
+    default: Any
+
+    @property
+    def allowed(self) -> str:
+        """The values that it may hold, in words."""
+        return self.rule.allowed
+
+
+@functools.cache
+def section_fields(section: type) -> dict[str, Field]:
+    """The fields of a section, as its dataclass declares them.
+
+    Example:
+      >>> section_fields(ModelSpec)["depth"].meaning
+      'default number of Transformer blocks of an encoder'
+    """
+    hints = typing.get_type_hints(section, include_extras=True)
+    found = {}
+    for field in dataclasses.fields(section):
+        declared = typing.get_args(hints[field.name])[1:]
+        if declared:  # others are no fields of a configuration
+            rule, meaning = declared[-2:]
+            default = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            found[field.name] = Field(rule, meaning, default)
+    return found
+
+
+def read_fields(
+    fields: Mapping[str, Any], known: Mapping[str, Field], where: str
+) -> dict[str, Any]:
+    """The values as their rules keep them.
+
+    Args:
+      fields: values by name.
+      known: the fields that there are.
+      where: the section, for the message.
+
+    Raises:
+      ConfigError: a field is unknown, or its value is not allowed.
+    """
+    kept = {}
+    for name, value in fields.items():
+        if name not in known:
+            meant = did_you_mean(str(name), known)
+            allowed = ", ".join(sorted(known))
+            raise ConfigError(f"{where}.{name} is not a field{meant}; allowed: {allowed}")
+        rule = known[name].rule
+        if not rule.accepts(value):
+            raise ConfigError(f"{where}.{name} is {value!r}; allowed: {rule.allowed}")
+        kept[name] = rule.keep(value)
+    return kept
+
+
+def as_mapping(config: Any, where: str) -> dict[str, Any]:
+    """A dict of the fields of a mapping, an `ml_collections.ConfigDict` or a namespace.
+
+    Raises:
+      ConfigError: `config` is none of them.
+    """
+    if isinstance(config, Mapping) or (hasattr(config, "items") and hasattr(config, "keys")):
+        return dict(config.items())
+    if hasattr(config, "__dict__") and not isinstance(config, type):
+        return dict(vars(config))
+    raise ConfigError(f"{where} is {config!r}; allowed: a mapping of fields")
 
 
 def _divides(heads: int, width: int, where: str, field: str, width_field: str) -> None:
@@ -91,29 +185,43 @@ def _divides(heads: int, width: int, where: str, field: str, width_field: str) -
 
 @dataclasses.dataclass(frozen=True)
 class EncoderSpec:
-    """One modality's encoder.
+    """One modality's encoder, the fields of `config.model.encoders.<modality>`.
 
     Attributes:
       name: the modality, and its key in a batch.
       kind: one of `PATCH_AXES`.
       patch: (row, column) of an image, or of a spectrogram once its axes are swapped to
         (time, frequency); (frame, row, column) of a video; None for the other kinds.
-      depth: number of Transformer blocks.
-      width: their width; where it is not the model's, a projection follows the last block.
-      num_heads: attention heads of each block.
-      vocab_size: number of token ids, for kind "tokens" alone.
-      mean, std: channel normalisation of uint8 input, (x / 255 - mean) / std; None leaves x / 255.
+      mean, std: channel normalization of uint8 input, (x / 255 - mean) / std; None leaves x / 255.
     """
 
     name: str
-    kind: str
-    depth: int
-    width: int
-    num_heads: int
-    patch: tuple[int, ...] | None = None
-    vocab_size: int | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    kind: Annotated[str, one_of(PATCH_AXES), "kind of the modality"]
+    depth: Annotated[int, integer(0, MAX_LAYERS), "number of Transformer blocks"]
+    width: Annotated[
+        int, integer(1, MAX_WIDTH), "their width; a projection to the model's follows the last"
+    ]
+    num_heads: Annotated[int, integer(1), "attention heads of each block"]
+    patch: Annotated[
+        tuple[int, ...] | None,
+        several(lambda v: is_integer(v) and v >= 1, int, "integers >= 1"),
+        "sides of a patch: two of a spectrogram or image, three of a video",
+    ] = None
+    vocab_size: Annotated[
+        int | None,
+        optional(integer(2))._replace(allowed=f"an integer >= 2 and at most {INT32_MAX:,}"),
+        "number of token ids; only for kind tokens",
+    ] = None
+    mean: Annotated[
+        tuple[float, ...] | None,
+        several(is_real, float, "numbers, one a channel or one for all"),
+        "mean of each channel, for uint8 input",
+    ] = None
+    std: Annotated[
+        tuple[float, ...] | None,
+        several(lambda v: is_real(v) and v > 0, float, "numbers > 0, one a channel or one for all"),
+        "standard deviation of each channel",
+    ] = None
 
     @classmethod
     def from_config(
@@ -125,7 +233,7 @@ class EncoderSpec:
           ConfigError: names the field, the value and what is allowed.
         """
         where = f"model.encoders.{name}"
-        fields = read_fields(as_mapping(config, where), ENCODER_RULES, where)
+        fields = read_fields(as_mapping(config, where), section_fields(EncoderSpec), where)
         if "kind" not in fields:
             raise ConfigError(f"{where}.kind is missing; allowed: {', '.join(PATCH_AXES)}")
         spec = cls(name, **{"depth": depth, "width": width, "num_heads": num_heads, **fields})
@@ -152,53 +260,84 @@ class EncoderSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """A whole model, the fields of `config.model`.
+    """A whole model, the fields of `config.model`: C classes, width d, H heads of d_h = d / H.
 
     Attributes:
       num_classes: C.
       encoders: one `EncoderSpec` a modality, in alphabetical order.
-      fusion: one of `FUSIONS`.
-      modality: the encoder that a unimodal model uses; None for the other fusions.
-      dim: d, the width of the tokens that are fused, and by default of the encoders.
-      depth: default number of blocks of an encoder.
-      num_heads: default number of attention heads of an encoder's block.
-      fusion_heads: H, the heads of the class token's attention; d_h = d / H.
-      fusion_layers: n, the layers in which a class token attends to all modalities' tokens; the
-        first n - 1 are Transformer blocks with `fusion_heads` heads.
-      mlp_ratio: hidden width of a block's MLP in widths of the block.
-      dropout: of the fusion's attention weights and of its output projection.
-      encoder_dropout: of both branches of each block, those of the fusion too.
-      gelu: "exact" (erf) or "tanh".
-      dtype: of the encoders' computation; parameters are float32 in any case.
-      fusion_token_scale: standard deviation of the fusion class token's initial values.
-      attention_scale: factor on the logits of the class token's attention; at 0 every token has the
-        same weight, whatever the sample.
-      mbt_layers, mbt_tokens, mbt_head: bottleneck fusion's layers, tokens and what reads them.
-      scan_layers: one compiled block, looped over, in each encoder. Same parameters.
-      remat: recompute each block in the backward pass instead of keeping what it computed.
+      fusion_layers: the first n - 1 are Transformer blocks with `fusion_heads` heads, in which a
+        class token attends to all modalities' tokens, as in the last.
+      attention_scale: at 0 every token has the same weight, whatever the sample.
     """
 
-    num_classes: int
-    encoders: tuple[EncoderSpec, ...]
-    fusion: str = "attention"
-    modality: str | None = None
-    dim: int = 64
-    depth: int = 2
-    num_heads: int = 4
-    fusion_heads: int = 1
-    fusion_layers: int = 1
-    mlp_ratio: float = 4.0
-    dropout: float = 0.2
-    encoder_dropout: float = 0.0
-    gelu: str = "exact"
-    dtype: str = "float32"
-    fusion_token_scale: float = 0.02
-    attention_scale: float = 1.0
-    mbt_layers: int = 2
-    mbt_tokens: int = 4
-    mbt_head: str = "attention"
-    scan_layers: bool = False
-    remat: bool = False
+    num_classes: Annotated[
+        int,
+        integer(2, MAX_WIDTH)._replace(
+            allowed=f"an integer >= 2 and at most {MAX_WIDTH:,} (a run fills in a config's 0 when "
+            "it has loaded the data)"
+        ),
+        "number of classes; 0: as the data have",
+    ]
+    encoders: Annotated[
+        tuple[EncoderSpec, ...],
+        Rule("a mapping", lambda v: True, lambda v: as_mapping(v, "model.encoders")),
+        "fields of each modality's encoder; empty: as the data say",
+    ]
+    fusion: Annotated[str, one_of(FUSIONS), "how the modalities are fused"] = "attention"
+    modality: Annotated[
+        str | None,
+        Rule(
+            "the name of an encoder", lambda v: v is None or isinstance(v, str), lambda v: v or None
+        ),
+        "the one that a unimodal model uses; None for the other fusions",
+    ] = None
+    dim: Annotated[
+        int, integer(1, MAX_WIDTH), "width of the fused tokens, and by default of the encoders"
+    ] = 64
+    depth: Annotated[
+        int, integer(0, MAX_LAYERS), "default number of Transformer blocks of an encoder"
+    ] = 2
+    num_heads: Annotated[
+        int, integer(1), "default number of attention heads of an encoder's block"
+    ] = 4
+    fusion_heads: Annotated[int, integer(1), "heads of the class token's attention"] = 1
+    fusion_layers: Annotated[
+        int,
+        integer(1, MOST_FUSION_LAYERS)._replace(
+            allowed=f"an integer from 1 to {MOST_FUSION_LAYERS}"
+        ),
+        "layers with a class token; 2 and more roll one layer after the other",
+    ] = 1
+    mlp_ratio: Annotated[
+        float,
+        real("a number > 0 and at most 1000", lambda v: 0 < v <= 1000),
+        "hidden width of a block's MLP, in widths of the block",
+    ] = 4.0
+    dropout: Annotated[
+        float, RATE, "of the fusion's attention weights and of its output projection"
+    ] = 0.2
+    encoder_dropout: Annotated[
+        float, RATE, "of both branches of each block, those of the fusion too"
+    ] = 0.0
+    gelu: Annotated[str, one_of(("exact", "tanh")), "exact is erf's"] = "exact"
+    dtype: Annotated[
+        str, one_of(DTYPES), "of the encoders' computation; parameters are float32 in any case"
+    ] = "float32"
+    fusion_token_scale: Annotated[
+        float, at_least(0), "standard deviation of the fusion class token's initial values"
+    ] = 0.02
+    attention_scale: Annotated[
+        float,
+        at_least(0),
+        "factor on the logits of the class token's attention; 0: all tokens count alike",
+    ] = 1.0
+    mbt_layers: Annotated[int, integer(1, MAX_LAYERS), "layers of bottleneck fusion"] = 2
+    mbt_tokens: Annotated[int, integer(1, MAX_WIDTH), "its bottleneck tokens"] = 4
+    mbt_head: Annotated[str, one_of(MBT_HEADS), "the fusion behind its layers"] = "attention"
+    scan_layers: Annotated[
+        bool, FLAG, "one compiled block, looped over, in each encoder; same parameters"
+    ] = False
+    remat: Annotated[bool, FLAG, "recompute each block in the backward pass: less memory"] = False
 
     @classmethod
     def from_config(cls, config: Any) -> "ModelSpec":
@@ -209,7 +348,7 @@ class ModelSpec:
         """
         if isinstance(config, cls):
             return config
-        fields = read_fields(as_mapping(config, "model"), MODEL_RULES, "model")
+        fields = read_fields(as_mapping(config, "model"), section_fields(cls), "model")
         encoders = fields.pop("encoders", {})
         if "num_classes" not in fields:
             raise ConfigError("model.num_classes is missing; allowed: an integer >= 2")

@@ -15,7 +15,7 @@ __all__ = ["default_config", "load_run", "train_and_evaluate"]
 
 _HOME = {
     "default_config": "rollingq_jax.train.config",
-    "load_run": "rollingq_jax.train.restore",
+    "load_run": "rollingq_jax.train.loop",
     "train_and_evaluate": "rollingq_jax.train.loop",
 }
 

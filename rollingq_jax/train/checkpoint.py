@@ -1,114 +1,43 @@
 """Checkpoints: saved in the background, committed whole, verified when they are read.
 
 Orbax writes to a temporary folder and renames it, so a checkpoint exists completely or not at all.
-It does not notice a byte that changed later; the checksum stored beside the state does.
+It does not notice a byte that changed later (of the arrays, zarr3 checks only the index of a
+shard); the checksum stored in the record does.
 """
 
 import contextlib
+import errno
 import fnmatch
+import hashlib
+import json
 import logging
+import os
 import re
+import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import flax.serialization
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from rollingq_jax.errors import CheckpointError, said
-from rollingq_jax.train.packing import (
-    as_tree,
-    check_finite,
-    checksum,
-    describe,
-    from_host,
-    key_type,
-    seal,
-    size,
-    to_host,
-)
-from rollingq_jax.train.state import TrainState
-from rollingq_jax.train.storage import check_room, saving, silence_closed_loops
-from rollingq_jax.train.workdir import check_path
+from rollingq_jax.errors import CheckpointError, NonFiniteError, UserError, said
+from rollingq_jax.train.train_state import TrainState
+from rollingq_jax.train.workdir import check_path, reason_of
 
 FORMAT_VERSION = 1
+ROOM = 1 << 20  # bytes beside the arrays: their metadata, one block at least a file, metrics
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 class DamagedError(CheckpointError):
     """A checkpoint is not as it was saved."""
-
-
-class LiteralPath(type(epath.Path("/"))):  # type: ignore[misc]
-    """A path whose own brackets, stars and question marks are read as they stand by `glob`.
-
-    `epath.Path.glob` reads the whole path as a pattern. In a folder such as `runs/[lr=0.1]` Orbax
-    would not find the parts of a checkpoint that it has just written, and would commit it without
-    its arrays. Orbax takes a path of any registered class and keeps to that class.
-    """
-
-    def glob(self, pattern: str) -> Iterator[Any]:
-        """Paths below this one that match; `/` parts folders, and `**` is not known."""
-        first, _, rest = pattern.partition("/")
-        names = [path.name for path in self.iterdir()] if self.is_dir() else []
-        for name in sorted(fnmatch.filter(names, first)):
-            yield from (self / name).glob(rest) if rest else [self / name]
-
-
-epath.register_path_cls(LiteralPath)
-
-
-def found_steps(directory: epath.Path) -> list[int]:
-    """Steps of the checkpoints in a folder, damaged ones too, newest first."""
-    names = [path.name for path in directory.iterdir()] if directory.exists() else []
-    return sorted((int(name) for name in names if re.fullmatch(r"\d+", name)), reverse=True)
-
-
-class _Preserve:
-    """Orbax's policy of deletion: the newest `keep` stay, and the best."""
-
-    def __init__(self, keep: int) -> None:
-        self.keep, self.best = keep, -1
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Which of the checkpoints, oldest first, stay."""
-        newest = len(checkpoints) - self.keep
-        return [i >= newest or info.step == self.best for i, info in enumerate(checkpoints)]
-
-
-def _check_key_type(step: int, record: Mapping[str, Any], tree: Any) -> None:
-    """The run goes on with the kind of random numbers with which it began.
-
-    Raises:
-      CheckpointError: names the setting of JAX that differs.
-    """
-    ours = key_type()
-    size = np.shape(tree["rng"]) if isinstance(tree, dict) and "rng" in tree else ()
-    # A record of an older version does not have the name; the width of the key tells it.
-    theirs = record.get("key_type", {(2,): "threefry2x32", (4,): "rbg"}.get(size, ours))
-    if theirs != ours:
-        raise CheckpointError(
-            f"checkpoint {step} was made with other random numbers: JAX_DEFAULT_PRNG_IMPL is "
-            f"{ours} and was {theirs}; allowed: JAX_DEFAULT_PRNG_IMPL={theirs}"
-        )
-
-
-def _check_structure(step: int, tree: Any, like: Any) -> None:
-    """The arrays of a checkpoint are those of the model that they are for.
-
-    Raises:
-      CheckpointError: names the first array that is not.
-    """
-    theirs, ours = describe(tree), describe(like)
-    for name in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(name) != ours.get(name):
-            raise CheckpointError(
-                f"checkpoint {step} is of another model: {name} is "
-                f"{theirs.get(name, 'absent')}; allowed: {ours.get(name, 'absent')}"
-            )
 
 
 class Learned(NamedTuple):
@@ -141,7 +70,7 @@ class Checkpoints:
     def __init__(self, directory: epath.Path, keep: int = 1, *, read_only: bool = False) -> None:
         check_path(directory)
         self._directory, self._read_only = directory, read_only
-        self._preserve = _Preserve(keep)
+        self._preserve = _NewestAndBest(keep)
         self._read_back = False
         # Orbax's own `read_only` warns of what it implies, each time. Without it nothing is written
         # either, as long as nothing is created, cleaned up or saved.
@@ -160,7 +89,7 @@ class Checkpoints:
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         try:
-            with saving(self._directory):
+            with convert_save_errors(self._directory):
                 self._manager.close()
         except CheckpointError:
             if error is None:  # otherwise what ended the run says more
@@ -168,12 +97,12 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until the save that is under way is committed; raises what went wrong in it."""
-        with saving(self._directory):
+        with convert_save_errors(self._directory):
             self._manager.wait_until_finished()
 
     def check(self) -> None:
         """Raises what has gone wrong in the background, without waiting."""
-        with saving(self._directory):
+        with convert_save_errors(self._directory):
             self._manager.check_for_errors()
 
     @property
@@ -214,14 +143,14 @@ class Checkpoints:
             "checksum": checksum(tree),
             "key_type": key_type(state.rng),
         }
-        with saving(self._directory):
+        with convert_save_errors(self._directory):
             self.wait()
-            check_room(self._directory, size(tree))
+            check_room(self._directory, tree_bytes(tree))
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(tree),
-                    record=ocp.args.JsonSave({"record": record, "sha256": seal(record)}),
+                    record=ocp.args.JsonSave({"record": record, "sha256": record_digest(record)}),
                 ),
             )
             if not self._read_back:
@@ -363,7 +292,7 @@ class Checkpoints:
         content = self._read(step, "record", ocp.args.JsonRestore())
         try:
             record, sealed = content["record"], content["sha256"]
-            intact = seal(record) == sealed
+            intact = record_digest(record) == sealed
         except (KeyError, TypeError):
             intact = False
         if not intact:
@@ -386,3 +315,248 @@ class Checkpoints:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints set aside")
         self._manager.reload()
+
+
+class CheckpointSchedule:
+    """Checkpoints by steps and by minutes since the last one.
+
+    Args:
+      every_steps, every_minutes: as in `config.checkpoint`; 0 turns one off.
+      log_every: several processes agree on the time only where they wait for each other anyway.
+    """
+
+    def __init__(self, every_steps: int, every_minutes: float, log_every: int) -> None:
+        self._steps, self._seconds, self._log_every = every_steps, 60 * every_minutes, log_every
+        self.mark_saved()
+
+    def mark_saved(self) -> None:
+        """A checkpoint has been made: the minutes count from now."""
+        self._last = time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is due after this step; the same in all processes."""
+        if self._steps and step % self._steps == 0:
+            return True
+        if not self._seconds:
+            return False
+        late = time.monotonic() - self._last >= self._seconds
+        if jax.process_count() == 1:
+            return late
+        if step % self._log_every:
+            return False
+        return bool(multihost_utils.broadcast_one_to_all(np.asarray(late)))
+
+
+def as_tree(state: TrainState) -> dict[str, Any]:
+    """Nested dict of arrays, a PRNG key as its bits; a rolling state of None is left out."""
+    return flax.serialization.to_state_dict(
+        state.replace(rng=jax.random.key_data(state.rng), rolling=state.rolling or ())
+    )
+
+
+def key_type(key: jax.Array | None = None) -> str:
+    """Name of a PRNG key's implementation; without a key, of JAX's default."""
+    return str(jax.random.key_impl(jax.random.key(0) if key is None else key))
+
+
+def to_host(state: TrainState) -> dict[str, Any]:
+    """`as_tree` in host memory."""
+    return jax.tree.map(np.asarray, jax.device_get(as_tree(state)))
+
+
+def from_host(tree: Mapping[str, Any], like: TrainState) -> TrainState:
+    """The state that `to_host` took apart; `like` gives the structure, and may be abstract."""
+    target = like.replace(rolling=like.rolling or ())
+    state = flax.serialization.from_state_dict(target, dict(tree))
+    state = jax.tree.map(jax.numpy.asarray, state)
+    rng = jax.random.wrap_key_data(state.rng)
+    return state.replace(rng=rng, rolling=state.rolling or None)
+
+
+def tree_spec(tree: Any) -> dict[str, str]:
+    """`{"params/fusion/cls": "float32[64]", ...}`."""
+    return {
+        "/".join(str(key.key) for key in path): f"{leaf.dtype}{list(np.shape(leaf))}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def checksum(tree: Any) -> str:
+    """SHA-256 over paths, dtypes, shapes and bytes of every leaf, in a fixed order."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.ascontiguousarray(leaf)
+        head = f"{jax.tree_util.keystr(path)} {array.dtype} {np.shape(leaf)}\n"
+        digest.update(head.encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all leaves."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def record_digest(record: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON record."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def check_finite(tree: Any, step: int) -> None:
+    """Raises NonFiniteError where an array of the state is NaN or infinite somewhere."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if leaf.dtype.kind == "f" and not np.isfinite(leaf).all():
+            name = "/".join(str(key.key) for key in path)
+            raise NonFiniteError(f"step {step}: {name} is not finite, and is not saved")
+
+
+def _check_key_type(step: int, record: Mapping[str, Any], tree: Any) -> None:
+    """The run goes on with the kind of random numbers with which it began.
+
+    Raises:
+      CheckpointError: names the setting of JAX that differs.
+    """
+    ours = key_type()
+    size = np.shape(tree["rng"]) if isinstance(tree, dict) and "rng" in tree else ()
+    # A record of an older version does not have the name; the width of the key tells it.
+    theirs = record.get("key_type", {(2,): "threefry2x32", (4,): "rbg"}.get(size, ours))
+    if theirs != ours:
+        raise CheckpointError(
+            f"checkpoint {step} was made with other random numbers: JAX_DEFAULT_PRNG_IMPL is "
+            f"{ours} and was {theirs}; allowed: JAX_DEFAULT_PRNG_IMPL={theirs}"
+        )
+
+
+def _check_structure(step: int, tree: Any, like: Any) -> None:
+    """The arrays of a checkpoint are those of the model that they are for.
+
+    Raises:
+      CheckpointError: names the first array that is not.
+    """
+    theirs, ours = tree_spec(tree), tree_spec(like)
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            raise CheckpointError(
+                f"checkpoint {step} is of another model: {name} is "
+                f"{theirs.get(name, 'absent')}; allowed: {ours.get(name, 'absent')}"
+            )
+
+
+class _NewestAndBest:
+    """Orbax's policy of deletion: the newest `keep` stay, and the best.
+
+    Orbax's own `BestN` reads the metric of each checkpoint from the disk and takes the last of
+    equals; here the step is given, since the best by validation is known, and is the first.
+    """
+
+    def __init__(self, keep: int) -> None:
+        self.keep, self.best = keep, -1
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Which of the checkpoints, oldest first, stay."""
+        newest = len(checkpoints) - self.keep
+        return [i >= newest or info.step == self.best for i, info in enumerate(checkpoints)]
+
+
+class LiteralPath(type(epath.Path("/"))):  # type: ignore[misc]
+    """A path whose own brackets, stars and question marks are read as they stand by `glob`.
+
+    `epath.Path.glob` reads the whole path as a pattern. In a folder such as `runs/[lr=0.1]` Orbax
+    would not find the parts of a checkpoint that it has just written, and would commit it without
+    its arrays. Orbax takes a path of any registered class and keeps to that class.
+    """
+
+    def glob(self, pattern: str) -> Iterator[Any]:
+        """Paths below this one that match; `/` parts folders, and `**` is not known."""
+        first, _, rest = pattern.partition("/")
+        names = [path.name for path in self.iterdir()] if self.is_dir() else []
+        for name in sorted(fnmatch.filter(names, first)):
+            yield from (self / name).glob(rest) if rest else [self / name]
+
+
+epath.register_path_cls(LiteralPath)
+
+
+def found_steps(directory: epath.Path) -> list[int]:
+    """Steps of the checkpoints in a folder, damaged ones too, newest first."""
+    names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    return sorted((int(name) for name in names if re.fullmatch(r"\d+", name)), reverse=True)
+
+
+def check_room(directory: epath.Path, size: int) -> None:
+    """A checkpoint fits on the disk. Orbax would say so too, in many lines and half-way through.
+
+    Raises:
+      OSError: it does not.
+    """
+    if "://" in os.fspath(directory):
+        return
+    free, wanted = shutil.disk_usage(directory).free, size + size // 8 + ROOM
+    if free < wanted:
+        reason = f"{os.strerror(errno.ENOSPC)}: {wanted:,} bytes are wanted and {free:,} are free"
+        raise OSError(errno.ENOSPC, reason)
+
+
+@contextlib.contextmanager
+def convert_save_errors(directory: epath.Path) -> Iterator[None]:
+    """Turns an exception of Orbax, while it saves, into one line.
+
+    Raises:
+      CheckpointError: the checkpoint is not saved.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise many types
+        silence_closed_loops()
+        raise CheckpointError(
+            f"a checkpoint in {directory} is not saved ({reason_of(error)})"
+        ) from error
+
+
+def silence_closed_loops() -> None:
+    """Drops reports that no caller can catch, of an error that is raised as well.
+
+    Where a checkpoint cannot be read or written, TensorStore still reports to Orbax's event loop
+    when Orbax has raised the error and closed the loop, and asyncio logs what nobody waits for.
+    Called when the first such error has come; all other reports go where they went.
+    """
+    shown = sys.unraisablehook
+    if getattr(shown, "drops_closed_loops", False):
+        return
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            shown(unraisable)
+
+    hook.drops_closed_loops = True  # type: ignore[attr-defined]
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(
+        lambda record: not (record.exc_info and "tensorstore_spec" in str(record.exc_info[1]))
+    )
+
+
+@contextlib.contextmanager
+def with_last_checkpoint(newest: Callable[[], int | None]) -> Iterator[None]:
+    """Says in an error what is left: the step of the newest checkpoint.
+
+    Args:
+      newest: tells that step, None if there is no checkpoint.
+
+    Raises:
+      UserError: the error that came, with that added.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{error}; {_left(newest())}") from error
+
+
+def _left(step: int | None) -> str:
+    """The newest checkpoint in words."""
+    return (
+        "there is no checkpoint yet"
+        if step is None
+        else f"the last good checkpoint is of step {step}"
+    )

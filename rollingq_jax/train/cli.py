@@ -23,11 +23,10 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from rollingq_jax.errors import ConfigError, UserError, did_you_mean, printable, said
-from rollingq_jax.train.config import allowed_in, from_json
+from rollingq_jax.train.config import allowed_in, fields_help, from_json
 from rollingq_jax.train.distributed import TIMEOUT, join
-from rollingq_jax.train.interrupt import EXIT_CODE, Interrupted, Interruption
 from rollingq_jax.train.output import shown
-from rollingq_jax.train.profiling import default_cache, keep_compiled
+from rollingq_jax.train.preemption import EXIT_CODE, Interrupted, Interruption
 
 USER_ERROR = 2
 IO_ERROR = 74  # EX_IOERR of sysexits.h
@@ -470,12 +469,28 @@ TRAIN = Command(
         *DISTRIBUTED_FLAGS,
     ),
     reads_config=True,
+    epilog=fields_help,
 )
 
 
 def join_processes(given: SimpleNamespace) -> None:
     """Joins the processes that `DISTRIBUTED_FLAGS` speak of; see `distributed.join`."""
     join(**{flag.name: getattr(given, flag.name) for flag in DISTRIBUTED_FLAGS})
+
+
+def default_cache() -> str:
+    """`rollingq_jax/xla` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(base, "rollingq_jax", "xla")
+
+
+def keep_compiled(folder: str) -> None:
+    """Keeps compiled programs in a folder, local or gs://; none where the name is empty.
+
+    A folder that JAX was given already (`JAX_COMPILATION_CACHE_DIR`) stays.
+    """
+    if folder and not jax.config.values["jax_compilation_cache_dir"]:
+        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def train_command(argv: Sequence[str]) -> None:

@@ -1,18 +1,40 @@
-"""The configuration of a run: its fields, their defaults and what they may hold."""
+"""The configuration of a run: each field with its default, its range and its meaning, once.
+
+A section is a frozen dataclass; `config.model` is `models.spec.ModelSpec`, and the fields of
+`config.data` are those of the data set that it names (`data/options.py`). `default_config` makes a
+`ConfigDict` of them, `check_config` reads one, and the help of `train.py` and docs/config.md are
+made from them: `python -m rollingq_jax.train.config > docs/config.md`.
+"""
 
 import contextlib
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
 from ml_collections import ConfigDict, config_dict
 
-from rollingq_jax.data.options import check_fields, fields_of
+from rollingq_jax.baselines.build import BUILDERS
+from rollingq_jax.data.options import COMMON_FIELDS, FIELDS, check_fields, fields_of
 from rollingq_jax.errors import ConfigError
-from rollingq_jax.models.fields import Rule, as_mapping, read_fields
-from rollingq_jax.models.spec import ENCODER_RULES, MODEL_RULES
-from rollingq_jax.train.rules import DATA_RULES, RULES
+from rollingq_jax.models.spec import (
+    FLAG,
+    TEXT,
+    EncoderSpec,
+    Field,
+    ModelSpec,
+    Rule,
+    as_mapping,
+    at_least,
+    integer,
+    one_of,
+    optional,
+    read_fields,
+    real,
+    section_fields,
+)
 
-# What may differ between a run and its continuation, since it does not change the result.
+# These may differ between a run and its continuation, since they do not change the result.
 FREE_FIELDS = (
     "log_every",
     "parallel",
@@ -26,10 +48,137 @@ FREE_FIELDS = (
 )
 
 
+Flag = Annotated[bool, FLAG]
+Text = Annotated[str, TEXT]
+Positive = Annotated[float, real("a number > 0", lambda v: v > 0)]
+NotNegative = Annotated[float, at_least(0)]
+Rate = Annotated[float, real("a number in [0, 1)", lambda v: 0 <= v < 1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """The run."""
+
+    seed: Annotated[int, integer(0, 2**32 - 1), "of parameters, order, dropout and splits"] = 0
+    epochs: Annotated[int, integer(1), "passes over the training data"] = 30
+    batch_size: Annotated[int, integer(1), "examples of a step, over all devices"] = 64
+    log_every: Annotated[int, integer(1), "steps between rows of metrics.jsonl"] = 10
+    parallel: Annotated[str, one_of(("jit", "pmap")), "how steps are laid over the devices"] = "jit"
+    vit_weights: Annotated[
+        Text, "file of an ImageNet-21k ViT-B/16 from which the encoders start"
+    ] = ""
+    plain_twin: Annotated[Flag, "also train without rotations, in plain/, for the figures"] = False
+    nonfinite: Annotated[
+        str, one_of(("stop", "skip")), "at a NaN or infinite loss or gradient; skip: no update"
+    ] = "stop"
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer. Learning rate and decay are those of the paper's runs (upstream `main.py`)."""
+
+    name: Annotated[str, one_of(("sgd", "adam")), "the optimizer"] = "sgd"
+    learning_rate: Annotated[Positive, "the highest; linear warm-up, then one cosine to 0"] = 1e-3
+    momentum: Annotated[Rate, "of sgd"] = 0.9
+    weight_decay: Annotated[NotNegative, "added to the gradient, only with sgd"] = 1e-4
+    warmup_epochs: Annotated[NotNegative, "epochs of warm-up, fewer than epochs"] = 2.5
+    clip_norm: Annotated[NotNegative, "limit of the global gradient's norm; 0: none"] = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RollingConfig:
+    """The method: when heads roll, and where to."""
+
+    enabled: Annotated[Flag, "whether queries are rotated"] = True
+    beta: Annotated[NotNegative, "a head rolls when its imbalance exceeds this"] = 0.0
+    # 0 is upstream's default; the paper's own settings for its data sets are not known.
+    rho: Annotated[NotNegative, "sharpness of the rebalance weights; 0: equal weights"] = 0.0
+    max_rotations: Annotated[
+        int | None, optional(integer(0), "for no limit"), "the most a head rolls; 0: never"
+    ] = 1
+    check_every: Annotated[int, integer(0), "steps between checks; 0: at each epoch's end"] = 0
+    window: Annotated[
+        float,
+        real("a number in (0, 1]", lambda v: 0 < v <= 1),
+        "last part of that period, in which sums are taken",
+    ] = 0.25
+    method: Annotated[
+        str, one_of(("geodesic", "svd")), "how the rotation is made from two vectors"
+    ] = "geodesic"
+    joint: Annotated[Flag, "all heads decide together"] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class BaselineConfig:
+    """A method that the paper compares with, on top of any fusion that it fits."""
+
+    name: Annotated[
+        str,
+        Rule(
+            "an empty string or one of " + ", ".join(filter(None, BUILDERS)),
+            lambda v: isinstance(v, str) and v in BUILDERS,
+            str,
+        ),
+        "the method; empty: none",
+    ] = ""
+    epochs: Annotated[int, integer(0), "the first, in which OGM and PMR are active; 0: all"] = 0
+    ogm_alpha: Annotated[NotNegative, "how strongly OGM damps the gradient"] = 0.8
+    pmr_alpha: Annotated[NotNegative, "weight of PMR's loss"] = 1.0
+    pmr_momentum: Annotated[Rate, "of PMR's prototypes from epoch to epoch"] = 0.2
+    drop_rate: Annotated[Rate, "of modality_dropout"] = 0.2
+    joint_weight: Annotated[NotNegative, "weight of each modality's own loss in joint"] = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """The search of `rollingq_jax.compare`."""
+
+    tune_seeds: Annotated[int, integer(1, 1_000_000), "seeds on which the grid is tried"] = 2
+    grid: Annotated[
+        Mapping[str, Any],
+        Rule("a mapping of fields to tuples of values", lambda v: hasattr(v, "keys"), lambda v: v),
+        "settings to try, as {'optimizer': {'learning_rate': (0.01, 0.02)}}; empty: no search",
+    ] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints."""
+
+    every_epochs: Annotated[int, integer(1), "epochs between them"] = 1
+    every_steps: Annotated[int, integer(0), "also within an epoch; 0: not by steps"] = 0
+    every_minutes: Annotated[NotNegative, "likewise, by the clock"] = 0.0
+    keep: Annotated[int, integer(1), "how many of the newest stay, as well as the best"] = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class UpstreamCompat:
+    """Choices of the authors' code that this project does not share; see docs/upstream.md."""
+
+    last_batch_air: Annotated[Flag, "scores come from the last batch only"] = False
+    statistics_pass: Annotated[Flag, "means come from an extra pass between epochs"] = False
+    extra_schedule_step: Annotated[Flag, "the schedule steps once more an epoch"] = False
+    unclipped_cosine: Annotated[Flag, "the cosine goes on beyond the last step"] = False
+
+
+ENCODER = section_fields(EncoderSpec)
+DATA = {"prefetch": Field(integer(0, 1024), "batches made ahead", 2)}  # read here, not by a loader
+SECTIONS = {
+    "": RunConfig,
+    "optimizer": OptimizerConfig,
+    "rolling": RollingConfig,
+    "baseline": BaselineConfig,
+    "compare": CompareConfig,
+    "checkpoint": CheckpointConfig,
+    "upstream_compat": UpstreamCompat,
+    "model": ModelSpec,
+}
+# Fields of `config.data` that the default has; others come with the data set.
+SHARED_DATA = ("name", "path", "cache_dir", "corruptions", "prefetch")
+
+
 def default_config() -> ConfigDict:
     """Every field with its default; a file in `configs/` changes what its experiment needs.
-
-    Learning rate and decay are those of the paper's runs (upstream `main.py`); the model is small.
 
     Example:
       >>> config = default_config()
@@ -37,120 +186,47 @@ def default_config() -> ConfigDict:
       >>> config.optimizer.name, config.parallel
       ('sgd', 'jit')
     """
-    return ConfigDict(
-        {
-            "seed": 0,
-            "epochs": 30,
-            "batch_size": 64,
-            "log_every": 10,  # steps between rows of metrics.jsonl
-            "parallel": "jit",
-            "vit_weights": "",  # file of an ImageNet-21k ViT-B/16 from which the encoders start
-            "plain_twin": False,  # also train without rotations, in `plain/`, for the figures
-            "nonfinite": "stop",  # at a loss or gradient that is NaN or infinite; "skip": no update
-            "optimizer": {
-                "name": "sgd",
-                "learning_rate": 1e-3,
-                "momentum": 0.9,
-                "weight_decay": 1e-4,  # added to the gradient, with sgd alone
-                "warmup_epochs": 2.5,
-                "clip_norm": 0.0,  # of the global gradient; 0: none
-            },
-            "rolling": {
-                "enabled": True,
-                "beta": 0.0,
-                # 0 is upstream's default; the paper's own settings for its data sets are not known.
-                "rho": 0.0,
-                "max_rotations": _optional(1),  # None: without a limit; 0: never
-                "check_every": 0,  # steps; 0: at each epoch's end
-                "window": 0.25,  # last part of that period, in which sums are taken
-                "method": "geodesic",
-                "joint": False,  # all heads decide together
-            },
-            "baseline": {
-                "name": "",  # a method that the paper compares with, beside any fusion it fits
-                "epochs": 0,  # the first, in which OGM and PMR are active; 0: all
-                "ogm_alpha": 0.8,
-                "pmr_alpha": 1.0,
-                "pmr_momentum": 0.2,
-                "drop_rate": 0.2,
-                "joint_weight": 1.0,
-            },
-            "compare": {
-                "tune_seeds": 2,  # seeds on which the settings of the grid are tried
-                "grid": {},  # as `{"optimizer": {"learning_rate": (0.01, 0.02)}}`; empty: no search
-            },
-            "checkpoint": {
-                "every_epochs": 1,
-                "every_steps": 0,  # also within an epoch; 0: not by steps
-                "every_minutes": 0.0,  # likewise, by the clock
-                "keep": 2,  # of the newest, beside the best
-            },
-            "upstream_compat": {
-                "last_batch_air": False,
-                "statistics_pass": False,
-                "extra_schedule_step": False,
-                "unclipped_cosine": False,
-            },
-            "data": {
-                "name": "av_digits",
-                "path": "",
-                "cache_dir": "",
-                "corruptions": "",  # of training, fresh in every epoch: "audio=0.5"
-                "prefetch": 2,  # batches made ahead, each by a thread of its own
-            },
-            "model": {
-                "fusion": "attention",
-                "modality": config_dict.placeholder(str),
-                "num_classes": 0,  # 0: as the data have
-                "dim": 64,
-                "depth": 2,
-                "num_heads": 4,
-                "fusion_heads": 1,
-                "fusion_layers": 1,  # 2 and more roll one layer after the other
-                "mlp_ratio": 4.0,
-                "dropout": 0.2,
-                "encoder_dropout": 0.0,
-                "gelu": "exact",
-                "dtype": "float32",
-                "fusion_token_scale": 0.02,
-                "attention_scale": 1.0,  # on the class token's logits; 0: every token counts alike
-                "mbt_layers": 2,
-                "mbt_tokens": 4,
-                "mbt_head": "attention",
-                "scan_layers": False,
-                "remat": False,
-                "encoders": {},  # empty, or a part of the fields: the rest as the data say
-            },
-        }
-    )
-
-
-def _optional(value: int) -> config_dict.FieldReference:
-    """A field that holds an integer or None, from the command line too (`=None`); a rule checks."""
-    return config_dict.FieldReference(value, field_type=object)
+    sections = {
+        name: {field: one.default for field, one in section_fields(section).items()}
+        for name, section in SECTIONS.items()
+    }
+    top = sections.pop("")
+    # A reference holds a value or None, from the command line too (`=None`); a rule checks.
+    limit = sections["rolling"]["max_rotations"]
+    sections["rolling"]["max_rotations"] = config_dict.FieldReference(limit, field_type=object)
+    sections["model"] |= {
+        "modality": config_dict.placeholder(str),
+        "num_classes": 0,
+        "encoders": {},
+    }
+    sections["compare"]["grid"] = {}
+    sections["data"] = {name: COMMON_FIELDS[name].default for name in SHARED_DATA}
+    return ConfigDict(top | sections)
 
 
 def check_config(config: Any) -> None:
-    """Checks the fields that the training loop and the data read; the model checks its own.
+    """Checks every section, so that nothing is read or written for a configuration that is wrong.
+
+    Sizes that depend on the data are checked when the model is made.
 
     Raises:
       ConfigError: a field is unknown or missing, or its value is not allowed; says which.
     """
     fields = as_mapping(config, "config")
-    sections = [name for name in RULES if name] + ["data", "model"]
-    top = {name: value for name, value in fields.items() if name not in sections}
-    _complete(read_fields(top, RULES[""], "config"), RULES[""], "config")
-    for name in sections:
+    names = [name for name in SECTIONS if name] + ["data"]
+    top = {name: value for name, value in fields.items() if name not in names}
+    _check_section(top, section_fields(RunConfig), "config")
+    for name in names:
         if name not in fields:
             raise ConfigError(f"config.{name} is missing; allowed: a mapping of fields")
         section = as_mapping(fields[name], f"config.{name}")
-        if name in RULES:
-            where = f"config.{name}"
-            _complete(read_fields(section, RULES[name], where), RULES[name], where)
-        elif name == "data":
-            shared = {field: value for field, value in section.items() if field in DATA_RULES}
-            _complete(read_fields(shared, DATA_RULES, "config.data"), DATA_RULES, "config.data")
+        if name == "data":
+            _check_section({n: v for n, v in section.items() if n in DATA}, DATA, "config.data")
             check_fields(section)
+        elif name == "model":
+            _check_model(section)
+        else:
+            _check_section(section, section_fields(SECTIONS[name]), f"config.{name}")
     warmup, epochs = fields["optimizer"]["warmup_epochs"], fields["epochs"]
     if warmup >= epochs:
         raise ConfigError(
@@ -159,31 +235,26 @@ def check_config(config: Any) -> None:
         )
 
 
-def _complete(fields: dict[str, Any], rules: dict[str, Rule], where: str) -> None:
-    for name in rules:
-        if name not in fields:
-            raise ConfigError(f"{where}.{name} is missing; allowed: {rules[name].allowed}")
+def _check_section(values: Mapping[str, Any], known: Mapping[str, Field], where: str) -> None:
+    read_fields(values, known, where)
+    _require(values, known, where)
 
 
-def allowed_in(field: str, config: Any) -> str:
-    """What a field may hold, in words: by its rule, or else by the type of its value."""
-    section, _, name = field.rpartition(".")
-    rules = RULES.get(section, {})
-    if section == "data":
-        rules = DATA_RULES
-        described = fields_of(config.data.get("name", "")).get(name)
-        if name not in rules and described is not None:
-            return described.allowed
-    elif section == "model":
-        rules = MODEL_RULES
-    elif section.startswith("model.encoders."):
-        rules = ENCODER_RULES
-    if name in rules:
-        return rules[name].allowed
-    value = config
-    for part in field.split("."):
-        value = value[part] if hasattr(value, "keys") and part in value else None
-    return "a mapping of fields" if hasattr(value, "keys") else f"a {type(value).__name__}"
+def _require(values: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
+    for name in known:
+        if name not in values:
+            raise ConfigError(f"{where}.{name} is missing; allowed: {known[name].allowed}")
+
+
+def _check_model(section: Mapping[str, Any]) -> None:
+    """The fields that are given; what is left out follows from the data."""
+    open_fields = {"num_classes": 0, "encoders": None}
+    given = {n: v for n, v in section.items() if n not in open_fields or v != open_fields[n]}
+    read_fields(given, section_fields(ModelSpec), "model")
+    for name, encoder in as_mapping(section.get("encoders") or {}, "model.encoders").items():
+        where = f"model.encoders.{name}"
+        fields = {n: v for n, v in as_mapping(encoder, where).items() if v is not None}
+        read_fields(fields, ENCODER, where)
 
 
 def from_json(content: Mapping[str, Any]) -> ConfigDict:
@@ -246,3 +317,86 @@ def differing_fields(ours: Any, theirs: Any) -> dict[str, tuple[Any, Any]]:
         for name in sorted(first.keys() | second.keys())
         if first.get(name) != second.get(name) and not name.startswith(FREE_FIELDS)
     }
+
+
+def allowed_in(field: str, config: Any) -> str:
+    """The values that a field may hold, in words: by its rule, or by the type of its value."""
+    section, _, name = field.rpartition(".")
+    known: Mapping[str, Any] = {}
+    if section in SECTIONS:
+        known = section_fields(SECTIONS[section])
+    elif section == "data":
+        known = fields_of(config.data.get("name", ""))
+    elif section.startswith("model.encoders."):
+        known = ENCODER
+    if name in known:
+        return known[name].allowed
+    value = config
+    for part in field.split("."):
+        value = value[part] if hasattr(value, "keys") and part in value else None
+    return "a mapping of fields" if hasattr(value, "keys") else f"a {type(value).__name__}"
+
+
+def described_sections() -> Iterator[tuple[str, str, list[tuple[str, str, str, str]]]]:
+    """Name, subject and rows (field, default, allowed, meaning) of every section."""
+    for name, section in SECTIONS.items():
+        subject = " ".join((section.__doc__ or "").split("\n\n")[0].split())
+        if section is ModelSpec:
+            subject = "The model; fields that are left out follow from the data."
+        yield name, subject, _described(section_fields(section))
+    subject = "One modality's encoder; empty: as the data say."
+    yield "model.encoders.<modality>", subject, _described(ENCODER)
+    yield "data", "The data, of any data set.", _described(COMMON_FIELDS)
+    for name, known in FIELDS.items():
+        yield f"data, of {name}", "The fields of this data set.", _described(known)
+
+
+def _described(known: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    rows = []
+    for name, field in known.items():
+        default = field.default
+        if default is dataclasses.MISSING:
+            default = {"num_classes": 0, "encoders": {}}.get(name, "")
+            shown = "" if default == "" else repr(default)
+        else:
+            shown = repr(dict(default)) if isinstance(default, Mapping) else repr(default)
+        rows.append((name, shown, field.allowed, field.meaning))
+    return rows
+
+
+def fields_help(width: int = 80) -> str:
+    """Fields, defaults and meanings in columns that fit a terminal."""
+    lines = ["fields of the configuration, their defaults and meanings:"]
+    for section, _, rows in described_sections():
+        prefix = f"config.{section}" if section else "config"
+        lines += ["", f"  {prefix}"]
+        for name, default, _, meaning in rows:
+            left = f"    {name}".ljust(24) + default
+            text = textwrap.wrap(meaning, width - 38, break_on_hyphens=False)
+            first = left.ljust(38) if len(left) < 38 else None
+            lines += [left, " " * 38 + text[0]] if first is None else [first + text[0]]
+            lines += [" " * 38 + line for line in text[1:]]
+    return "\n".join(lines)
+
+
+def config_page() -> str:
+    """docs/config.md."""
+    parts = [
+        "# Configuration\n\n"
+        "Every field of a configuration. Set it in a file of `configs/`, or on the command line\n"
+        "as `--config.SECTION.FIELD=VALUE`; `python train.py --help` prints the same. This page\n"
+        "is made by `python -m rollingq_jax.train.config > docs/config.md`.\n"
+    ]
+    for section, subject, rows in described_sections():
+        title = f"config.{section}" if section else "config"
+        table = ["| field | default | allowed | meaning |", "| --- | --- | --- | --- |"]
+        for name, default, allowed, meaning in rows:
+            shown = f"`{default}`" if default else ""
+            cells = (f"`{name}`", shown, allowed, meaning)
+            table.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        parts.append(f"## {title}\n\n{subject}\n\n" + "\n".join(table) + "\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(config_page(), end="")

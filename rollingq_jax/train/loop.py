@@ -1,48 +1,61 @@
-"""The training run: epochs of steps, an evaluation after each, the test set once at the end."""
+"""The training run: epochs of steps, an evaluation after each, the test set once at the end.
+
+`load_run` reads a finished or stopped run back from its folder, without its data.
+"""
 
 import contextlib
 import copy
+import dataclasses
+import functools
 import logging
-from collections.abc import Iterator, Mapping
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
+from rollingq_jax.data.dataset import Dataset
 from rollingq_jax.data.load import load_dataset
-from rollingq_jax.train.checkpoint import Checkpoints
-from rollingq_jax.train.config import check_config
-from rollingq_jax.train.console import Console
-from rollingq_jax.train.interrupt import Interrupted, Interruption
-from rollingq_jax.train.lock import locked
-from rollingq_jax.train.meter import Meter
-from rollingq_jax.train.output import shown
-from rollingq_jax.train.parallel import Parallel
-from rollingq_jax.train.profiling import profiled
-from rollingq_jax.train.run import Run
-from rollingq_jax.train.schedule import SaveSchedule
-from rollingq_jax.train.snapshot import save_snapshot
-from rollingq_jax.train.state import TrainState
-from rollingq_jax.train.storage import explained, within_memory, writing
-from rollingq_jax.train.summary import (
-    finish_run,
-    moved,
-    print_summary,
-    read_summary,
-    with_inputs,
+from rollingq_jax.data.preprocessing import InputSpec
+from rollingq_jax.errors import CheckpointError, ConfigError, UserError, said
+from rollingq_jax.models import build_model
+from rollingq_jax.train.checkpoint import Checkpoints, CheckpointSchedule, with_last_checkpoint
+from rollingq_jax.train.config import check_config, from_json
+from rollingq_jax.train.experiment import Experiment
+from rollingq_jax.train.logging import (
+    Console,
+    MetricAccumulator,
+    MetricsWriter,
+    Row,
+    save_snapshot,
 )
+from rollingq_jax.train.output import shown
+from rollingq_jax.train.preemption import Interrupted, Interruption
+from rollingq_jax.train.train_state import TrainState
 from rollingq_jax.train.upstream import roll_after_epoch
 from rollingq_jax.train.workdir import (
+    absolute,
     check_free,
+    check_same_run,
     check_workdir,
     claim,
+    convert_io_errors,
+    locked,
+    moved,
+    read_config,
+    read_summary,
     remember,
     with_absolute_paths,
+    with_inputs,
 )
-from rollingq_jax.train.writer import MetricsWriter, Row
 
 log = logging.getLogger(__name__)
+
+FIRST_TRACED, LAST_TRACED = 4, 8  # calls of the step; the first compile, and fill the pipeline
 
 
 class Best(NamedTuple):
@@ -51,28 +64,6 @@ class Best(NamedTuple):
     step: int = -1
     epoch: int = -1
     accuracy: float = -1.0
-
-
-class Tools(NamedTuple):
-    """Where a run's numbers and states go, and what may stop it."""
-
-    checkpoints: Checkpoints
-    saves: SaveSchedule
-    meter: Meter
-    writer: MetricsWriter
-    console: Console
-    interruption: Interruption
-
-    def report(self, rows: list[Row]) -> None:
-        """Writes and shows rows."""
-        self.writer.write(rows)
-        self.console.show(rows)
-
-    def take(self, batches: Iterator[Any], parallel: Parallel) -> dict[str, jax.Array]:
-        """The next batch, on its way to the devices; waiting for it is counted."""
-        with self.meter.waiting():
-            batch = next(batches)
-        return parallel.put_batch(batch)
 
 
 def train_and_evaluate(
@@ -85,14 +76,14 @@ def train_and_evaluate(
     quiet: bool = False,
     profile: bool = False,
 ) -> dict[str, Any]:
-    """Trains as the configuration says, going on from what the folder holds, and tests at the end.
+    """Trains as the configuration says, resuming from what the folder holds, and tests at the end.
 
     Args:
       config: an `ml_collections.ConfigDict` with the fields of `default_config()`.
       workdir: the run's folder, local or gs://. The README says what is left in it.
       max_steps: stop at this step as an interruption would, with a checkpoint.
       interruption: what may stop the run, if the caller has entered one already.
-      test: False stops before the test set is read; the same call with True goes on from there.
+      test: False stops before the test set is read; the same call with True resumes from there.
       quiet: print nothing.
       profile: write a trace of some steps into `profile` in the workdir.
 
@@ -111,196 +102,447 @@ def train_and_evaluate(
       >>> config.data.name, config.data.path = "arrays", "mine.npz"  # doctest: +SKIP
       >>> summary = train_and_evaluate(config, "runs/mine")  # doctest: +SKIP
     """
-    if interruption is None:
-        with Interruption() as interruption:
-            return train_and_evaluate(
-                config,
-                workdir,
-                max_steps=max_steps,
-                interruption=interruption,
-                test=test,
-                quiet=quiet,
-                profile=profile,
-            )
-    check_config(config)
-    workdir = check_workdir(workdir)
-    config = with_absolute_paths(config)
-    with within_memory(config), shown():
-        run = Run(
-            config,
-            load_dataset(config.data, seed=config.seed, encoders=config.model.encoders),
-            workdir,
-            profile,
+    with contextlib.ExitStack() as stack:
+        if interruption is None:
+            interruption = stack.enter_context(Interruption())
+        check_config(config)
+        workdir = check_workdir(workdir)
+        config = with_absolute_paths(config)
+        stack.enter_context(within_memory(config))
+        stack.enter_context(shown())
+        experiment = Experiment(
+            config, load_dataset(config.data, seed=config.seed, encoders=config.model.encoders)
         )
-        check_free(workdir, run.config)
+        experiment.prepare()
+        check_free(workdir, experiment.config)
         summary = read_summary(workdir)
         if summary is not None:
-            run.check_data(summary, f"the summary in {workdir}")
-            summary = moved(workdir, summary, run.config)
-            summary = with_inputs(workdir, summary, run.inputs)
+            experiment.check_data(summary, f"the summary in {workdir}")
+            summary = moved(workdir, summary, experiment.config)
+            summary = with_inputs(workdir, summary, experiment.inputs)
         else:
             if config.vit_weights and not (workdir / "checkpoints").exists():
-                run.initial_state()  # a wrong file is told while the folder is as it was
-            with writing(workdir), locked(workdir):
-                claim(workdir, run.config)
-                with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
-                    summary = complete(run, checkpoints, interruption, max_steps, test, quiet)
+                experiment.initial_state()  # a wrong file is told while the folder is as it was
+            with convert_io_errors(workdir), locked(workdir):
+                claim(workdir, experiment.config)
+                keep = config.checkpoint.keep
+                with Checkpoints(workdir / "checkpoints", keep) as checkpoints:
+                    loop = TrainLoop(
+                        experiment,
+                        workdir,
+                        checkpoints,
+                        interruption,
+                        max_steps=max_steps,
+                        quiet=quiet,
+                        profile=profile,
+                    )
+                    summary = loop.run(test)
         if test and not quiet:
+            from rollingq_jax.train.report import print_summary
+
             print_summary(summary, workdir)
     return summary
 
 
-def complete(
-    run: Run,
-    checkpoints: Checkpoints,
-    interruption: Interruption,
-    max_steps: int | None,
-    test: bool = True,
-    quiet: bool = False,
-) -> dict[str, Any]:
-    """From the newest checkpoint to the summary; without a test, to the best by validation."""
-    found = checkpoints.restore_newest(run.abstract_state(), run.check_record)
-    if found is not None:  # its data are the same, wherever they are now
-        remember(run.workdir, run.config)
-    silent = quiet or jax.process_index() > 0
-    state, record = found or (run.initial_state((lambda _: None) if silent else print), {})
-    with explained(lambda: checkpoints.newest), writing(run.workdir):
-        best = train(run, checkpoints, state, record, interruption, max_steps, quiet)._asdict()
-        checkpoints.wait()
-        interruption.unsaved = False
-        if not test:
-            return {"best": best}
-        if run.config.plain_twin and run.setup.roll_schedule is not None:
-            train_plain_twin(run, interruption, quiet)
-        return finish_run(run, checkpoints, best)
+class TrainLoop:
+    """One run's loop, from the newest checkpoint to the summary.
 
-
-def train_plain_twin(run: Run, interruption: Interruption, quiet: bool) -> None:
-    """The same run without rotations, in the folder `plain` of the run, for its figures.
-
-    The test data are not read. Interrupted, the run that it belongs to resumes it.
+    Args:
+      experiment: the parts of the run.
+      workdir: its folder, claimed.
+      checkpoints: in that folder.
+      interruption: what may stop the run.
+      max_steps, quiet, profile: as in `train_and_evaluate`.
     """
-    config = copy.deepcopy(run.config)
-    config.rolling.enabled, config.plain_twin = False, False
-    if not quiet and jax.process_index() == 0:
-        print("The same without rotations, for the figures ...")
-    plain = run.workdir / "plain"
-    train_and_evaluate(config, plain, interruption=interruption, test=False, quiet=True)
 
+    def __init__(
+        self,
+        experiment: Experiment,
+        workdir: epath.Path,
+        checkpoints: Checkpoints,
+        interruption: Interruption,
+        *,
+        max_steps: int | None = None,
+        quiet: bool = False,
+        profile: bool = False,
+    ) -> None:
+        self.experiment, self.workdir = experiment, workdir
+        self.checkpoints, self.interruption = checkpoints, interruption
+        self.max_steps, self.quiet, self.profile = max_steps, quiet, profile
 
-def train(
-    run: Run,
-    checkpoints: Checkpoints,
-    state: TrainState,
-    record: Mapping[str, Any],
-    interruption: Interruption,
-    max_steps: int | None,
-    quiet: bool = False,
-) -> Best:
-    """Steps from the given state to the last; returns the best checkpoint."""
-    config, setup, parallel, start_step = run.config, run.setup, run.parallel, int(state.step)
-    best, validate_first = Best(**record.get("best", {})), record.get("validate", False)
-    with contextlib.ExitStack() as stack:
-        writer = MetricsWriter(run.workdir, start_step, validate=validate_first)
-        tools = Tools(
-            checkpoints,
-            SaveSchedule(
-                config.checkpoint.every_steps, config.checkpoint.every_minutes, config.log_every
-            ),
-            Meter(parallel, setup, state.params, record, skip=config.nonfinite == "skip"),
-            writer,
-            stack.enter_context(Console(setup, state, run.dataset, quiet)),
-            interruption,
+    def run(self, test: bool = True) -> dict[str, Any]:
+        """Trains to the last step and tests; without a test, returns the best by validation."""
+        experiment, workdir, checkpoints = self.experiment, self.workdir, self.checkpoints
+        check = functools.partial(experiment.check_record, workdir=workdir)
+        found = checkpoints.restore_newest(experiment.abstract_state(), check)
+        if found is not None:  # its data are the same, wherever they are now
+            remember(workdir, experiment.config)
+        silent = self.quiet or jax.process_index() > 0
+        state, record = found or (experiment.initial_state(_ignore if silent else print), {})
+        with with_last_checkpoint(lambda: checkpoints.newest), convert_io_errors(workdir):
+            best = self.train(state, record)._asdict()
+            checkpoints.wait()
+            self.interruption.unsaved = False
+            if not test:
+                return {"best": best}
+            if experiment.config.plain_twin and experiment.roll_schedule is not None:
+                self._train_plain_twin()
+            from rollingq_jax.train.report import finish_run
+
+            return finish_run(experiment, workdir, checkpoints, best)
+
+    def _train_plain_twin(self) -> None:
+        """The same run without rotations, in the folder `plain` of the run, for its figures.
+
+        The test data are not read. Interrupted, the run that it belongs to resumes it.
+        """
+        config = copy.deepcopy(self.experiment.config)
+        config.rolling.enabled, config.plain_twin = False, False
+        if not self.quiet and jax.process_index() == 0:
+            print("The same without rotations, for the figures ...")
+        train_and_evaluate(
+            config,
+            self.workdir / "plain",
+            interruption=self.interruption,
+            test=False,
+            quiet=True,
         )
-        state = parallel.put_state(state)
-        if validate_first:
-            best = validate(run, state, best, tools)
-        batches = run.batches(start_step, setup.total_steps)
-        stack.enter_context(contextlib.closing(batches))
-        train_step = parallel.train_step
-        if run.profile:
-            train_step = stack.enter_context(profiled(train_step, run.workdir / "profile"))
-        batch = None
-        for step in range(start_step + 1, setup.total_steps + 1):
-            epoch_ends = step % setup.epoch_steps == 0
-            state, sums, roll = train_step(state, batch or tools.take(batches, parallel))
-            interruption.unsaved = True
-            tools.meter.add(step, sums, roll if run.checks_after(step) else None)
-            tools.console.advance()
-            # The next batch goes to the devices while they are at this one.
-            batch = None if epoch_ends else tools.take(batches, parallel)
-            if epoch_ends or step % config.log_every == 0:
-                tools.report(tools.meter.rows(step))
-                checkpoints.check()
-            if epoch_ends:
-                if run.rolls_after_epoch:
-                    state = roll_between_epochs(run, state, sums, tools)
-                best = validate(run, state, best, tools)
-            stop = (interruption.reached(step) or step == max_steps) and step < setup.total_steps
-            if stop or (not epoch_ends and tools.saves.due(step)):
-                save(run, state, best, tools)
-            if stop:
-                checkpoints.wait()
-                raise Interrupted(step)
-    return best
+
+    def train(self, state: TrainState, record: Mapping[str, Any]) -> Best:
+        """Steps from the given state to the last; returns the best checkpoint.
+
+        Args:
+          state: on one device.
+          record: of the checkpoint that it comes from; empty at step 0.
+        """
+        experiment, interruption = self.experiment, self.interruption
+        config, parallel, start_step = experiment.config, experiment.parallel, int(state.step)
+        epoch_steps, total_steps = experiment.epoch_steps, experiment.total_steps
+        self.best = Best(**record.get("best", {}))
+        validate_first = record.get("validate", False)
+        with contextlib.ExitStack() as stack:
+            self.writer = MetricsWriter(self.workdir, start_step, validate=validate_first)
+            self.saves = CheckpointSchedule(
+                config.checkpoint.every_steps, config.checkpoint.every_minutes, config.log_every
+            )
+            self.metrics = MetricAccumulator(
+                state.params,
+                record,
+                get=parallel.get,
+                epoch_steps=epoch_steps,
+                learning_rate=experiment.learning_rate,
+                skip_nonfinite=config.nonfinite == "skip",
+            )
+            console = Console(
+                state,
+                experiment.dataset,
+                epoch_steps=epoch_steps,
+                total_steps=total_steps,
+                quiet=self.quiet,
+            )
+            self.console = stack.enter_context(console)
+            state = parallel.put_state(state)
+            if validate_first:
+                self.validate(state)
+            batches = experiment.batches(start_step, total_steps)
+            stack.enter_context(contextlib.closing(batches))
+            train_step = parallel.train_step
+            if self.profile:
+                train_step = stack.enter_context(profiled(train_step, self.workdir / "profile"))
+            batch = None
+            for step in range(start_step + 1, total_steps + 1):
+                epoch_ends = step % epoch_steps == 0
+                state, sums, roll = train_step(state, batch or self._next_batch(batches))
+                interruption.unsaved = True
+                self.metrics.add(step, sums, roll if experiment.checks_after(step) else None)
+                self.console.advance()
+                # The next batch goes to the devices while they are at this one.
+                batch = None if epoch_ends else self._next_batch(batches)
+                if epoch_ends or step % config.log_every == 0:
+                    self.report(self.metrics.rows(step))
+                    self.checkpoints.check()
+                if epoch_ends:
+                    if experiment.rolls_after_epoch:
+                        state = self._roll_between_epochs(state)
+                    self.validate(state)
+                stop = interruption.reached(step) or step == self.max_steps
+                stop = stop and step < total_steps
+                if stop or (not epoch_ends and self.saves.is_due(step)):
+                    self.save(state)
+                if stop:
+                    self.checkpoints.wait()
+                    raise Interrupted(step)
+        return self.best
+
+    def report(self, rows: list[Row]) -> None:
+        """Writes and shows rows."""
+        self.writer.write(rows)
+        self.console.show(rows)
+
+    def save(self, state: TrainState, *, validate: bool = False) -> None:
+        """A checkpoint, and what has to be on disk before it.
+
+        `validate` marks one at an epoch's end whose validation is still to come.
+        """
+        rows, pending = self.metrics.pending()
+        self.report(rows)
+        record = self.experiment.record(self.best._asdict(), validate=validate, **pending)
+        self.checkpoints.save(self.experiment.parallel.get(state), record)
+        self.saves.mark_saved()
+
+    def validate(self, state: TrainState) -> None:
+        """An epoch's end: validation, its row, the picture of a rotation, a checkpoint if due.
+
+        Raises:
+          Interrupted: the run shall stop; its state is saved, its validation is still to come.
+        """
+        experiment = self.experiment
+        one = experiment.parallel.get(state)
+        step = int(one.step)
+        epoch = step // experiment.epoch_steps
+        try:
+            means, columns = experiment.evaluate(
+                state, experiment.selection_split, self.interruption.check
+            )
+        except Interrupted:
+            self.save(state, validate=True)
+            self.checkpoints.wait()
+            raise Interrupted(step) from None
+        counts = {} if one.rolling is None else {"rotations": int(np.sum(one.rolling.count))}
+        labels = {"step": step, "epoch": epoch, "split": "valid"}
+        row = labels | means | counts | self.metrics.timing()
+        if one.rolling is not None and self._used_up(one.rolling.count, means):
+            row["rotations_used_up"] = True
+        self.report([row])
+        rotation = self.metrics.pop_last_rotation()
+        if rotation is not None and jax.process_index() == 0:
+            save_snapshot(self.workdir, step, epoch, rotation, columns)
+        improved = means["accuracy"] > self.best.accuracy
+        if improved:
+            self.best = Best(step, epoch, means["accuracy"])
+        last = step == experiment.total_steps
+        every = experiment.config.checkpoint.every_epochs
+        due = epoch % every == 0 or self.saves.is_due(step)
+        if improved or last or due:
+            self.save(state)
+
+    def _next_batch(self, batches: Iterator[Any]) -> dict[str, jax.Array]:
+        """The next batch, on its way to the devices; waiting for it is counted."""
+        with self.metrics.waiting():
+            batch = next(batches)
+        return self.experiment.parallel.put_batch(batch)
+
+    def _roll_between_epochs(self, state: TrainState) -> TrainState:
+        """Upstream's roll, which is made between two epochs and not in a step."""
+        parallel = self.experiment.parallel
+        one, roll = roll_after_epoch(self.experiment, parallel.get(state))
+        self.report(self.metrics.roll_rows(int(one.step), jax.device_get(roll)))
+        return parallel.put_state(one)
+
+    def _used_up(self, count: jax.Array, means: Mapping[str, float]) -> bool:
+        """Whether every head has done all its rotations and imbalance stands above beta."""
+        rolling = self.experiment.config.rolling
+        if self.experiment.roll_schedule is None or not rolling.max_rotations:
+            return False  # nothing rolls, there is no limit, or 0 was asked for
+        spent = bool(np.all(np.asarray(count) >= rolling.max_rotations))
+        return spent and means.get("imbalance", 0.0) > rolling.beta
 
 
-def save(run: Run, state: TrainState, best: Best, tools: Tools, *, validate: bool = False) -> None:
-    """A checkpoint, and what has to be on disk before it.
+def _ignore(_: str) -> None:
+    pass
 
-    `validate` marks one at an epoch's end whose validation is still to come.
+
+@dataclasses.dataclass(frozen=True)
+class LoadedRun:
+    """What a run has learned, and what its model takes.
+
+    Attributes:
+      model: from `build_model`.
+      params: of the best checkpoint by validation accuracy.
+      rotation: `[H, d_h, d_h]`, or None for a fusion without a class query.
+      config: the run's configuration, complete.
+      inputs: what the model has to know of its data: preprocessing, and a class for each output.
+      step: of the checkpoint.
     """
-    rows, pending = tools.meter.pending()
-    tools.report(rows)
-    record = run.record(best._asdict(), validate=validate, **pending)
-    tools.checkpoints.save(run.parallel.get(state), record)
-    tools.saves.saved()
+
+    model: Any
+    params: Any
+    rotation: jax.Array | None
+    config: ConfigDict
+    inputs: InputSpec
+    step: int
+
+    @functools.cached_property
+    def dataset(self) -> Dataset:
+        """The data that the run was trained on, read when it is first asked for.
+
+        Raises:
+          ConfigError, DataError: they are not there any more, or cannot be used.
+        """
+        config = self.config
+        return load_dataset(config.data, seed=config.seed, encoders=config.model.encoders)
 
 
-def roll_between_epochs(run: Run, state: TrainState, last_sums: Any, tools: Tools) -> TrainState:
-    """Upstream's roll, which is made between two epochs and not in a step."""
-    one, roll = roll_after_epoch(run, run.parallel.get(state), run.parallel.get(last_sums))
-    tools.report(tools.meter.roll_rows(int(one.step), jax.device_get(roll)))
-    return run.parallel.put_state(one)
+def load_run(workdir: epath.PathLike) -> LoadedRun:
+    """Reads back the best checkpoint of a run; its data need not be there.
 
-
-def used_up(run: Run, count: jax.Array, means: Mapping[str, float]) -> bool:
-    """Whether every head has done the rotations it is allowed while imbalance stands above beta."""
-    rolling = run.config.rolling
-    if run.setup.roll_schedule is None or not rolling.max_rotations:
-        return False  # nothing rolls, there is no limit, or 0 was asked for
-    spent = bool(np.all(np.asarray(count) >= rolling.max_rotations))
-    return spent and means.get("imbalance", 0.0) > rolling.beta
-
-
-def validate(run: Run, state: TrainState, best: Best, tools: Tools) -> Best:
-    """An epoch's end: validation, its row, the picture of a rotation, a checkpoint if one is due.
+    Args:
+      workdir: the run's folder.
 
     Raises:
-      Interrupted: the run shall stop; its state is saved, its validation is still to come.
+      CheckpointError: there is no run or no intact checkpoint in the folder, or it was written by a
+        version that did not record how the data became the model's input.
+      ConfigError: its configuration cannot be used any more.
+
+    Example:
+      >>> run = load_run("runs/demo")  # doctest: +SKIP
+      >>> query = run.model.apply(
+      ...     {"params": run.params}, run.rotation, method="class_query"
+      ... )  # doctest: +SKIP
     """
-    one = run.parallel.get(state)
-    step = int(one.step)
-    epoch = step // run.setup.epoch_steps
+    allowed = (
+        f"workdir is {str(workdir)!r}; allowed: the folder of a run, with config.json and "
+        "checkpoints"
+    )
     try:
-        means, columns = run.evaluate(state, run.selection_split, tools.interruption.check)
-    except Interrupted:
-        save(run, state, best, tools, validate=True)
-        tools.checkpoints.wait()
-        raise Interrupted(step) from None
-    counts = {} if one.rolling is None else {"rotations": int(np.sum(one.rolling.count))}
-    row = {"step": step, "epoch": epoch, "split": "valid"} | means | counts | tools.meter.timing()
-    if one.rolling is not None and used_up(run, one.rolling.count, means):
-        row["rotations_used_up"] = True
-    tools.report([row])
-    turn = tools.meter.take_turn()
-    if turn is not None and jax.process_index() == 0:
-        save_snapshot(run.workdir, step, epoch, turn, columns)
-    improved = means["accuracy"] > best.accuracy
-    if improved:
-        best = Best(step, epoch, means["accuracy"])
-    last = step == run.setup.total_steps
-    due = epoch % run.config.checkpoint.every_epochs == 0 or tools.saves.due(step)
-    if improved or last or due:
-        save(run, state, best, tools)
-    return best
+        path = absolute(workdir)
+        found = (path / "config.json").exists() and (path / "checkpoints").exists()
+    except Exception as error:  # of the system, or whatever a client of gs:// raises
+        raise CheckpointError(f"{allowed} ({said(error)})") from None
+    stored = read_config(path) if found else None
+    if stored is None:
+        raise CheckpointError(allowed)
+    config = from_json(stored)
+    check_config(config)
+    model = build_model(config.model)
+    summary = read_summary(path) or {}
+
+    def like(record: Mapping[str, Any]) -> Any:
+        check_same_run(config, from_json(record["config"]), f"a checkpoint in {path}")
+        return abstract_params(model, recorded_inputs(record, summary, path))
+
+    with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
+        newest = checkpoints.restore_newest_params(like)
+        if newest is None:
+            raise CheckpointError(f"workdir {path} holds no checkpoint yet")
+        learned, record = newest
+        best = (summary or record)["best"]["step"]
+        if best not in (-1, learned.step):
+            learned, record = checkpoints.restore_params(best, like)
+    inputs = recorded_inputs(record, summary, path).with_outputs(config.model.num_classes)
+    return LoadedRun(model, learned.params, learned.rotation, config, inputs, learned.step)
+
+
+def recorded_inputs(
+    record: Mapping[str, Any], summary: Mapping[str, Any], workdir: epath.Path
+) -> InputSpec:
+    """How the run's data became its model's input, from a checkpoint's record or the summary.
+
+    Raises:
+      CheckpointError: neither says so.
+      DataError: what is recorded cannot be read.
+    """
+    found = record.get("inputs") or summary.get("inputs")
+    if found is None:
+        raise CheckpointError(
+            f"workdir {workdir} was written by an older version, which did not record how the data "
+            "became the model's input; allowed: such a run after `python train.py --config_json "
+            f"{workdir / 'config.json'} --workdir {workdir}` with its data in place, which adds "
+            "that and trains nothing anew"
+        )
+    return InputSpec.from_json(found)
+
+
+def abstract_params(model: Any, inputs: InputSpec) -> Any:
+    """Shapes and dtypes of a model's parameters.
+
+    Raises:
+      CheckpointError: the model reads a modality of which the inputs do not tell.
+    """
+    batch = {}
+    for m in model.spec.modalities:
+        if m not in inputs.modalities:
+            raise CheckpointError(
+                f"modality {m!r} of the model is not recorded; recorded: "
+                f"{', '.join(inputs.modalities)}"
+            )
+        info = inputs.modalities[m].info
+        batch[m] = jax.ShapeDtypeStruct((1, *info.shape), np.dtype(info.dtype))
+    return jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
+
+
+@contextlib.contextmanager
+def within_memory(config: Any) -> Iterator[None]:
+    """Turns an exception of XLA or Python, where memory is exhausted, into one line.
+
+    Raises:
+      ConfigError: names the fields that decide how much memory a run takes.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in reason:
+            raise
+        raise ConfigError(
+            f"memory is exhausted with config.batch_size {config.batch_size} and config.model.dim "
+            f"{config.model.dim}; allowed: what fits: a smaller batch_size, model.dim or "
+            "model.depth, model.remat=True, data.prefetch=0, or more devices "
+            f"({reason[:160] or type(error).__name__})"
+        ) from error
+
+
+@contextlib.contextmanager
+def profiled(train_step: Callable[..., Any], folder: epath.Path) -> Iterator[Callable[..., Any]]:
+    """The step, of which calls 4 to 8 are traced, with all that happens between them.
+
+    A run that ends in between leaves the trace up to there; one that ends before, a warning.
+    The folder gets what `jax.profiler` writes: XProf reads it, and `perfetto_trace.json.gz` goes to
+    ui.perfetto.dev. Each process traces its own devices.
+    """
+    calls, tracing = 0, False
+    remote = "://" in os.fspath(folder)
+    local = tempfile.mkdtemp() if remote else os.fspath(folder)
+
+    def start(args: Any) -> None:
+        nonlocal tracing
+        jax.block_until_ready(args)
+        jax.profiler.start_trace(local, create_perfetto_trace=True)
+        tracing = True
+
+    def stop() -> None:
+        nonlocal tracing
+        jax.profiler.stop_trace()
+        tracing = False
+        if remote:  # the profiler writes local files alone
+            copy_tree(local, folder)
+
+    def traced(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == FIRST_TRACED:
+            start(args)
+        results = train_step(*args)
+        if calls == LAST_TRACED:
+            jax.block_until_ready(results)
+            stop()
+        return results
+
+    try:
+        yield traced
+    finally:
+        if tracing:
+            stop()
+        elif calls < FIRST_TRACED:
+            log.warning("no profile: %d steps were made and the trace begins with step 4", calls)
+
+
+def copy_tree(source: str, target: epath.Path) -> None:
+    """Copies a local folder's files into a folder that may be on gs://."""
+    for root, _, names in os.walk(source):
+        to = target / os.path.relpath(root, source)
+        to.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            epath.Path(os.path.join(root, name)).copy(to / name, overwrite=True)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rollingq_jax.errors import ConfigError
-from rollingq_jax.train.state import TrainState
+from rollingq_jax.train.train_state import TrainState
 
 AXIS = "data"
 

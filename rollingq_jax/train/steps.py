@@ -1,20 +1,31 @@
-"""One training step and one evaluation step, as pure functions of state and batch.
+"""The training step and the evaluation step, as pure functions of state and batch.
 
 They run on a whole batch, where `axis_name` is None, or mapped over the devices' shares of it,
-where it names the mapped axis; `parallel.py` maps them under jit or pmap.
+where it names the mapped axis; `parallel.py` maps them under jit or pmap. Everything that is summed
+over examples is summed over the axis, so that a step means the same in every layout.
+
+Metrics are sums over examples, divided once at the end. A padding row has weight 0, so every
+example counts once however the data are batched. Metrics of one modality (its probe, cosine,
+attention share) are summed over the examples that have it. An example that has none still gets an
+answer of the main head, which counts in the accuracy and the loss, and counts nowhere else. Logits
+that are NaN or infinite are an answer to no example: it is counted as wrong, and left out of the
+losses, the cosines and the shares.
 """
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
 from rollingq_jax.analysis.metrics import class_probabilities
-from rollingq_jax.baselines.hooks import NO_BASELINE, Baseline, Seen
+from rollingq_jax.baselines.hooks import Baseline, StepContext
+from rollingq_jax.data.dataset import KEPT
 from rollingq_jax.rolling import (
     RollInfo,
     RollingQuery,
@@ -23,89 +34,75 @@ from rollingq_jax.rolling import (
     scores_and_means,
 )
 from rollingq_jax.rotation import dot, normalize
-from rollingq_jax.train.metrics import (
-    Sums,
-    batch_sums,
-    cross_entropy,
-    example_weight,
-    modality_weight,
-    psum,
-)
-from rollingq_jax.train.numerics import NONFINITE, choose_finite, nonfinite_flags
-from rollingq_jax.train.state import TrainState
+from rollingq_jax.train.train_state import TrainState
 
 Batch = dict[str, Array]
+Sums = dict[str, Array]
+NONFINITE = "nonfinite"  # among the sums of a step
 
 
 class RollSchedule(NamedTuple):
-    """When sums are taken and when the trigger is checked, in steps.
+    """The steps in which sums are taken, and after which the trigger is checked.
 
     Attributes:
       period: the trigger is checked after every `period` steps.
       window: sums are taken in the last `window` steps of a period.
+      in_step: whether the step checks the trigger; False leaves that to the caller (`upstream.py`).
     """
 
     period: int
     window: int
+    in_step: bool = True
 
     @classmethod
-    def from_fraction(cls, period: int, fraction: float) -> "RollSchedule":
+    def from_fraction(cls, period: int, fraction: float, in_step: bool = True) -> "RollSchedule":
         """The last `fraction` of the period, at least one step."""
-        return cls(period, min(period, max(1, round(fraction * period))))
+        return cls(period, min(period, max(1, round(fraction * period))), in_step)
 
-    def observes(self, step: Array) -> Array:
+    def in_window(self, step: Any) -> Any:
         """Whether step number `step` (from 0) lies in a window."""
         return step % self.period >= self.period - self.window
 
-    def checks(self, step: Any) -> Any:
-        """Whether the trigger is checked after step number `step`."""
-        return step % self.period == self.period - 1
+    def is_due(self, step: Any) -> Any:
+        """Whether the trigger is checked in step number `step`, after its update."""
+        return (step % self.period == self.period - 1) & self.in_step
 
 
-class Roll(NamedTuple):
-    """What a check of the trigger saw; all zeros, `rolled` too, where there was none."""
+class RollRecord(NamedTuple):
+    """One check of the trigger; where none was due, `info.rolled` is False and the rest is idle."""
 
     info: RollInfo
-    query: Array  # [H, d_h] before the rotation, see `current_query`
+    query: Array  # [H, d_h] before the rotation, see `class_query_after_update`
     imbalance_before: Array  # [H], over this step's batch, under the old rotation
     imbalance_after: Array  # [H], over the same keys, under the new one
 
 
-def example_positions(batch: Batch, axis_name: str | None) -> Array:
-    """`[B]` int32, each row's position in the global batch, whatever the layout over devices."""
-    size = batch["label"].shape[0]
-    positions = jnp.arange(size, dtype=jnp.int32)
-    return positions if axis_name is None else positions + size * jax.lax.axis_index(axis_name)
+class ForwardPass(NamedTuple):
+    """Everything that a loss function returns beside the losses.
 
-
-def step_key(state: TrainState) -> Array:
-    """The key of one step."""
-    return jax.random.fold_in(state.rng, state.step)
-
-
-def what_is_seen(
-    params: Any, out: dict[str, Any], state: TrainState, batch: Batch, axis_name: str | None
-) -> Seen:
-    """What a step knows after its forward pass, for a method of comparison."""
-    rng = jax.random.fold_in(step_key(state), 1)
-    reduce = functools.partial(psum, axis_name=axis_name)
-    return Seen(params, out, batch, example_weight(batch), state.step, rng, reduce)
-
-
-def loss_sums(
-    model: Any,
-    params: Any,
-    state: TrainState,
-    batch: Batch,
-    axis_name: str | None,
-    baseline: Baseline = NO_BASELINE,
-) -> tuple[Array, tuple[Array, dict[str, Any]]]:
-    """Cross-entropy of the main head plus that of each probe, divided by the global weight.
-
-    The probes see stopped gradients, so they add nothing to the encoders' gradient. A method of
-    comparison may add a loss of its own.
+    Attributes:
+      logits: `[B, C]`.
+      out: the model's second output.
+      baseline: next state of a method of comparison.
+      tx_args: extra arguments of `tx.update`.
     """
-    weight = example_weight(batch)
+
+    logits: Array
+    out: dict[str, Any]
+    baseline: Any
+    tx_args: dict[str, Any]
+
+
+LossFn = Callable[..., tuple[Array, ForwardPass]]
+
+
+def supervised_loss(
+    model: Any, params: Any, state: TrainState, batch: Batch, axis_name: str | None = None
+) -> tuple[Array, ForwardPass]:
+    """Cross-entropy of the main head plus that of each probe, `[B]`, from a forward pass.
+
+    The probes see stopped gradients, so they add nothing to the encoders' gradient.
+    """
     logits, out = model.apply(
         {"params": params},
         batch,
@@ -118,18 +115,165 @@ def loss_sums(
     if model.spec.fusion != "unimodal":  # there the probe is the main head
         for probe in out["probe_logits"].values():
             losses = losses + cross_entropy(probe, batch["label"])
-    seen = what_is_seen(params, out, state, batch, axis_name)
-    losses = losses + baseline.loss(state.baseline, seen)
-    total = psum(jnp.sum(weight), axis_name)
-    return jnp.sum(losses * weight) / total, (logits, out)
+    return losses, ForwardPass(logits, out, state.baseline, {})
 
 
-def stacked_keys(out: dict[str, Any]) -> Array:
+def with_baseline(loss_fn: LossFn, baseline: Baseline) -> LossFn:
+    """The loss function with the batch, the losses and the state of a method of comparison.
+
+    Its gradient transformation, if it has one, is chained before `tx` where that is made.
+    """
+
+    def wrapped(model, params, state, batch, axis_name=None):
+        batch = baseline.change_batch(
+            batch, jax.random.fold_in(step_key(state), 2), example_positions(batch, axis_name)
+        )
+        losses, forward = loss_fn(model, params, state, batch, axis_name)
+        context = step_context(params, forward.out, state, batch, axis_name)
+        losses = losses + baseline.loss(state.baseline, context)
+        still = jax.lax.stop_gradient((params, forward.out))
+        context = step_context(*still, state, batch, axis_name)
+        return losses, forward._replace(
+            baseline=baseline.update(state.baseline, context),
+            tx_args=baseline.gradient_args(state.baseline, context),
+        )
+
+    return wrapped
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: Any,
+    tx: optax.GradientTransformation,
+    roller: RollingQuery,
+    schedule: RollSchedule | None,
+    loss_fn: LossFn = supervised_loss,
+    skip_nonfinite: bool = False,
+    axis_name: str | None = None,
+) -> tuple[TrainState, Sums, RollRecord | None]:
+    """One optimizer step; RollingQ observes in the window and may roll at the period's end.
+
+    Args:
+      state: the state before.
+      batch: with "label" `[B]` and, where there is padding, "example_mask" `[B]`.
+      model: from `build_model`.
+      tx: the optimizer.
+      roller: from `rolling_query`.
+      schedule: when to observe and to roll; None leaves the rolling state as it is.
+      loss_fn: `(model, params, state, batch, axis_name) -> (losses [B], ForwardPass)`.
+      skip_nonfinite: a step whose loss or gradient is not finite changes only the step number and
+        counts, and its sums are 0.
+      axis_name: mapped axis over which the batch is divided.
+
+    Returns:
+      The state after; the global batch's sums, from the parameters before the update, with
+      `"nonfinite"`, which says whether loss and gradient were finite (see `nonfinite_flags`); what
+      a check of the trigger saw, None without a schedule. A state that follows from a step that was
+      not finite is never to be saved.
+    """
+    weight = example_weight(batch)
+    total_weight = psum(jnp.sum(weight), axis_name)
+
+    def mean_loss(params):
+        losses, forward = loss_fn(model, params, state, batch, axis_name)
+        return jnp.sum(losses * weight) / total_weight, forward
+
+    (loss, forward), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+    loss, grads = psum((loss, grads), axis_name)
+    flags = nonfinite_flags(loss, grads)
+    finite = ~jnp.any(flags) if skip_nonfinite else True
+    tx = optax.with_extra_args_support(tx)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, **forward.tx_args)
+    params = optax.apply_updates(state.params, updates)
+    params, opt_state, baseline = select_if_finite(
+        finite,
+        (params, opt_state, forward.baseline),
+        (state.params, state.opt_state, state.baseline),
+    )
+    sums = psum(batch_sums(forward.logits, forward.out, batch), axis_name)
+    sums = select_if_finite(finite, sums, jax.tree.map(jnp.zeros_like, sums))
+    sums[NONFINITE] = flags
+
+    rolling, record = state.rolling, None
+    if schedule is not None:
+        # RollingQ observes what the forward pass has computed. Outside the window weights are 0.
+        keys = stack_mean_keys(forward.out)
+        present = modality_weight(forward.out, weight)
+        counted = present * (schedule.in_window(state.step) & finite).astype(weight.dtype)
+        rolling = roller.observe(rolling, forward.out["query"], keys, counted, axis_name)
+        # The query is that of the new parameters, so that R_new q = q_b holds exactly after the
+        # step; the rotation is still the old one.
+        query = class_query_after_update(model, params, rolling)
+        rolling, info = roller.update(rolling, query, when=schedule.is_due(state.step))
+        turned = jnp.where(info.rolled[:, None], info.anchor, query)
+        before, after = (imbalance_on_batch(q, keys, present, axis_name) for q in (query, turned))
+        record = RollRecord(info, query, before, after)
+
+    state = state.replace(
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        rolling=rolling,
+        baseline=baseline,
+    )
+    return state, sums, record
+
+
+def eval_step(
+    params: Any, rotation: Array | None, batch: Batch, *, model: Any, axis_name: str | None = None
+) -> tuple[Sums, dict[str, Array]]:
+    """The global batch's sums, and each example's outputs.
+
+    Returns:
+      The sums, and row by row `probabilities` `[B, C]` (NaN where a logit is not finite), `present`
+      `[B, M]` and, with a class query, `attention_share` and `mean_keys/<m>` (first head, `[B, M]`
+      and `[B, d_h]`).
+    """
+    logits, out = model.apply({"params": params}, batch, rotation=rotation)
+    sums = psum(batch_sums(logits, out, batch), axis_name)
+    present = jnp.stack([out["present"][m] for m in sorted(out["present"])], axis=-1)
+    examples = {"probabilities": class_probabilities(logits), "present": present}
+    if "attention_share" in out:
+        shares = [jnp.mean(out["attention_share"][m], axis=1) for m in sorted(out["mean_keys"])]
+        examples["attention_share"] = jnp.stack(shares, axis=-1)
+        examples |= {f"mean_keys/{m}": out["mean_keys"][m][:, 0] for m in out["mean_keys"]}
+    return sums, examples
+
+
+def psum(tree: Any, axis_name: str | None) -> Any:
+    """Sum over the replicas of a mapped axis; the tree itself where there is none."""
+    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+
+def step_key(state: TrainState) -> Array:
+    """The key of one step."""
+    return jax.random.fold_in(state.rng, state.step)
+
+
+def example_positions(batch: Batch, axis_name: str | None) -> Array:
+    """`[B]` int32, each row's position in the global batch, whatever the layout over devices."""
+    size = batch["label"].shape[0]
+    positions = jnp.arange(size, dtype=jnp.int32)
+    return positions if axis_name is None else positions + size * jax.lax.axis_index(axis_name)
+
+
+def step_context(
+    params: Any, out: dict[str, Any], state: TrainState, batch: Batch, axis_name: str | None
+) -> StepContext:
+    """The forward pass and its surroundings, for a method of comparison."""
+    rng = jax.random.fold_in(step_key(state), 1)
+    reduce = functools.partial(psum, axis_name=axis_name)
+    return StepContext(params, out, batch, example_weight(batch), state.step, rng, reduce)
+
+
+def stack_mean_keys(out: dict[str, Any]) -> Array:
     """`[M, B, H, d_h]`, the mean keys in the order of the modalities."""
     return jnp.stack([out["mean_keys"][m] for m in sorted(out["mean_keys"])])
 
 
-def current_query(model: Any, params: Any, rolling: RollingState) -> Array:
+def class_query_after_update(model: Any, params: Any, rolling: RollingState) -> Array:
     """The class queries of all fusion layers at the moment of a roll, `[n H, d_h]`, rotated.
 
     The first layer's follows from the parameters alone, so that R_new q = q_b holds for every
@@ -141,7 +285,9 @@ def current_query(model: Any, params: Any, rolling: RollingState) -> Array:
     return jnp.concatenate([first, observed[len(first) :]])
 
 
-def batch_imbalance(query: Array, mean_keys: Array, weight: Array, axis_name: str | None) -> Array:
+def imbalance_on_batch(
+    query: Array, mean_keys: Array, weight: Array, axis_name: str | None
+) -> Array:
     """Imbalance of the class query `[H, d_h]` over one global batch -> `[H]`.
 
     `mean_keys` is `[M, B, H, d_h]`, `weight` `[M, B]`. Over the modalities that an example has; NaN
@@ -155,143 +301,177 @@ def batch_imbalance(query: Array, mean_keys: Array, weight: Array, axis_name: st
     return jnp.where(jnp.sum(known) > 1, found, jnp.nan)
 
 
-def batch_scores(sums: Sums) -> Array:
-    """c^m of one batch, `[H, M]`, from its sums; NaN, which triggers nothing, where no example has
-    the modality."""
-    names = sorted(name for name in sums if name.startswith("cosine/"))
-    counts = [sums[name.replace("cosine", "attended")] for name in names]
-    columns = [
-        jnp.where(count > 0, sums[name] / jnp.maximum(count, 1.0), jnp.nan)
-        for name, count in zip(names, counts, strict=True)
-    ]
-    return jnp.stack(columns, axis=-1)
+def example_weight(batch: Mapping[str, Array]) -> Array:
+    """`[B]` float32: 1 for an example, 0 for padding."""
+    if "example_mask" in batch:
+        return batch["example_mask"].astype(jnp.float32)
+    return jnp.ones(batch["label"].shape, jnp.float32)
 
 
-def replace_scores(rolling: RollingState, scores: Array) -> RollingState:
-    """A state that observed the same mean keys, and `scores` `[H, M]` instead of its own.
-
-    For upstream's choice, which takes keys from an epoch and scores from its last batch.
-    """
-    mean_keys = jnp.swapaxes(scores_and_means(rolling)[1], 0, 1)
-    ones = jnp.ones_like(rolling.weight_sum)
-    return rolling._replace(key_sum=mean_keys, cosine_sum=scores.T, weight_sum=ones)
+def cross_entropy(logits: Array, label: Array) -> Array:
+    """-log softmax(z)_y a row: `[B, C], [B] -> [B]` float32."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), label)
 
 
-def make_train_step(
-    model: Any,
-    tx: optax.GradientTransformation,
-    roller: RollingQuery,
-    schedule: RollSchedule | None,
-    *,
-    check: bool = True,
-    last_batch_scores: bool = False,
-    baseline: Baseline = NO_BASELINE,
-    skip_nonfinite: bool = False,
-) -> Callable[..., tuple[TrainState, Sums, Roll | None]]:
-    """The training step of a model.
+def modality_weight(out: Mapping[str, Any], weight: Array) -> Array:
+    """`[M, B]`: an example's weight in the modalities that it has, 0 in those it lacks."""
+    present = jnp.stack([out["present"][m] for m in sorted(out["present"])])
+    return weight[None] * present.astype(weight.dtype)
+
+
+def finite_rows(values: Array) -> Array:
+    """Whether all numbers of an example are finite: `[B, ...] -> [B]` bool."""
+    return jnp.all(jnp.isfinite(values), axis=tuple(range(1, values.ndim)))
+
+
+def batch_sums(logits: Array, out: Mapping[str, Any], batch: Mapping[str, Array]) -> Sums:
+    """Weighted sums over one batch of everything that is reported.
 
     Args:
-      model: from `build_model`.
-      tx: the optimiser.
-      roller: from `rolling_query`.
-      schedule: when to observe and to roll; None leaves the rolling state as it is.
-      check: whether the step checks the trigger; False leaves that to the caller (`upstream.py`).
-      last_batch_scores: the trigger and the weights use this batch's scores, not the window's.
-      baseline: what a method of comparison adds; its `transform` is part of `tx` already.
-      skip_nonfinite: a step whose loss or gradient is not finite changes the step number alone, and
-        its sums are 0.
+      logits: `[B, C]`.
+      out: what the model returns beside them.
+      batch: with "label" `[B]` and, where there is padding, "example_mask" `[B]`.
 
     Returns:
-      `train_step(state, batch, axis_name=None) -> (state, sums, roll)`: the sums are the global
-      batch's, from the parameters before the update; `roll` is None where the step does not check.
-      `sums["nonfinite"]` says whether loss and gradient were finite (see `numerics.py`); what
-      follows from a step that was not is never to be saved.
+      Sums by name, `[]` or, for the cosines, `[H]`. What normalizes them: `weight`; `weight/<m>`,
+      examples that have the modality; `attended/<m>`, those of them whose logits are finite;
+      `unscored` and `unscored/<m>`, those whose logits, or the probe's, are not. `loss` is that of
+      the main head. `kept/<m>` counts what `data.masking.ModalityDropout` could not drop.
     """
+    weight, label = example_weight(batch), batch["label"]
 
-    def trigger(
-        rolling: RollingState, params: Any, out: dict[str, Any], sums: Sums, weight, axis_name
-    ):
-        """The check, with the query as it is now: after the update, under the old rotation."""
-        query = current_query(model, params, rolling)
-        keys = stacked_keys(out)
-        if last_batch_scores:
-            rolling = replace_scores(rolling, batch_scores(sums))
-        rolled, info = roller.update(rolling, query)
-        turned = jnp.where(info.rolled[:, None], info.anchor, query)
-        before, after = (batch_imbalance(q, keys, weight, axis_name) for q in (query, turned))
-        return rolled, Roll(info, query, before, after)
+    def total(values: Array, weight: Array = weight) -> Array:
+        return jnp.sum(jnp.where(weight > 0, values.astype(jnp.float32), 0.0) * weight)
 
-    def train_step(state: TrainState, batch: Batch, axis_name: str | None = None):
-        batch = baseline.change_batch(
-            batch, jax.random.fold_in(step_key(state), 2), example_positions(batch, axis_name)
-        )
+    def of_head(logits: Array, weight: Array) -> tuple[Array, Array, Array]:
+        """Loss, right answers, and examples without an answer."""
+        finite = finite_rows(logits)
+        losses = jnp.where(finite, cross_entropy(logits, label), 0.0)
+        right = finite & (jnp.argmax(logits, axis=-1) == label)
+        return total(losses, weight), total(right, weight), total(~finite, weight)
 
-        def loss_fn(params):
-            return loss_sums(model, params, state, batch, axis_name, baseline)
-
-        (loss, (logits, out)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        loss, gradient = psum((loss, gradient), axis_name)
-        flags = nonfinite_flags(loss, gradient)
-        finite = ~jnp.any(flags) if skip_nonfinite else True
-        seen = what_is_seen(state.params, out, state, batch, axis_name)
-        extra = baseline.gradient_args(state.baseline, seen)
-        updates, opt_state = tx.update(gradient, state.opt_state, state.params, **extra)
-        params = optax.apply_updates(state.params, updates)
-        params, opt_state, method = choose_finite(
-            finite,
-            (params, opt_state, baseline.update(state.baseline, seen)),
-            (state.params, state.opt_state, state.baseline),
-        )
-        sums = psum(batch_sums(logits, out, batch), axis_name)
-        sums = choose_finite(finite, sums, jax.tree.map(jnp.zeros_like, sums))
-        rolling, roll = state.rolling, None
-        if schedule is not None:
-            weight = modality_weight(out, example_weight(batch))
-            counted = weight * (schedule.observes(state.step) & finite).astype(weight.dtype)
-            rolling = roller.observe(rolling, out["query"], stacked_keys(out), counted, axis_name)
-        if schedule is not None and check:
-
-            def due(rolling):
-                return trigger(rolling, params, out, sums, weight, axis_name)
-
-            nothing = jax.tree.map(
-                lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(due, rolling)[1]
+    sums = {"weight": jnp.sum(weight)}
+    sums["loss"], sums["accuracy"], sums["unscored"] = of_head(logits, weight)
+    modalities = sorted(out["present"])
+    weights = dict(zip(modalities, modality_weight(out, weight), strict=True))
+    for m, probe in out["probe_logits"].items():
+        loss, right, unscored = of_head(probe, weights[m])
+        sums |= {f"probe_loss/{m}": loss, f"probe_accuracy/{m}": right, f"unscored/{m}": unscored}
+        sums[f"weight/{m}"] = jnp.sum(weights[m])
+    if "mean_keys" in out:
+        query, answered = normalize(out["query"]), finite_rows(logits)
+        for m in modalities:
+            attended = weights[m] * answered.astype(weight.dtype)
+            cosines = dot(query, normalize(out["mean_keys"][m]))
+            sums[f"cosine/{m}"] = jnp.sum(
+                jnp.where(attended[:, None] > 0, cosines, 0.0) * attended[:, None], axis=0
             )
-            rolling, roll = jax.lax.cond(
-                schedule.checks(state.step), due, lambda rolling: (rolling, nothing), rolling
+            sums[f"attention_share/{m}"] = total(
+                jnp.mean(out["attention_share"][m], axis=-1), attended
             )
-        sums[NONFINITE] = flags
-        state = state.replace(
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            rolling=rolling,
-            baseline=method,
-        )
-        return state, sums, roll
-
-    return train_step
+            sums[f"attended/{m}"] = jnp.sum(attended)
+    sums |= {name: total(value) for name, value in batch.items() if name.startswith(KEPT)}
+    return sums
 
 
-def make_eval_step(model: Any) -> Callable[..., tuple[Sums, dict[str, Array]]]:
-    """The evaluation step of a model.
+def add_sums(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds two dicts of sums in float64; a sum that only one of them has stays as it is."""
+    total = {name: np.asarray(value, np.float64) for name, value in first.items()}
+    for name, value in second.items():
+        total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
+    return total
 
-    Returns:
-      `eval_step(params, rotation, batch, axis_name=None) -> (sums, examples)`: the global batch's
-      sums, and row by row `probabilities` `[B, C]` (NaN where a logit is not finite), `present`
-      `[B, M]` and, with a class query, `attention_share` and `mean_keys/<m>` (first head, `[B, M]`
-      and `[B, d_h]`).
+
+def finish(sums: Mapping[str, Any]) -> dict[str, Any]:
+    """Means from sums: the row of `metrics.jsonl`.
+
+    Adds `imbalance`, the mean over heads of max_m c^m - min_m c^m, and, for two modalities, `air`,
+    the mean over heads of c^1 - c^2. Both are over the modalities that an example had, and need two
+    of them. Means over no example are NaN. Counts: `skipped`; `kept/<m>`; `examples/<m>`, those
+    that have the modality, where some lack it; `nonfinite` and `nonfinite/<m>`, those whose logits
+    were NaN or infinite, where there are any.
     """
+    weight = float(sums["weight"])
 
-    def eval_step(params: Any, rotation: Array | None, batch: Batch, axis_name: str | None = None):
-        logits, out = model.apply({"params": params}, batch, rotation=rotation)
-        sums = psum(batch_sums(logits, out, batch), axis_name)
-        present = jnp.stack([out["present"][m] for m in sorted(out["present"])], axis=-1)
-        examples = {"probabilities": class_probabilities(logits), "present": present}
-        if "attention_share" in out:
-            shares = [jnp.mean(out["attention_share"][m], axis=1) for m in sorted(out["mean_keys"])]
-            examples["attention_share"] = jnp.stack(shares, axis=-1)
-            examples |= {f"mean_keys/{m}": out["mean_keys"][m][:, 0] for m in out["mean_keys"]}
-        return sums, examples
+    def number(kind: str, modality: str) -> float:
+        """Examples behind a sum of a modality."""
+        return float(sums.get(f"{kind}/{modality}", sums.get(f"weight/{modality}", weight)))
 
-    return eval_step
+    row: dict[str, Any] = {}
+    scores, cosines = [], 0
+    for name, value in sums.items():
+        kind, _, modality = name.partition("/")
+        if kind == "cosine":
+            cosines += 1
+            count = number("attended", modality)
+            score = np.asarray(value) / (count or math.nan)
+            if count:
+                scores.append(score)
+            row[name] = float(np.mean(score))
+        elif kind in ("loss", "accuracy"):
+            unscored = float(sums.get("unscored", 0.0)) if kind == "loss" else 0.0
+            row[name] = float(value) / ((weight - unscored) or math.nan)
+        elif kind in ("probe_loss", "probe_accuracy"):
+            count = number("weight", modality)
+            if kind == "probe_loss":
+                count -= float(sums.get(f"unscored/{modality}", 0.0))
+            row[name] = float(value) / (count or math.nan)
+        elif kind == "attention_share":
+            row[name] = float(value) / (number("attended", modality) or math.nan)
+        elif kind == "unscored" and value:
+            row[name.replace("unscored", "nonfinite")] = int(value)
+        elif kind == "weight" and modality and float(value) < weight:
+            row[f"examples/{modality}"] = int(value)
+        elif name == "skipped" or name.startswith(KEPT):
+            row[name] = int(value)
+    if cosines:
+        stacked = np.stack(scores) if len(scores) > 1 else np.full([1, 1], np.nan)
+        row["imbalance"] = float(np.mean(stacked.max(0) - stacked.min(0)))
+    if cosines == 2:
+        row["air"] = float(np.mean(scores[0] - scores[1])) if len(scores) == 2 else math.nan
+    return row
+
+
+def nonfinite_flags(loss: Array, gradient: Any) -> Array:
+    """`[1 + N]` bool: whether the loss, and each of the gradient's N leaves, is not finite.
+
+    The host reads them when it reads the sums anyway, and always before it saves a state; so
+    nothing waits for them, and no checkpoint follows from such a number.
+
+    max |g| is NaN or infinite exactly where g holds such a number; XLA's loop over floats is seven
+    times as fast on a CPU as that over booleans.
+    """
+    leaves = [loss, *jax.tree.leaves(gradient)]
+    return jnp.stack([~jnp.isfinite(jnp.max(jnp.abs(leaf))) for leaf in leaves])
+
+
+def select_if_finite(finite: Array | bool, new: Any, old: Any) -> Any:
+    """The new tree where `finite` `[]` holds, else the old one; counts always move on.
+
+    A skipped update so counts as one in the schedule, which stays a function of the step. That is
+    why this is not `optax.apply_if_finite`, which holds the counts back too; its counters would
+    also become part of `opt_state`, and a run could not be continued with the other choice of
+    `config.nonfinite`. Where `finite` is a plain True nothing is compiled: the choice would have
+    every parameter's update wait for the whole gradient.
+    """
+    if finite is True:
+        return new
+
+    def choose(new: Array, old: Array) -> Array:
+        is_count = jnp.issubdtype(new.dtype, jnp.integer)
+        return new if is_count else jnp.where(finite, new, old)
+
+    return jax.tree.map(choose, new, old)
+
+
+def flag_names(params: Any) -> list[str]:
+    """A name for each flag; `params` gives the structure."""
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    return ["loss", *("gradient of " + "/".join(str(k.key) for k in path) for path, _ in paths)]
+
+
+def nonfinite_names(flags: Any, names: list[str]) -> list[str]:
+    """Names of the losses and leaves that are flagged."""
+    if not np.any(flags):
+        return []
+    return [name for name, marked in zip(names, np.asarray(flags), strict=True) if marked]

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from rollingq_jax.errors import UserError
+from rollingq_jax.errors import ConfigError, UserError
 from rollingq_jax.rolling import (
     RollInfo,
+    RollingQuery,
     RollingState,
     cosine_scores,
     reset_sums,
@@ -24,8 +25,8 @@ from rollingq_jax.rolling import (
     scores_and_means,
 )
 from rollingq_jax.rotation import compose
-from rollingq_jax.train.state import TrainState
-from rollingq_jax.train.steps import Roll, batch_imbalance, batch_scores
+from rollingq_jax.train.steps import RollRecord, imbalance_on_batch
+from rollingq_jax.train.train_state import TrainState
 
 
 def upstream_scores(out: Mapping[str, Any], weight: Array | None = None) -> Array:
@@ -41,6 +42,29 @@ def upstream_scores(out: Mapping[str, Any], weight: Array | None = None) -> Arra
     mean_keys = _stack(out["mean_keys"])  # [M, B, H, d]
     heads = jax.vmap(functools.partial(cosine_scores, weight=weight), in_axes=(1, 2))
     return jax.lax.stop_gradient(heads(out["query"], mean_keys))
+
+
+def with_last_batch_scores(roller: RollingQuery) -> RollingQuery:
+    """RollingQ that scores by the last batch it has observed; the means stay the window's.
+
+    The trigger and the weights follow from the scores. A batch in which no example has some
+    modality has no imbalance, so that it triggers nothing.
+    """
+
+    def observe(
+        state: RollingState,
+        query: Array,
+        mean_keys: Array,
+        weight: Array | None = None,
+        axis_name: str | None = None,
+    ) -> RollingState:
+        window = roller.observe(state, query, mean_keys, weight, axis_name)
+        batch = roller.observe(reset_sums(state), query, mean_keys, weight, axis_name)
+        scores = batch.cosine_sum / jnp.maximum(batch.weight_sum, 1.0)[:, None]
+        scores = jnp.where(jnp.all(batch.weight_sum > 0), scores, 0.0)
+        return window._replace(cosine_sum=scores * window.weight_sum[:, None])
+
+    return roller._replace(observe=observe)
 
 
 def upstream_statistics(
@@ -123,33 +147,51 @@ def upstream_roll(
     return state._replace(rotation=turned), info
 
 
+def check_upstream_choices(compat: Any, fusion_layers: int) -> None:
+    """Upstream has one fusion layer, and one process.
+
+    Raises:
+      ConfigError: a choice of `config.upstream_compat` is made with more.
+    """
+    if compat.statistics_pass and jax.process_count() > 1:
+        raise ConfigError(
+            f"config.upstream_compat.statistics_pass is True; allowed in {jax.process_count()} "
+            "processes: False, since each would roll by its own examples"
+        )
+    chosen = [name for name, value in compat.items() if value]
+    if fusion_layers > 1 and chosen:
+        raise ConfigError(
+            f"config.upstream_compat.{chosen[0]} is True; allowed with model.fusion_layers "
+            f"{fusion_layers}: False, since upstream has one layer"
+        )
+
+
 def roll_after_epoch(
-    run: Any, state: TrainState, last_sums: Mapping[str, Any], rotation: Array | None = None
-) -> tuple[TrainState, Roll]:
+    experiment: Any, state: TrainState, rotation: Array | None = None
+) -> tuple[TrainState, RollRecord]:
     """Upstream's epoch end in the training loop: the extra pass, the trigger, the rotation.
 
+    The scores are those that the state has observed: of the window, or of the last batch, see
+    `with_last_batch_scores`.
+
     Args:
-      run: the training loop's `Run`; its batches of the epoch just done are read once more.
+      experiment: the `Experiment`; its batches of the epoch just done are read once more.
       state: after the epoch's last update, on one device.
-      last_sums: what the epoch's last step returned, for the scores of its batch.
       rotation: R_new from outside, see `upstream_roll`.
 
     Returns:
       The state with its rotation, and empty running sums; and what was decided.
     """
-    step, rolling, model = int(state.step), state.rolling, run.setup.model
-    assert rolling is not None  # upstream rolls with attention fusion alone
-    batches = run.batches(step - run.setup.epoch_steps, step)
+    step, rolling, model = int(state.step), state.rolling, experiment.model
+    assert rolling is not None  # upstream rolls only with attention fusion
+    batches = experiment.batches(step - experiment.epoch_steps, step)
     query, mean_keys = upstream_statistics(model, state.params, rolling.rotation, batches)
-    scores = scores_and_means(rolling)[0]
-    if run.config.upstream_compat.last_batch_air:
-        scores = batch_scores(jax.tree.map(jnp.asarray, dict(last_sums)))
-    settings = run.config.rolling
+    settings = experiment.config.rolling
     rolled, info = upstream_roll(
         rolling,
         query,
         mean_keys,
-        scores,
+        scores_and_means(rolling)[0],
         beta=settings.beta,
         rho=settings.rho,
         max_rotations=settings.max_rotations,
@@ -159,8 +201,8 @@ def roll_after_epoch(
     )
     turned = jnp.where(info.rolled[:, None], info.anchor, query)
     ones = jnp.ones([len(mean_keys), 1], jnp.float32)
-    before, after = (batch_imbalance(q, mean_keys[:, None], ones, None) for q in (query, turned))
-    return state.replace(rolling=reset_sums(rolled)), Roll(info, query, before, after)
+    before, after = (imbalance_on_batch(q, mean_keys[:, None], ones, None) for q in (query, turned))
+    return state.replace(rolling=reset_sums(rolled)), RollRecord(info, query, before, after)
 
 
 def _stack(by_modality: Mapping[str, Array]) -> Array:

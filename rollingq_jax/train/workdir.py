@@ -1,20 +1,38 @@
-"""The folder of a run: checked before anything is written, made, and claimed."""
+"""The folder of a run: checked before anything is written, locked, claimed, read and written."""
 
+import contextlib
 import copy
+import errno
+import fcntl
 import json
+import logging
+import math
 import os
 import re
 import secrets
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
 from rollingq_jax.errors import CheckpointError, ConfigError, said
 from rollingq_jax.train.config import default_config, differing_fields, with_defaults
-from rollingq_jax.train.writer import read_object, write_whole
+
+log = logging.getLogger(__name__)
+
+MAX_DEPTH = 50
+DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EIO,
+)
 
 
 def absolute(workdir: epath.PathLike) -> epath.Path:
@@ -176,3 +194,179 @@ def remember(workdir: epath.Path, config: Any) -> None:
         path = workdir / "config.json"
         if not path.exists() or path.read_text() != text:
             write_whole(path, text)
+
+
+def read_summary(workdir: epath.Path) -> dict[str, Any] | None:
+    """The summary of a finished run; None if the run has not finished."""
+    path = workdir / "summary.json"
+    if not path.exists():
+        return None
+    try:
+        summary = read_object(path)
+        best = summary["best"]
+        fits = is_number(best["step"]) and "epoch" in best and "accuracy" in best
+        fits &= summary["test_accuracy"] is None or is_number(summary["test_accuracy"])
+        fits &= all(isinstance(summary.get(n, {}), dict) for n in ("examples", "signature"))
+        if not fits:
+            raise TypeError("numbers are missing")
+    except (CheckpointError, TypeError, KeyError) as error:
+        reason = f" ({error})" if isinstance(error, CheckpointError) else ""
+        raise CheckpointError(
+            f"{path} is damaged{reason}; allowed: the summary of a run, or none, to make it anew"
+        ) from None
+    return summary
+
+
+def moved(workdir: epath.Path, summary: dict[str, Any], config: Any) -> dict[str, Any]:
+    """A finished run's summary with the place where its data are now, which `config` says.
+
+    To be called when the data are known to be the same. The summary and `config.json` are written
+    anew where that has changed.
+    """
+    places = {name: config.data.get(name) for name in ("path", "cache_dir")}
+    told = summary.get("config")
+    if not isinstance(told, dict) or not isinstance(told.get("data"), dict):
+        return summary
+    if all(told["data"].get(name) == place for name, place in places.items()):
+        return summary
+    summary = summary | {"config": told | {"data": told["data"] | places}}
+    if jax.process_index() == 0:
+        write_json(workdir / "summary.json", summary)
+    remember(workdir, config)
+    return summary
+
+
+def with_inputs(workdir: epath.Path, summary: dict[str, Any], inputs: Any) -> dict[str, Any]:
+    """A finished run's summary, with what inference needs of its data if an older version left it
+    out; the file is then written anew."""
+    if "inputs" in summary:
+        return summary
+    summary = summary | {"inputs": json_ready(inputs.to_json())}
+    if jax.process_index() == 0:
+        write_json(workdir / "summary.json", summary)
+    return summary
+
+
+@contextlib.contextmanager
+def locked(workdir: epath.Path) -> Iterator[None]:
+    """Makes the folder and holds its lock, so that at most one live run uses it.
+
+    The kernel lets go of it when the process ends. `fcntl.flock` itself and not the package
+    filelock, which cannot say who holds the lock. The file `.lock` stays, with the number of the
+    process that held it last. An object store (gs://) has no locks. Of several processes the first
+    holds the lock for all.
+
+    Raises:
+      CheckpointError: another live run holds it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    if "://" in os.fspath(workdir) or jax.process_index() != 0:
+        yield
+        return
+    path = workdir / ".lock"
+    path.touch()
+    with open(path, encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = " ".join(file.read(200).split()) or "unknown"
+            raise CheckpointError(
+                f"workdir {workdir} is in use by another run ({holder}); "
+                "allowed: a folder that no live run uses"
+            ) from None
+        except OSError as error:
+            log.warning("workdir %s cannot be locked: %s", workdir, error)
+        with contextlib.suppress(OSError):  # a full disk; the lock holds without the note
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        yield
+
+
+def read_object(path: epath.Path) -> dict[str, Any]:
+    """What a JSON file of a run holds.
+
+    Raises:
+      CheckpointError: it is no file, not JSON, or not an object of at most 50 levels.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON ({said(error)})") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({said(error)})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds {type(content).__name__}; allowed: a JSON object")
+    level: list[Any] = [content]
+    for _ in range(MAX_DEPTH):
+        inner = [v.values() if isinstance(v, dict) else v for v in level]
+        level = [v for values in inner for v in values if isinstance(v, dict | list)]
+    if level:
+        raise CheckpointError(f"{path} is nested too deep; allowed: at most {MAX_DEPTH} levels")
+    return content
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from JSON is a number that float64 holds; true and false are not."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) < 2**1023
+
+
+def write_bytes(path: epath.PathLike, content: bytes) -> None:
+    """Writes a file so that a reader sees the old content or the new, never a part."""
+    path = epath.Path(path)
+    temporary = path.parent / f".{path.name}.tmp"
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: epath.PathLike, text: str) -> None:
+    """As `write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def json_ready(value: Any) -> Any:
+    """The same with Python's own numbers; NaN and infinity become null, as JSON has neither."""
+    if isinstance(value, Mapping):
+        return {str(name): json_ready(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_ready(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: epath.PathLike, content: Any) -> None:
+    """Writes a JSON file whole."""
+    write_whole(path, json.dumps(json_ready(content), indent=2) + "\n")
+
+
+def reason_of(error: BaseException) -> str:
+    """What the file system said; TensorStore has its words in the middle of a ValueError."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return f"{error.strerror or text}" + (f": {error.filename}" if error.filename else "")
+    for code in DISK_ERRORS:
+        if os.strerror(code) in text:
+            return os.strerror(code)
+    return text[:200] or type(error).__name__
+
+
+@contextlib.contextmanager
+def convert_io_errors(workdir: epath.Path) -> Iterator[None]:
+    """Turns an error of the file system, in the run's folder, into one line.
+
+    Raises:
+      CheckpointError: the folder could not be written, as on a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"workdir {workdir} cannot be written ({reason_of(error)})"
+        ) from error

@@ -1,5 +1,7 @@
 """A small model of two modalities of vectors, and training steps of it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,8 @@ from rollingq_jax.baselines.build import build_baseline
 from rollingq_jax.models import build_model
 from rollingq_jax.rolling import rolling_query
 from rollingq_jax.train.config import default_config
-from rollingq_jax.train.state import create_state
-from rollingq_jax.train.steps import make_train_step
+from rollingq_jax.train.steps import supervised_loss, train_step, with_baseline
+from rollingq_jax.train.train_state import create_state
 
 NAMES = ("audio", "visual")
 
@@ -47,4 +49,12 @@ def training(name, fusion="concat", *, size=4, epoch_steps=2, **fields):
     if baseline.transform is not None:
         tx = optax.chain(baseline.transform, tx)
     state = create_state(model, tx, roller, seed=0, batch=batch, baseline=baseline.init())
-    return model, state, make_train_step(model, tx, roller, None, baseline=baseline), batch
+    step = functools.partial(
+        train_step,
+        model=model,
+        tx=tx,
+        roller=roller,
+        schedule=None,
+        loss_fn=with_baseline(supervised_loss, baseline),
+    )
+    return model, state, step, batch

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rollingq_jax.train import default_config, load_run, train_and_evaluate
-from rollingq_jax.train.interrupt import Interrupted
+from rollingq_jax.train.preemption import Interrupted
 
 pytestmark = pytest.mark.slow
 

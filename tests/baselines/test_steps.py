@@ -1,5 +1,7 @@
 """The methods of comparison in a training step, one SGD step of rate 1 against gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from rollingq_jax.baselines.build import build_baseline
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.train.config import default_config
 from rollingq_jax.train.parallel import WRAPPERS
-from rollingq_jax.train.steps import make_eval_step
+from rollingq_jax.train.steps import eval_step
 
 
 def cross_entropy(logits, label):
@@ -106,7 +108,7 @@ def test_the_layout_over_devices_changes_nothing(name):
     ends = []
     for layout in ("jit", "pmap"):
         model, state, step, batch = training(name, size=16, epoch_steps=1, drop_rate=0.5)
-        parallel = WRAPPERS[layout](step, make_eval_step(model))
+        parallel = WRAPPERS[layout](step, functools.partial(eval_step, model=model))
         state = parallel.put_state(state)
         for _ in range(2):
             state, _, _ = parallel.train_step(state, parallel.put_batch(batch))

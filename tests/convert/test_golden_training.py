@@ -13,7 +13,7 @@ from golden_inputs import Golden, golden_files
 
 from rollingq_jax import convert
 from rollingq_jax.rolling import init_state
-from rollingq_jax.train.optimizer import learning_rate_schedule
+from rollingq_jax.train.train_state import learning_rate_schedule
 from rollingq_jax.train.upstream import (
     upstream_roll,
     upstream_scores,

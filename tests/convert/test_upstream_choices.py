@@ -10,7 +10,7 @@ import pytest
 import rollingq_jax as rq
 from rollingq_jax.errors import UserError
 from rollingq_jax.rolling import init_state
-from rollingq_jax.train.optimizer import learning_rate_schedule
+from rollingq_jax.train.train_state import learning_rate_schedule
 from rollingq_jax.train.upstream import (
     upstream_roll,
     upstream_scores,

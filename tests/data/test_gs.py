@@ -20,7 +20,7 @@ from rollingq_jax.data.cache import cache_root
 from rollingq_jax.data.load import LOADERS, load_dataset
 from rollingq_jax.errors import CheckpointError, UserError
 from rollingq_jax.train.cli import TRAIN, run_command, train_command
-from rollingq_jax.train.restore import load_run
+from rollingq_jax.train.loop import load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 

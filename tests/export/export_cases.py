@@ -10,7 +10,7 @@ from rollingq_jax.convert import upstream_model, upstream_shapes
 from rollingq_jax.data.dataset import ModalityInfo
 from rollingq_jax.data.preprocessing import InputSpec, Preprocessing
 from rollingq_jax.models import build_model
-from rollingq_jax.train.restore import LoadedRun
+from rollingq_jax.train.loop import LoadedRun
 
 CLASSES, HEADS, DIM = 4, 2, 8
 MODALITIES = {

@@ -202,12 +202,12 @@ def test_a_run_of_an_older_version_is_told_what_to_do(tmp_path):
     path, test = make_arrays(tmp_path, skewed)
     config = make_config(path)
     workdir = tmp_path / "run"
-    from rollingq_jax.train import run as run_module
+    from rollingq_jax.train.experiment import Experiment
 
-    identity = run_module.Run.identity
+    identity = Experiment.identity
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            run_module.Run,
+            Experiment,
             "identity",
             lambda self: {k: v for k, v in identity(self).items() if k != "inputs"},
         )

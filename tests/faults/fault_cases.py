@@ -16,7 +16,7 @@ from train_cases import files, read_metrics, tiny_config, write_arrays  # noqa: 
 CONFIG = """
 import os, time
 from rollingq_jax.train.checkpoint import Checkpoints
-from rollingq_jax.train.meter import Meter
+from rollingq_jax.train.logging import MetricAccumulator
 from train_cases import tiny_config
 
 def slower(method, seconds):
@@ -25,7 +25,7 @@ def slower(method, seconds):
         return method(*args)
     return slow
 
-Meter.add = slower(Meter.add, float(os.environ.get("STEP_SECONDS", 0)))
+MetricAccumulator.add = slower(MetricAccumulator.add, float(os.environ.get("STEP_SECONDS", 0)))
 Checkpoints.wait = slower(Checkpoints.wait, float(os.environ.get("WAIT_SECONDS", 0)))
 
 def get_config():

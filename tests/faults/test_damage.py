@@ -7,10 +7,10 @@ import shutil
 import pytest
 from fault_cases import files, result, steps_saved, tiny_config
 
-from rollingq_jax.train import pictures
-from rollingq_jax.train.interrupt import Interrupted
+from rollingq_jax.train import report
+from rollingq_jax.train.experiment import Experiment
 from rollingq_jax.train.loop import train_and_evaluate
-from rollingq_jax.train.run import Run
+from rollingq_jax.train.preemption import Interrupted
 
 NEWEST, BEFORE = 16, 12
 
@@ -141,7 +141,7 @@ def content_of(path):
 
 @pytest.mark.parametrize("damage", KINDS, ids=lambda damage: damage.__name__)
 def test_damage(config, expected, stopped, tmp_path, monkeypatch, caplog, damage):
-    monkeypatch.setattr(pictures, "draw", lambda *args, **kwargs: None)
+    monkeypatch.setattr(report, "draw", lambda *args, **kwargs: None)
     workdir = tmp_path / "run"
     shutil.copytree(stopped, workdir)
     damaged = workdir / "checkpoints" / str(NEWEST)
@@ -162,14 +162,14 @@ def test_a_damaged_best_checkpoint_is_told_and_the_newest_is_tested(
     config, tmp_path, monkeypatch, caplog
 ):
     """Here validation gets worse from epoch to epoch, so that the best is the oldest."""
-    evaluate = Run.evaluate
+    evaluate = Experiment.evaluate
 
     def worse(self, state, split, check=lambda: None):
         means, columns = evaluate(self, state, split, check)
         return means | ({"accuracy": 1 / int(state.step)} if split == "valid" else {}), columns
 
-    monkeypatch.setattr(pictures, "draw", lambda *args, **kwargs: None)
-    monkeypatch.setattr(Run, "evaluate", worse)
+    monkeypatch.setattr(report, "draw", lambda *args, **kwargs: None)
+    monkeypatch.setattr(Experiment, "evaluate", worse)
     with pytest.raises(Interrupted):
         train_and_evaluate(config, tmp_path, max_steps=NEWEST)
     assert steps_saved(tmp_path) == [6, 8, 12, 16]

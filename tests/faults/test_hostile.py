@@ -17,11 +17,10 @@ from rollingq_jax.data.load import load_dataset
 from rollingq_jax.errors import UserError
 from rollingq_jax.train.cli import read_json, run_command, train_command
 from rollingq_jax.train.config import check_config, from_json
-from rollingq_jax.train.loop import train_and_evaluate
-from rollingq_jax.train.restore import load_run
-from rollingq_jax.train.run import Run
+from rollingq_jax.train.experiment import Experiment
+from rollingq_jax.train.logging import read_rows
+from rollingq_jax.train.loop import load_run, train_and_evaluate
 from rollingq_jax.train.workdir import read_config
-from rollingq_jax.train.writer import read_rows
 
 SCRIPT = "<script>alert(1)</script>"
 
@@ -106,7 +105,7 @@ def test_a_workdir_that_holds_pickles_for_checkpoints(tmp_path):
     payload = pickle.dumps(Payload(str(tmp_path / "owned")))
     config = tiny_config(tmp_path / "data.npz")
     np.savez(tmp_path / "data.npz", **make_arrays())
-    run = Run(config, load_dataset(config.data, seed=0), folder)
+    run = Experiment(config, load_dataset(config.data, seed=0))
     for item in ("state", "record"):
         (folder / "checkpoints" / "6" / item).mkdir(parents=True)
         for name in ("metadata", "_METADATA", "manifest.ocdbt", "checkpoint", "commit_success.txt"):

@@ -28,7 +28,11 @@ def changed(path, value, **base):
 BAD = [
     ("fusion", "bogus", "model.fusion is 'bogus'; allowed: unimodal, sum, concat, film, gated"),
     ("fusion", None, "model.fusion is None; allowed: unimodal"),
-    ("fusionn", "concat", "model.fusionn is not a field; allowed: .*fusion,"),
+    (
+        "fusionn",
+        "concat",
+        r"model.fusionn is not a field \(did you mean fusion\?\); allowed: .*fusion,",
+    ),
     ("num_classes", ..., "model.num_classes is missing; allowed: an integer >= 2"),
     ("num_classes", 1, "model.num_classes is 1; allowed: an integer >= 2"),
     ("num_classes", 0, "model.num_classes is 0; allowed: .* >= 2 .*0 when it has loaded the data"),

@@ -7,8 +7,8 @@ import jax
 
 from rollingq_jax.train.cli import TRAIN, join_processes
 from rollingq_jax.train.config import from_json
-from rollingq_jax.train.interrupt import Interrupted
 from rollingq_jax.train.loop import train_and_evaluate
+from rollingq_jax.train.preemption import Interrupted
 
 if any(argument.startswith("--coordinator") for argument in sys.argv):
     jax.config.update("jax_num_cpu_devices", 2)

@@ -1,13 +1,15 @@
 """A small multimodal model with dropout whose query is rolled several times in 20 steps."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from rollingq_jax import build_model, rolling_query
-from rollingq_jax.train.state import create_state
-from rollingq_jax.train.steps import RollSchedule, make_train_step
+from rollingq_jax.train.steps import RollSchedule, eval_step, train_step
+from rollingq_jax.train.train_state import create_state
 
 STEPS = 20
 BATCH_SIZE = 16
@@ -47,7 +49,8 @@ def step_and_state(**fields):
     tx = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, momentum=0.9))
     roller = rolling_query(beta=0.0, rho=2.0, max_rotations=3)
     state = create_state(net, tx, roller, seed=0, batch=batch(0))
-    return make_train_step(net, tx, roller, RollSchedule(5, 2)), state
+    parts = {"model": net, "tx": tx, "roller": roller, "schedule": RollSchedule(5, 2)}
+    return functools.partial(train_step, **parts), state
 
 
 def record(sums):
@@ -68,10 +71,8 @@ def run_plain(**fields):
 
 def run_layout(layout_of, rows=slice(None), **fields):
     """The same through one of `parallel.WRAPPERS`; `rows` are this process's in the batch."""
-    from rollingq_jax.train.steps import make_eval_step
-
     step, state = step_and_state(**fields)
-    layout = layout_of(step, make_eval_step(model(**fields)))
+    layout = layout_of(step, functools.partial(eval_step, model=model(**fields)))
     state = layout.put_state(state)
     records = []
     for i in range(STEPS):

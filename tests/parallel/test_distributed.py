@@ -16,7 +16,7 @@ import pytest
 from etils import epath
 
 from rollingq_jax.errors import ConfigError
-from rollingq_jax.train import distributed, profiling
+from rollingq_jax.train import cli, distributed, loop
 from rollingq_jax.train.cli import TRAIN, join_processes
 from rollingq_jax.train.distributed import join, meet
 
@@ -282,7 +282,7 @@ def test_a_trace_of_the_fourth_to_the_eighth_step(tmp_path, monkeypatch, caplog,
     monkeypatch.setattr(jax.profiler, "start_trace", lambda *a, **k: calls.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
     folder = epath.Path(tmp_path)
-    with profiling.profiled(lambda x: (calls.append("step"), x)[1], folder) as step:
+    with loop.profiled(lambda x: (calls.append("step"), x)[1], folder) as step:
         for _ in range(steps):
             step(jnp.ones(2))
     assert calls == expected
@@ -293,21 +293,21 @@ def test_a_remote_folder_gets_copies(tmp_path):
     source = tmp_path / "local" / "plugins"
     source.mkdir(parents=True)
     (source / "a.pb").write_bytes(b"trace")
-    profiling.copy_tree(str(tmp_path / "local"), epath.Path(tmp_path / "remote"))
+    loop.copy_tree(str(tmp_path / "local"), epath.Path(tmp_path / "remote"))
     assert (tmp_path / "remote" / "plugins" / "a.pb").read_bytes() == b"trace"
 
 
 def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
-    assert profiling.default_cache() == "/caches/rollingq_jax/xla"
+    assert cli.default_cache() == "/caches/rollingq_jax/xla"
     before = jax.config.jax_compilation_cache_dir
     try:
         jax.config.update("jax_compilation_cache_dir", None)
-        profiling.keep_compiled("")
+        cli.keep_compiled("")
         assert jax.config.jax_compilation_cache_dir is None
-        profiling.keep_compiled(str(tmp_path))
+        cli.keep_compiled(str(tmp_path))
         assert jax.config.jax_compilation_cache_dir == str(tmp_path)
-        profiling.keep_compiled("/elsewhere")  # the first stays
+        cli.keep_compiled("/elsewhere")  # the first stays
         assert jax.config.jax_compilation_cache_dir == str(tmp_path)
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

@@ -1,5 +1,6 @@
 """Nothing is compiled any more once each kind of step has run."""
 
+import functools
 import json
 
 import jax
@@ -9,7 +10,7 @@ from train_cases import tiny_config, write_arrays
 
 from rollingq_jax.train.loop import train_and_evaluate
 from rollingq_jax.train.parallel import WRAPPERS
-from rollingq_jax.train.steps import make_eval_step
+from rollingq_jax.train.steps import eval_step
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's name for the event
 EPOCHS = 4
@@ -36,7 +37,7 @@ def on_compilation():
 @pytest.mark.parametrize("parallel", sorted(WRAPPERS))
 def test_steps_that_roll_and_padded_batches_need_no_program_of_their_own(parallel, on_compilation):
     step, state = small_model.step_and_state()
-    layout = WRAPPERS[parallel](step, make_eval_step(small_model.model()))
+    layout = WRAPPERS[parallel](step, functools.partial(eval_step, model=small_model.model()))
     state = layout.put_state(state)
     number, compiled_at = 0, []
     on_compilation(lambda: compiled_at.append(number))

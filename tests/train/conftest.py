@@ -34,6 +34,6 @@ def arrays(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
     """Figures and report take longer than a tiny run; fixtures of wider scope still draw them."""
-    from rollingq_jax.train import pictures
+    from rollingq_jax.train import report
 
-    monkeypatch.setattr(pictures, "draw", lambda *args, **kwargs: None)
+    monkeypatch.setattr(report, "draw", lambda *args, **kwargs: None)

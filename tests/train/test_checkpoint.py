@@ -1,10 +1,11 @@
-"""Checkpoints: to the last bit, verified, kept by rule."""
+"""Checkpoints: to the last bit, verified, kept by rule, when they are due."""
 
 import json
 import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -14,11 +15,24 @@ import pytest
 from etils import epath
 
 from rollingq_jax import rolling_query
-from rollingq_jax.errors import CheckpointError, NonFiniteError
+from rollingq_jax.errors import CheckpointError, DataError, NonFiniteError
 from rollingq_jax.train import checkpoint
-from rollingq_jax.train.checkpoint import Checkpoints, DamagedError
-from rollingq_jax.train.packing import checksum, seal, to_host
-from rollingq_jax.train.state import TrainState
+from rollingq_jax.train.checkpoint import (
+    Checkpoints,
+    CheckpointSchedule,
+    DamagedError,
+    check_room,
+    checksum,
+    convert_save_errors,
+    record_digest,
+    to_host,
+    with_last_checkpoint,
+)
+from rollingq_jax.train.train_state import TrainState
+from rollingq_jax.train.workdir import (
+    convert_io_errors,
+    reason_of,
+)
 
 RECORD = {"best": {"step": -1}, "sums": {"loss": 1 / 3, "cosine/a": [0.1, 1e-30]}}
 
@@ -300,7 +314,7 @@ def test_random_numbers_of_a_checkpoint_of_an_older_version(tmp_path):
     file = path / "1" / "record" / "metadata"
     older = json.loads(file.read_text())["record"]
     assert older.pop("key_type") == "rbg"
-    file.write_text(json.dumps({"record": older, "sha256": seal(older)}))
+    file.write_text(json.dumps({"record": older, "sha256": record_digest(older)}))
     with Checkpoints(path, read_only=True) as checkpoints:
         with pytest.raises(
             CheckpointError, match="JAX_DEFAULT_PRNG_IMPL is threefry2x32 and was r"
@@ -385,3 +399,70 @@ print(int(state.step))
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout == "1\n" and done.stderr == ""
+
+
+def test_saves_by_steps():
+    saves = CheckpointSchedule(3, 0.0, log_every=10)
+    assert [step for step in range(1, 10) if saves.is_due(step)] == [3, 6, 9]
+    assert not CheckpointSchedule(0, 0.0, log_every=1).is_due(5)
+
+
+def test_saves_by_minutes_count_from_the_last(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    saves = CheckpointSchedule(0, 2.0, log_every=10)
+    found = []
+    for step in range(1, 10):
+        now[0] += 50.0
+        if saves.is_due(step):
+            saves.mark_saved()
+            found.append(step)
+    assert found == [3, 6, 9]  # 150 s are the first multiple of 50 s past two minutes
+
+
+def test_several_processes_ask_the_first_ones_clock_where_a_row_is_due(monkeypatch):
+    asked = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        checkpoint.multihost_utils, "broadcast_one_to_all", lambda x: asked.append(bool(x)) or True
+    )
+    saves = CheckpointSchedule(0, 60.0, log_every=4)
+    assert [step for step in range(1, 10) if saves.is_due(step)] == [4, 8]
+    assert asked == [False, False]  # this process's own clock does not decide
+
+
+def test_room_for_a_checkpoint(tmp_path, monkeypatch):
+    check_room(epath.Path(tmp_path), 1000)
+    check_room("gs://bucket/run", 10**18)
+    usage = type("Usage", (), {"free": 1_500_000})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    check_room(epath.Path(tmp_path), 100_000)
+    with pytest.raises(OSError, match="1,948,576 bytes are wanted and 1,500,000 are free"):
+        check_room(epath.Path(tmp_path), 800_000)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(28, "No space left on device", "/run/x"), "No space left on device: /run/x"),
+        (ValueError("INTERNAL: file 13: No space left on device [os_error_code='28']"), "No space"),
+        (ValueError("RESOURCE: Disk quota exceeded [a]\n [b]"), "Disk quota exceeded"),
+        (RuntimeError("what\nelse"), "what else"),
+        (RuntimeError(), "RuntimeError"),
+    ],
+)
+def test_reasons(tmp_path, error, reason):
+    assert reason_of(error).startswith(reason)
+    with pytest.raises(CheckpointError, match=f"a checkpoint in .* is not saved \\({reason}"):
+        with convert_save_errors(epath.Path(tmp_path)):
+            raise error
+
+
+def test_errors_say_what_is_left(tmp_path):
+    with pytest.raises(DataError, match="^gone; the last good checkpoint is of step 5$"):
+        with with_last_checkpoint(lambda: 5):
+            raise DataError("gone")
+    line = r"cannot be written \(Read-only file system: /run/x\); there is no checkpoint yet"
+    with pytest.raises(CheckpointError, match=line):
+        with with_last_checkpoint(lambda: None), convert_io_errors(tmp_path):
+            raise OSError(30, "Read-only file system", "/run/x")

@@ -1,11 +1,23 @@
-"""Fields that may be None, from a Python file to the command line and through config.json."""
+"""The schema: ranges, suggestions, the pages made from it, and None in every form of a config."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
+from rollingq_jax.errors import ConfigError
+from rollingq_jax.models.spec import section_fields
 from rollingq_jax.train.cli import TRAIN
-from rollingq_jax.train.config import check_config, differing_fields
+from rollingq_jax.train.config import (
+    SECTIONS,
+    check_config,
+    config_page,
+    default_config,
+    differing_fields,
+    fields_help,
+    flatten,
+)
 
 
 @pytest.mark.parametrize("said, held", [("None", None), ("0", 0), ("3", 3)])
@@ -26,3 +38,53 @@ def test_a_limit_of_rotations_or_none_goes_through_every_form(tmp_path, said, he
         changed = TRAIN.parse(["train.py", "--config_json", str(stored), work, flag]).config
         check_config(changed)
         assert changed.rolling.max_rotations == value
+
+
+def test_the_page_of_the_documentation_is_made_from_the_fields():
+    page = Path(__file__).parents[2] / "docs" / "config.md"
+    made = "make it anew: python -m rollingq_jax.train.config > docs/config.md"
+    assert page.read_text() == config_page(), made
+
+
+def test_the_help_names_every_field_within_80_columns():
+    lines = fields_help().splitlines()
+    assert max(map(len, lines)) <= 80
+    names = {line.split()[0] for line in lines if line.startswith("    ") and line[4] != " "}
+    flat = flatten(default_config())
+    assert {name.rpartition(".")[2] for name in flat} - {"grid", "encoders"} <= names
+
+
+def test_each_default_is_allowed_and_has_a_meaning():
+    for section, known in ((s, section_fields(c)) for s, c in SECTIONS.items()):
+        for name, field in known.items():
+            assert field.meaning and field.allowed, (section, name)
+            if field.default is not dataclasses.MISSING:
+                assert field.rule.accepts(field.default), (section, name)
+
+
+@pytest.mark.parametrize(
+    "field, value, line",
+    [
+        (
+            "rolling.btea",
+            1.0,
+            r"config.rolling.btea is not a field \(did you mean beta\?\); a",
+        ),
+        ("data.regmie", "clean", r"config.data.regmie is not a field.*did you mean .?regime"),
+        ("model.dmi", 8, r"model.dmi is not a field \(did you mean dim\?\); allowed"),
+        ("model.dim", 0, "model.dim is 0; allowed: an integer >= 1"),
+        ("model.encoders", {"a": {"knid": "vector"}}, r"model.encoders.a.knid .*did you mean kind"),
+        ("sede", 1, r"config.sede is not a field \(did you mean seed\?\)"),
+        (
+            "rolling.max_rotations",
+            -1,
+            "an integer >= 0 and at most 2,147,483,647, or None for",
+        ),
+    ],
+)
+def test_every_section_is_checked_and_the_nearest_name_suggested(field, value, line):
+    config = default_config()
+    with config.unlocked():
+        config.update_from_flattened_dict({field: value})
+    with pytest.raises(ConfigError, match=line):
+        check_config(config)

@@ -1,5 +1,6 @@
 """Whole runs with several fusion layers: they roll from below and resume."""
 
+import functools
 import json
 
 import jax
@@ -13,13 +14,12 @@ from rollingq_jax import build_model, rolling_query, rotate
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.errors import ConfigError, UserError
 from rollingq_jax.exported import folded
-from rollingq_jax.train import setup
-from rollingq_jax.train.interrupt import Interrupted
-from rollingq_jax.train.loop import train_and_evaluate
+from rollingq_jax.train.experiment import Experiment
+from rollingq_jax.train.loop import load_run, train_and_evaluate
 from rollingq_jax.train.parallel import WRAPPERS
-from rollingq_jax.train.restore import load_run
-from rollingq_jax.train.state import create_state
-from rollingq_jax.train.steps import RollSchedule, make_eval_step, make_train_step
+from rollingq_jax.train.preemption import Interrupted
+from rollingq_jax.train.steps import RollSchedule, eval_step, train_step
+from rollingq_jax.train.train_state import create_state
 
 LAYERS, HEADS = 3, 2
 
@@ -85,7 +85,9 @@ def small_parts(period=1, **fields):
     )
     tx, roller = optax.sgd(0.1), rolling_query(rho=2.0, max_rotations=2, layers=2)
     state = create_state(model, tx, roller, seed=0, batch=small_batch(0))
-    return model, make_train_step(model, tx, roller, RollSchedule(period, period)), state
+    schedule = RollSchedule(period, period)
+    parts = {"model": model, "tx": tx, "roller": roller, "schedule": schedule}
+    return model, functools.partial(train_step, **parts), state
 
 
 @pytest.mark.slow
@@ -93,7 +95,7 @@ def test_replicas_under_pmap_roll_as_under_jit():
     found = {}
     for name, layout in WRAPPERS.items():
         model, step, state = small_parts(2, dropout=0.2, encoder_dropout=0.2)
-        run = layout(step, make_eval_step(model))
+        run = layout(step, functools.partial(eval_step, model=model))
         state, losses = run.put_state(state), []
         for k in range(6):
             state, sums, _ = run.train_step(state, run.put_batch(small_batch(k)))
@@ -151,4 +153,4 @@ def test_upstream_has_one_layer(arrays, choice):
     config = layered_config(arrays, **{f"upstream_compat.{choice}": True})
     dataset = load_dataset(config.data, seed=0)
     with pytest.raises(ConfigError, match=f"{choice} is True; allowed with .*fusion_layers 3: Fal"):
-        setup.build(setup.resolve_config(config, dataset), dataset)
+        Experiment(config, dataset)

@@ -12,22 +12,20 @@ from train_cases import files, make_arrays, read_metrics, tiny_config, write_arr
 from rollingq_jax.data.dataset import SAMPLED
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UserError
-from rollingq_jax.train import loop
-from rollingq_jax.train.checkpoint import Checkpoints
+from rollingq_jax.train import checkpoint, loop
+from rollingq_jax.train.checkpoint import Checkpoints, to_host
 from rollingq_jax.train.config import from_json
-from rollingq_jax.train.interrupt import Interrupted, Interruption
-from rollingq_jax.train.lock import locked
-from rollingq_jax.train.loop import train_and_evaluate
-from rollingq_jax.train.packing import to_host
-from rollingq_jax.train.restore import load_run
-from rollingq_jax.train.run import Run
+from rollingq_jax.train.experiment import Experiment
+from rollingq_jax.train.loop import load_run, train_and_evaluate
+from rollingq_jax.train.preemption import Interrupted, Interruption
+from rollingq_jax.train.workdir import locked
 
 LAST = 18
 
 
 def state_at(config, workdir, step):
     """Everything in the checkpoint of a step, by path, and its record."""
-    run = Run(config, load_dataset(config.data, seed=config.seed), epath.Path(workdir))
+    run = Experiment(config, load_dataset(config.data, seed=config.seed))
     with Checkpoints(epath.Path(workdir) / "checkpoints", read_only=True) as checkpoints:
         state, record = checkpoints.restore(step, run.abstract_state())
     leaves = jax.tree_util.tree_leaves_with_path(to_host(state))
@@ -162,7 +160,7 @@ def test_the_extra_pass_is_for_one_process(arrays, tmp_path, monkeypatch):
     config = tiny_config(arrays, **{"upstream_compat.statistics_pass": True})
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ConfigError, match="statistics_pass is True; allowed in 2 processes: False"):
-        Run(config, load_dataset(config.data, seed=0), epath.Path(tmp_path))
+        Experiment(config, load_dataset(config.data, seed=0))
 
 
 def test_a_wrong_file_of_weights_leaves_the_folder_free(arrays, tmp_path):
@@ -275,7 +273,7 @@ def test_checkpoints_of_another_model_are_refused(finished, tmp_path):
     (tmp_path / "checkpoints").symlink_to(workdir / "checkpoints")
     other = config.copy_and_resolve_references()
     other.model.fusion = "concat"
-    run = Run(other, load_dataset(other.data, seed=0), epath.Path(tmp_path))
+    run = Experiment(other, load_dataset(other.data, seed=0))
     (tmp_path / "config.json").write_text(json.dumps(run.config.to_dict()))
     before = files(workdir)
     with pytest.raises(
@@ -376,8 +374,6 @@ def test_updates_that_are_not_finite_can_be_skipped(arrays, tmp_path, monkeypatc
 
 
 def test_a_full_disk(arrays, tmp_path, monkeypatch):
-    from rollingq_jax.train import storage
-
     free = iter([10**9, 10**9, 3])
     usage = type("Usage", (), {})
 
@@ -385,7 +381,7 @@ def test_a_full_disk(arrays, tmp_path, monkeypatch):
         usage.free = next(free)
         return usage
 
-    monkeypatch.setattr(storage.shutil, "disk_usage", disk_usage)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", disk_usage)
     config = tiny_config(arrays, **{"checkpoint.every_steps": 3})
     line = r"not saved \(No space left on device: .* and 3 are free\); the last good .* of step 6"
     with pytest.raises(CheckpointError, match=line):
@@ -419,13 +415,13 @@ def test_memory_that_is_exhausted_is_one_line_and_the_folder_is_free(
     arrays, tmp_path, monkeypatch, error, reason
 ):
     config = tiny_config(arrays)
-    init = Run.__init__
+    init = Experiment.__init__
 
     def exhausted(self, *args):
         init(self, *args)
         self.parallel = self.parallel._replace(train_step=Exhausted(error))
 
-    monkeypatch.setattr(Run, "__init__", exhausted)
+    monkeypatch.setattr(Experiment, "__init__", exhausted)
     line = "memory is exhausted with config.batch_size 8 and config.model.dim 8; allowed: "
     with pytest.raises(ConfigError, match=rf"{line}.*smaller batch_size.*\(.*{reason}"):
         train_and_evaluate(config, tmp_path / "run")
@@ -439,7 +435,7 @@ def test_memory_that_is_exhausted_is_one_line_and_the_folder_is_free(
 
 
 def test_an_error_that_is_not_of_the_memory_stays_what_it_is(arrays, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "complete", Exhausted(RuntimeError("a bug")))
+    monkeypatch.setattr(loop.TrainLoop, "run", Exhausted(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         train_and_evaluate(tiny_config(arrays), tmp_path)
 
@@ -447,7 +443,7 @@ def test_an_error_that_is_not_of_the_memory_stays_what_it_is(arrays, tmp_path, m
 def test_a_run_that_ended_before_its_first_checkpoint_does_not_own_its_folder(arrays, tmp_path):
     first, second = tiny_config(arrays), tiny_config(arrays, seed=5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "train", Exhausted(Interrupted()))
+        patch.setattr(loop.TrainLoop, "train", Exhausted(Interrupted()))
         with pytest.raises(Interrupted):
             train_and_evaluate(first, tmp_path)
     (tmp_path / "rotations").mkdir()

@@ -10,9 +10,9 @@ from train_cases import make_arrays, read_metrics, tiny_config, write_arrays
 
 from rollingq_jax.analysis.report import describe_rolls
 from rollingq_jax.errors import NonFiniteError
+from rollingq_jax.train.logging import as_json, read_rows
 from rollingq_jax.train.loop import train_and_evaluate
-from rollingq_jax.train.summary import print_summary
-from rollingq_jax.train.writer import as_json, read_rows
+from rollingq_jax.train.report import print_summary
 
 ONE = {"epochs": 1, "optimizer.warmup_epochs": 0.5}
 

@@ -79,7 +79,10 @@ ROWS = [
     (["--config_json", "latin.json"], "latin.json: not JSON"),
     (["--config_json", "dotted.json"], "not a mapping of fields"),
     (["--config_json", "section.json"], "config.optimizer is 3; allowed: a mapping of fields"),
-    (["--config_json", "extra.json"], "config.epoch is not a field; allowed: batch_size, epochs"),
+    (
+        ["--config_json", "extra.json"],
+        "config.epoch is not a field (did you mean epochs?); allowed: batch_size, epochs",
+    ),
     ([*TINY, "--config_json", "config.json"], "one of --config and --config_json"),
     # flags and fields
     ([*TINY, "--wrokdir=x"], "--wrokdir is not a flag (did you mean --workdir?); allowed: --c"),

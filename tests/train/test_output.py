@@ -15,9 +15,9 @@ from train_cases import make_arrays, tiny_config, write_arrays
 
 from rollingq_jax.errors import DataError, printable
 from rollingq_jax.train.cli import run_command
+from rollingq_jax.train.logging import table
 from rollingq_jax.train.loop import train_and_evaluate
 from rollingq_jax.train.output import Output, shown
-from rollingq_jax.train.writer import table
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("日本", "\x1b[31mred\x1b]0;title\x07", "a\nb")

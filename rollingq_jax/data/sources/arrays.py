@@ -12,7 +12,7 @@ Keys (in a folder, `train/audio` is the file `train/audio.npy`), for any number 
 `*/mask_<m>`               optional, bool: [N, L] real positions of a sequence or of tokens, or
                              [N] whether the example has the modality at all
 `*/quality_<m>`            optional [N] float: minus the noise, in standard deviations
-`kind/<m>`                 optional string; see `rollingq_jax.data.infer` for the default
+`kind/<m>`                 optional string; see `rollingq_jax.data.dataset` for the default
 `class_names`              optional [num_classes] strings
 ============================ =====================================================================
 

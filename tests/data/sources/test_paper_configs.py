@@ -17,7 +17,7 @@ from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.pipeline import eval_batches
 from rollingq_jax.data.sources import cmu_mosei, crema_d, kinetics_sounds
 from rollingq_jax.train.config import check_config
-from rollingq_jax.train.setup import build, example_batch, resolve_config
+from rollingq_jax.train.experiment import Experiment, example_batch, resolve_config
 
 ROOT = Path(__file__).resolve().parents[3]
 ROTATIONS = {"crema_d": 1, "kinetics_sounds": 3, "cmu_mosei": 1}
@@ -84,7 +84,7 @@ def shapes(config, data_dir):
 
 def build_model(config, dataset):
     config.batch_size = 4  # the small trees hold fewer than 64 examples
-    return build(config, dataset).model
+    return Experiment(config, dataset).model
 
 
 def positions(params, modality):

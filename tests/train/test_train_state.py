@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from rollingq_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from rollingq_jax.train.train_state import learning_rate_schedule, make_optimizer
 
 
 def test_schedule_at_hand_values():

@@ -1,6 +1,7 @@
 """The training step and the roll between epochs on upstream's trajectories, its choices on."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -13,10 +14,14 @@ from rollingq_jax import convert
 from rollingq_jax.models import MultimodalTransformer
 from rollingq_jax.rolling import rolling_query
 from rollingq_jax.train.config import default_config
-from rollingq_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from rollingq_jax.train.state import TrainState, init_rolling
-from rollingq_jax.train.steps import RollSchedule, make_train_step
-from rollingq_jax.train.upstream import roll_after_epoch
+from rollingq_jax.train.steps import RollSchedule, train_step
+from rollingq_jax.train.train_state import (
+    TrainState,
+    init_rolling,
+    learning_rate_schedule,
+    make_optimizer,
+)
+from rollingq_jax.train.upstream import roll_after_epoch, with_last_batch_scores
 
 LOSSES = ("loss", "probe_loss/audio", "probe_loss/visual")
 
@@ -52,7 +57,7 @@ def test_follows_upstreams_trajectory(path):
     schedule = learning_rate_schedule(
         float(golden["meta/lr"]), steps, epochs, extra_step=True, clip=False
     )
-    tx, roller = make_optimizer(config.optimizer, schedule), rolling_query()
+    tx, roller = make_optimizer(config.optimizer, schedule), with_last_batch_scores(rolling_query())
     params, _ = convert.from_upstream(golden.under("init"))
     state = TrainState(
         step=jnp.zeros([], jnp.int32),
@@ -62,11 +67,13 @@ def test_follows_upstreams_trajectory(path):
         rng=jax.random.key(0),
     )
     batches, evaluation = batches_of(golden)
-    window = RollSchedule.from_fraction(steps, config.rolling.window)
-    step = jax.jit(make_train_step(model, tx, roller, window, check=False))
+    window = RollSchedule.from_fraction(steps, config.rolling.window, in_step=False)
+    parts = {"model": model, "tx": tx, "roller": roller, "schedule": window}
+    step = jax.jit(functools.partial(train_step, **parts))
     run = SimpleNamespace(
         config=config,
-        setup=SimpleNamespace(model=model, epoch_steps=steps),
+        model=model,
+        epoch_steps=steps,
         batches=lambda start_step, num_steps: iter(batches),
     )
     rolls = 0
@@ -79,7 +86,7 @@ def test_follows_upstreams_trajectory(path):
         name = f"train/roll{rolls}_rotation"
         given = jnp.asarray(golden[name])[None] if name in golden else None
         before = state.rolling.rotation
-        state, roll = roll_after_epoch(run, state, sums, rotation=given)
+        state, roll = roll_after_epoch(run, state, rotation=given)
         if roll.info.rolled[0]:
             turned = (state.rolling.rotation[0] @ before[0].T) @ roll.query[0]
             np.testing.assert_allclose(turned, golden[f"train/roll{rolls}_target"], atol=1e-6)

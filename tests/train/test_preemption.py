@@ -7,9 +7,9 @@ import threading
 import jax
 import pytest
 
-from rollingq_jax.train import interrupt
+from rollingq_jax.train import preemption
 from rollingq_jax.train.cli import run_command
-from rollingq_jax.train.interrupt import Interrupted, Interruption
+from rollingq_jax.train.preemption import Interrupted, Interruption
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -53,7 +53,7 @@ def test_handlers_are_as_before_afterwards(ends_process):
 def test_a_thread_sees_signals_while_python_code_does_not_run():
     ended = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interrupt.os, "_exit", ended.append)
+        patch.setattr(preemption.os, "_exit", ended.append)
         with Interruption(ends_process=True) as interruption:
             interruption.unsaved = True
             send(signal.SIGTERM)
@@ -67,7 +67,7 @@ def test_a_thread_sees_signals_while_python_code_does_not_run():
 def test_a_thread_ends_a_process_that_has_nothing_to_save(capsys):
     ended = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interrupt.os, "_exit", ended.append)
+        patch.setattr(preemption.os, "_exit", ended.append)
         with Interruption(ends_process=True):
             send(signal.SIGTERM)
             wait_for(lambda: ended)
@@ -103,7 +103,7 @@ def test_with_several_processes_all_agree_on_the_step(monkeypatch):
     noticed = []
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(
-        interrupt.multihost_utils, "reached_preemption_sync_point", lambda step: step == 7
+        preemption.multihost_utils, "reached_preemption_sync_point", lambda step: step == 7
     )
     previous = signal.signal(signal.SIGTERM, lambda *_: noticed.append("preempted"))
     try:

@@ -1,0 +1,503 @@
+"""One experiment: model, optimizer, data, steps over all devices and evaluation, from a config."""
+
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from rollingq_jax.analysis.metrics import check_answers
+from rollingq_jax.baselines.build import build_baseline
+from rollingq_jax.data.dataset import (
+    Dataset,
+    ModalityInfo,
+    fingerprint,
+    first_difference,
+    infer_model,
+)
+from rollingq_jax.data.pipeline import collate, eval_batches, steps_per_epoch, train_batches
+from rollingq_jax.data.preprocessing import input_spec
+from rollingq_jax.errors import CheckpointError, ConfigError, DataError
+from rollingq_jax.models import build_model
+from rollingq_jax.models.spec import INT32_MAX
+from rollingq_jax.rolling import rolling_query
+from rollingq_jax.train.config import default_config, with_defaults
+from rollingq_jax.train.parallel import WRAPPERS, check_batch_size
+from rollingq_jax.train.steps import (
+    RollSchedule,
+    add_sums,
+    eval_step,
+    finish,
+    supervised_loss,
+    train_step,
+    with_baseline,
+)
+from rollingq_jax.train.train_state import (
+    TrainState,
+    create_state,
+    learning_rate_schedule,
+    make_optimizer,
+)
+from rollingq_jax.train.upstream import check_upstream_choices, with_last_batch_scores
+from rollingq_jax.train.workdir import check_same_run
+
+Batch = dict[str, np.ndarray]
+Columns = dict[str, np.ndarray]
+POSITIONS = ("sequence", "tokens")  # kinds whose mask may be [B, L]
+
+
+class Experiment:
+    """The parts of a run, which stay the same from the first step to the summary.
+
+    Attributes:
+      config: the configuration, `config.model` completed from the data.
+      dataset: the data.
+      model: from `build_model`.
+      tx: the optimizer, with the gradient transformation of a method of comparison.
+      learning_rate: of each step.
+      roller: from `rolling_query`.
+      roll_schedule: when to observe and to roll; None where nothing rolls.
+      baseline: the method of comparison.
+      epoch_steps, total_steps: lengths in steps.
+      inputs: preprocessing and classes, which inference needs without the data.
+      signature: of the data, so that no run resumes with others.
+
+    Args:
+      config: checked, see `check_config`.
+      dataset: the data.
+
+    Raises:
+      ConfigError: a field of `config.model` is not allowed, or a size does not fit the data or the
+        devices.
+      DataError: the data cannot be read.
+    """
+
+    def __init__(self, config: Any, dataset: Dataset) -> None:
+        self.config = config = resolve_config(config, dataset)
+        self.dataset = dataset
+        self.model = build_model(config.model)
+        spec, compat = self.model.spec, config.upstream_compat
+        check_upstream_choices(compat, spec.fusion_layers)
+        examples = len(dataset.splits["train"])
+        if config.batch_size > examples:
+            raise ConfigError(
+                f"config.batch_size is {config.batch_size}; "
+                f"allowed: at most the number of training examples, which is {examples}"
+            )
+        self.epoch_steps = steps_per_epoch(examples, config.batch_size)
+        self.total_steps = self.epoch_steps * config.epochs
+        if self.total_steps > INT32_MAX:
+            raise ConfigError(
+                f"config.epochs is {config.epochs}; allowed with {self.epoch_steps} steps an "
+                f"epoch: at most {INT32_MAX // self.epoch_steps:,}"
+            )
+        self.learning_rate = learning_rate_schedule(
+            config.optimizer.learning_rate,
+            self.epoch_steps,
+            config.epochs,
+            warmup_epochs=config.optimizer.warmup_epochs,
+            extra_step=compat.extra_schedule_step,
+            clip=not compat.unclipped_cosine,
+        )
+        self.baseline = build_baseline(config.baseline, spec, self.epoch_steps, self.total_steps)
+        self.tx = make_optimizer(config.optimizer, self.learning_rate)
+        if self.baseline.transform is not None:
+            self.tx = optax.chain(self.baseline.transform, self.tx)
+        self._make_rolling()
+
+    def _make_rolling(self) -> None:
+        rolling, compat, spec = self.config.rolling, self.config.upstream_compat, self.model.spec
+        self.roller = rolling_query(
+            rolling.beta,
+            rolling.rho,
+            rolling.max_rotations,
+            rolling.method,
+            rolling.joint,
+            layers=spec.fusion_layers,
+        )
+        if compat.last_batch_air:
+            self.roller = with_last_batch_scores(self.roller)
+        self.roll_schedule = None
+        if rolling.enabled and spec.scores_attention and len(spec.modalities) > 1:
+            # Upstream's own roll is between epochs, and reads the scores of the last batch in any
+            # case: then every step observes.
+            every_step = compat.statistics_pass and compat.last_batch_air
+            self.roll_schedule = RollSchedule.from_fraction(
+                rolling.check_every or self.epoch_steps,
+                1.0 if every_step else rolling.window,
+                in_step=not compat.statistics_pass,
+            )
+
+    @functools.cached_property
+    def inputs(self) -> Any:
+        """Preprocessing and classes, which inference needs without the data."""
+        return input_spec(self.dataset)
+
+    @functools.cached_property
+    def signature(self) -> dict[str, Any]:
+        """Of the data, so that no run resumes with others."""
+        return fingerprint(self.dataset)
+
+    @functools.cached_property
+    def parallel(self) -> Any:
+        """The steps over all devices.
+
+        Raises:
+          ConfigError: the batch does not divide by the devices.
+        """
+        check_batch_size(self.config.batch_size)
+        step = functools.partial(
+            train_step,
+            model=self.model,
+            tx=self.tx,
+            roller=self.roller,
+            schedule=self.roll_schedule,
+            loss_fn=with_baseline(supervised_loss, self.baseline),
+            skip_nonfinite=self.config.nonfinite == "skip",
+        )
+        evaluate = functools.partial(eval_step, model=self.model)
+        return WRAPPERS[self.config.parallel](step, evaluate)
+
+    def prepare(self) -> None:
+        """Lays the steps out over the devices and reads what tells the data from others.
+
+        Raises:
+          ConfigError: the batch does not divide by the devices.
+          DataError: an example cannot be read.
+        """
+        _ = self.parallel, self.inputs, self.signature
+
+    @property
+    def rolls_after_epoch(self) -> bool:
+        """Whether the trigger is checked between epochs, as upstream does, and not in the step."""
+        return self.roll_schedule is not None and not self.roll_schedule.in_step
+
+    @property
+    def selection_split(self) -> str:
+        """The split that chooses the best checkpoint."""
+        return "valid" if "valid" in self.dataset.splits else "train"
+
+    def checks_after(self, step: int) -> bool:
+        """Whether the training step that ended with `step` updates checked the trigger."""
+        return self.roll_schedule is not None and bool(self.roll_schedule.is_due(step - 1))
+
+    def initial_state(self, report: Callable[[str], None] = lambda _: None) -> TrainState:
+        """The state at step 0, on one device; encoders start from `config.vit_weights` if set.
+
+        `report` is told which tensors of that file were used.
+
+        Raises:
+          ConfigError: the file of pretrained weights cannot be used.
+        """
+        state = self._drawn_state()
+        if self.config.vit_weights:
+            from rollingq_jax.convert import load_vit
+
+            params, used = load_vit(self.config.vit_weights, state.params)
+            report(f"{self.config.vit_weights}: {used}")
+            state = state.replace(params=params, opt_state=self.tx.init(params))
+        return state
+
+    def abstract_state(self) -> TrainState:
+        """Shapes and dtypes of every state of the run."""
+        return jax.eval_shape(self._drawn_state)
+
+    def _drawn_state(self) -> TrainState:
+        return create_state(
+            self.model,
+            self.tx,
+            self.roller,
+            seed=self.config.seed,
+            batch=example_batch(self.dataset),
+            baseline=self.baseline.init(),
+        )
+
+    def batches(self, start_step: int, num_steps: int) -> "CheckedBatches":
+        """Training batches of the steps `start_step .. num_steps - 1`, this process's rows."""
+        batches = train_batches(
+            self.dataset.splits["train"],
+            transforms=self.dataset.train_transforms,
+            start_step=start_step,
+            num_steps=num_steps,
+            **self._reading(),
+        )
+        return self._checked(batches)
+
+    def evaluate(
+        self, state: TrainState, split: str, check: Callable[[], None] = lambda: None
+    ) -> tuple[dict[str, Any], Columns]:
+        """Evaluates a state on every example of a split; warns of answers that are not finite.
+
+        Args:
+          state: as `parallel.put_state` lays it out.
+          split: one of the data's.
+          check: called before each batch; may end the pass by raising.
+
+        Returns:
+          The row for `metrics.jsonl`, and columns `[N, ...]`: `probabilities`, `label`, `present`
+          `[N, M]`, `quality_*` and, with a class query, `attention_share` and `mean_keys/<m>`.
+
+        Raises:
+          NonFiniteError: the logits of every example are NaN or infinite.
+        """
+        batches = eval_batches(
+            self.dataset.splits[split], transforms=self.dataset.eval_transforms, **self._reading()
+        )
+        sums: dict[str, Any] = {}
+        columns: dict[str, list[np.ndarray]] = {}
+        for batch in self._checked(batches):
+            check()
+            placed = self.parallel.put_batch(batch)
+            batch_sums, examples = self.parallel.eval_step(state, placed)
+            batch_sums = self.parallel.get(batch_sums)
+            sums = add_sums(sums, {name: np.asarray(v) for name, v in batch_sums.items()})
+            given = {
+                name: placed[name]
+                for name in batch
+                if name in ("label", "example_mask") or name.startswith("quality_")
+            }
+            rows = self.parallel.get_rows(examples | given)
+            real = rows.pop("example_mask").astype(bool)  # padding rows are left out
+            for name, value in rows.items():
+                columns.setdefault(name, []).append(np.asarray(value)[real])
+        row = finish(sums)
+        quiet = jax.process_index() > 0
+        weight = int(sums["weight"])
+        check_answers(row.get("nonfinite", 0), weight, f"split {split!r}", quiet=quiet)
+        return row, {name: np.concatenate(parts) for name, parts in columns.items()}
+
+    def _reading(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.config.batch_size,
+            "seed": self.config.seed,
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+            "prefetch": self.config.data.prefetch,
+        }
+
+    def _checked(self, batches: Any) -> "CheckedBatches":
+        rows = self.config.batch_size // jax.process_count()
+        return CheckedBatches(batches, self.dataset, self.model.spec.modalities, rows)
+
+    def identity(self) -> dict[str, Any]:
+        """The configuration and the data of the run, as JSON, for checkpoints and the summary.
+
+        `inputs` is for inference without the data; the rest tells the run from others.
+        """
+        examples = {split: len(source) for split, source in self.dataset.splits.items()}
+        return {
+            "config": self.config.to_dict(),
+            "examples": examples,
+            "signature": self.signature,
+            "inputs": self.inputs.to_json(),
+        }
+
+    def record(self, best: Mapping[str, Any], **rest: Any) -> dict[str, Any]:
+        """The JSON that a checkpoint holds as well as the state.
+
+        Args:
+          best: the best checkpoint so far.
+          rest: everything else that the loop needs to resume.
+        """
+        return {"best": best, **self.identity(), **rest}
+
+    def check_record(self, record: Mapping[str, Any], workdir: Any) -> None:
+        """Checks that a checkpoint in the folder is this run's.
+
+        Raises:
+          CheckpointError: its configuration or its data are others; says in which fields.
+        """
+        theirs = with_defaults(record["config"], default_config().to_dict())
+        check_same_run(self.config, theirs, f"a checkpoint in {workdir}")
+        self.check_data(record, f"the checkpoint in {workdir}")
+
+    def check_data(self, record: Mapping[str, Any], where: str) -> None:
+        """A checkpoint or summary was made with this run's data.
+
+        Raises:
+          CheckpointError: it was made with others; says where they differ.
+        """
+        for split, before in record.get("examples", {}).items():
+            count = len(self.dataset.splits.get(split, ()))
+            if before != count:
+                raise CheckpointError(
+                    f"the data's split {split!r} has {count} examples and had {before} when "
+                    f"{where} was saved; allowed: the same data"
+                )
+        different = first_difference(self.signature, record.get("signature", self.signature))
+        if different:
+            raise CheckpointError(
+                f"the data's {different} has other values than when {where} was saved; "
+                "allowed: the same data, or another workdir"
+            )
+
+
+def example_batch(dataset: Dataset, size: int = 2) -> dict[str, np.ndarray]:
+    """A small batch of the training data, for shapes."""
+    source = dataset.splits["train"]
+    example = source[0]
+    for transform in dataset.eval_transforms:
+        example = transform.map(example)
+    return collate([example] * size)
+
+
+def resolve_config(config: Any, dataset: Dataset) -> Any:
+    """A copy of the configuration in which `config.model` is complete: as the data have it.
+
+    Raises:
+      ConfigError: `config.model` does not fit the data.
+    """
+    resolved = copy.deepcopy(config)
+    given = resolved.model.to_dict()
+    with resolved.unlocked():
+        resolved.model = infer_model(dataset, given)
+    return resolved
+
+
+def by_modality(modalities: Sequence[str], columns: Columns, name: str) -> dict[str, np.ndarray]:
+    """Columns of `attention_share`, `present` or `quality` as `{modality: [N]}`, else empty."""
+    if name in ("attention_share", "present"):
+        values = columns.get(name)
+        return {} if values is None else {m: values[:, i] for i, m in enumerate(modalities)}
+    found = {m: columns[f"quality_{m}"] for m in modalities if f"quality_{m}" in columns}
+    return found if len(found) == len(modalities) else {}
+
+
+class CheckedBatches:
+    """Iterates over batches and checks them.
+
+    The first batch is checked whole, the others against the first; labels and token ids are checked
+    in each, since a wrong one would pass as NaN or as another class.
+
+    Args:
+      batches: from the pipeline.
+      dataset: what a batch should be.
+      modalities: those that the model uses.
+      rows: B, examples in each batch.
+
+    Raises:
+      DataError: a file cannot be read any more, or a batch is not as the data set says; names the
+        field, what came and what was expected.
+    """
+
+    def __init__(
+        self, batches: Iterator[Batch], dataset: Dataset, modalities: tuple[str, ...], rows: int
+    ) -> None:
+        self._batches, self._dataset = batches, dataset
+        self._modalities, self._rows = modalities, rows
+        sizes = {m: dataset.modalities[m].vocab_size for m in modalities}
+        self._vocabularies = {m: size for m, size in sizes.items() if size is not None}
+        self._first: dict[str, tuple[tuple[int, ...], np.dtype]] | None = None
+
+    def __iter__(self) -> "CheckedBatches":
+        return self
+
+    def __next__(self) -> Batch:
+        try:
+            batch = next(self._batches)
+        except OSError as error:
+            name = "" if error.filename is None else f"{error.filename}: "
+            raise DataError(f"data: {name}{error.strerror or error}") from error
+        forms = {name: (value.shape, value.dtype) for name, value in batch.items()}
+        if self._first is None:
+            check_batch(batch, self._dataset, self._modalities, self._rows)
+            self._first = forms
+        elif forms != self._first:
+            odd = next(n for n in {**forms, **self._first} if forms.get(n) != self._first.get(n))
+            raise DataError(
+                f"batch: {odd!r} is {_form(forms, odd)}; "
+                f"expected {_form(self._first, odd)}, as in the batches before"
+            )
+        check_labels(batch["label"], self._dataset.num_classes)
+        check_ids(batch, self._vocabularies)
+        return batch
+
+    def close(self) -> None:
+        """Stops the pipeline's threads."""
+        self._batches.close()  # type: ignore[attr-defined]
+
+
+def check_batch(
+    batch: Mapping[str, np.ndarray], dataset: Dataset, modalities: tuple[str, ...], rows: int
+) -> None:
+    """Keys, shapes and dtypes of a batch, against what the data set says of itself.
+
+    Raises:
+      DataError: names the field, what came and what was expected.
+    """
+    for name in (*modalities, "label", "example_mask"):
+        if name not in batch:
+            raise DataError(
+                f"batch: {name!r} is missing; expected {', '.join(modalities)}, label and "
+                f"example_mask, found {', '.join(sorted(batch))}"
+            )
+    expect(batch, "label", [(rows,)], "i")
+    expect(batch, "example_mask", [(rows,)], "b")
+    for name in modalities:
+        info = dataset.modalities[name]
+        expect(batch, name, [(rows, *info.shape)], np.dtype(info.dtype).kind)
+        expect(batch, f"{name}_mask", mask_shapes(info, rows), "b")
+        expect(batch, f"quality_{name}", [(rows,)], "f")
+        if batch[name].dtype.kind == "f" and not np.isfinite(batch[name]).all():
+            raise DataError(f"batch: {name!r} holds NaN or infinity; expected finite numbers")
+
+
+def mask_shapes(info: ModalityInfo, rows: int) -> list[tuple[int, ...]]:
+    """`[B]`, whether an example has the modality, or `[B, L]`, its real positions."""
+    return [(rows,)] + ([(rows, info.shape[0])] if info.kind in POSITIONS else [])
+
+
+def expect(
+    batch: Mapping[str, np.ndarray], name: str, shapes: list[tuple[int, ...]], kind: str
+) -> None:
+    """A field, where it is present, has one of the shapes and a dtype of that kind.
+
+    Raises:
+      DataError: it does not.
+    """
+    if name not in batch:
+        return
+    value = batch[name]
+    words = {"i": "int32", "b": "bool", "f": "float32", "u": "uint8"}[kind]
+    if value.shape not in shapes or value.dtype != np.dtype(words):
+        wanted = " or ".join(f"{words}{list(shape)}" for shape in shapes)
+        raise DataError(f"batch: {name!r} is {value.dtype}{list(value.shape)}; expected {wanted}")
+
+
+def check_labels(label: np.ndarray, num_classes: int) -> None:
+    """Labels lie in 0 .. num_classes - 1.
+
+    Raises:
+      DataError: one does not.
+    """
+    low, high = label.min(), label.max()
+    if low < 0 or high >= num_classes:
+        wrong = low if low < 0 else high
+        raise DataError(
+            f"batch: 'label' holds {wrong}; expected 0 to {num_classes - 1} ({num_classes} classes)"
+        )
+
+
+def check_ids(batch: Mapping[str, np.ndarray], vocabularies: Mapping[str, int]) -> None:
+    """Token ids lie in 0 .. vocab_size - 1.
+
+    Raises:
+      DataError: one does not.
+    """
+    for name, size in vocabularies.items():
+        low, high = batch[name].min(), batch[name].max()
+        if low < 0 or high >= size:
+            wrong = low if low < 0 else high
+            raise DataError(
+                f"batch: {name!r} holds {wrong}; expected 0 to {size - 1} (vocab_size {size})"
+            )
+
+
+def _form(forms: Mapping[str, tuple[tuple[int, ...], np.dtype]], name: str) -> str:
+    if name not in forms:
+        return "absent"
+    shape, dtype = forms[name]
+    return f"{dtype}{list(shape)}"

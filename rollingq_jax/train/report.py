@@ -1,0 +1,316 @@
+"""The end of a run: the test set, read once, then `summary.json`, figures and the report.
+
+The training loop imports this when it is there: Matplotlib is for finished runs.
+"""
+
+import functools
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from rollingq_jax.analysis import plots, report
+from rollingq_jax.analysis.metrics import Predictions, scores, where_present, written
+from rollingq_jax.analysis.plots.training import used_up
+from rollingq_jax.analysis.report import (
+    ReportFigure,
+    Table,
+    attention_examples,
+    choose_examples,
+    write_report,
+)
+from rollingq_jax.train.checkpoint import Checkpoints, DamagedError
+from rollingq_jax.train.experiment import Columns, Experiment, by_modality
+from rollingq_jax.train.logging import (
+    MetricsWriter,
+    Row,
+    Snapshot,
+    count,
+    device_line,
+    load_snapshots,
+    read_rows,
+    table,
+    versions,
+)
+from rollingq_jax.train.train_state import TrainState
+from rollingq_jax.train.workdir import is_number, json_ready, write_json
+
+log = logging.getLogger(__name__)
+
+MAX_ROTATIONS_DRAWN = 2
+
+
+def finish_run(
+    experiment: Experiment,
+    workdir: epath.Path,
+    checkpoints: Checkpoints,
+    best: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Tests the best checkpoint and leaves the summary, the figures and the report.
+
+    The summary is written last: as long as it is missing, the same command does this again.
+    """
+    state, best = restore_best(experiment, workdir, checkpoints, best)
+    means, columns = experiment.evaluate(experiment.parallel.put_state(state), "test")
+    rotations = None if state.rolling is None else np.asarray(state.rolling.count).tolist()
+    predictions = predictions_of(experiment, columns)
+    found = test_scores(predictions, experiment) | {
+        "test_loss": means["loss"],
+        "probe_accuracy": {
+            name.partition("/")[2]: value
+            for name, value in means.items()
+            if name.startswith("probe_accuracy/")
+        },
+        "best": best,
+        "rotations": rotations,
+        "num_parameters": count(state.params),
+        "seed": experiment.config.seed,
+        "device": device_line(),
+        "versions": versions(),
+        "command": sys.argv,
+        "data": experiment.dataset.description,
+        **experiment.identity(),
+    }
+    summary = json_ready(found)
+    if jax.process_index() == 0:
+        writer = MetricsWriter(workdir, experiment.total_steps)
+        writer.remove("test")
+        epoch = experiment.config.epochs
+        writer.write([{"step": experiment.total_steps, "epoch": epoch, "split": "test"} | means])
+        spent = used_up(writer.rows)
+        if spent is not None:
+            summary["rotations_used_up"] = spent
+        draw(experiment, workdir, state, summary, predictions, writer.rows)
+        write_json(workdir / "summary.json", summary)
+    return summary
+
+
+def print_summary(summary: Mapping[str, Any], workdir: epath.Path) -> None:
+    """The table at the end of a run; of a summary that lacks something, what it has."""
+    best = summary["best"]
+
+    def mapping(name: str) -> Mapping[str, Any]:
+        found = summary.get(name)
+        return found if isinstance(found, Mapping) else {}
+
+    def shown(value: Any, form: str = ".3f", count: Any = None) -> str:
+        count = count if isinstance(count, int) else None
+        return written(value if is_number(value) else None, form, count)
+
+    counts = mapping("modality_examples")  # where some example lacks one
+    rows = [
+        ("best epoch by validation", f"{best['epoch']} ({shown(best['accuracy'])})"),
+        ("test accuracy", shown(summary["test_accuracy"])),
+        ("test macro F1", shown(summary.get("test_macro_f1"))),
+    ]
+    if "test_nonfinite" in summary:
+        rows.append(("test examples with NaN or infinite logits", str(summary["test_nonfinite"])))
+    for words, name in (
+        ("test accuracy, {} alone", "probe_accuracy"),
+        ("attention share, {}", "attention_share"),
+    ):
+        rows += [
+            (words.format(m), shown(value, count=counts.get(m)))
+            for m, value in mapping(name).items()
+        ]
+    if "quality_correlation" in summary:
+        value = summary["quality_correlation"]  # undefined where a quality is constant
+        examples = [n for n in mapping("contrast_examples").values() if isinstance(n, int)]
+        count = min(examples, default=None)
+        rows.append(("correlation of share and quality", shown(value, "+.3f", count)))
+    rotations = summary.get("rotations")
+    if isinstance(rotations, list) and all(map(is_number, rotations)):
+        rows.append(("rotations in the best checkpoint", str(sum(rotations))))
+    used_up = mapping("rotations_used_up")
+    if used_up:
+        text = f"epoch {used_up.get('epoch')}, imbalance then {shown(used_up.get('imbalance'))}"
+        rows.append(("all rotations used, imbalance above beta", text))
+    if jax.process_index() == 0:
+        print(table(rows))
+        print(f"figures, report.html and summary.json are in {workdir}")
+
+
+def predictions_of(experiment: Experiment, columns: Columns) -> Predictions:
+    """The columns of a pass over a split in the form that the analysis reads."""
+    modalities = experiment.model.spec.modalities
+    present = by_modality(modalities, columns, "present")
+    quality = by_modality(modalities, columns, "quality")
+    return Predictions(
+        probabilities=columns["probabilities"],
+        label=columns["label"],
+        attention_share=by_modality(modalities, columns, "attention_share"),
+        quality={m: where_present(q, present.get(m)) for m, q in quality.items()},
+        present=present,
+    )
+
+
+def test_scores(predictions: Predictions, experiment: Experiment) -> dict[str, Any]:
+    """Accuracy, F1 and calibration as `test_*`; each class, the shares and what they follow.
+
+    Where they apply, "test_nonfinite", examples whose logits were not finite, and
+    "modality_examples", how many have each modality.
+    """
+    found = scores(predictions, experiment.config.model.num_classes, experiment.dataset.class_names)
+    named = ("accuracy", "macro_f1", "weighted_f1", "calibration_error", "nonfinite")
+    return {f"test_{n}" if n in named else n: value for n, value in found.items()}
+
+
+def restore_best(
+    experiment: Experiment,
+    workdir: epath.Path,
+    checkpoints: Checkpoints,
+    best: Mapping[str, Any],
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state of the best checkpoint; where that is damaged, of the newest that is not."""
+    like = experiment.abstract_state()
+    check = functools.partial(experiment.check_record, workdir=workdir)
+    try:
+        return checkpoints.restore(best["step"], like, check)[0], dict(best)
+    except DamagedError as error:
+        found = checkpoints.restore_newest(like, check)
+        if found is None:
+            raise
+        log.warning("the best %s; the newest is tested in its place", error)
+    state, step = found[0], int(found[0].step)
+    rows = read_rows(workdir / "metrics.jsonl")
+    accuracy = [r["accuracy"] for r in rows if (r["split"], r["step"]) == ("valid", step)]
+    epoch = step // experiment.epoch_steps
+    return state, {"step": step, "epoch": epoch, "accuracy": accuracy[0] if accuracy else None}
+
+
+def rotation_panels(snapshots: list[Snapshot]) -> list[plots.PolarPanel]:
+    """Before and after the first rotation and the last; none where the query was never rotated."""
+    if len(snapshots) > MAX_ROTATIONS_DRAWN:
+        snapshots = [snapshots[0], snapshots[-1]]
+    panels = []
+    for snapshot in snapshots:
+        when, keys, anchor = f"epoch {snapshot.epoch}", snapshot.keys, snapshot.anchor
+        panels += [
+            plots.PolarPanel(f"{when}, before the rotation", keys, snapshot.query, anchor),
+            plots.PolarPanel(f"{when}, after it", keys, anchor, anchor),
+        ]
+    return panels
+
+
+def report_figures(
+    experiment: Experiment,
+    workdir: epath.Path,
+    state: TrainState,
+    predictions: Predictions,
+    rows: list[Row],
+) -> dict[str, ReportFigure]:
+    """Every figure by the name of its file, with its words."""
+    figures = {
+        "accuracy": ReportFigure(
+            "Accuracy of the model and of its probes",
+            plots.accuracy_figure(rows, chance=1 / experiment.config.model.num_classes),
+            report.describe_accuracy(rows),
+            report.HOW_TO_READ["accuracy"],
+        )
+    }
+    if not predictions.attention_share:
+        return figures
+    plain = read_rows(workdir / "plain" / "metrics.jsonl") if experiment.config.plain_twin else []
+    figures["dynamics"] = ReportFigure(
+        "Imbalance and attention share",
+        plots.dynamics_figure(rows, beta=experiment.config.rolling.beta, plain=plain),
+        report.describe_dynamics(rows, plain),
+        report.HOW_TO_READ["dynamics"],
+    )
+    panels = rotation_panels(load_snapshots(workdir, experiment.total_steps))
+    if panels:
+        figures["rotation"] = ReportFigure(
+            "Keys around the query, before and after a rotation",
+            plots.polar_panels(panels),
+            report.describe_rolls(rows),
+            report.HOW_TO_READ["polar"],
+        )
+    if predictions.quality:
+        figures["share_quality"] = ReportFigure(
+            "Does attention follow quality?",
+            plots.share_quality_figure({"": (predictions.shares(), predictions.quality)}),
+            "Scatter plot of attention share against the difference in quality, test data.",
+            report.HOW_TO_READ["share_quality"],
+        )
+    examples = attention_examples(
+        experiment.model,
+        state.params,
+        state.rotation,
+        experiment.dataset,
+        "test",
+        choose_examples(predictions),
+        seed=experiment.config.seed,
+    )
+    figures["attention"] = ReportFigure(
+        "What the class token looks at",
+        plots.attention_figure(examples),
+        "Attention weights drawn over the inputs of some test examples.",
+        report.HOW_TO_READ["attention"],
+    )
+    return figures
+
+
+def report_tables(summary: dict[str, Any], rows: list[Row]) -> list[Table]:
+    """Rotations and classes."""
+    rolls = [row for row in rows if row["split"] == "roll"]
+    fields = ("epoch", "head", "imbalance_before", "imbalance_after", "angle_degrees")
+    classes = [
+        (name, score["examples"], score["accuracy"], score["f1"])
+        for name, score in summary["per_class"].items()
+    ]
+    tables = [Table("Classes, test data", ("class", "examples", "accuracy", "F1"), classes)]
+    if rolls:
+        columns = ("epoch", "head", "imbalance before", "imbalance after", "angle (degrees)")
+        lines = [[row.get(field) for field in fields] for row in rolls]
+        words = "Imbalance over the batch of the step, with the query before and after."
+        tables.insert(0, Table("Rotations", columns, lines, words))
+    return tables
+
+
+def key_numbers(summary: dict[str, Any]) -> dict[str, Any]:
+    """The numbers at the top of the report."""
+    rotations = summary["rotations"]
+    numbers = {
+        "test accuracy": summary["test_accuracy"],
+        "test macro F1": summary["test_macro_f1"],
+        "rotations": None if rotations is None else int(np.sum(rotations)),
+        "correlation of share and quality": summary.get("quality_correlation"),
+    }
+    return {name: value for name, value in numbers.items() if value is not None}
+
+
+def draw(
+    experiment: Experiment,
+    workdir: epath.Path,
+    state: TrainState,
+    summary: dict[str, Any],
+    predictions: Predictions,
+    rows: list[Row],
+) -> None:
+    """Writes `figures/*.png` and `report.html`."""
+    figures = {
+        name: figure.drawn()
+        for name, figure in report_figures(experiment, workdir, state, predictions, rows).items()
+    }
+    folder = workdir / "figures"
+    folder.mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        plots.save_png(figure.figure, folder / f"{name}.png")
+    best = summary["best"]
+    chosen = "" if best["accuracy"] is None else f" ({best['accuracy']:.3f})"
+    write_report(
+        workdir / "report.html",
+        title=f"RollingQ: {experiment.config.data.name}, {experiment.config.model.fusion}",
+        lead=f"The best epoch by validation accuracy is {best['epoch']}{chosen}; the test data "
+        "were read once, with its parameters.",
+        key_numbers=key_numbers(summary),
+        figures=list(figures.values()),
+        tables=report_tables(summary, rows),
+        data=summary["data"],
+        config=summary["config"],
+        versions=summary["versions"] | {"device": summary["device"]},
+    )

@@ -1,0 +1,139 @@
+"""The state that a training run carries from step to step, and the optimizer that moves it."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from rollingq_jax.rolling import RollingQuery, RollingState
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """The whole of a run: with the data, which follow from `step`, it determines all that comes.
+
+    Attributes:
+      step: `[]` int32, updates done; also the position in the data.
+      params: the model's parameters, float32.
+      opt_state: the optimizer's.
+      rolling: rotations, counts and running sums; None for a fusion without a class query.
+      rng: PRNG key `[]`, the same for the whole run; a step folds its number in.
+      baseline: of a method of comparison that has one, such as PMR's prototypes; else `()`.
+    """
+
+    step: Array
+    params: Any
+    opt_state: Any
+    rolling: RollingState | None
+    rng: Array
+    baseline: Any = ()
+
+    @property
+    def rotation(self) -> Array | None:
+        """`[n H, d_h, d_h]` for n fusion layers, or None for a fusion without a class query."""
+        return None if self.rolling is None else self.rolling.rotation
+
+
+def create_state(
+    model: Any,
+    tx: optax.GradientTransformation,
+    roller: RollingQuery,
+    *,
+    seed: int,
+    batch: Any,
+    baseline: Any = (),
+) -> TrainState:
+    """Initial state: parameters drawn from `seed`, R = I.
+
+    Args:
+      model: from `build_model`.
+      tx: the optimizer.
+      roller: from `rolling_query`.
+      seed: of parameters and dropout.
+      batch: one batch, for its shapes.
+      baseline: initial state of a method of comparison.
+    """
+    init_rng, step_rng = jax.random.split(jax.random.key(seed))
+    params = jax.jit(model.init)(init_rng, batch)["params"]
+    return TrainState(
+        step=jnp.zeros([], jnp.int32),
+        params=params,
+        opt_state=tx.init(params),
+        rolling=init_rolling(model, params, roller),
+        rng=step_rng,
+        baseline=baseline,
+    )
+
+
+def init_rolling(model: Any, params: Any, roller: RollingQuery) -> RollingState | None:
+    """The rolling state that fits the model's class queries; None where it has none."""
+    if not model.spec.scores_attention or len(model.spec.modalities) < 2:
+        return None
+    query = jax.eval_shape(lambda p: model.apply({"params": p}, None, method="class_query"), params)
+    heads, head_dim = query.shape  # of the first fusion layer; all layers have as many
+    return roller.init(len(model.spec.modalities), head_dim, model.spec.fusion_layers * heads)
+
+
+def learning_rate_schedule(
+    learning_rate: float,
+    steps_per_epoch: int,
+    epochs: int,
+    *,
+    warmup_epochs: float = 2.5,
+    extra_step: bool = False,
+    clip: bool = True,
+) -> optax.Schedule:
+    """Learning rate of optimizer step t = 0, 1, ...: linear warm-up, then one cosine.
+
+    With W = int(warmup_epochs * steps_per_epoch) and T = epochs * steps_per_epoch,
+
+        lr(s) = learning_rate s / W                                      for s < W
+        lr(s) = learning_rate (1 + cos(pi (s - W) / (T - W))) / 2        after that.
+
+    It is `get_cosine_schedule_with_warmup` of the transformers library, which upstream uses, and
+    within rounding `optax.warmup_cosine_decay_schedule`. That one cannot go on beyond T, which
+    `clip=False` needs.
+
+    Args:
+      learning_rate: the highest.
+      steps_per_epoch: optimizer steps in an epoch.
+      epochs: their number.
+      warmup_epochs: epochs of warm-up; the paper's 2.5 may end inside an epoch.
+      extra_step: upstream steps its schedule once more at each epoch's end, so that
+        s = t + floor(t / steps_per_epoch); otherwise s = t.
+      clip: whether the rate stays at 0 from s = T. Upstream's extra steps go beyond T, where its
+        cosine rises again.
+    """
+    warmup, total = int(warmup_epochs * steps_per_epoch), steps_per_epoch * epochs
+
+    def schedule(count: Any) -> Array:
+        step = jnp.asarray(count, jnp.int32)
+        if extra_step:
+            step = step + step // steps_per_epoch
+        step = step.astype(jnp.float32)
+        progress = (step - warmup) / max(1, total - warmup)
+        if clip:
+            progress = jnp.minimum(progress, 1.0)
+        cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        return learning_rate * jnp.where(step < warmup, step / max(1, warmup), cosine)
+
+    return schedule
+
+
+def make_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """SGD with momentum and weight decay added to the gradient of every parameter; or Adam.
+
+    Args:
+      config: `config.optimizer`, checked.
+      schedule: learning rate of each step.
+    """
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    if config.name == "adam":
+        return optax.chain(*clip, optax.adam(schedule))
+    return optax.chain(
+        *clip,
+        optax.add_decayed_weights(config.weight_decay),
+        optax.sgd(schedule, momentum=config.momentum or None),
+    )
