@@ -32,7 +32,7 @@ _UNKNOWN_FRAMES = 1 << 62  # libsndfile gives 2^63 - 1 where a FLAC header is si
 
 
 def samples_in(seconds: float, rate: int) -> int:
-    """How many samples are used of the first `seconds`: those, and one for the resampling."""
+    """The number of samples used of the first `seconds`: those, and one for the resampling."""
     return round(seconds * rate) + 1
 
 
@@ -157,7 +157,7 @@ def check_sound_format(rate: int, channels: int, path: str | os.PathLike) -> Non
 
 
 class _WavHeader(NamedTuple):
-    """What a WAV file says of itself.
+    """The header of a WAV file.
 
     Attributes:
       magic: RIFF, RIFX (big-endian), RF64 or BW64 (64-bit lengths).
@@ -220,7 +220,7 @@ def _read_wav_header(file: Any, path: str | os.PathLike) -> _WavHeader | None:
 
 
 def _is_open(length: int, bits: int) -> bool:
-    """Whether a length stands for "not known yet": 0, or near the largest of `bits` or 32 bits.
+    """Tells a length that stands for "not known yet": 0, or near the largest of `bits` or 32 bits.
 
     Encoders that write to a pipe leave all ones (FFmpeg), 2^31 - 1, 2^31 - 4096 (sox), 2^31 ...,
     some of them rounded or with the header's size added or taken off.
@@ -235,7 +235,7 @@ def _is_open(length: int, bits: int) -> bool:
 
 
 def _chunks_end_the_file(file: Any, size: int, order: str) -> bool:
-    """Whether a sequence of well-formed chunks leads from here to the end of the file."""
+    """Tells if a sequence of well-formed chunks leads from here to the end of the file."""
     while file.tell() < size:
         chunk = file.read(8)
         name, length = struct.unpack(f"{order}4sI", chunk.ljust(8, b"\0"))

@@ -1,4 +1,4 @@
-"""Where generated data and measurements are kept, and how they get there whole."""
+"""The cache of generated data and measurements, in which everything is whole."""
 
 import contextlib
 import hashlib
@@ -34,7 +34,7 @@ def cache_root(cache_dir: str = "") -> pathlib.Path:
 def build_once(target: pathlib.Path, build: Callable[[pathlib.Path], pathlib.Path]) -> None:
     """Makes the directory `target` unless it is there.
 
-    `build` works in a scratch directory beside it, and its result is moved into place by one
+    `build` works in a scratch directory next to it, and its result is moved into place by one
     rename, with a list of its files' checksums. So `target` is either absent or whole: a build
     that dies leaves only its scratch directory, and of two that run at once one gives up its result
     for the other's.
@@ -90,7 +90,7 @@ def remembered(
     read: Callable[[Any], T],
     write: Callable[[T], Any],
 ) -> T:
-    """What `make` returns, or returned for an equal key before.
+    """Returns what `make` returns, or returned for an equal key before.
 
     A cache that is damaged, or that cannot be written, is passed over.
 

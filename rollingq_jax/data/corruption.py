@@ -183,7 +183,7 @@ class GaussianNoise(grain.transforms.RandomMap):
         noise = rng.standard_normal(value.shape, np.float32) * np.float32(scale * self.unit)
         return element | {
             name: np.where(positions(element, name), value + noise, value),
-            f"quality_{name}": lowered_quality(element, name, scale),
+            f"quality_{name}": _lowered_quality(element, name, scale),
         }
 
 
@@ -221,13 +221,13 @@ class SignalToNoise(grain.transforms.RandomMap):
         noise = rng.standard_normal(value.shape, np.float32) * np.float32(deviation)
         return element | {
             name: np.where(real, value + noise, value),
-            f"quality_{name}": lowered_quality(element, name, deviation / self.unit),
+            f"quality_{name}": _lowered_quality(element, name, deviation / self.unit),
         }
 
 
 @dataclasses.dataclass(frozen=True)
 class Replace(grain.transforms.RandomMap):
-    """Puts noise in place of the modality: nothing of the example is left.
+    """Replaces the modality by noise: nothing of the example is left.
 
     Floats become N(0, unit^2) around 0, pixels the same after normalization, token ids uniform over
     the vocabulary. `"quality_<m>"` is dropped, since no finite amount of noise does this.
@@ -301,7 +301,7 @@ class ModalityDropout(grain.transforms.RandomMap):
 
 
 def has_modality(example: Example, name: str) -> bool:
-    """Whether an example has a modality, as the model sees it: token id 0 is padding."""
+    """Tells if an example has a modality, as the model sees it: token id 0 is padding."""
     mask = np.asarray(example.get(f"{name}_mask", True))
     value = np.asarray(example[name])
     return bool(np.any(mask & (value != 0) if value.dtype.kind == "i" else mask))
@@ -408,7 +408,7 @@ def positions(example: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     return mask.reshape(mask.shape + (1,) * (np.ndim(value) - mask.ndim))
 
 
-def lowered_quality(example: Mapping[str, np.ndarray], name: str, scale: float) -> np.ndarray:
+def _lowered_quality(example: Mapping[str, np.ndarray], name: str, scale: float) -> np.ndarray:
     """The quality after noise of standard deviation `scale`.
 
     Independent noises add in variance: with noise of q before, -sqrt(q^2 + scale^2).
@@ -449,7 +449,7 @@ def training_deviation(dataset: Dataset, info: ModalityInfo) -> float:
     """The standard deviation of a modality over the training split, all features together.
 
     `info.unit` where the data set states it; else measured over at most 256 examples, evenly
-    spaced, of the floats that the model sees, real positions alone.
+    spaced, of the floats that the model sees, only real positions.
     """
     if info.unit is not None:
         return info.unit

@@ -21,6 +21,7 @@ from rollingq_jax.errors import ConfigError, DataError
 from rollingq_jax.models import infer_kind as kind_of_batch
 
 Example = dict[str, np.ndarray]
+SPLITS = ("train", "valid", "test")
 # Before a modality's name: whether an example keeps it under "drop" because it is its last.
 KEPT = "kept/"
 KINDS = ("image", "sequence", "spectrogram", "tokens", "vector", "video")
@@ -333,10 +334,10 @@ def encode_labels(
       {split: int32 [N]}, and the class names, () where the data have none.
 
     Raises:
-      DataError: as `check_labels` and `check_class_names`; names beside numbers, an
+      DataError: as `check_labels` and `_check_class_names`; names among numbers, an
         empty name, or one that is not known.
     """
-    class_names = check_class_names(class_names)
+    class_names = _check_class_names(class_names)
     for split, values in labels.items():
         _check_task(np.asarray(values), f"{split}/label")
     if not all(np.asarray(v).dtype.kind in "SUT" and v.ndim == 1 for v in labels.values()):
@@ -349,7 +350,7 @@ def encode_labels(
     if every and all(map(is_class_number, every)) and not every <= set(class_names):
         numbers = {split: of_split.astype(np.int64) for split, of_split in names.items()}
         return {s: check_labels(v, f"{s}/label") for s, v in numbers.items()}, class_names
-    known = class_names or check_class_names(np.unique(names["train"]).tolist(), "train/label")
+    known = class_names or _check_class_names(np.unique(names["train"]).tolist(), "train/label")
     number_of = {name: number for number, name in enumerate(known)}
     for split, of_split in names.items():
         if unknown := [name for name in of_split.tolist() if name not in number_of]:
@@ -369,11 +370,11 @@ def encode_labels(
 
 
 def is_class_number(label: str) -> bool:
-    """Whether a label is written as a number."""
+    """Tells a label that is written as a number."""
     return re.fullmatch(r"-?[0-9]{1,9}", label) is not None
 
 
-def check_class_names(names: Sequence[str], where: str = "class_names") -> tuple[str, ...]:
+def _check_class_names(names: Sequence[str], where: str = "class_names") -> tuple[str, ...]:
     """The names, without spaces around them, if they tell the classes apart.
 
     Raises:
@@ -609,13 +610,13 @@ def _divided(splits: Mapping[str, Source], chosen: np.ndarray, name: str) -> dic
     source = splits["train"]
     rest = np.setdiff1d(np.arange(len(source)), chosen)
     parts = {**splits, "train": Subset(source, rest), name: Subset(source, chosen)}
-    return {split: parts[split] for split in ("train", "valid", "test") if split in parts}
+    return {split: parts[split] for split in SPLITS if split in parts}
 
 
 _ORDERS = 5  # in which groups are gone through
 _MANY = 2000  # groups, of which one order is enough
 _PASSES = 10
-_SINGLES = 100  # groups that are tried alone where the choices of several will not do
+_SINGLES = 100  # groups that are tried singly where the choices of several will not do
 _SIZE_MATTERS = 4.0  # how much more the number of examples weighs than the classes' shares
 
 
@@ -674,11 +675,11 @@ def hold_out_groups(
         del orders[1:]
     best = sorted(map(choice.improve, orders), key=choice.distance)
 
-    def alone() -> Iterator[list[int]]:
+    def singly() -> Iterator[list[int]]:
         single = [[group] for group in orders[0].tolist() if choice.can_spare(group)]
         yield from sorted(single, key=choice.distance)[:_SINGLES]
 
-    for chosen in itertools.chain(filter(None, best), alone()):
+    for chosen in itertools.chain(filter(None, best), singly()):
         held_out = np.isin(choice.group_of, chosen)
         if not further or _can_hold_out(labels[~held_out], groups[~held_out]):
             return np.flatnonzero(held_out).astype(np.int64)
@@ -686,7 +687,7 @@ def hold_out_groups(
 
 
 class _GroupChoice:
-    """How far a choice of groups to hold out is from what is wanted, and how to get nearer."""
+    """Measures how far a choice of groups is from what is wanted, and improves it."""
 
     def __init__(self, labels: np.ndarray, groups: np.ndarray, fraction: float) -> None:
         _, class_of = np.unique(labels, return_inverse=True)
@@ -706,7 +707,7 @@ class _GroupChoice:
         self.size_weight = _SIZE_MATTERS / self.wanted_size**2
 
     def can_spare(self, group: int, held: Sequence[int] | None = None) -> bool:
-        """Whether the rest keeps every class of the group, with `held` of each class taken out."""
+        """Tells if the rest keeps every class of the group, with `held` of each class taken out."""
         return all(
             self.totals[c] - (held[c] if held is not None else 0) > count
             for c, count in self.parts[group]
@@ -745,7 +746,7 @@ class _GroupChoice:
 
 
 def _can_hold_out(labels: np.ndarray, groups: np.ndarray) -> bool:
-    """Whether some group can be spared without losing a class."""
+    """Tells if some group can be spared without losing a class."""
     choice = _GroupChoice(labels, groups, 0.5)
     return any(map(choice.can_spare, range(choice.num_groups)))
 
@@ -753,10 +754,10 @@ def _can_hold_out(labels: np.ndarray, groups: np.ndarray) -> bool:
 SAMPLED = 36  # examples of a split, evenly spaced; every fifth is one of the EARLIER
 EARLIER = 8  # as many were taken by versions that did not hash the labels
 LABELS = "label/sha256"
-Signature = dict[str, dict[str, Any]]
+Fingerprint = dict[str, dict[str, Any]]
 
 
-def fingerprint(dataset: Dataset) -> Signature:
+def fingerprint(dataset: Dataset) -> Fingerprint:
     """`{split: {array: numbers}}`: mean absolute values in some examples, as JSON can hold them.
 
     Means and not hashes, since decoders and resamplers of another machine may differ in last bits.
@@ -766,7 +767,7 @@ def fingerprint(dataset: Dataset) -> Signature:
     Raises:
       DataError: an example cannot be read.
     """
-    found: Signature = {}
+    found: Fingerprint = {}
     for split, source in dataset.splits.items():
         count = len(source)
         examples = [source[place] for place in _places(count, SAMPLED)]
@@ -778,8 +779,8 @@ def fingerprint(dataset: Dataset) -> Signature:
     return found
 
 
-def first_difference(ours: Signature, theirs: Mapping[str, Any]) -> str:
-    """The first `split/array` in which two signatures differ; empty if they do not.
+def first_difference(ours: Fingerprint, theirs: Mapping[str, Any]) -> str:
+    """The first `split/array` in which two fingerprints differ; empty if they do not.
 
     `theirs` may be of an earlier version, with fewer examples and without the hash of the labels.
     """

@@ -15,11 +15,13 @@ import numpy as np
 from etils import epath
 
 from rollingq_jax.data.dataset import (
+    SPLITS,
     ArraySource,
     Dataset,
     Example,
     ModalityInfo,
     Source,
+    as_text,
     ids_of,
     is_class_number,
     labels_of,
@@ -30,8 +32,6 @@ from rollingq_jax.data.preprocessing import InputSpec, Preprocessed, Preprocessi
 from rollingq_jax.data.sources.arrays import check_memory, open_arrays, unpacked
 from rollingq_jax.data.sources.media_folder import is_manifest
 from rollingq_jax.errors import ConfigError, DataError
-
-SPLITS = ("train", "valid", "test")
 
 
 class NewData(NamedTuple):
@@ -96,7 +96,7 @@ def open_new_data(
 
 
 def _is_folder_of_arrays(place: Path | epath.Path) -> bool:
-    """Whether `.npy` files lie in a local folder, or in those of its splits."""
+    """Tells if `.npy` files lie in a local folder, or in those of its splits."""
     folders = (place, *(place / split for split in SPLITS)) if isinstance(place, Path) else ()
     return any(any(folder.glob("*.npy")) for folder in folders)
 
@@ -107,7 +107,7 @@ def _open_arrays(
     classes: Sequence[str],
     split: str | None = None,
 ) -> NewData:
-    """Arrays under `<split>/<m>` as in training, or under `<m>` alone.
+    """Arrays under `<split>/<m>` as in training, or under `<m>` only.
 
     Beside a modality there may be `mask_<m>`, `quality_<m>`, `label` and `id`; other keys are not
     read.
@@ -166,12 +166,8 @@ def _open_arrays(
                 f"for each of the {len(source)} examples"
             )
     labels = _labels(texts["label"], classes) if "label" in texts else []
-    ids = [_text(value) for value in texts.get("id", range(len(source)))]
+    ids = [as_text(value) for value in texts.get("id", range(len(source)))]
     return NewData(source, ids, labels or [""] * len(source))
-
-
-def _text(value: Any) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 def _labels(values: np.ndarray, classes: Sequence[str]) -> list[str]:
@@ -180,7 +176,7 @@ def _labels(values: np.ndarray, classes: Sequence[str]) -> list[str]:
     Strings that all are numbers are class numbers, unless they are names, as in training.
     """
     if values.dtype.kind in "SU":
-        names = [_text(value).strip() for value in values]
+        names = [as_text(value).strip() for value in values]
         given = {name for name in names if name}
         if not all(map(is_class_number, given)) or given <= set(classes):
             return names
@@ -206,10 +202,10 @@ def _open_prepared(
     labels = _labels(labels_of(source), inputs.classes)
     ids = ids_of(source)
     names = [str(number) for number in range(len(source))] if ids is None else list(map(str, ids))
-    return NewData(Transformed(source, dataset.eval_transforms), names, labels, standardized=True)
+    return NewData(_Transformed(source, dataset.eval_transforms), names, labels, standardized=True)
 
 
-class Transformed:
+class _Transformed:
     """A source with a data set's own transformations for evaluation on each example."""
 
     def __init__(self, source: Source, transforms: Sequence[Any]) -> None:
@@ -255,11 +251,11 @@ def as_dataset(
             )
     labels = np.array([numbers[label] for label in data.labels], np.int32)
     used = {m: inputs.modalities[m] for m in modalities}
-    source: Source = Complete(data.source, used, data.standardized)
+    source: Source = _Complete(data.source, used, data.standardized)
     if not data.standardized:
         source = Preprocessed(source, used)
     return Dataset(
-        {split: Labeled(source, labels, data.ids)},
+        {split: _Labeled(source, labels, data.ids)},
         {m: _with_unit(one.info, (encoders or {}).get(m)) for m, one in used.items()},
         inputs.num_classes,
         inputs.class_names,
@@ -274,7 +270,7 @@ def _with_unit(info: ModalityInfo, encoder: Any) -> ModalityInfo:
     return dataclasses.replace(info, unit=1.0) if info.std and own else info
 
 
-class Complete:
+class _Complete:
     """A source in which every example has every modality's fields, zeros and a mask if it lacks it.
 
     A mask that some data have and others lack, as of a modality that is never missing, is added
@@ -298,7 +294,7 @@ class Complete:
         return masks | example | {name: value[0] for name, value in found.items()}
 
 
-class Labeled:
+class _Labeled:
     """A source with a label for each example."""
 
     def __init__(self, source: Source, labels: np.ndarray, ids: Sequence[str]) -> None:

@@ -31,7 +31,7 @@ class Field(NamedTuple):
 
     @property
     def allowed(self) -> str:
-        """What the field may hold, in words."""
+        """The values that the field may hold, in words."""
         if self.choices:
             return ", ".join(self.choices)
         if isinstance(self.default, Mapping):
@@ -76,7 +76,7 @@ _MEDIA = {
     "text_length": Field(0, "bytes of a text; 0: the longest", minimum=0, maximum=1_000_000),
     "stats_examples": _STATS_EXAMPLES,
 }
-# The fields of each loader beside the common ones, by `data.name`; ANY_TFDS stands for all others.
+# The fields of each loader besides the common ones, by `data.name`; ANY_TFDS stands for all others.
 # Loaders are imported when they are needed; a test holds that they read these fields and no others.
 ANY_TFDS = "any TFDS name"
 FIELDS: dict[str, dict[str, Field]] = {

@@ -1,6 +1,6 @@
 """Batches by step number: shuffle, random transformations, one slice for each process.
 
-The batch of step k is a function of (seed, k) alone. So the position in the data is the step
+The batch of step k is a function of (seed, k) only. So the position in the data is the step
 number, a run resumes in the middle of an epoch without any iterator state, and neither the number
 of threads nor the number of processes changes what is read. An epoch is `ceil(N / batch_size)`
 steps with a permutation of its own; its last batch is filled up with rows that `example_mask`

@@ -27,7 +27,7 @@ POSITIONS = ("sequence", "tokens")  # kinds whose positions can be masked one by
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """How one modality's raw arrays become what the model reads.
+    """The way from one modality's raw arrays to what the model reads.
 
     Attributes:
       info: the modality as the model reads it.
@@ -66,7 +66,7 @@ class Preprocessing:
             limit = math.inf if self.clip is None else self.clip
             with np.errstate(invalid="ignore", over="ignore"):  # masked positions hold anything
                 value = np.clip((value - mean) / std, -limit, limit)
-        return np.ascontiguousarray(zero_masked(value, mask), dtype=self.info.dtype)
+        return np.ascontiguousarray(_zero_masked(value, mask), dtype=self.info.dtype)
 
     def apply_traced(self, raw: Array, mask: Array) -> Array:
         """`apply` of a batch `[B, *raw_shape]` under `jit`, in float32.
@@ -98,7 +98,7 @@ class Preprocessing:
 
 @dataclasses.dataclass(frozen=True)
 class InputSpec:
-    """What a trained model has to know of its data.
+    """All that a trained model has to know of its data.
 
     Attributes:
       modalities: name -> `Preprocessing`, in alphabetical order.
@@ -131,7 +131,7 @@ class InputSpec:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "InputSpec":
-        """What `to_json` wrote, after a passage through a file.
+        """Reads what `to_json` wrote, after a passage through a file.
 
         Raises:
           DataError: a field is missing or of another type.
@@ -276,7 +276,7 @@ class Preprocessed:
         return example
 
 
-def zero_masked(value: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+def _zero_masked(value: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     """0 where the mask, over the first axes of `value`, is False."""
     if mask is None:
         return value
@@ -298,7 +298,7 @@ def complete(
       DataError: there is no modality, or an array does not fit.
     """
     present = {
-        m: as_input(batch[m], one, standardized) for m, one in modalities.items() if m in batch
+        m: _as_input(batch[m], one, standardized) for m, one in modalities.items() if m in batch
     }
     if not present:
         names, found = ", ".join(modalities), ", ".join(map(str, batch)) or "nothing"
@@ -312,7 +312,7 @@ def complete(
     for m, one in modalities.items():
         mask = batch.get(f"{m}_mask", batch.get(f"mask_{m}"))
         if m not in present:
-            inputs[m] = np.zeros((size, *expected_shape(one, standardized)), one.info.dtype)
+            inputs[m] = np.zeros((size, *_expected_shape(one, standardized)), one.info.dtype)
             inputs[f"{m}_mask"] = np.zeros(size, bool)
         elif mask is not None:
             mask = np.asarray(mask)
@@ -328,12 +328,12 @@ def complete(
                     f"{' or '.join(map(str, allowed))}, bool"
                 )
             inputs[f"{m}_mask"] = mask
-        check_values(inputs[m], inputs.get(f"{m}_mask"), one.info)
+        _check_values(inputs[m], inputs.get(f"{m}_mask"), one.info)
     return inputs
 
 
-def check_values(array: np.ndarray, mask: np.ndarray | None, info: ModalityInfo) -> None:
-    """What is not masked out is finite as float32, and an id is in the vocabulary.
+def _check_values(array: np.ndarray, mask: np.ndarray | None, info: ModalityInfo) -> None:
+    """Checks that what is not masked out is finite as float32, and an id in the vocabulary.
 
     Raises:
       DataError: it is not; the answer would be NaN without a word.
@@ -354,12 +354,12 @@ def check_values(array: np.ndarray, mask: np.ndarray | None, info: ModalityInfo)
             raise DataError(f"{info.name} holds {wrong}; allowed: 0 to {info.vocab_size - 1}")
 
 
-def expected_shape(one: Preprocessing, standardized: bool) -> tuple[int, ...]:
+def _expected_shape(one: Preprocessing, standardized: bool) -> tuple[int, ...]:
     """The shape of one example, raw or as the model reads it."""
     return tuple(one.info.shape if standardized else one.raw_shape)
 
 
-def as_input(value: Any, one: Preprocessing, standardized: bool = False) -> np.ndarray:
+def _as_input(value: Any, one: Preprocessing, standardized: bool = False) -> np.ndarray:
     """An array of a modality, with the shape and a dtype that its preprocessing takes.
 
     A raw array may have the last axis of size 1 that preprocessing adds, or lack it. Integers and
@@ -375,7 +375,7 @@ def as_input(value: Any, one: Preprocessing, standardized: bool = False) -> np.n
         raise DataError(f"{info.name} is not an array: {error}") from None
     kinds = {"f": "float", "u": "uint8", "i": "integer"}
     wanted = np.dtype(info.dtype)
-    shape = expected_shape(one, standardized)
+    shape = _expected_shape(one, standardized)
     if wanted.kind == "i":
         fits = array.dtype.kind in "iu"
     elif wanted.kind == "u":

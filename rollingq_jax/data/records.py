@@ -42,7 +42,7 @@ _MOST_BYTES = 16 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a record set is made.
+    """The recipe of a record set.
 
     Attributes:
       name: of the set, used in file names.
@@ -176,7 +176,7 @@ def open_records(folder: str | os.PathLike, hint: str) -> RecordSet:
 
 
 def _partial_folder(folder: Path) -> Path:
-    """Where a record set is built before it gets its name."""
+    """The folder in which a record set is built before it gets its name."""
     return folder.with_name(folder.name + ".partial")
 
 
@@ -293,11 +293,11 @@ def write_records(
     """Makes a record set; resumes where an earlier call was interrupted.
 
     Args:
-      folder: the set's own folder; made here. Another folder beside it, `<folder>.partial`, holds
+      folder: the set's own folder; made here. Another one next to it, `<folder>.partial`, holds
         what is there until everything is.
       recipe: what to make. Clips that turn out unreadable are left out and listed.
       strict: raise at the first unreadable clip instead.
-      workers: clips made at a time.
+      workers: clips made at once.
       shard_size: records in a shard, and the most that an interruption costs.
       log: called with each line for the user.
 

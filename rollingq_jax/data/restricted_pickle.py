@@ -24,7 +24,7 @@ _SIZES = {"b": (1,), "i": (1, 2, 4, 8), "u": (1, 2, 4, 8), "f": (2, 4, 8), "c": 
 
 
 def load_pickle(path: str | os.PathLike) -> Any:
-    """What the pickle file holds; see `read_pickle`."""
+    """Reads the object that a pickle file holds; see `read_pickle`."""
     try:
         with open(path, "rb") as file:
             return read_pickle(file, name=os.fspath(path))
@@ -102,7 +102,7 @@ class _RefusedError(Exception):
 
 
 class _Marker:
-    """What `numpy.ndarray` stands for in the stream: nothing that could be called or changed."""
+    """Stands for `numpy.ndarray` in the stream: nothing that could be called or changed."""
 
     __slots__ = ()
 
@@ -245,7 +245,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _plain(value: Any) -> Any:
-    """The value with arrays in place of those under construction; containers are made anew."""
+    """The value with arrays instead of those under construction; containers are made anew."""
     done: dict[int, Any] = {}
     kept: list[Any] = []  # an id is only good while its object lives
 

@@ -82,7 +82,7 @@ def _decode_image(stream: Any, name: str | os.PathLike) -> np.ndarray:
 
     check_impostor(stream.read(HEAD), name, "image")
     stream.seek(0)
-    with quiet_pillow():
+    with _quiet_pillow():
         try:
             file = Image.open(stream, formats=IMAGE_FORMATS)
         except Image.DecompressionBombError as error:
@@ -108,12 +108,12 @@ def _limit_size(file: Any, name: str | os.PathLike) -> None:
     # Of a progressive JPEG the decoder holds every coefficient, at whatever size it is decoded.
     halves = file.format in ("JPEG", "MPO") and not file.info.get("progressive")
     most = MAX_JPEG_PIXELS if halves else MAX_PIXELS
-    check_pixels(width, height, f"image {name}", most)
+    _check_pixels(width, height, f"image {name}", most)
     if width * height > MAX_PIXELS:
         file.draft(None, (-(-width // 2), -(-height // 2)))
 
 
-def check_pixels(width: int, height: int, name: str, most: int = MAX_PIXELS) -> None:
+def _check_pixels(width: int, height: int, name: str, most: int = MAX_PIXELS) -> None:
     """Refuses what would fill the memory; `name` begins the message.
 
     Raises:
@@ -126,7 +126,7 @@ def check_pixels(width: int, height: int, name: str, most: int = MAX_PIXELS) -> 
 
 
 def _is_signed(file: Any) -> bool:
-    """Whether a TIFF holds signed integers, which Pillow reads as unsigned ones in 8 bits."""
+    """Tells a TIFF of signed integers, which Pillow reads as unsigned ones in 8 bits."""
     return file.format == "TIFF" and 2 in tuple(file.tag_v2.get(339, ()))
 
 
@@ -193,10 +193,10 @@ _filters = contextlib.ExitStack()
 
 
 @contextlib.contextmanager
-def quiet_pillow() -> Iterator[None]:
+def _quiet_pillow() -> Iterator[None]:
     """Keeps Pillow's warnings on odd files away from the user; any number of threads at once.
 
-    `warnings.catch_warnings` alone does not serve: threads that leave in another order than they
+    `warnings.catch_warnings` does not serve: threads that leave in another order than they
     entered would leave the filter behind. Here the first sets it and the last takes it away.
     """
     global _quiet
@@ -312,7 +312,7 @@ def _decoded_frames(path: str | os.PathLike, fps: float | None = None) -> Iterat
         stream = container.streams.video[0]
         rate = float(stream.average_rate or 25)
         for number, frame in enumerate(_decode_packets(container, stream)):
-            check_pixels(frame.width, frame.height, f"video {path}")
+            _check_pixels(frame.width, frame.height, f"video {path}")
             found = True
             if fps is None:
                 yield frame
@@ -456,7 +456,7 @@ def _limit_pixels(context: Any, path: str | os.PathLike) -> None:
         raise DataError(
             f"video {path}: its frames have no size, or more than {MAX_PIXELS:,} pixels, the limit"
         )
-    check_pixels(context.width, context.height, f"video {path}")
+    _check_pixels(context.width, context.height, f"video {path}")
     context.options = {"max_pixels": str(MAX_PIXELS)}
 
 
@@ -466,7 +466,7 @@ def _check_track(container: Any, path: str | os.PathLike, track: str) -> None:
 
 
 class Missing(NamedTuple):
-    """What a container's lengths show to be missing.
+    """The bytes that a container's lengths show to be missing.
 
     Attributes:
       bytes: at least so many; 0 where nothing shows that any are.
@@ -518,7 +518,10 @@ def _check_whole(container: Any, path: str | os.PathLike, track: str, missing: M
 
 
 def find_missing(file: Any) -> Missing:
-    """What is missing at the end of an MP4, MOV, AVI, Matroska, WebM or FLV, or is zeros there.
+    """Finds what is missing, or zeros, at the end of an MP4, MOV, AVI, Matroska, WebM or FLV.
+
+    FFmpeg reads a file that was cut off to its end without a word; the lengths that the container
+    notes tell.
 
     No more than zeros for other formats, for lengths that were left open because the file was
     written to a pipe, and for what is no such file at all. `file` is binary and seekable, and is
@@ -545,7 +548,7 @@ def find_missing(file: Any) -> Missing:
 
 
 def _zeros_at_the_end(file: Any, size: int) -> int:
-    """How many bytes at the end were reserved and never written, as broken downloads leave them."""
+    """The number of bytes at the end that were never written, as broken downloads leave them."""
     end = size
     while end > 0:
         start = max(end - _BLOCK, 0)
@@ -653,12 +656,12 @@ def stored_clip(frames: Sequence[tuple[str, bytes]], short_side: int = SHORT_SID
         serve them all.
     """
     stored = [stored_jpeg(data, short_side, name) for name, data in frames]
-    check_count(len(stored))
-    check_sizes(stored)
+    _check_count(len(stored))
+    _check_sizes(stored)
     return stored
 
 
-def check_count(count: int) -> None:
+def _check_count(count: int) -> None:
     """A clip has frames.
 
     Raises:
@@ -668,7 +671,7 @@ def check_count(count: int) -> None:
         raise DataError("a clip without frames; at least 1 is needed")
 
 
-def check_sizes(stored: Sequence[bytes]) -> None:
+def _check_sizes(stored: Sequence[bytes]) -> None:
     """The JPEGs of a clip have one size.
 
     Raises:
@@ -713,7 +716,7 @@ def clip_from_video(path: Path, fps: float, short_side: int = SHORT_SIDE) -> lis
     for frame in iterate_frames(path, fps):
         small = min(frame.shape[:2]) <= short_side
         stored.append(encode_jpeg(frame if small else resize_short_side(frame, short_side)))
-    check_sizes(stored)
+    _check_sizes(stored)
     return stored
 
 
@@ -723,7 +726,7 @@ def random_frames(count: int, num: int, rng: np.random.Generator) -> np.ndarray:
     Raises:
       DataError: `count` is 0.
     """
-    check_count(count)
+    _check_count(count)
     return np.sort(rng.integers(count, size=num))
 
 
@@ -742,7 +745,7 @@ def segment_frames(count: int, num: int, rng: np.random.Generator | None = None)
     Raises:
       DataError: `count` is 0.
     """
-    check_count(count)
+    _check_count(count)
     if count < num:
         return evenly_spaced_frames(count, num)
     segment = count // num

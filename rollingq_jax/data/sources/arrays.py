@@ -2,19 +2,19 @@
 
 Keys (in a folder, `train/audio` is the file `train/audio.npy`), for any number of modalities:
 
-============================ =====================================================================
+======================== =======================================================================
 `train/<m>`, `test/<m>`  [N, ...] numbers
-`train/label` ...          [N] integers from 0, or names
-`valid/*`                  optional; else 10 % of train, class by class, drawn from the seed
-`*/group`                  optional [N] integers or strings: examples of one speaker, video or
-                             patient, which an automatic split keeps together
-`*/id`                     optional [N] integers or strings: what each example is called
-`*/mask_<m>`               optional, bool: [N, L] real positions of a sequence or of tokens, or
-                             [N] whether the example has the modality at all
-`*/quality_<m>`            optional [N] float: minus the noise, in standard deviations
-`kind/<m>`                 optional string; see `rollingq_jax.data.dataset` for the default
-`class_names`              optional [num_classes] strings
-============================ =====================================================================
+`train/label` ...        [N] integers from 0, or names
+`valid/*`                optional; else 10 % of train, class by class, drawn from the seed
+`*/group`                optional [N] integers or strings: examples of one speaker, video or
+                         patient, which an automatic split keeps together
+`*/id`                   optional [N] integers or strings: what each example is called
+`*/mask_<m>`             optional, bool: [N, L] real positions of a sequence or of tokens, or
+                         [N] whether the example has the modality at all
+`*/quality_<m>`          optional [N] float: minus the noise, in standard deviations
+`kind/<m>`               optional string; see `rollingq_jax.data.dataset.infer_kind`
+`class_names`            optional [num_classes] strings
+======================== =======================================================================
 
 A single table is enough: without `test/*`, or with keys that name no split (`audio`, `label`,
 `group`), 20 % of it become the test split, the same for every seed.
@@ -45,6 +45,7 @@ from etils import epath
 
 from rollingq_jax.data.cache import cache_root, file_states, remembered
 from rollingq_jax.data.dataset import (
+    SPLITS,
     Dataset,
     Example,
     ModalityInfo,
@@ -66,7 +67,6 @@ from rollingq_jax.data.sources.media_folder import is_manifest
 from rollingq_jax.errors import DataError
 
 FORM = "train/<modality>, test/<modality>, train/label, test/label"
-SPLITS = ("train", "valid", "test")
 LARGE = 64 * 2**20  # bytes of a file, from which on what was measured is kept
 MEASURE = 1  # raised whenever the checks or the statistics change
 BLOCK_BYTES = 32 * 2**20
@@ -130,7 +130,7 @@ def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None)
       config_data: `path`; optional `kinds` ("audio=spectrogram, visual=image", or a mapping),
         `modalities` (those to use; empty for all), `standardize` (True), `cache_dir` (see
         `rollingq_jax.data.cache.cache_root`). A path of a manifest (.csv, .tsv, .jsonl), or
-        of a folder with one, is read as by `rollingq_jax.data.folder`.
+        of a folder with one, is read as by `media_folder`.
       seed: of the validation split, where the file has none.
       kinds: {modality: kind}, before `config_data.kinds`, `kind/<m>` and the shape.
 
@@ -235,7 +235,7 @@ def _build(
 
     def measure() -> dict[str, Preprocessing]:
         return {
-            name: make_modality(
+            name: _make_modality(
                 name,
                 {split: values[name] for split, values in splits.items()},
                 {split: of_split[name] for split, of_split in masks.items() if name in of_split},
@@ -277,7 +277,7 @@ def _build(
 
 
 def _kept(root: Path, path: Any, asked: Any, measure: Measure) -> dict[str, Preprocessing]:
-    """What `measure` returns, or returned when it was asked the same of the same files."""
+    """Returns what `measure` returns, or returned for the same question about the same files."""
     if not isinstance(path, Path) or (path.is_file() and path.stat().st_size < LARGE):
         return measure()
     files = sorted(path.rglob("*.npy")) if path.is_dir() else [path]
@@ -343,7 +343,7 @@ def _sort_keys(
 def _check_presence(
     splits: dict[str, dict[str, Stored]], names: Sequence[str], declared: set[str]
 ) -> None:
-    """Whether each split has what is used, in equal numbers; what is not used is taken out.
+    """Checks that each split has what is used, in equal numbers; takes out what is not used.
 
     Args:
       splits: {split: {key: array}}; changed.
@@ -451,7 +451,7 @@ class RawArraySource:
         return example
 
 
-def make_modality(
+def _make_modality(
     name: str,
     arrays: Mapping[str, np.ndarray],
     masks: Mapping[str, np.ndarray],
@@ -564,21 +564,6 @@ def _largest_token(key: str, array: np.ndarray) -> int:
     return high
 
 
-def read_arrays(path: Path | epath.Path) -> dict[str, np.ndarray]:
-    """All arrays of an `.npz` file, or of a folder of `.npy` files, by key.
-
-    Nothing is unpickled: an array of Python objects is refused. Local `.npy` files are
-    memory-mapped, those on gs:// are read. bfloat16, which NumPy's format writes as `V2`, is read
-    as such.
-
-    Raises:
-      DataError: the path is missing, damaged, holds something else, or more than the memory.
-    """
-    arrays = open_arrays(path)
-    check_memory(arrays.values())
-    return {key: unpacked(array) for key, array in arrays.items()}
-
-
 def unpacked(array: np.ndarray | StoredArray) -> np.ndarray:
     """The array itself."""
     return array.read() if isinstance(array, StoredArray) else array
@@ -603,7 +588,13 @@ def check_memory(arrays: Iterable[np.ndarray | StoredArray]) -> None:
 
 
 def open_arrays(path: Path | epath.Path) -> dict[str, np.ndarray | StoredArray]:
-    """As `read_arrays`, but what is in an archive is not unpacked yet.
+    """All arrays of an `.npz` file, or of a folder of `.npy` files, by key.
+
+    What is in an archive is not unpacked yet: its keys, shapes and dtypes are known from the
+    archive's directory and the arrays' headers, since a file of a few megabytes may hold gigabytes.
+    Nothing is unpickled: an array of Python objects is refused. Local `.npy` files are
+    memory-mapped, those on gs:// are read. bfloat16, which NumPy's format writes as `V2`, is read
+    as such.
 
     Raises:
       DataError: the path is missing or damaged, or holds something else.
@@ -657,7 +648,7 @@ def _stored(
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
         }.get(version)
-        if read_header is None:  # version 3 is for names of fields alone
+        if read_header is None:  # version 3 is only for names of fields
             raise ValueError(f"a structured array, or a format of version {version}")
         shape, _, dtype = read_header(file)
         head = file.tell()
@@ -728,7 +719,7 @@ def _load(file: Path | epath.Path) -> np.ndarray:
 
 
 def _guarded(path: Path | epath.Path, key: str, read: Callable[[], Any]) -> Any:
-    """What `read` returns; its errors as one line."""
+    """Returns what `read` returns; turns its errors into one line."""
     where = f"data.path: {path}" + (f": {key!r}" if key else "")
     try:
         with warnings.catch_warnings():

@@ -35,13 +35,12 @@ from absl import logging
 
 from rollingq_jax.data.audio import log_mel, trim_silence
 from rollingq_jax.data.cache import build_once, cache_root
-from rollingq_jax.data.dataset import ArraySource, Dataset, ModalityInfo, stratified_split
+from rollingq_jax.data.dataset import SPLITS, ArraySource, Dataset, ModalityInfo, stratified_split
 from rollingq_jax.data.options import choice, option
 from rollingq_jax.data.records import open_prepared
 from rollingq_jax.errors import DataError
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-SPLITS = ("train", "valid", "test")
 _FRACTIONS = (0.6, 0.15, 0.25)
 
 
@@ -96,8 +95,8 @@ REGIMES = {
     ),
     # Quality varies in training too.
     "varied_train": Regime(_LOUD, _BLURRED, _LOUD, _BLURRED),
-    # The demo's: it varies widely and alike everywhere. Each modality alone reads about 7 digits in
-    # 10, and which of them is to be believed differs from sample to sample.
+    # The demo's: it varies widely and alike everywhere. Each modality by itself reads about seven
+    # digits in ten, and which of them is to be believed differs from sample to sample.
     "hard_train": Regime(_HARD_AUDIO, _HARD_VISUAL, _HARD_AUDIO, _HARD_VISUAL),
     # For noise that is fresh in every epoch: a random transformation in the pipeline.
     "clean": Regime(),
@@ -106,7 +105,7 @@ REGIMES = {
 
 @dataclasses.dataclass(eq=False)
 class AvDigitsConfig(tfds.core.BuilderConfig):
-    """What determines the data; `av_digits_config` names it after all of that."""
+    """All that determines the data; `av_digits_config` names it after that."""
 
     name: str = ""
     noise: Regime = REGIMES["varied_test"]
@@ -164,7 +163,7 @@ def _in_memory(examples: Any) -> ArraySource:
 
 
 def _describe(config: AvDigitsConfig, splits: dict[str, ArraySource]) -> str:
-    """What was generated, in some lines."""
+    """Describes what was generated, in some lines."""
     voices = split_voices(config.seed)
     parts = [field.name for field in dataclasses.fields(config.noise)]
     lines = [

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from rollingq_jax.data.dataset import Dataset, Example, ModalityInfo, Source
+from rollingq_jax.data.dataset import SPLITS, Dataset, Example, ModalityInfo, Source
 from rollingq_jax.data.options import choice, local_path, option
 from rollingq_jax.data.preprocessing import Preprocessing, preprocessed
 from rollingq_jax.data.restricted_pickle import load_pickle
@@ -30,7 +30,6 @@ NAME = "cmu_mosei"
 FORMAT_VERSION = 1
 FILES = ("mosei_senti_data.pkl", "mosei_senti_data_noalign.pkl")
 MODALITIES = ("audio", "text", "vision")
-SPLITS = ("train", "valid", "test")
 # Rule of a label -> class names. "positive" is MultiBench's and counts 0 as not positive;
 # "non_negative" is BalanceBenchmark's; accuracies under different rules cannot be compared.
 LABEL_RULES = {
@@ -46,7 +45,7 @@ DOWNLOAD = (
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What a preparation made.
+    """The result of a preparation.
 
     Attributes:
       folder: of the arrays.
@@ -109,7 +108,7 @@ def prepare(source: str | Path, data_dir: str | Path, *, strict: bool = False) -
         return Prepared(folder, info["counts"], info["unreadable"])
     path = _find(Path(source))
     print(f"reading {path}")
-    data = check_distribution(load_pickle(path), str(path))
+    data = _check_distribution(load_pickle(path), str(path))
     partial = folder.with_name(f"{NAME}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -151,7 +150,7 @@ def _write(
     unreadable: dict[str, str] = {}
     with tqdm(total=len(SPLITS), desc=NAME, unit="split") as progress:
         for split in SPLITS:
-            tidied = clean_split(data[split], split, strict)
+            tidied = _clean_split(data[split], split, strict)
             for problem in tidied.unreadable.values():
                 progress.write(f"unreadable: {problem}", file=sys.stderr)
             if len(tidied.labels) == 0:
@@ -184,7 +183,7 @@ def _write(
     return info
 
 
-def check_distribution(data: Any, where: str) -> dict[str, dict[str, np.ndarray]]:
+def _check_distribution(data: Any, where: str) -> dict[str, dict[str, np.ndarray]]:
     """The arrays of a distribution's file, after their names, shapes and dtypes have been checked.
 
     Args:
@@ -256,11 +255,11 @@ def _names(ids: Any, count: int) -> list[str]:
     return names
 
 
-def clean_split(arrays: dict[str, np.ndarray], split: str, strict: bool) -> CleanSplit:
+def _clean_split(arrays: dict[str, np.ndarray], split: str, strict: bool) -> CleanSplit:
     """Leaves out what cannot be used, and moves each sentence to the front of its sequence.
 
     Args:
-      arrays: of one split, from `check_distribution`.
+      arrays: of one split, from `_check_distribution`.
       split: its name, for the messages.
       strict: raise for a sentence that cannot be used.
 
@@ -363,7 +362,7 @@ def load(config_data: Any, *, seed: int) -> Dataset:
     rule = choice(config_data, "label_rule", tuple(LABEL_RULES))
     splits: dict[str, Source] = {}
     for split in SPLITS:
-        sentiment = np.array(open_array(folder / f"{split}_labels.npy", info["counts"][split]))
+        sentiment = np.array(_open_array(folder / f"{split}_labels.npy", info["counts"][split]))
         labels = classify(sentiment, rule)
         splits[split] = SentenceSource(folder, split, modalities, labels)
     example = splits["train"][0]
@@ -409,10 +408,10 @@ class SentenceSource:
     ) -> None:
         self.labels = labels
         self._sequences = {
-            m: open_array(folder / f"{split}_{m}.npy", len(labels)) for m in modalities
+            m: _open_array(folder / f"{split}_{m}.npy", len(labels)) for m in modalities
         }
         self._masks = {
-            m: open_array(folder / f"{split}_{m}_mask.npy", len(labels)) for m in modalities
+            m: _open_array(folder / f"{split}_{m}_mask.npy", len(labels)) for m in modalities
         }
 
     def __len__(self) -> int:
@@ -426,7 +425,7 @@ class SentenceSource:
         return example
 
 
-def open_array(path: Path, count: int) -> np.ndarray:
+def _open_array(path: Path, count: int) -> np.ndarray:
     """A memory-mapped array of `count` rows."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)

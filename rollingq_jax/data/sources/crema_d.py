@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from rollingq_jax.data.audio import log_stft, read_audio, resample, tile
-from rollingq_jax.data.dataset import Dataset, ModalityInfo, Source, Subset, with_valid
+from rollingq_jax.data.dataset import SPLITS, Dataset, ModalityInfo, Source, Subset, with_valid
 from rollingq_jax.data.options import local_path, option
 from rollingq_jax.data.records import ClipSource, Recipe, RecordSet, open_records, write_records
 from rollingq_jax.data.video import (
@@ -37,7 +37,6 @@ NAME = "crema_d"
 # In upstream's order, which OGM-GE and PMR share: the label is the position.
 EMOTIONS = ("NEU", "HAP", "SAD", "FEA", "DIS", "ANG")
 LABELS = {code: label for label, code in enumerate(EMOTIONS)}
-SPLITS = ("train", "valid", "test")
 # Share of the actors in each part of the split by speaker.
 ACTOR_SHARES = {"train": 0.7, "valid": 0.1, "test": 0.2}
 CREMA_D_RATE = 22_050
@@ -53,7 +52,7 @@ DOWNLOAD = (
 
 @dataclasses.dataclass(frozen=True)
 class ClipName:
-    """What a clip's name says: ActorID_Sentence_Emotion_Level."""
+    """The parts of a clip's name: ActorID_Sentence_Emotion_Level."""
 
     clip: str
     actor: str
@@ -75,14 +74,14 @@ def prepare(
     workers: int = 1,
     fps: int = 1,
 ) -> RecordSet:
-    """Makes the records in `data_dir/crema_d`, going on from where an earlier call stopped.
+    """Makes the records in `data_dir/crema_d`, resuming an earlier call.
 
     Args:
       source: the original tree. If it holds published split lists, these are kept with the
         records; processedResults/summaryTable.csv gives the human ratings.
       data_dir: where prepared data sets are kept.
       strict: raise at the first unreadable clip instead of leaving it out.
-      workers: clips read at a time.
+      workers: clips read at once.
       fps: frames stored for each second; also which Image-XX-FPS folder is read where there is one.
 
     Raises:
@@ -94,11 +93,11 @@ def prepare(
 
 
 def make_recipe(source: Path, fps: int) -> Recipe:
-    """How the records are made from the tree `source`."""
+    """The recipe of the records that are made from the tree `source`."""
     import tensorflow_datasets as tfds
 
-    sounds = sound_files(source)
-    frames = frame_files(source, fps)
+    sounds = _sound_files(source)
+    frames = _frame_files(source, fps)
     items = tuple(sorted(sounds.keys() | frames.keys()))
     ratings = _ratings(source)
     lists = list_files(source)
@@ -111,12 +110,12 @@ def make_recipe(source: Path, fps: int) -> Recipe:
             raise DataError(f"clip {clip!r}: no sound {source / 'AudioWAV' / clip}.wav")
         if clip not in frames:
             raise DataError(f"clip {clip!r}: no frames, only sound")
-        waveform, rate = read_audio(not_a_pointer(sounds[clip]))
+        waveform, rate = read_audio(sounds[clip])
         spectrogram = crema_d_spectrogram(resample(waveform, rate, CREMA_D_RATE))
         stored = (
             clip_from_folder(frames[clip])
             if frames[clip].is_dir()
-            else clip_from_video(not_a_pointer(frames[clip]), fps)
+            else clip_from_video(frames[clip], fps)
         )
         record = {
             "clip": clip,
@@ -169,7 +168,7 @@ def crema_d_spectrogram(waveform: np.ndarray) -> np.ndarray:
     return log_stft(np.clip(tile(waveform, CREMA_D_SAMPLES), -1.0, 1.0), N_FFT, HOP)
 
 
-def sound_files(source: Path) -> dict[str, Path]:
+def _sound_files(source: Path) -> dict[str, Path]:
     """{clip: WAV file}."""
     if not source.is_dir():
         raise DataError(f"CREMA-D, --source {source}: no such folder; {DOWNLOAD}")
@@ -180,7 +179,7 @@ def sound_files(source: Path) -> dict[str, Path]:
     return _by_clip(path for path in folder.iterdir() if path.suffix.lower() == ".wav")
 
 
-def frame_files(source: Path, fps: int) -> dict[str, Path]:
+def _frame_files(source: Path, fps: int) -> dict[str, Path]:
     """{clip: folder of extracted frames, or video}."""
     extracted = source / f"Image-{fps:02d}-FPS"
     if extracted.is_dir():
@@ -208,14 +207,6 @@ def _by_clip(paths: Iterable[Path]) -> dict[str, Path]:
             raise DataError(f"duplicate clip {clip!r}: {found[clip]} and {path}")
         found[clip] = path
     return found
-
-
-def not_a_pointer(path: Path) -> Path:
-    """The path, unless Git LFS has yet to put the content there."""
-    with open(path, "rb") as file:
-        if file.read(24) == b"version https://git-lfs.":
-            raise DataError(f"{path}: a Git LFS pointer without content; run `git lfs pull` there")
-    return path
 
 
 def load(config_data: Any, *, seed: int) -> Dataset:
@@ -464,7 +455,7 @@ def _ratings(source: Path) -> dict[str, tuple[float | None, float | None]] | Non
 
 
 def read_ratings(path: Path) -> dict[str, tuple[float | None, float | None]]:
-    """How clearly the voice alone and the face alone convey the intended emotion, from raters.
+    """Reads how clearly the voice or the face by itself conveys the intended emotion, from raters.
 
     `processedResults/summaryTable.csv` has, for raters who only heard a clip (Voice) and for
     those who only saw it (Face), the emotion with the most votes and the intensity from 0 to 100
@@ -513,7 +504,7 @@ def _quality(acted: str, votes: str, levels: str) -> float | None:
 
 
 def fill_ratings(ratings: Sequence[float | None]) -> tuple[np.ndarray, int]:
-    """Ratings as float32 [N]; unrated clips get the mean, which leaves correlations alone.
+    """Ratings as float32 [N]; unrated clips get the mean, which does not change correlations.
 
     Returns:
       (ratings, how many were missing).

@@ -3,9 +3,8 @@
 The media cannot be passed on. `python -m rollingq_jax.prepare kinetics_sounds` makes records from
 a folder of videos and the published lists, or from the preprocessed tree that upstream reads
 (train_spec/<name>.npy and train-frames-1fps/train/<name>/frame_00001.jpg ...); `load` reads
-them. Audio is a Kaldi filter bank of 1,024 frames; see `rollingq_jax.data.features.
-kinetics_fbank`. Of the frames, one second apart, each third of the clip gives one; see
-`rollingq_jax.data.frames.segment_frames`.
+them. Audio is a Kaldi filter bank of 1,024 frames; see `kinetics_fbank`. Of the frames, one second
+apart, each third of the clip gives one; see `rollingq_jax.data.video.segment_frames`.
 
 Upstream leaves out clips with three frames or fewer; here every clip with a frame is kept. Sound
 from a video is averaged over its channels and resampled to 16 kHz; upstream takes the first channel
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from rollingq_jax.data.audio import kaldi_fbank, resample
-from rollingq_jax.data.dataset import Dataset, ModalityInfo, Source, Subset, with_valid
+from rollingq_jax.data.dataset import SPLITS, Dataset, ModalityInfo, Source, Subset, with_valid
 from rollingq_jax.data.options import local_path, option
 from rollingq_jax.data.records import ClipSource, Recipe, RecordSet, open_records, write_records
 from rollingq_jax.data.video import (
@@ -68,14 +67,14 @@ def prepare(
     workers: int = 1,
     fps: int = 1,
 ) -> RecordSet:
-    """Makes the records in `data_dir/kinetics_sounds`, going on from where a call stopped.
+    """Makes the records in `data_dir/kinetics_sounds`, resuming an earlier call.
 
     Args:
       source: the folder with the lists, and videos at any depth or upstream's preprocessed tree.
         If it holds classes.txt, 31 lines, these are the classes' names (which the lists lack).
       data_dir: where prepared data sets are kept.
       strict: raise at the first clip that is missing or unreadable instead of leaving it out.
-      workers: clips read at a time.
+      workers: clips read at once.
       fps: frames stored for each second of a video.
 
     Raises:
@@ -87,7 +86,7 @@ def prepare(
 
 
 def make_recipe(source: Path, fps: int) -> Recipe:
-    """How the records are made from the folder `source`."""
+    """The recipe of the records that are made from the folder `source`."""
     import tensorflow_datasets as tfds
 
     if not source.is_dir():
@@ -228,7 +227,7 @@ def load(config_data: Any, *, seed: int) -> Dataset:
     splits = with_valid(splits, seed=split_seed)
     num_frames = option(config_data, "num_frames", 3, minimum=1)
     size = option(config_data, "frame_size", 224, minimum=1)
-    counts = ", ".join(f"{len(splits[split])} {split}" for split in ("train", "valid", "test"))
+    counts = ", ".join(f"{len(splits[split])} {split}" for split in SPLITS)
     names = records.folder / CLASS_FILE
     return Dataset(
         splits=splits,

@@ -61,6 +61,7 @@ from rollingq_jax.data.audio import (
     sound_seconds,
 )
 from rollingq_jax.data.dataset import (
+    SPLITS,
     Dataset,
     Example,
     ModalityInfo,
@@ -146,7 +147,7 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a manifest says.
+    """The content of a manifest.
 
     Attributes:
       path: of the manifest.
@@ -173,7 +174,7 @@ class Manifest:
 
 @dataclasses.dataclass(frozen=True)
 class MediaSizes:
-    """To what sizes files are brought; the fields are those of `config.data`."""
+    """The sizes to which files are brought; the fields are those of `config.data`."""
 
     audio_features: str = "mel"
     audio_rate: int = 16000
@@ -187,7 +188,7 @@ class MediaSizes:
 
 
 class FileForm(NamedTuple):
-    """What a modality's cells are, and to what sizes they are brought."""
+    """The type of a modality's cells, and the sizes to which they are brought."""
 
     type: str
     sizes: MediaSizes
@@ -215,9 +216,9 @@ def load(config_data: Any, *, seed: int) -> Dataset:
         modalities=option(config_data, "modalities", ()),
     )
     if manifest.missing:
-        raise DataError(describe_missing(manifest))
+        raise DataError(_describe_missing(manifest))
     rows = _rows_of_splits(manifest)
-    check_task([row.label for row in manifest.rows], manifest.path.name)
+    _check_task([row.label for row in manifest.rows], manifest.path.name)
     labels, class_names = encode_labels(
         {split: np.array([row.label for row in found], str) for split, found in rows.items()}
     )
@@ -261,7 +262,7 @@ def load(config_data: Any, *, seed: int) -> Dataset:
 def _rows_of_splits(manifest: Manifest) -> dict[str, list[Row]]:
     """The rows of train, valid and test that there are."""
     rows: dict[str, list[Row]] = {}
-    for split in ("train", "valid", "test"):
+    for split in SPLITS:
         if found := [row for row in manifest.rows if (row.split or "train") == split]:
             rows[split] = found
     for split, needed in (("train", True), ("test", "valid" in rows)):
@@ -295,7 +296,7 @@ def _read_sizes(config_data: Any, types: Mapping[str, str], train: Sequence[Row]
 
 
 def _sound_seconds(file: Path) -> float:
-    seconds = video_seconds if is_video(file) else sound_seconds
+    seconds = video_seconds if _is_video(file) else sound_seconds
     return seconds(file, MAX_SECONDS)
 
 
@@ -304,11 +305,11 @@ def _text_bytes(cell: Path | str) -> int:
 
 
 def _modalities(files: Mapping[str, FileForm]) -> dict[str, Preprocessing]:
-    """How files become arrays, before anything is measured."""
+    """The way from files to arrays, before anything is measured."""
     modalities = {}
     for name, (type_, sizes) in files.items():
         vocab_size = BYTE_VOCABULARY if KINDS[type_] == "tokens" else None
-        shape, dtype = example_form(type_, sizes)
+        shape, dtype = _example_form(type_, sizes)
         info = ModalityInfo(name, KINDS[type_], shape, dtype, vocab_size)
         media = {"type": type_, **dataclasses.asdict(sizes)}
         modalities[name] = Preprocessing(info, shape, dtype, media=media)
@@ -323,7 +324,7 @@ class FolderSource:
       files: {modality: what its cells are}.
       optional: modalities that have a mask, as some example lacks them.
       labels: int32 [N], or None for examples without them.
-      groups, ids: strings [N], held beside the examples; None where there are none.
+      groups, ids: strings [N], held apart from the examples; None where there are none.
     """
 
     def __init__(
@@ -352,7 +353,7 @@ class FolderSource:
         for name, (type_, sizes) in self.files.items():
             cell = row.values[name]
             if cell is None:
-                example[name] = np.zeros(*example_form(type_, sizes))
+                example[name] = np.zeros(*_example_form(type_, sizes))
             else:
                 example[name] = read_value(cell, type_, sizes)
             if name in self.optional:
@@ -362,7 +363,7 @@ class FolderSource:
         return example
 
 
-def describe_missing(manifest: Manifest, rows: Sequence[Row] | None = None) -> str:
+def _describe_missing(manifest: Manifest, rows: Sequence[Row] | None = None) -> str:
     """One line on files that are named (by some of the rows) and not there; empty if none are."""
     missing = manifest.missing if rows is None else manifest.missing_of(rows)
     if not missing:
@@ -412,7 +413,7 @@ def open_manifest(
         if not rows:
             names = ", ".join(sorted(there - {""})) or "none"
             raise DataError(f"{manifest.path.name}: no rows of split {split!r}; there are {names}")
-    if missing := describe_missing(manifest, rows):
+    if missing := _describe_missing(manifest, rows):
         raise DataError(missing)
     has_id = "id" in manifest.special
     ids = [row.id if has_id else str(row.number) for row in rows]
@@ -421,7 +422,7 @@ def open_manifest(
 
 
 def _saved_form(one: Preprocessing) -> FileForm:
-    """How a trained model's files become raw arrays."""
+    """The way from a trained model's files to raw arrays."""
     name = one.info.name
     if one.media is None:
         raise DataError(
@@ -431,7 +432,7 @@ def _saved_form(one: Preprocessing) -> FileForm:
     try:
         sizes = dict(one.media)
         form = FileForm(str(sizes.pop("type")), MediaSizes(**sizes))
-        fits = example_form(*form) == (tuple(one.raw_shape), one.raw_dtype)
+        fits = _example_form(*form) == (tuple(one.raw_shape), one.raw_dtype)
     except (KeyError, TypeError, ValueError):
         fits = False
     if not fits:
@@ -442,7 +443,7 @@ def _saved_form(one: Preprocessing) -> FileForm:
     return form
 
 
-def example_form(type_: str, sizes: MediaSizes) -> tuple[tuple[int, ...], str]:
+def _example_form(type_: str, sizes: MediaSizes) -> tuple[tuple[int, ...], str]:
     """Shape and dtype of an example of the type."""
     side = sizes.image_size
     return {
@@ -454,20 +455,20 @@ def example_form(type_: str, sizes: MediaSizes) -> tuple[tuple[int, ...], str]:
     }[type_]
 
 
-def is_video(path: Path | str) -> bool:
-    """Whether the name is that of a video file."""
+def _is_video(path: Path | str) -> bool:
+    """Tells a video file by its name."""
     return Path(path).suffix.lower() in SUFFIXES["video"]
 
 
 def read_value(value: Path | str, type_: str, sizes: MediaSizes) -> np.ndarray:
-    """A manifest's cell as the array that `example_form` describes.
+    """A manifest's cell as the array that `_example_form` describes.
 
     Raises:
       DataError: the file is missing or damaged; the message names it.
     """
     size = (sizes.image_size, sizes.image_size)
     if type_ == "audio":
-        reader = read_video_audio if is_video(value) else read_audio
+        reader = read_video_audio if _is_video(value) else read_audio
         return sound_features(*reader(value, sizes.audio_seconds), sizes)
     if type_ == "image":
         return resize_image(read_image(value), size)
@@ -513,7 +514,7 @@ def sound_features(waveform: np.ndarray, rate: int, sizes: MediaSizes) -> np.nda
 
 
 def is_manifest(path: Any) -> bool:
-    """Whether a path is that of a manifest, or of a local folder with one under its usual name."""
+    """Tells the path of a manifest, or of a local folder with one under its usual name."""
     if path.suffix.lower() in MANIFEST_SUFFIXES:
         return True
     return isinstance(path, Path) and any(
@@ -574,7 +575,7 @@ def read_manifest(
             cell = _cell(record, header_of[name], where)
             is_path = cell != "" and type_ != "string"
             values[name] = (
-                resolve_inside(path.parent, root, cell, f"{where}: {name}")
+                _resolve_inside(path.parent, root, cell, f"{where}: {name}")
                 if is_path
                 else cell or None
             )
@@ -778,7 +779,7 @@ def _quality_columns(
 def _type(
     path: Path, name: str, header: str, stated: str | None, saved: str | None, records: list
 ) -> str:
-    """What the cells of a column are: as stated, as the model has it, or by their suffixes."""
+    """The type of a column's cells: as stated, as the model has it, or by their suffixes."""
     tokens = ("text", "string")
     if saved is None:
         type_ = stated or _infer_type(path, name, header, records)
@@ -879,7 +880,7 @@ def _qualities(
     return qualities
 
 
-def check_task(labels: Sequence[str], name: str) -> None:
+def _check_task(labels: Sequence[str], name: str) -> None:
     """Refuses labels that are measurements or sets of classes.
 
     Args:
@@ -905,7 +906,7 @@ def check_task(labels: Sequence[str], name: str) -> None:
             )
 
 
-def resolve_inside(folder: Path, root: Path, text: str, where: str) -> Path:
+def _resolve_inside(folder: Path, root: Path, text: str, where: str) -> Path:
     """`folder / text`, if that is inside `root` (the folder's real path) after all links.
 
     Raises:
@@ -930,7 +931,7 @@ def resolve_inside(folder: Path, root: Path, text: str, where: str) -> Path:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is such a file, as far as one can tell."""
+    """Tells if there is such a file, as far as one can know."""
     try:
         return path.is_file()
     except OSError:  # a name too long, a folder that may not be entered

@@ -33,6 +33,7 @@ import numpy as np
 
 from rollingq_jax.data.dataset import (
     MAX_CLASSES,
+    SPLITS,
     Dataset,
     Example,
     ModalityInfo,
@@ -120,7 +121,7 @@ def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None)
         )
     kind_of = mapping_option(config_data, "kinds") | dict(kinds or {})
     adapters = {
-        check_name(name, "data.features"): make_adapter(
+        check_name(name, "data.features"): _make_adapter(
             name, available[feature], kind_of.get(name), config_data
         )
         for name, feature in modalities.items()
@@ -203,7 +204,7 @@ def _saved_form(one: Preprocessing, feature: Any) -> FeatureAdapter:
     name, shape = one.info.name, one.raw_shape
     sizes = dict.fromkeys(("image_size", "text_length", "sequence_length"), shape[0])
     kind = one.info.kind
-    adapter = make_adapter(name, feature, kind, sizes | {"vocab_size": one.info.vocab_size or 0})
+    adapter = _make_adapter(name, feature, kind, sizes | {"vocab_size": one.info.vocab_size or 0})
     if adapter.info.shape != tuple(shape) or adapter.info.kind != kind:
         raise DataError(
             f"data.features: {name}: {adapter.info.kind} {list(adapter.info.shape)}; the model was "
@@ -237,7 +238,7 @@ def _own_split(config_data: Any, builder: Any, split: str | None) -> str:
 def _splits(config_data: Any, builder: Any, grouped: bool) -> dict[str, str]:
     """{split of ours: TFDS's name or slice}; without those that are to be made of train."""
     if given := mapping_option(config_data, "tfds_splits"):
-        if not {"train", "test"} <= given.keys() <= {"train", "valid", "test"}:
+        if not {"train", "test"} <= given.keys() <= set(SPLITS):
             raise ConfigError(f"data.tfds_splits: {given!r}; train, test and optionally valid")
         return given
     names = list(builder.info.splits)
@@ -313,7 +314,7 @@ class TfdsSource:
         return example
 
     def column(self, name: str) -> list[Any]:
-        """What one of `features` is in every record; nothing else of them is decoded."""
+        """One of `features` of every record; nothing else of them is decoded."""
         feature = self.features[name]
         records = _open_split(self.builder, self.instruction, [feature])
         values = []
@@ -411,8 +412,8 @@ def _open_split(builder: Any, instruction: str, read: list[str]) -> Any:
         raise DataError(f"data.tfds_splits: {instruction!r}: cannot be read ({reason})") from None
 
 
-def make_adapter(name: str, feature: Any, kind: str | None, config_data: Any) -> FeatureAdapter:
-    """How a TFDS feature becomes a modality.
+def _make_adapter(name: str, feature: Any, kind: str | None, config_data: Any) -> FeatureAdapter:
+    """Makes a modality of a TFDS feature.
 
     Args:
       name: of the modality.
@@ -494,7 +495,7 @@ def _open_builder(config_data: Any, path: str = "") -> Any:
     path = path or option(config_data, "path", "")
     cache_dir = option(config_data, "cache_dir", "")
     folder = path or cache_dir
-    if folder:  # TFDS takes gs://, too, but array_record files are read from local paths alone
+    if folder:  # TFDS takes gs://, too, but array_record files are only read from local paths
         folder = str(local_path(folder, "data.path" if path else "data.cache_dir"))
     where = f" under {folder}" if folder else ""
     unknown = (
@@ -504,10 +505,10 @@ def _open_builder(config_data: Any, path: str = "") -> Any:
     try:
         import tensorflow_datasets as tfds
 
-        name = parse_name(text)
+        name = _parse_name(text)
         if name is None:
             raise DataError(f"{unknown} (a name, name/config or name/config:1.2.3)")
-        if place := find_prepared(name, folder):
+        if place := _find_prepared(name, folder):
             return open_prepared(place)
         chosen = {"config": name.config, "version": name.version, "data_dir": folder or None}
         return tfds.builder_cls(name.name)(**chosen)
@@ -522,7 +523,7 @@ def _open_builder(config_data: Any, path: str = "") -> Any:
         raise DataError(f"{unknown} ({reason[:200]})") from None
 
 
-def parse_name(text: str) -> TfdsName | None:
+def _parse_name(text: str) -> TfdsName | None:
     """`my_set`, `my_set/config`, `my_set:1.2.3` or `my_set:1.*.*`; None for other adapters."""
     from tensorflow_datasets.core import naming
 
@@ -533,7 +534,7 @@ def parse_name(text: str) -> TfdsName | None:
     return TfdsName(name, found["config"], found["version"])
 
 
-def find_prepared(wanted: TfdsName, folder: str) -> Path | None:
+def _find_prepared(wanted: TfdsName, folder: str) -> Path | None:
     """The folder with the `features.json` of the data set: of several versions, the newest.
 
     Args:
