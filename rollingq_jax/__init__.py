@@ -13,6 +13,8 @@ from rollingq_jax.attention import (
     class_token_attention,
     mean_key,
     reference_attention,
+    segment_mean_keys,
+    uniform_share,
 )
 from rollingq_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from rollingq_jax.models import build_model
@@ -58,8 +60,10 @@ __all__ = [
     "rolling_query",
     "rotate",
     "rotation_between",
+    "segment_mean_keys",
     "textbook_attention",
     "train",
+    "uniform_share",
 ]
 
 

@@ -6,9 +6,11 @@ sample instead of O(L D^2 + L^2 D), with the same values and the same gradients.
 """
 
 import numbers
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from rollingq_jax.errors import UserError
@@ -228,34 +230,199 @@ def mean_key(tokens: Array, w_key: Array, b_key: Array, mask: Array | None = Non
     return jnp.einsum("bd,dhk->bhk", mean, w_key, precision=HIGHEST) + b_key[None]
 
 
-def attention_share(weights: Array, lengths: tuple[int, ...]) -> Array:
+def token_modalities(
+    length: int,
+    lengths: Sequence[int] | None = None,
+    segment_ids: Array | None = None,
+    num_modalities: int | None = None,
+) -> tuple[Array, int]:
+    """Each token's modality `[L]` or `[B, L]`, an integer in [0, M) or another for none; and M.
+
+    Args:
+      length: L.
+      lengths: tokens of each modality, in the order of the sequence. They make L, or L - 1 where
+        the first token is a class token.
+      segment_ids: instead of `lengths`, `[L]` or `[B, L]`: interleaved or packed tokens.
+      num_modalities: M, needed with `segment_ids`.
+
+    Raises:
+      UserError: both or none are given, or they do not fit the sequence.
+    """
+    if (lengths is None) == (segment_ids is None):
+        raise UserError("lengths and segment_ids are both given or both None; allowed: one of them")
+    if lengths is not None:
+        total = sum(lengths)
+        if total not in (length, length - 1):
+            raise UserError(
+                f"lengths are {tuple(lengths)}, which make {total} tokens, or {1 + total} with a "
+                f"class token; allowed: as many as the sequence has, {length}"
+            )
+        ids = np.repeat(np.arange(len(lengths)), lengths)
+        return np.concatenate([np.full(length - total, -1), ids]), len(lengths)
+    if not (isinstance(num_modalities, numbers.Integral) and num_modalities >= 1):
+        raise UserError(
+            f"num_modalities is {num_modalities!r}; allowed with segment_ids: an integer >= 1"
+        )
+    return segment_ids, int(num_modalities)
+
+
+def _members(ids: Array, num_modalities: int, mask: Array | None, shape: tuple[int, int]) -> Array:
+    """`[B, L, M]` bool: the real tokens of each modality."""
+    members = jnp.asarray(ids)[..., None] == jnp.arange(num_modalities)[(None,) * np.ndim(ids)]
+    members = jnp.broadcast_to(members, (*shape, num_modalities))
+    return members if mask is None else members & mask[..., None]
+
+
+def segment_mean_keys(
+    keys: Array,
+    lengths: Sequence[int] | None = None,
+    *,
+    segment_ids: Array | None = None,
+    num_modalities: int | None = None,
+    mask: Array | None = None,
+    num_heads: int | None = None,
+) -> tuple[Array, Array]:
+    """Mean key of each modality from keys that exist already, and how much each counts.
+
+    For attention that makes its keys anyway: after RoPE, from a cache, over interleaved or padded
+    tokens, or with fewer heads of keys than of queries.
+
+    Args:
+      keys: `[B, L, G, d]` in G groups, as the attention uses them.
+      lengths: tokens of each modality, in the order of the sequence; the first token may be a class
+        token, which belongs to none.
+      segment_ids: instead of `lengths`, integers `[L]` or `[B, L]`: modality m has id m; tokens of
+        any other id, such as -1, belong to none.
+      num_modalities: M, needed with `segment_ids`.
+      mask: `[B, L]`, True where a token is real; others may hold anything, NaN included.
+      num_heads: H, query heads; a multiple of G (grouped-query attention), default G. Head h reads
+        group h // (H / G).
+
+    Returns:
+      mean_keys `[M, B, H, d]`, float32 or wider, and weight `[M, B]`, 1 where the sample has a
+      token of the modality and else 0: as `observe` of `rolling_query` takes them.
+
+    Raises:
+      UserError: a shape does not fit.
+
+    Example:
+      >>> keys = jnp.array([[[[1.0, 0.0]], [[9.0, 9.0]], [[3.0, 0.0]], [[0.0, 1.0]]]])
+      >>> ids = jnp.array([0, -1, 0, 1])  # the second token is of no modality
+      >>> mean_keys, weight = segment_mean_keys(keys, segment_ids=ids, num_modalities=2)
+      >>> mean_keys[:, 0, 0].tolist(), weight.tolist()
+      ([[2.0, 0.0], [0.0, 1.0]], [[1.0], [1.0]])
+    """
+    dims = check_arrays(keys=(keys, "BLGd"))
+    check_arrays(dims, "integers", segment_ids=(segment_ids, "L", "BL", None))
+    check_arrays(dims, "bool", mask=(mask, "BL", None))
+    groups, heads = dims.G, dims.G if num_heads is None else num_heads
+    if not (isinstance(heads, numbers.Integral) and heads >= 1 and heads % groups == 0):
+        raise UserError(f"num_heads is {heads!r}; allowed: a multiple of the keys' {groups} heads")
+    ids, count = token_modalities(dims.L, lengths, segment_ids, num_modalities)
+    members = _members(ids, count, mask, (dims.B, dims.L))
+    keys = as_float(keys)
+    real = jnp.any(members, axis=-1)[..., None, None]
+    number = jnp.sum(members, axis=1).astype(keys.dtype)  # [B, M]
+    total = jnp.einsum(
+        "blm,blgd->mbgd",
+        members.astype(keys.dtype),
+        jnp.where(real, keys, 0.0),
+        precision=HIGHEST,
+    )
+    mean = total / jnp.maximum(number, 1.0).T[..., None, None]
+    return jnp.repeat(mean, heads // groups, axis=2), (number.T > 0).astype(jnp.float32)
+
+
+def uniform_share(
+    lengths: Sequence[int] | None = None,
+    *,
+    segment_ids: Array | None = None,
+    num_modalities: int | None = None,
+    mask: Array | None = None,
+) -> Array:
+    """Each modality's part of the tokens, which is its share under uniform attention.
+
+    Args:
+      lengths: tokens of each modality, its class token included.
+      segment_ids, num_modalities: as in `segment_mean_keys`.
+      mask: `[B, L]`, True where a token is real.
+
+    Returns:
+      `[M]`, or `[B, M]` where ids or mask differ between samples; equal shares where a sample has
+      no token.
+
+    Raises:
+      UserError: the arguments do not fit each other.
+
+    Example:
+      >>> uniform_share((64, 8)).round(3).tolist()
+      [0.889, 0.111]
+    """
+    dims = check_arrays(None, "integers", segment_ids=(segment_ids, "L", "BL", None))
+    check_arrays(dims, "bool", mask=(mask, "BL", None))
+    given = next((x for x in (mask, segment_ids) if x is not None), None)
+    length = sum(lengths or ()) if given is None else given.shape[-1]
+    ids, count = token_modalities(length, lengths, segment_ids, num_modalities)
+    batched = mask is not None or np.ndim(ids) == 2
+    members = _members(ids, count, mask, (getattr(dims, "B", 1), length))
+    number = jnp.sum(members, axis=1).astype(jnp.float32)
+    total = jnp.sum(number, axis=-1, keepdims=True)
+    shares = jnp.where(total > 0, number / jnp.maximum(total, 1.0), 1.0 / count)
+    return shares if batched else shares[0]
+
+
+def attention_share(
+    weights: Array,
+    lengths: Sequence[int] | None = None,
+    *,
+    segment_ids: Array | None = None,
+    num_modalities: int | None = None,
+    mask: Array | None = None,
+    per_token: bool = False,
+) -> Array:
     """Each modality's part of the attention: its weights' sum over that of all modalities.
 
     Args:
-      weights: `[B, H, 1 + sum(lengths)]` before dropout; the fusion class token's, first, is left
-        out.
-      lengths: tokens of each modality, in the order of the sequence.
+      weights: `[B, H, L]` before dropout, 0 at tokens that are not real.
+      lengths: tokens of each modality, in the order of the sequence. They make L, or L - 1 where
+        the first token is the fusion's class token, which is left out.
+      segment_ids: instead of `lengths`, integers `[L]` or `[B, L]`: modality m has id m; tokens of
+        any other id are left out.
+      num_modalities: M, needed with `segment_ids`.
+      mask: `[B, L]`, True where a token is real; `per_token` counts these only.
+      per_token: divide by the share that uniform attention would give (`uniform_share`): 64 tokens
+        of an image against 6 of a text are no bias, and 1 means as much as its tokens.
 
     Returns:
-      `[B, H, M]`, sums to 1 (equal shares where no modality gets any attention).
+      `[B, H, M]`, sums to 1 (equal shares where no modality gets any attention). With `per_token`
+      1 for each under uniform attention, and 0 where a sample lacks the modality.
 
     Raises:
-      UserError: the lengths do not add up to the tokens behind the class token.
+      UserError: the lengths or ids do not fit the weights.
 
     Example:
       >>> weights = jnp.array([[[0.5, 0.125, 0.125, 0.25]]])  # class token, 2 tokens, 1 token
       >>> attention_share(weights, (2, 1)).tolist()
       [[[0.5, 0.5]]]
+      >>> attention_share(weights, (2, 1), per_token=True).tolist()
+      [[[0.75, 1.5]]]
     """
-    check_arrays(weights=(weights, "BHL"))
-    if 1 + sum(lengths) != weights.shape[-1]:
-        raise UserError(
-            f"lengths are {lengths}, which with the class token make {1 + sum(lengths)} tokens; "
-            f"the weights have {weights.shape[-1]}"
-        )
-    bounds = [sum(lengths[:i]) for i in range(1, len(lengths))]
-    parts = jnp.split(weights[..., 1:], bounds, axis=-1)
-    sums = jnp.stack([jnp.sum(part, axis=-1) for part in parts], axis=-1)
+    dims = check_arrays(weights=(weights, "BHL"))
+    check_arrays(dims, "integers", segment_ids=(segment_ids, "L", "BL", None))
+    check_arrays(dims, "bool", mask=(mask, "BL", None))
+    ids, count = token_modalities(dims.L, lengths, segment_ids, num_modalities)
+    if lengths is not None:
+        bounds = np.cumsum([dims.L - sum(lengths), *lengths[:-1]])
+        parts = jnp.split(weights, bounds, axis=-1)[1:]
+        sums = jnp.stack([jnp.sum(part, axis=-1) for part in parts], axis=-1)
+    else:
+        members = _members(ids, count, None, (dims.B, dims.L)).astype(weights.dtype)
+        sums = jnp.einsum("bhl,blm->bhm", weights, members, precision=HIGHEST)
     total = jnp.sum(sums, axis=-1, keepdims=True)
-    shares = sums / jnp.where(total > 0, total, 1.0)
-    return jnp.where(total > 0, shares, 1.0 / len(lengths))
+    shares = jnp.where(total > 0, sums / jnp.where(total > 0, total, 1.0), 1.0 / count)
+    if not per_token:
+        return shares
+    number = jnp.sum(_members(ids, count, mask, (dims.B, dims.L)), axis=1).astype(shares.dtype)
+    tokens = jnp.sum(number, axis=-1, keepdims=True)
+    ratio = shares * tokens[:, None] / jnp.maximum(number, 1.0)[:, None]
+    return jnp.where(total > 0, jnp.where(number[:, None] > 0, ratio, 0.0), 1.0)

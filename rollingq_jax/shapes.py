@@ -11,7 +11,11 @@ import jax.numpy as jnp
 
 from rollingq_jax.errors import UserError
 
-KINDS = {"real numbers": (jnp.floating, jnp.integer, jnp.bool_), "bool": (jnp.bool_,)}
+KINDS = {
+    "real numbers": (jnp.floating, jnp.integer, jnp.bool_),
+    "integers": (jnp.integer,),
+    "bool": (jnp.bool_,),
+}
 
 
 def check_arrays(
@@ -24,7 +28,7 @@ def check_arrays(
 
     Args:
       dims: sizes of axes that are known; those of other axes are added as they are met.
-      kind: "real numbers" or "bool".
+      kind: "real numbers", "integers" or "bool".
       **arguments: name -> (array, shape, ...), a shape being a key of `chex.Dimensions` such as
         "BHd"; None among them allows None.
 

@@ -226,10 +226,75 @@ def test_shares_leave_the_class_token_out_and_sum_to_one():
     weights = jnp.array([[[0.5, 0.1, 0.1, 0.3]], [[1.0, 0.0, 0.0, 0.0]]])
     shares = rq.attention_share(weights, (2, 1))
     np.testing.assert_allclose(shares, [[[0.4, 0.6]], [[0.5, 0.5]]], rtol=1e-6)
-    with pytest.raises(ValueError, match="make 3 tokens"):
+    with pytest.raises(ValueError, match="make 2 tokens, or 3 with a class token; .* has, 4"):
         rq.attention_share(weights, (1, 1))
 
 
 def test_bad_dropout_rate():
     with pytest.raises(ValueError, match="dropout_rate is 1.0; allowed: 0 <= rate < 1"):
         rq.class_token_attention(*inputs(1, 16, True), dropout_rate=1.0, rng=jax.random.key(0))
+
+
+def test_shares_without_a_class_token_and_from_segment_ids_agree():
+    rng = np.random.default_rng(0)
+    weights = rng.random((2, 3, 7)).astype(np.float32)
+    ids = np.array([0, 0, 1, 1, 1, 2, 2])
+    want = np.stack([weights[..., ids == m].sum(-1) for m in range(3)], -1)
+    want /= want.sum(-1, keepdims=True)
+    np.testing.assert_allclose(rq.attention_share(weights, (2, 3, 2)), want, rtol=1e-6)
+    order = rng.permutation(7)
+    each = jnp.asarray(np.stack([ids[order]] * 2))
+    for given in (each[0], each):
+        got = rq.attention_share(weights[..., order], segment_ids=given, num_modalities=3)
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("class_token", [0, 1])
+def test_uniform_attention_over_unlike_lengths_is_one_per_token(class_token):
+    lengths = (64, 72, 6)
+    length = class_token + sum(lengths)
+    weights = jnp.full((2, 2, length), 1 / length)
+    share = rq.attention_share(weights, lengths, per_token=True)
+    np.testing.assert_allclose(share, np.ones((2, 2, 3)), rtol=1e-5)
+    plain = rq.attention_share(weights, lengths)
+    np.testing.assert_allclose(plain[0, 0], rq.uniform_share(lengths), rtol=1e-5)
+    real = np.arange(length)[None] < np.array([[length], [class_token + 100]])
+    masked = real[:, None] / real.sum(-1)[:, None, None] * np.ones((1, 2, 1))
+    share = rq.attention_share(masked.astype(np.float32), lengths, mask=real, per_token=True)
+    np.testing.assert_allclose(share[0], np.ones((2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(share[1], [[1, 1, 0]] * 2, rtol=1e-5)
+    even = rq.uniform_share(lengths, mask=real)
+    np.testing.assert_allclose(even[1], [0.64, 0.36, 0.0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_heads", [2, 6])
+def test_segment_mean_keys_of_interleaved_padded_and_grouped_keys(num_heads):
+    """Against a loop in NumPy; what is padding or of no modality holds NaN."""
+    rng = np.random.default_rng(0)
+    keys = rng.normal(size=(3, 8, 2, 4)).astype(np.float32)
+    ids = np.array([[-1, 0, 1, 0, 2, 2, 1, 0], [0, 0, 0, 1, 1, 1, 2, -1], [0, 0, 1, 1, 0, 0, 1, 7]])
+    mask = np.arange(8)[None] < np.array([[8], [6], [7]])
+    want, has = np.zeros((3, 3, num_heads, 4)), np.zeros((3, 3))
+    for m in range(3):
+        for b in range(3):
+            chosen = keys[b, (ids[b] == m) & mask[b]]
+            has[m, b] = len(chosen) > 0
+            for h in range(num_heads if len(chosen) else 0):
+                want[m, b, h] = chosen[:, h * 2 // num_heads].mean(0)
+    keys[(ids < 0) | (ids > 2) | ~mask] = np.nan
+    got, weight = jax.jit(rq.segment_mean_keys, static_argnames=("num_modalities", "num_heads"))(
+        keys, segment_ids=ids, num_modalities=3, mask=mask, num_heads=num_heads
+    )
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    np.testing.assert_array_equal(weight, has)
+    assert has.sum() == 7  # the second lacks its third modality, and so does the last sample
+
+
+def test_segment_mean_keys_are_those_of_the_projected_tokens():
+    tokens, _, w_key, _, b_key, _ = inputs(2, 8, per_example=True)
+    keys = jnp.einsum("bld,dhk->blhk", tokens, w_key) + b_key[None, None]
+    got, weight = rq.segment_mean_keys(keys, (10, L - 11))  # behind a class token
+    parts = (tokens[:, 1:11], tokens[:, 11:])
+    want = np.stack([rq.mean_key(part, w_key, b_key) for part in parts])
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert np.all(weight == 1)

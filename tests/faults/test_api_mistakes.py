@@ -108,8 +108,29 @@ ROWS = [
         r"b_key has shape \(4,\); allowed: \[H, d\] with H = 3, d = 4",
     ),
     (lambda: rq.mean_key(TOKENS, PROJECT, BIAS, ONES((2, 4), bool)), r"mask has shape \(2, 4\)"),
-    (lambda: rq.attention_share(ONES((2, 3, 5)), (2, 1)), r"lengths are \(2, 1\), .* have 5"),
+    (
+        lambda: rq.attention_share(ONES((2, 3, 5)), (2, 1)),
+        r"lengths are \(2, 1\), .* has, 5",
+    ),
     (lambda: rq.attention_share(ONES((2, 4)), (2, 1)), r"weights has shape \(2, 4\); allowed"),
+    (lambda: rq.attention_share(ONES((2, 3, 4))), "lengths and segment_ids are both .* None"),
+    (
+        lambda: rq.attention_share(ONES((2, 3, 4)), segment_ids=jnp.arange(4)),
+        "num_modalities is None; allowed with segment_ids: an integer >= 1",
+    ),
+    (
+        lambda: rq.segment_mean_keys(ONES((2, 4, 3, 5)), (2, 2), num_heads=4),
+        "num_heads is 4; allowed: a multiple of the keys' 3 heads",
+    ),
+    (
+        lambda: rq.segment_mean_keys(ONES((2, 4, 3, 5)), segment_ids=ONES(4), num_modalities=2),
+        "segment_ids has dtype float32; allowed: integers",
+    ),
+    (
+        lambda: rq.segment_mean_keys(ONES((2, 4, 3, 5)), (2, 2), mask=ONES((2, 3)) > 0),
+        r"mask has shape \(2, 3\); allowed: \[B, L\] or None with B = 2, L = 4",
+    ),
+    (lambda: rq.uniform_share(), "lengths and segment_ids are both"),
     # rolling
     (lambda: rq.rolling_query(beta=-0.1), "beta is -0.1; allowed: 0 or more"),
     (lambda: rq.rolling_query(beta=float("nan")), "beta is nan; allowed: 0 or more"),
