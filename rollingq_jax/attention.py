@@ -355,8 +355,8 @@ def uniform_share(
       UserError: the arguments do not fit each other.
 
     Example:
-      >>> uniform_share((64, 8)).round(3).tolist()
-      [0.889, 0.111]
+      >>> uniform_share((6, 2)).tolist()
+      [0.75, 0.25]
     """
     dims = check_arrays(None, "integers", segment_ids=(segment_ids, "L", "BL", None))
     check_arrays(dims, "bool", mask=(mask, "BL", None))
