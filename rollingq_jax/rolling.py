@@ -9,10 +9,11 @@ Modalities are in alphabetical order. The functions of the method proper have no
 `jax.vmap` adds it.
 """
 
+import functools
 import math
 import numbers
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import chex
 import jax
@@ -217,7 +218,7 @@ STATE_AXES = {
 }
 
 
-def init_state(num_modalities: int, dim: int, num_heads: int = 1) -> RollingState:
+def init_state(num_modalities: int | None, dim: int | None, num_heads: int = 1) -> RollingState:
     """State with R = I and empty sums; `dim` is the head width.
 
     Raises:
@@ -241,15 +242,37 @@ def init_state(num_modalities: int, dim: int, num_heads: int = 1) -> RollingStat
     )
 
 
+StateLike = RollingState | Mapping[str, Any] | Sequence[Any]
+
+
+def as_state(state: StateLike) -> RollingState:
+    """The state itself, or made from what a checkpoint library gives back without its type.
+
+    Raises:
+      UserError: it is neither a `RollingState`, nor its fields by name, nor all of them in order.
+    """
+    if isinstance(state, RollingState):
+        return state
+    if isinstance(state, Mapping) and set(state) == set(RollingState._fields):
+        return RollingState(**state)
+    if isinstance(state, list | tuple) and len(state) == len(RollingState._fields):
+        return RollingState(*state)
+    more = ""
+    if isinstance(state, Mapping):
+        more = f" with {', '.join(map(str, state)) or 'no field'}"
+    raise UserError(
+        f"state is a {type(state).__name__}{more}; allowed: what `init` made, or its fields "
+        f"{', '.join(RollingState._fields)} by name or in that order"
+    )
+
+
 def state_dims(state: RollingState) -> chex.Dimensions:
     """M, H and d of a state: broadcasting would take a batch with another number of heads.
 
     Raises:
-      UserError: it is no state, or its arrays do not have the axes of one; says where a leading
-        axis of devices comes from.
+      UserError: its arrays do not have the axes of a state; says where a leading axis of devices
+        comes from.
     """
-    if not isinstance(state, RollingState):
-        raise UserError(f"state is a {type(state).__name__}; allowed: what `init` made")
     shapes = {name: tuple(getattr(array, "shape", ())) for name, array in state._asdict().items()}
     extra = {len(shapes[name]) - len(axes) for name, axes in STATE_AXES.items()}
     if extra == {0}:
@@ -268,36 +291,78 @@ def state_dims(state: RollingState) -> chex.Dimensions:
     raise UserError(f"state has the shapes {came}; allowed: {hint}")
 
 
+class ModalityNames(tuple[str, ...]):
+    """Names of modalities, which are part of a program and not of its data."""
+
+
+jax.tree_util.register_static(ModalityNames)
+
+
+def _check_names(modalities: Sequence[str] | None) -> ModalityNames:
+    """The names as a tuple, empty where there are none."""
+    if modalities is None:
+        return ModalityNames()
+    names = () if isinstance(modalities, str) else tuple(modalities)
+    if len(names) < 2 or len(set(names)) < len(names) or not all(isinstance(m, str) for m in names):
+        raise UserError(f"modalities is {modalities!r}; allowed: two or more names, no two alike")
+    return ModalityNames(names)
+
+
+def _stack_named(
+    name: str, values: Any, names: Sequence[str], dims: chex.Dimensions, shape: str
+) -> Any:
+    """`{m: [B, ...]} -> [M, B, ...]`, by name; an array passes where there are no names."""
+    if not isinstance(values, Mapping):
+        if names and values is not None and np.ndim(values) > len(shape):
+            came = getattr(values, "shape", type(values).__name__)
+            raise UserError(
+                f"{name} is one array {came} and the modalities have names; allowed: a mapping "
+                f"with {', '.join(names)}"
+            )
+        return values
+    names = names or sorted(values)
+    if set(values) != set(names) or len(names) != dims.M:
+        raise UserError(
+            f"{name} has {', '.join(sorted(map(str, values))) or 'no modality'}; allowed: "
+            f"{', '.join(names) if len(names) == dims.M else f'{dims.M} modalities'}"
+        )
+    check_arrays(dims, **{f"{name}[{m!r}]": (values[m], shape) for m in names})
+    return jnp.stack([jnp.asarray(values[m], jnp.float32) for m in names])
+
+
 def observe(
-    state: RollingState,
+    state: StateLike,
     query: Array,
-    mean_keys: Array,
-    weight: Array | None = None,
+    mean_keys: Array | Mapping[str, Array],
+    weight: Array | Mapping[str, Array] | None = None,
     axis_name: str | None = None,
+    *,
+    modalities: Sequence[str] = (),
 ) -> RollingState:
     """Adds one batch to the running sums.
 
     Args:
       state: the state so far.
       query: `[B, H, d]` or `[H, d]`, as the attention used it (already rotated).
-      mean_keys: `[M, B, H, d]`, k_i^m. Both are converted to float32.
-      weight: `[B]` or `[M, B]`; 0 leaves out padding, or a modality that a sample lacks. A sample
-        of weight 0 may hold anything, NaN included.
+      mean_keys: `[M, B, H, d]`, k_i^m, or `{m: [B, H, d]}`. All is converted to float32.
+      weight: `[B]`, `[M, B]` or `{m: [B]}`; 0 leaves out padding, or a modality that a sample
+        lacks. A sample of weight 0 may hold anything, NaN included.
       axis_name: mapped axis over which the increments are summed, so that every replica ends with
         the sums of the global batch.
+      modalities: names in the order of the state, see `rolling_query`; a mapping's names are
+        otherwise taken in alphabetical order.
 
     Returns:
       The new state; no gradient flows through it.
 
     Raises:
-      UserError: a shape does not fit the state's M, H and d.
+      UserError: a shape does not fit the state's M, H and d, or the names are others.
     """
-    check_arrays(
-        state_dims(state),
-        query=(query, "BHd", "Hd"),
-        mean_keys=(mean_keys, "MBHd"),
-        weight=(weight, "B", "MB", None),
-    )
+    state = as_state(state)
+    dims = check_arrays(state_dims(state), query=(query, "BHd", "Hd"))
+    mean_keys = _stack_named("mean_keys", mean_keys, modalities, dims, "BHd")
+    weight = _stack_named("weight", weight, modalities, dims, "B")
+    check_arrays(dims, mean_keys=(mean_keys, "MBHd"), weight=(weight, "B", "MB", None))
     # float32 whatever came: with 64-bit types the state has to keep its dtypes under scan and cond.
     query, mean_keys = (
         jax.lax.stop_gradient(jnp.asarray(x, jnp.float32)) for x in (query, mean_keys)
@@ -366,6 +431,34 @@ class RollInfo(NamedTuple):
     angle: Array  # [H], between query and anchor, in radians
     rolled: Array  # [H] bool
     reorthogonalized: Array  # [H] bool, whether R had drifted and is orthogonal again
+    modalities: ModalityNames = ModalityNames()  # static
+
+    def scalars(self) -> dict[str, Array]:
+        """Flat and named values for any logger, each `[]`.
+
+        `imbalance`, `angle`, `cosine/<m>` and `weight/<m>` are means over the heads, `rolled` is
+        how many heads rolled; with several heads each has `imbalance/head_<h>`, too. A modality
+        without a name is called by its number.
+
+        Example:
+          >>> roller = rolling_query(modalities=("audio", "text"))
+          >>> _, info = roller.update(roller.init(dim=4))
+          >>> sorted(info.scalars())
+          ['angle', 'cosine/audio', 'cosine/text', 'imbalance', 'rolled', ...]
+        """
+        heads, count = self.scores.shape
+        names = self.modalities or [str(m) for m in range(count)]
+        values = {
+            "imbalance": jnp.mean(self.imbalance),
+            "angle": jnp.mean(self.angle),
+            "rolled": jnp.sum(self.rolled.astype(jnp.int32)),
+        }
+        for i, m in enumerate(names):
+            values[f"cosine/{m}"] = jnp.mean(self.scores[:, i])
+            values[f"weight/{m}"] = jnp.mean(self.weights[:, i])
+        if heads > 1:
+            values |= {f"imbalance/head_{h}": self.imbalance[h] for h in range(heads)}
+        return values
 
     @property
     def mended(self) -> Array:
@@ -385,6 +478,12 @@ def lowest_layer_only(due: Array, layers: int) -> Array:
     return (together & (jnp.arange(layers) == lowest)[:, None]).reshape(due.shape)
 
 
+def named_layers_only(due: Array, layers: int, named: Sequence[int]) -> Array:
+    """Of the heads that are due, those in the layers that are named: `[H] -> [H]` bool."""
+    chosen = np.isin(np.arange(layers), named)
+    return (split_by_layer(due, layers) & chosen[:, None]).reshape(due.shape)
+
+
 def roll(
     state: RollingState,
     query: Array,
@@ -397,6 +496,7 @@ def roll(
     method: str = "geodesic",
     joint: bool = False,
     layers: int = 1,
+    roll_layers: str | Sequence[int] = "lowest first",
     when: bool | Array = True,
 ) -> tuple[RollingState, RollInfo]:
     """R <- R_new R, with R_new q_bar = q_b, in every head whose imbalance exceeds beta.
@@ -406,7 +506,7 @@ def roll(
       query: `[H, d]`, q_bar, already rotated.
       mean_keys: `[H, M, d]`, mu^m.
       scores: `[H, M]`, c^m.
-      beta, rho, max_rotations, method, joint, layers: see `rolling_query`.
+      beta, rho, max_rotations, method, joint, layers, roll_layers: see `rolling_query`.
       when: `[]` bool; no head rolls where it is False.
 
     Returns:
@@ -428,7 +528,10 @@ def roll(
         together = split_by_layer(rolled, layers)
         every = jnp.all(together, axis=1, keepdims=True)
         rolled = jnp.broadcast_to(every, together.shape).reshape(rolled.shape)
-    rolled = lowest_layer_only(rolled, layers)
+    if roll_layers == "lowest first":
+        rolled = lowest_layer_only(rolled, layers)
+    elif roll_layers != "all":
+        rolled = named_layers_only(rolled, layers, [int(i) for i in roll_layers])
 
     def rotated():
         new = rotation_between(query, anchor, method)
@@ -452,6 +555,38 @@ def roll(
     return state._replace(rotation=rotation, count=state.count + rolled.astype(jnp.int32)), info
 
 
+class InitFn(Protocol):
+    """`init` of `RollingQuery`."""
+
+    def __call__(
+        self, num_modalities: int | None = None, dim: int | None = None, num_heads: int = ...
+    ) -> RollingState:
+        """Makes the state."""
+
+
+class ObserveFn(Protocol):
+    """`observe` of `RollingQuery`."""
+
+    def __call__(
+        self,
+        state: StateLike,
+        query: Array,
+        mean_keys: Array | Mapping[str, Array],
+        weight: Array | Mapping[str, Array] | None = None,
+        axis_name: str | None = None,
+    ) -> RollingState:
+        """Adds a batch to the state."""
+
+
+class UpdateFn(Protocol):
+    """`update` of `RollingQuery`."""
+
+    def __call__(
+        self, state: StateLike, query: Array | None = None, *, when: bool | Array = True
+    ) -> tuple[RollingState, RollInfo]:
+        """Rolls the heads that are due and resets the sums."""
+
+
 class RollingQuery(NamedTuple):
     """The method as three pure functions, in the manner of `optax.GradientTransformation`.
 
@@ -461,9 +596,9 @@ class RollingQuery(NamedTuple):
       (1, 8, 8)
     """
 
-    init: Callable[..., RollingState]
-    observe: Callable[..., RollingState]
-    update: Callable[..., tuple[RollingState, RollInfo]]
+    init: InitFn
+    observe: ObserveFn
+    update: UpdateFn
 
 
 def rolling_query(
@@ -473,6 +608,8 @@ def rolling_query(
     method: str = "geodesic",
     joint: bool = False,
     layers: int = 1,
+    roll_layers: str | Sequence[int] = "lowest first",
+    modalities: Sequence[str] | None = None,
 ) -> RollingQuery:
     """RollingQ for any attention that exposes a class query and keys (paper, algorithm 1).
 
@@ -491,10 +628,15 @@ def rolling_query(
       max_rotations: the most a head rolls; None sets no limit, 0 means never.
       method: "geodesic" or "svd", see `rotation_between`.
       joint: heads decide together, by the mean of their scores, instead of each by its own.
-      layers: attention layers among which the heads are divided, the lowest layer's heads first. At
-        one update the lowest layer with a head that is due rolls and no other, since the inputs of
-        those above change with it, and what was observed there no longer holds. `joint` heads are
-        those of one layer.
+      layers: attention layers among which the heads are divided, the lowest layer's heads first.
+        `joint` heads are those of one layer.
+      roll_layers: "lowest first": at one update the lowest layer with a head that is due rolls and
+        no other, since the inputs of those above change with it, and what was observed there no
+        longer holds. "all": every layer whose heads are due. Numbers such as `(0, 2)`: these layers
+        only, all that are due.
+      modalities: names in the order of the state's M. `init` then needs no number, and `observe`
+        takes mean keys (and weights by modality) as mappings with these names: an array, whose
+        first axis could be any, is refused.
 
     Raises:
       UserError: an argument is out of range.
@@ -517,10 +659,27 @@ def rolling_query(
         raise UserError(f"method is {method!r}; allowed: geodesic, svd")
     if not (isinstance(layers, numbers.Integral) and layers >= 1):
         raise UserError(f"layers is {layers!r}; allowed: an integer >= 1")
+    if isinstance(roll_layers, str):
+        known = roll_layers in ("lowest first", "all")
+    else:
+        known = bool(roll_layers) and all(i in range(layers) for i in roll_layers)
+    if not known:
+        raise UserError(
+            f"roll_layers is {roll_layers!r}; allowed: 'lowest first', 'all', or numbers of layers "
+            f"from 0 to {layers - 1}"
+        )
+    names = _check_names(modalities)
 
-    def init(num_modalities: int, dim: int, num_heads: int = layers) -> RollingState:
+    def init(
+        num_modalities: int | None = None, dim: int | None = None, num_heads: int = layers
+    ) -> RollingState:
         """See `init_state`; the heads are those of all layers, by default one each."""
-        state = init_state(num_modalities, dim, num_heads)
+        if names and num_modalities not in (None, len(names)):
+            raise UserError(
+                f"num_modalities is {num_modalities!r}; allowed: {len(names)}, for "
+                f"{', '.join(names)}"
+            )
+        state = init_state(len(names) or num_modalities, dim, num_heads)
         if num_heads % layers:
             raise UserError(
                 f"num_heads is {num_heads}; allowed: a multiple of layers, which is {layers}"
@@ -528,7 +687,7 @@ def rolling_query(
         return state
 
     def update(
-        state: RollingState, query: Array | None = None, *, when: bool | Array = True
+        state: StateLike, query: Array | None = None, *, when: bool | Array = True
     ) -> tuple[RollingState, RollInfo]:
         """Rolls where due and resets the sums.
 
@@ -536,6 +695,7 @@ def rolling_query(
         a bool or `[]` bool that may be traced, is False, nothing rolls and the state stays as it
         is: a training step can call this every time and say when the check is due.
         """
+        state = as_state(state)
         check_arrays(state_dims(state), query=(query, "Hd", None))
         check_arrays(None, "bool", when=(np.bool_(when) if isinstance(when, bool) else when, ""))
         scores, mean_keys, mean_query = scores_and_means(state)
@@ -550,8 +710,10 @@ def rolling_query(
             method=method,
             joint=joint,
             layers=layers,
+            roll_layers=roll_layers,
             when=when,
         )
-        return reset_sums(rolled, when), info
+        return reset_sums(rolled, when), info._replace(modalities=names)
 
-    return RollingQuery(init=init, observe=observe, update=update)
+    observe_named = functools.partial(observe, modalities=names) if names else observe
+    return RollingQuery(init=init, observe=observe_named, update=update)

@@ -23,10 +23,9 @@ cosine_scores, weights_of, anchor_of = map(
 observe = jax.jit(rq.rolling_query().observe)
 
 
-@functools.partial(jax.jit, static_argnames=("joint", "layers"))
-def update(state, query=None, when=True, beta=0.0, rho=1.0, max_rotations=1, joint=False, layers=1):
-    roller = rq.rolling_query(beta, rho, max_rotations, joint=joint, layers=layers)
-    return roller.update(state, query, when=when)
+@functools.partial(jax.jit, static_argnames=("joint", "layers", "roll_layers"))
+def update(state, query=None, when=True, beta=0.0, rho=1.0, max_rotations=1, **options):
+    return rq.rolling_query(beta, rho, max_rotations, **options).update(state, query, when=when)
 
 
 def new_state(num_modalities=M, dim=D, num_heads=H):
@@ -246,6 +245,17 @@ def test_layers_roll_one_after_the_other():
     assert turned == [False, True, True, False, True, True]
 
 
+@pytest.mark.parametrize(
+    ("roll_layers", "want"),
+    [("all", [[0, 2, 4], [0, 2, 4], []]), ((0, 2), [[0, 4], [0, 4], []])],
+)
+def test_layers_roll_all_at_once_or_only_those_that_are_named(roll_layers, want):
+    rows = [(1, 0, 1, 0, 1, 0)] * 3
+    options = {"max_rotations": 2, "layers": 3}
+    rolled, _, _ = rolled_heads(rows, roll_layers=roll_layers, **options)
+    assert rolled == want
+
+
 def test_joint_heads_are_those_of_a_layer():
     rolled, found, _ = rolled_heads([(0, 0, 1, 0, 1, 1)] * 3, beta=0.4, joint=True, layers=3)
     assert rolled == [[2, 3], [4, 5], []]
@@ -435,6 +445,70 @@ def test_float64_is_observed_and_rolled_in_float32(float64):
     np.testing.assert_array_equal(rolled.count, [1, 1])
 
 
+# ----- names, and states from a checkpoint
+
+NAMES = ("visual", "audio", "text")  # in an order of their own
+named = rq.rolling_query(rho=1.0, modalities=NAMES)
+
+
+def test_names_bring_keys_and_weights_into_the_order_of_the_state():
+    query, mean_keys = batch()
+    weight = (np.arange(M * B).reshape(M, B) % 3).astype(np.float32)
+    want = observe(new_state(), query, mean_keys, weight)
+    keys, weights = ({m: x[NAMES.index(m)] for m in sorted(NAMES)} for x in (mean_keys, weight))
+    got = jax.jit(named.observe)(named.init(dim=D, num_heads=H), query, keys, weights)
+    chex.assert_trees_all_equal(got, want)
+    scalars = jax.jit(lambda state: named.update(state)[1].scalars())(got)
+    info = update(want)[1]
+    assert scalars["cosine/audio"] == pytest.approx(float(info.scores[:, 1].mean()), abs=1e-6)
+    assert scalars["imbalance/head_1"] == pytest.approx(float(info.imbalance[1]), abs=1e-6)
+    assert int(scalars["rolled"]) == 2 and all(np.shape(x) == () for x in scalars.values())
+    assert info.scalars().keys() == {
+        n.replace("visual", "0").replace("audio", "1").replace("text", "2") for n in scalars
+    }
+
+
+@pytest.mark.parametrize(
+    ("keys", "weight", "says"),
+    [
+        ("array", None, r"mean_keys is one array \(3, 7, 2, 6\) and .* mapping with visual, audio"),
+        ("lacking", None, "mean_keys has audio, visual; allowed: visual, audio, text"),
+        ("named", np.ones((M, B), np.float32), "weight is one array .*; allowed: a mapping with"),
+        ("named", {"audio": np.ones(B)}, "weight has audio; allowed: visual, audio, text"),
+        ("short", None, r"mean_keys\['text'\] has shape \(6, 2, 6\); allowed: .* with B = 7"),
+    ],
+)
+def test_other_names_and_arrays_without_names_are_refused(keys, weight, says):
+    query, mean_keys = batch()
+    by_name = dict(zip(NAMES, mean_keys, strict=True))
+    given = {
+        "array": mean_keys,
+        "named": by_name,
+        "lacking": {m: by_name[m] for m in ("audio", "visual")},
+        "short": by_name | {"text": by_name["text"][:6]},
+    }[keys]
+    with pytest.raises(rq.UserError, match=says):
+        named.observe(new_state(), query, given, weight)
+
+
+def test_mappings_without_names_are_taken_in_alphabetical_order():
+    query, mean_keys = batch()
+    got = observe(new_state(), query, dict(zip("bca", mean_keys[[1, 2, 0]], strict=True)))
+    chex.assert_trees_all_equal(got, observe(new_state(), query, mean_keys))
+    with pytest.raises(rq.UserError, match="mean_keys has a, b; allowed: 3 modalities"):
+        rq.rolling_query().observe(new_state(), query, {"a": mean_keys[0], "b": mean_keys[1]})
+
+
+@pytest.mark.parametrize("form", [lambda state: dict(state._asdict()), list, tuple])
+def test_what_a_checkpoint_library_gives_back_is_a_state(form):
+    state = observed()
+    plain = form(jax.tree.map(np.asarray, state))
+    chex.assert_trees_all_equal(update(plain), update(state))
+    chex.assert_trees_all_equal(observe(plain, *batch()), observe(state, *batch()))
+    with pytest.raises(rq.UserError, match="state is a dict with rotation; allowed: .* by name or"):
+        rq.rolling_query().update({"rotation": state.rotation})
+
+
 # ----- mistakes
 
 
@@ -447,6 +521,10 @@ def test_float64_is_observed_and_rolled_in_float32(float64):
         ({"rho": np.float32(math.inf)}, "rho is .*inf.*; allowed: 0 or more, and finite"),
         ({"max_rotations": -1}, "max_rotations is -1; allowed: 0 or more, or None for no limit"),
         ({"layers": 0}, "layers is 0; allowed: an integer >= 1"),
+        ({"layers": 2, "roll_layers": (0, 2)}, "roll_layers is .0, 2.; .* numbers .* from 0 to 1"),
+        ({"roll_layers": "some"}, "roll_layers is 'some'; allowed: 'lowest first', 'all', or"),
+        ({"modalities": ("audio",)}, "modalities is .*; allowed: two or more names"),
+        ({"modalities": "audio"}, "modalities is 'audio'; allowed: two or more names"),
         ({"method": "qr"}, "method is 'qr'; allowed: geodesic, svd"),
     ],
 )
@@ -458,6 +536,8 @@ def test_bad_arguments(arguments, says):
 def test_bad_sizes():
     with pytest.raises(rq.UserError, match="num_modalities is 1; allowed: an integer >= 2"):
         rq.rolling_query().init(1, 4)
+    with pytest.raises(rq.UserError, match="num_modalities is 2; allowed: 3, for visual, audio"):
+        named.init(2, 4)
 
 
 @pytest.mark.parametrize("made", ["replicate", "stacked"])
