@@ -19,13 +19,12 @@ import numpy as np
 
 from rollingq_jax.errors import ConfigError, DataError
 from rollingq_jax.models import infer_kind as kind_of_batch
+from rollingq_jax.models.spec import KINDS
 
 Example = dict[str, np.ndarray]
 SPLITS = ("train", "valid", "test")
 # Before a modality's name: whether an example keeps it under "drop" because it is its last.
 KEPT = "kept/"
-KINDS = ("image", "sequence", "spectrogram", "tokens", "vector", "video")
-_RANKS = {"image": 3, "sequence": 2, "spectrogram": 3, "tokens": 1, "vector": 1, "video": 4}
 
 
 @runtime_checkable
@@ -47,7 +46,7 @@ class ModalityInfo:
 
     Attributes:
       name: its key in an example.
-      kind: one of `KINDS`.
+      kind: one of `rollingq_jax.models.spec.KINDS`.
       shape: of one example: image [H, W, C]; spectrogram [F, T, 1]; video [T, H, W, C]; sequence
         [L, D]; tokens [L]; vector [D].
       dtype: of the stored array: "float32", "uint8" (images and video) or "int32" (tokens).
@@ -73,12 +72,13 @@ class ModalityInfo:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise DataError(
-                f"modality {self.name!r}: kind {self.kind!r} is not one of {', '.join(KINDS)}"
+                f"modality {self.name!r}: kind {self.kind!r} is not one of "
+                f"{', '.join(sorted(KINDS))}"
             )
-        if len(self.shape) != _RANKS[self.kind]:
+        if len(self.shape) != len(KINDS[self.kind]):
             raise DataError(
                 f"modality {self.name!r}: an example of kind {self.kind!r} has "
-                f"{_RANKS[self.kind]} axes, got shape {tuple(self.shape)}"
+                f"{len(KINDS[self.kind])} axes, got shape {tuple(self.shape)}"
             )
 
 

@@ -18,11 +18,13 @@ from jax import Array
 
 from rollingq_jax.data.dataset import Dataset, Example, ModalityInfo, Source
 from rollingq_jax.errors import DataError
+from rollingq_jax.models.spec import KINDS
 
 # Standardized features are cut off here: a feature that is almost constant in training and not so
 # later would otherwise reach hundreds of standard deviations.
 CLIP = 10.0
-POSITIONS = ("sequence", "tokens")  # kinds whose positions can be masked one by one
+# Kinds whose positions can be masked one by one.
+POSITIONS = tuple(kind for kind, axes in KINDS.items() if axes[0] == "position")
 
 
 @dataclasses.dataclass(frozen=True)

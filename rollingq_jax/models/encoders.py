@@ -21,7 +21,7 @@ from jax import Array
 
 from rollingq_jax.errors import DataError
 from rollingq_jax.models.layers import AttentionFn, Block, Dense, symmetric_uniform
-from rollingq_jax.models.spec import EncoderSpec
+from rollingq_jax.models.spec import KINDS, PATCH_AXES, EncoderSpec
 
 TOKEN_STD = 0.02
 CLASS_TOKEN_STD = 1e-6
@@ -51,26 +51,13 @@ def cut_patches(x: Array, patch: tuple[int, ...]) -> Array:
     return x.transpose(order).reshape(batch_size, math.prod(grid), math.prod(patch) * channels)
 
 
-def _spectrogram(x: Array, patch: tuple[int, ...]) -> Array:
-    """Upstream swaps frequency and time before it cuts; token order and positions follow."""
-    return cut_patches(x.swapaxes(1, 2), patch)
-
-
-class Kind(NamedTuple):
-    """The axes behind the batch, and how `(array, patch)` becomes features `[B, L, P]`."""
-
-    axes: tuple[str, ...]
-    features: Callable[[Array, Any], Array]
-
-
-KINDS = {
-    "spectrogram": Kind(("frequency", "time", "channel"), _spectrogram),
-    "image": Kind(("row", "column", "channel"), cut_patches),
-    "video": Kind(("frame", "row", "column", "channel"), cut_patches),
-    "sequence": Kind(("position", "feature"), lambda x, patch: x),
-    "tokens": Kind(("position",), lambda x, patch: x),
-    "vector": Kind(("feature",), lambda x, patch: x[:, None]),
-}
+def cut_example(kind: str, x: Array, patch: tuple[int, ...] | None) -> Array:
+    """What becomes a token each: `[B, ...] -> [B, L, P]`, or `[B, L]` of token ids."""
+    if kind == "spectrogram":  # as upstream; the order of tokens and the positions follow
+        x = x.swapaxes(1, 2)
+    if PATCH_AXES[kind]:
+        return cut_patches(x, patch or ())
+    return x[:, None] if kind == "vector" else x
 
 
 def infer_kind(shape: Sequence[int], dtype: Any) -> str:
@@ -128,7 +115,7 @@ def check_input(spec: EncoderSpec, x: Array) -> None:
     Raises:
       DataError: they do not fit.
     """
-    axes = KINDS[spec.kind].axes
+    axes = KINDS[spec.kind]
     if spec.kind == "tokens":
         allowed, fits = "integer", jnp.issubdtype(x.dtype, jnp.integer)
     else:
@@ -204,11 +191,8 @@ def make_features(spec: EncoderSpec, x: Array, presence: Presence) -> Array:
     Raises:
       DataError: the mask has another number of positions than there are tokens.
     """
-    kind = KINDS[spec.kind]
-    if spec.kind == "tokens":
-        features = kind.features(x, None)
-    else:
-        features = kind.features(normalize_pixels(spec, x), spec.patch)
+    values = x if spec.kind == "tokens" else normalize_pixels(spec, x)
+    features = cut_example(spec.kind, values, spec.patch)
     positions, present = presence
     if positions is not None and positions.shape != features.shape[:2]:
         raise DataError(

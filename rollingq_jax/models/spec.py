@@ -17,8 +17,17 @@ import jax.numpy as jnp
 from rollingq_jax.errors import ConfigError, did_you_mean
 
 INT32_MAX = 2**31 - 1  # a step number and a count of rotations are int32
-#: Kinds of modality, and the number of axes that a patch of each cuts (0: the kind has no patches).
-PATCH_AXES = {"spectrogram": 2, "image": 2, "video": 3, "sequence": 0, "tokens": 0, "vector": 0}
+#: Kinds of modality, and the axes of one example of each.
+KINDS = {
+    "spectrogram": ("frequency", "time", "channel"),
+    "image": ("row", "column", "channel"),
+    "video": ("frame", "row", "column", "channel"),
+    "sequence": ("position", "feature"),
+    "tokens": ("position",),
+    "vector": ("feature",),
+}
+#: The number of axes that a patch of each kind cuts (0: the kind has no patches).
+PATCH_AXES = {kind: len(axes) - 1 if "channel" in axes else 0 for kind, axes in KINDS.items()}
 FUSIONS = ("unimodal", "sum", "concat", "film", "gated", "attention", "mbt")
 MBT_HEADS = ("attention", "concat", "sum")
 MOST_FUSION_LAYERS = 8
@@ -189,14 +198,14 @@ class EncoderSpec:
 
     Attributes:
       name: the modality, and its key in a batch.
-      kind: one of `PATCH_AXES`.
+      kind: one of `KINDS`.
       patch: (row, column) of an image, or of a spectrogram once its axes are swapped to
         (time, frequency); (frame, row, column) of a video; None for the other kinds.
       mean, std: channel normalization of uint8 input, (x / 255 - mean) / std; None leaves x / 255.
     """
 
     name: str
-    kind: Annotated[str, one_of(PATCH_AXES), "kind of the modality"]
+    kind: Annotated[str, one_of(KINDS), "kind of the modality"]
     depth: Annotated[int, integer(0, MAX_LAYERS), "number of Transformer blocks"]
     width: Annotated[
         int, integer(1, MAX_WIDTH), "their width; a projection to the model's follows the last"
@@ -235,7 +244,7 @@ class EncoderSpec:
         where = f"model.encoders.{name}"
         fields = read_fields(as_mapping(config, where), section_fields(EncoderSpec), where)
         if "kind" not in fields:
-            raise ConfigError(f"{where}.kind is missing; allowed: {', '.join(PATCH_AXES)}")
+            raise ConfigError(f"{where}.kind is missing; allowed: {', '.join(KINDS)}")
         spec = cls(name, **{"depth": depth, "width": width, "num_heads": num_heads, **fields})
         spec._check(where)
         return spec

@@ -11,11 +11,10 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from rollingq_jax.analysis.plots import style
+from rollingq_jax.models.spec import PATCH_AXES
 
 Array = np.ndarray
 _HEAT = "viridis"
-# Kinds whose tokens are patches, with the number of axes a patch has.
-_PATCH_AXES = {"image": 2, "spectrogram": 2, "video": 3}
 
 
 class ModalityView(NamedTuple):
@@ -183,10 +182,9 @@ def token_grid(
         return (int(shape[0]),)
     if kind == "vector":
         return (1,)
-    if kind not in _PATCH_AXES:
-        allowed = sorted([*_PATCH_AXES, "sequence", "tokens", "vector"])
-        raise ValueError(f"kind: {kind!r}; one of {', '.join(allowed)}")
-    axes = _PATCH_AXES[kind]
+    if kind not in PATCH_AXES:
+        raise ValueError(f"kind: {kind!r}; one of {', '.join(sorted(PATCH_AXES))}")
+    axes = PATCH_AXES[kind]
     if patch is None or len(patch) != axes:
         raise ValueError(f"patch: {patch}; {axes} sizes for kind {kind!r}")
     sizes = [shape[1], shape[0]] if kind == "spectrogram" else list(shape[:axes])
@@ -228,7 +226,7 @@ def weights_on_input(
     """
     grid = token_grid(kind, shape, patch)
     heat = np.asarray(weights, np.float64).reshape(grid)
-    if patch is None or kind not in _PATCH_AXES:
+    if patch is None or not PATCH_AXES[kind]:
         return heat
     sizes = [shape[1], shape[0]] if kind == "spectrogram" else list(shape[: len(grid)])
     for axis, step in enumerate(patch):

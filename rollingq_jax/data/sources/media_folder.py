@@ -86,7 +86,7 @@ from rollingq_jax.errors import DataError, said
 
 MAX_SECONDS = 10.0
 MAX_TEXT = 512
-KINDS = {
+KIND_OF_TYPE = {
     "audio": "spectrogram",
     "image": "image",
     "video": "video",
@@ -308,9 +308,9 @@ def _modalities(files: Mapping[str, FileForm]) -> dict[str, Preprocessing]:
     """The way from files to arrays, before anything is measured."""
     modalities = {}
     for name, (type_, sizes) in files.items():
-        vocab_size = BYTE_VOCABULARY if KINDS[type_] == "tokens" else None
+        vocab_size = BYTE_VOCABULARY if KIND_OF_TYPE[type_] == "tokens" else None
         shape, dtype = _example_form(type_, sizes)
-        info = ModalityInfo(name, KINDS[type_], shape, dtype, vocab_size)
+        info = ModalityInfo(name, KIND_OF_TYPE[type_], shape, dtype, vocab_size)
         media = {"type": type_, **dataclasses.asdict(sizes)}
         modalities[name] = Preprocessing(info, shape, dtype, media=media)
     return modalities

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from rollingq_jax.analysis.plots import attention as tokens
-from rollingq_jax.models.encoders import KINDS
+from rollingq_jax.models.encoders import cut_example
 
 SHAPES = {
     "spectrogram": ((13, 22, 1), (4, 3)),
@@ -19,7 +19,7 @@ def test_each_token_weight_covers_the_patch_that_the_model_cut(kind):
     shape, patch = SHAPES[kind]
     # Number the elements, let the model cut its patches, and look where the numbers went.
     numbers = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
-    cut = np.asarray(KINDS[kind].features(jnp.asarray(numbers)[None], patch))[0]
+    cut = np.asarray(cut_example(kind, jnp.asarray(numbers)[None], patch))[0]
     spatial = shape[:-1]
     expected = np.full(spatial, np.nan)
     for token, elements in enumerate(cut):
