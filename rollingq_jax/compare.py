@@ -39,11 +39,12 @@ from rollingq_jax.comparison.runs import (
     tune_arms,
 )
 from rollingq_jax.errors import ConfigError
+from rollingq_jax.files import write_whole
 from rollingq_jax.train.cli import Command, integer, run_command, switch, text
 from rollingq_jax.train.config import check_config
 from rollingq_jax.train.logging import device_line, read_rows, table, versions
 from rollingq_jax.train.preemption import Interruption
-from rollingq_jax.train.workdir import check_workdir, locked, write_json, write_whole
+from rollingq_jax.train.workdir import check_workdir, locked, write_json
 
 DEFAULT_ARMS = "concat,attention,rollingq"
 MOST_SEEDS = 10_000

@@ -27,8 +27,8 @@ from rollingq_jax.exported import (
     named_tensors,
     save_safetensors,
     serialize,
-    write_bytes,
 )
+from rollingq_jax.files import write_whole
 from rollingq_jax.train.cli import WORKDIR, Command, run_command, switch, text
 from rollingq_jax.train.logging import table, versions
 from rollingq_jax.train.loop import LoadedRun, load_run
@@ -126,7 +126,7 @@ def export_run(
     files: dict[str, Any] = {"weights": weights}
     if function is not None and function_path is not None:
         function_path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(function_path, function)
+        write_whole(function_path, function)
         files["function"] = {
             "file": function_path.name,
             "sha256": hashlib.sha256(function).hexdigest(),

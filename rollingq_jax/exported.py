@@ -24,6 +24,7 @@ from rollingq_jax.convert import (
 from rollingq_jax.convert.upstream import ROTATION as UPSTREAM_ROTATION
 from rollingq_jax.data.preprocessing import CLIP, Preprocessing
 from rollingq_jax.errors import ConfigError, UserError
+from rollingq_jax.files import write_whole
 from rollingq_jax.inference import answer_function
 from rollingq_jax.models import ModelSpec, build_model, dense_attention
 from rollingq_jax.rotation import fold_rotation
@@ -143,19 +144,8 @@ def save_safetensors(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     content = struct.pack("<Q", len(text)) + text + b"".join(chunks)
-    write_bytes(path, content)
+    write_whole(path, content)
     return hashlib.sha256(content).hexdigest()
-
-
-def write_bytes(path: epath.Path, content: bytes) -> None:
-    """Writes a file so that a reader sees the old content or the new, never a part."""
-    temporary = path.parent / f".{path.name}.tmp"
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def input_shapes(

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from rollingq_jax.analysis.metrics import written
 from rollingq_jax.data.dataset import KEPT, Dataset
 from rollingq_jax.errors import CheckpointError, NonFiniteError, printable, said
+from rollingq_jax.files import write_whole
 from rollingq_jax.train.steps import (
     NONFINITE,
     RollRecord,
@@ -38,7 +39,7 @@ from rollingq_jax.train.steps import (
     nonfinite_names,
 )
 from rollingq_jax.train.train_state import TrainState
-from rollingq_jax.train.workdir import is_number, json_ready, write_bytes, write_whole
+from rollingq_jax.train.workdir import is_number, json_ready
 
 log = logging.getLogger(__name__)
 
@@ -380,7 +381,7 @@ def save_snapshot(
     np.savez_compressed(buffer, **arrays)
     folder = workdir / "rotations"
     folder.mkdir(exist_ok=True)
-    write_bytes(folder / f"{step}.npz", buffer.getvalue())
+    write_whole(folder / f"{step}.npz", buffer.getvalue())
 
 
 def load_snapshots(workdir: epath.Path, last_step: int) -> list[Snapshot]:

@@ -20,6 +20,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from rollingq_jax.errors import CheckpointError, ConfigError, said
+from rollingq_jax.files import write_whole
 from rollingq_jax.train.config import default_config, differing_fields, with_defaults
 
 log = logging.getLogger(__name__)
@@ -309,23 +310,6 @@ def is_number(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return isinstance(value, float) or abs(value) < 2**1023
-
-
-def write_bytes(path: epath.PathLike, content: bytes) -> None:
-    """Writes a file so that a reader sees the old content or the new, never a part."""
-    path = epath.Path(path)
-    temporary = path.parent / f".{path.name}.tmp"
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_whole(path: epath.PathLike, text: str) -> None:
-    """As `write_bytes`, in UTF-8."""
-    write_bytes(path, text.encode())
 
 
 def json_ready(value: Any) -> Any:

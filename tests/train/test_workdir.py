@@ -12,26 +12,7 @@ from etils import epath
 from train_cases import files
 
 from rollingq_jax.errors import CheckpointError, ConfigError
-from rollingq_jax.train.workdir import (
-    check_workdir,
-    locked,
-    write_whole,
-)
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "config.json"
-    write_whole(path, "old")
-
-    def full(self, content):
-        with open(self, "wb") as file:
-            file.write(content[:1])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(type(epath.Path(path)), "write_bytes", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_whole(path, "new")
-    assert files(tmp_path).keys() == {"config.json"} and path.read_text() == "old"
+from rollingq_jax.train.workdir import check_workdir, locked
 
 
 def test_lock_is_exclusive_and_gone_with_its_holder(tmp_path):
