@@ -57,17 +57,20 @@ class Experiment:
       dataset: the data.
       model: from `build_model`.
       tx: the optimizer, with the gradient transformation of a method of comparison.
-      learning_rate: of each step.
+      learning_rate: of each step; None where `tx` was given, which has its own.
       roller: from `rolling_query`.
       roll_schedule: when to observe and to roll; None where nothing rolls.
       baseline: the method of comparison.
       epoch_steps, total_steps: lengths in steps.
+      given: the `model` and `tx` that came from outside, or None.
       inputs: preprocessing and classes, which inference needs without the data.
       signature: of the data, so that no run resumes with others.
 
     Args:
       config: checked, see `check_config`.
       dataset: the data.
+      model: in place of `build_model(config.model)`; a module with the same calls and a `spec`.
+      tx: in place of the optimizer that `config.optimizer` describes.
 
     Raises:
       ConfigError: a field of `config.model` is not allowed, or a size does not fit the data or the
@@ -75,10 +78,17 @@ class Experiment:
       DataError: the data cannot be read.
     """
 
-    def __init__(self, config: Any, dataset: Dataset) -> None:
+    def __init__(
+        self,
+        config: Any,
+        dataset: Dataset,
+        *,
+        model: Any = None,
+        tx: optax.GradientTransformation | None = None,
+    ) -> None:
         self.config = config = resolve_config(config, dataset)
-        self.dataset = dataset
-        self.model = build_model(config.model)
+        self.dataset, self.given = dataset, {"model": model, "tx": tx}
+        self.model = build_model(config.model) if model is None else model
         spec, compat = self.model.spec, config.upstream_compat
         check_upstream_choices(compat, spec.fusion_layers)
         examples = len(dataset.splits["train"])
@@ -94,18 +104,20 @@ class Experiment:
                 f"config.epochs is {config.epochs}; allowed with {self.epoch_steps} steps an "
                 f"epoch: at most {INT32_MAX // self.epoch_steps:,}"
             )
-        self.learning_rate = learning_rate_schedule(
-            config.optimizer.learning_rate,
-            self.epoch_steps,
-            config.epochs,
-            warmup_epochs=config.optimizer.warmup_epochs,
-            extra_step=compat.extra_schedule_step,
-            clip=not compat.unclipped_cosine,
-        )
+        self.learning_rate: optax.Schedule | None = None
+        if tx is None:
+            self.learning_rate = learning_rate_schedule(
+                config.optimizer.learning_rate,
+                self.epoch_steps,
+                config.epochs,
+                warmup_epochs=config.optimizer.warmup_epochs,
+                extra_step=compat.extra_schedule_step,
+                clip=not compat.unclipped_cosine,
+            )
+            tx = make_optimizer(config.optimizer, self.learning_rate)
         self.baseline = build_baseline(config.baseline, spec, self.epoch_steps, self.total_steps)
-        self.tx = make_optimizer(config.optimizer, self.learning_rate)
-        if self.baseline.transform is not None:
-            self.tx = optax.chain(self.baseline.transform, self.tx)
+        transform = self.baseline.transform
+        self.tx = tx if transform is None else optax.chain(transform, tx)
         self._make_rolling()
 
     def _make_rolling(self) -> None:

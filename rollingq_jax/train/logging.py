@@ -18,7 +18,7 @@ import re
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,6 +44,7 @@ from rollingq_jax.train.workdir import is_number, json_ready
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+Callback = Callable[[int, dict[str, float]], None]  # (step, {"<split>/<name>": value})
 RotationEvent = dict[str, list[float]]  # query and anchor of the first head, as JSON has them
 NUMBERS = {  # that a row of a split has to hold for those that read it
     "roll": ("epoch", "head", "angle_degrees"),  # the imbalances may be null
@@ -64,7 +65,7 @@ class MetricAccumulator:
       record: of the checkpoint from which the run resumes, `pending()` in it.
       get: takes one copy of a replicated tree, see `parallel.Parallel`.
       epoch_steps: steps in an epoch.
-      learning_rate: of each step.
+      learning_rate: of each step; None leaves it out of the rows.
       skip_nonfinite: count a step whose loss or gradient is not finite, instead of raising.
     """
 
@@ -75,7 +76,7 @@ class MetricAccumulator:
         *,
         get: Callable[[Any], Any],
         epoch_steps: int,
-        learning_rate: Callable[[int], Any],
+        learning_rate: Callable[[int], Any] | None,
         skip_nonfinite: bool,
     ) -> None:
         self._names = flag_names(params)
@@ -137,7 +138,8 @@ class MetricAccumulator:
         """A row for each head that has rolled since the last time, and the training row."""
         self._flush()
         row = self._labels(step, "train") | finish(self._sums)
-        row["learning_rate"] = float(self._learning_rate(step - 1))
+        if self._learning_rate is not None:
+            row["learning_rate"] = float(self._learning_rate(step - 1))
         self._sums = {}
         return [*self._take_checks(), row]
 
@@ -231,15 +233,35 @@ def as_json(row: Mapping[str, Any]) -> str:
     return json.dumps(json_ready(row))
 
 
+def scalars_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """The floats of a row, as `<split>/<name>`."""
+    split = row["split"]
+    return {f"{split}/{name}": x for name, x in row.items() if isinstance(x, float)}
+
+
 class MetricsWriter:
     """Appends rows to `metrics.jsonl` and TensorBoard; of several processes, the first does.
 
-    Opened at the step from which a run goes on: later rows, of a run that was cut off, are removed,
+    Opened at the step from which a run resumes: later rows, of a run that was cut off, are removed,
     and with `validate` the validation row of that step, since it comes anew. An object store such
     as gs:// does not append; there the file is written anew each time.
+
+    Args:
+      workdir: the run's folder.
+      step: from which the run resumes.
+      validate: whether that step's validation row comes anew.
+      callbacks: called with the step and the floats of each row that is added.
     """
 
-    def __init__(self, workdir: epath.PathLike, step: int, *, validate: bool = False) -> None:
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        step: int,
+        *,
+        validate: bool = False,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self._callbacks = callbacks
         self.path = epath.Path(workdir) / "metrics.jsonl"
         self._first = jax.process_index() == 0
         self._local = "://" not in os.fspath(workdir)
@@ -265,12 +287,16 @@ class MetricsWriter:
         self.rows += rows
         if self._events is None:
             self._rewrite()
-            return
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(as_json(row) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        self._events.write(rows)
+        else:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.writelines(as_json(row) + "\n" for row in rows)
+                file.flush()
+                os.fsync(file.fileno())
+            self._events.write(rows)
+        if self._first:
+            for row in rows:
+                for callback in self._callbacks:
+                    callback(row["step"], scalars_of(row))
 
     def remove(self, split: str) -> None:
         """Removes the rows of a split, which an earlier, unfinished end of the run has left."""
@@ -308,11 +334,8 @@ class EventLog:
 
         events = []
         for row in rows:
-            values = [
-                Summary.Value(tag=f"{row['split']}/{name}", simple_value=value)
-                for name, value in row.items()
-                if isinstance(value, float)
-            ]
+            scalars = scalars_of(row)
+            values = [Summary.Value(tag=tag, simple_value=x) for tag, x in scalars.items()]
             events.append({"step": row["step"], "summary": Summary(value=values)})
         self._append(*events)
 

@@ -10,11 +10,12 @@ import functools
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -27,6 +28,7 @@ from rollingq_jax.train.checkpoint import Checkpoints, CheckpointSchedule, with_
 from rollingq_jax.train.config import check_config, from_json
 from rollingq_jax.train.experiment import Experiment
 from rollingq_jax.train.logging import (
+    Callback,
     Console,
     MetricAccumulator,
     MetricsWriter,
@@ -75,6 +77,10 @@ def train_and_evaluate(
     test: bool = True,
     quiet: bool = False,
     profile: bool = False,
+    model: Any = None,
+    tx: optax.GradientTransformation | None = None,
+    dataset: Dataset | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Trains as the configuration says, resuming from what the folder holds, and tests at the end.
 
@@ -86,6 +92,13 @@ def train_and_evaluate(
       test: False stops before the test set is read; the same call with True resumes from there.
       quiet: print nothing.
       profile: write a trace of some steps into `profile` in the workdir.
+      model: in place of `build_model(config.model)`: a module with the same calls and a `spec`.
+        `load_run` makes the model of the configuration, and so does not read such a run unless
+        both have the same parameters.
+      tx: in place of the optimizer that `config.optimizer` describes.
+      dataset: in place of the data that `config.data` names.
+      callbacks: each is called with a step and the floats of a row of `metrics.jsonl`, named
+        `<split>/<name>`, in the first process: `lambda step, scalars: wandb.log(scalars, step)`.
 
     Returns:
       The summary, as `summary.json` holds it; with `test` False, `{"best": {"step", "epoch",
@@ -110,9 +123,10 @@ def train_and_evaluate(
         config = with_absolute_paths(config)
         stack.enter_context(within_memory(config))
         stack.enter_context(shown())
-        experiment = Experiment(
-            config, load_dataset(config.data, seed=config.seed, encoders=config.model.encoders)
-        )
+        if dataset is None:
+            encoders = config.model.encoders
+            dataset = load_dataset(config.data, seed=config.seed, encoders=encoders)
+        experiment = Experiment(config, dataset, model=model, tx=tx)
         experiment.prepare()
         check_free(workdir, experiment.config)
         summary = read_summary(workdir)
@@ -135,6 +149,7 @@ def train_and_evaluate(
                         max_steps=max_steps,
                         quiet=quiet,
                         profile=profile,
+                        callbacks=callbacks,
                     )
                     summary = loop.run(test)
         if test and not quiet:
@@ -152,7 +167,7 @@ class TrainLoop:
       workdir: its folder, claimed.
       checkpoints: in that folder.
       interruption: what may stop the run.
-      max_steps, quiet, profile: as in `train_and_evaluate`.
+      max_steps, quiet, profile, callbacks: as in `train_and_evaluate`.
     """
 
     def __init__(
@@ -165,10 +180,12 @@ class TrainLoop:
         max_steps: int | None = None,
         quiet: bool = False,
         profile: bool = False,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.experiment, self.workdir = experiment, workdir
         self.checkpoints, self.interruption = checkpoints, interruption
         self.max_steps, self.quiet, self.profile = max_steps, quiet, profile
+        self.callbacks = tuple(callbacks)
 
     def run(self, test: bool = True) -> dict[str, Any]:
         """Trains to the last step and tests; without a test, returns the best by validation."""
@@ -189,7 +206,7 @@ class TrainLoop:
                 self._train_plain_twin()
             from rollingq_jax.train.report import finish_run
 
-            return finish_run(experiment, workdir, checkpoints, best)
+            return finish_run(experiment, workdir, checkpoints, best, self.callbacks)
 
     def _train_plain_twin(self) -> None:
         """The same run without rotations, in the folder `plain` of the run, for its figures.
@@ -206,6 +223,8 @@ class TrainLoop:
             interruption=self.interruption,
             test=False,
             quiet=True,
+            dataset=self.experiment.dataset,
+            **self.experiment.given,
         )
 
     def train(self, state: TrainState, record: Mapping[str, Any]) -> Best:
@@ -221,7 +240,9 @@ class TrainLoop:
         self.best = Best(**record.get("best", {}))
         validate_first = record.get("validate", False)
         with contextlib.ExitStack() as stack:
-            self.writer = MetricsWriter(self.workdir, start_step, validate=validate_first)
+            self.writer = MetricsWriter(
+                self.workdir, start_step, validate=validate_first, callbacks=self.callbacks
+            )
             self.saves = CheckpointSchedule(
                 config.checkpoint.every_steps, config.checkpoint.every_minutes, config.log_every
             )

@@ -6,7 +6,7 @@ The training loop imports this when it is there: Matplotlib is for finished runs
 import functools
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from rollingq_jax.analysis.report import (
 from rollingq_jax.train.checkpoint import Checkpoints, DamagedError
 from rollingq_jax.train.experiment import Columns, Experiment, by_modality
 from rollingq_jax.train.logging import (
+    Callback,
     MetricsWriter,
     Row,
     Snapshot,
@@ -49,6 +50,7 @@ def finish_run(
     workdir: epath.Path,
     checkpoints: Checkpoints,
     best: Mapping[str, Any],
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Tests the best checkpoint and leaves the summary, the figures and the report.
 
@@ -77,7 +79,7 @@ def finish_run(
     }
     summary = json_ready(found)
     if jax.process_index() == 0:
-        writer = MetricsWriter(workdir, experiment.total_steps)
+        writer = MetricsWriter(workdir, experiment.total_steps, callbacks=callbacks)
         writer.remove("test")
         epoch = experiment.config.epochs
         writer.write([{"step": experiment.total_steps, "epoch": epoch, "split": "test"} | means])

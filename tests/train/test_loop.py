@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import numpy as np
+import optax
 import pytest
 from etils import epath
 from train_cases import files, make_arrays, read_metrics, tiny_config, write_arrays
@@ -12,10 +13,12 @@ from train_cases import files, make_arrays, read_metrics, tiny_config, write_arr
 from rollingq_jax.data.dataset import SAMPLED
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UserError
+from rollingq_jax.models import build_model
+from rollingq_jax.models.layers import dense_attention
 from rollingq_jax.train import checkpoint, loop
 from rollingq_jax.train.checkpoint import Checkpoints, to_host
 from rollingq_jax.train.config import from_json
-from rollingq_jax.train.experiment import Experiment
+from rollingq_jax.train.experiment import Experiment, resolve_config
 from rollingq_jax.train.loop import load_run, train_and_evaluate
 from rollingq_jax.train.preemption import Interrupted, Interruption
 from rollingq_jax.train.workdir import locked
@@ -371,6 +374,38 @@ def test_updates_that_are_not_finite_can_be_skipped(arrays, tmp_path, monkeypatc
     assert [row["skipped"] for row in rows] == [0, 0, 0, 1, 0, 0]
     assert all(np.isfinite(row["loss"]) for row in rows) and np.isfinite(summary["test_loss"])
     assert "step 12: skipped 1 updates" in capsys.readouterr().out
+
+
+def test_model_optimizer_data_and_callbacks_may_come_from_outside(arrays, tmp_path):
+    config = tiny_config(arrays, epochs=1, **{"optimizer.warmup_epochs": 0.5})
+    dataset = load_dataset(config.data, seed=config.seed)
+    config.data.path = str(tmp_path / "nowhere.npz")  # not read
+    traced, told = [], []
+
+    def attention_fn(*args, **options):
+        traced.append(1)
+        return dense_attention(*args, **options)
+
+    train_and_evaluate(
+        config,
+        tmp_path / "run",
+        model=build_model(resolve_config(config, dataset).model, attention_fn),
+        tx=optax.chain(optax.clip(1.0), optax.sgd(0.05)),  # two states, none of which has a trace
+        dataset=dataset,
+        callbacks=[lambda step, scalars: told.append((step, scalars))],
+        quiet=True,
+    )
+    rows = read_metrics(tmp_path / "run", times=True)
+    assert traced and not any("learning_rate" in row for row in rows)
+    assert [step for step, _ in told] == [row["step"] for row in rows]
+    for (_, scalars), row in zip(told, rows, strict=True):
+        assert row["split"] == "roll" or scalars[f"{row['split']}/accuracy"] == row["accuracy"]
+    with Checkpoints(epath.Path(tmp_path) / "run" / "checkpoints", read_only=True) as checkpoints:
+        like = Experiment(config, dataset).abstract_state()
+        with pytest.raises(
+            CheckpointError, match="opt_state/.*trace.* is absent; allowed: float32"
+        ):
+            checkpoints.restore(checkpoints.steps()[0], like)
 
 
 def test_a_full_disk(arrays, tmp_path, monkeypatch):

@@ -87,3 +87,11 @@ def test_adam_does_not_decay():
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an int32 power
         (after,) = updates(tx, params, [{"a": jnp.array([7.0])}])
     np.testing.assert_allclose(after["a"], 2.0 - 0.1, rtol=1e-6)  # the first step is lr sign(g)
+
+
+def test_the_clipped_schedule_is_that_of_optax():
+    ours = learning_rate_schedule(0.1, 7, 6, warmup_epochs=2.5)
+    theirs = optax.warmup_cosine_decay_schedule(0.0, 0.1, int(2.5 * 7), 7 * 6)
+    steps = np.arange(7 * 6 + 5)
+    with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by integers
+        np.testing.assert_allclose(jax.vmap(ours)(steps), jax.vmap(theirs)(steps), atol=2e-8)
