@@ -103,7 +103,7 @@ ROWS = [
     ([*TINY, "--config.epochs=2.5"], "config.epochs is '2.5'; allowed: an integer >= 1"),
     ([*TINY, "--config.epochs=0"], "config.epochs is 0; allowed: an integer >= 1"),
     ([*TINY, "--config.seed=-1"], "config.seed is -1; allowed: an integer >= 0"),
-    ([*TINY, "--config.optimizer=3"], "config.optimizer is '3'; allowed: a mapping of fields"),
+    ([*TINY, "--config.optimizer=3"], "config.optimizer is 3; allowed: a mapping of fields"),
     ([*TINY, "--config.optimizer.learning_rate=fast"], "is 'fast'; allowed: a number > 0"),
     ([*TINY, "--config.optimizer.learning_rate=nan"], "is nan; allowed: a number > 0"),
     ([*TINY, "--config.optimizer.momentum=1"], "config.optimizer.momentum is 1.0; allowed: a numb"),
