@@ -90,6 +90,14 @@ def _read(
     return tokens, query, w_key, w_value, b_key, b_value
 
 
+def _biased(logits: Array, bias: Array | None) -> Array:
+    """`[B, H, L]` plus `[B, L]`."""
+    if bias is None:
+        return logits
+    check_arrays(check_arrays(logits=(logits, "BHL")), logit_bias=(bias, "BL"))
+    return logits + bias.astype(logits.dtype)[:, None]
+
+
 def broadcast_query(query: Array, batch_size: int) -> Array:
     """`[H, d_h]` or `[B, H, d_h]` -> `[B, H, d_h]`."""
     query = as_float(query)
@@ -108,6 +116,7 @@ def class_token_attention(
     mask: Array | None = None,
     dropout_rate: float | Array = 0.0,
     rng: Array | None = None,
+    logit_bias: Array | None = None,
 ) -> tuple[Array, Array]:
     """softmax(T (W_k q) / sqrt(d_h)), and (sum_l w_l T_l) W_v + b_v sum_l w_l, per head.
 
@@ -125,6 +134,7 @@ def class_token_attention(
         checked.
       rng: one key, or one key an example `[B]`, which makes dropout independent of how a batch is
         laid out over devices.
+      logit_bias: `[B, L]`, added to every head's logits before the softmax; None adds nothing.
 
     Returns:
       output `[B, H, d_h]` before the output projection and weights `[B, H, L]` before dropout, both
@@ -148,6 +158,7 @@ def class_token_attention(
     logits = jnp.einsum(
         "bld,bhd->bhl", tokens, folded.astype(tokens.dtype), preferred_element_type=wide
     )
+    logits = _biased(logits, logit_bias)
     weights = masked_softmax(logits, None if mask is None else mask[:, None])
     kept = drop(weights, dropout_rate, rng)
     pooled = jnp.einsum(
@@ -168,6 +179,7 @@ def reference_attention(
     mask: Array | None = None,
     dropout_rate: float | Array = 0.0,
     rng: Array | None = None,
+    logit_bias: Array | None = None,
 ) -> tuple[Array, Array]:
     """Attention with keys and values for every token: softmax(q K^T / sqrt(d_h)) V.
 
@@ -191,8 +203,19 @@ def reference_attention(
     keys = jnp.einsum("bld,dhk->bhlk", tokens, w_key) + b_key[None, :, None]
     values = jnp.einsum("bld,dhk->bhlk", tokens, w_value) + b_value[None, :, None]
     logits = jnp.einsum("bhk,bhlk->bhl", query, keys) * query.shape[-1] ** -0.5
+    logits = _biased(logits, logit_bias)
     weights = masked_softmax(logits, None if mask is None else mask[:, None])
     return jnp.einsum("bhl,bhlk->bhk", drop(weights, dropout_rate, rng), values), weights
+
+
+def mean_token(tokens: Array, mask: Array | None = None) -> Array:
+    """Mean of the real tokens, `[B, L, D] -> [B, D]` float32 or wider; 0 where none is real."""
+    tokens = as_float(_real_tokens(tokens, mask))
+    if mask is None:
+        return jnp.sum(tokens, axis=1) / max(tokens.shape[1], 1)
+    real = mask.astype(tokens.dtype)
+    total = jnp.sum(real, axis=1)[:, None]
+    return jnp.einsum("bl,bld->bd", real, tokens, precision=HIGHEST) / jnp.maximum(total, 1.0)
 
 
 def mean_key(tokens: Array, w_key: Array, b_key: Array, mask: Array | None = None) -> Array:
@@ -219,14 +242,8 @@ def mean_key(tokens: Array, w_key: Array, b_key: Array, mask: Array | None = Non
     """
     dims = check_arrays(tokens=(tokens, "BLD"), w_key=(w_key, "DHd"), b_key=(b_key, "Hd"))
     check_arrays(dims, "bool", mask=(mask, "BL", None))
-    tokens = as_float(_real_tokens(tokens, mask))
-    w_key, b_key = w_key.astype(tokens.dtype), b_key.astype(tokens.dtype)
-    if mask is None:
-        mean = jnp.sum(tokens, axis=1) / max(tokens.shape[1], 1)
-    else:
-        real = mask.astype(tokens.dtype)
-        total = jnp.sum(real, axis=1)[:, None]
-        mean = jnp.einsum("bl,bld->bd", real, tokens, precision=HIGHEST) / jnp.maximum(total, 1.0)
+    mean = mean_token(tokens, mask)
+    w_key, b_key = w_key.astype(mean.dtype), b_key.astype(mean.dtype)
     return jnp.einsum("bd,dhk->bhk", mean, w_key, precision=HIGHEST) + b_key[None]
 
 

@@ -83,7 +83,7 @@ def evaluate(
     for specification in corrupt:  # a mistake is told before the first pass
         parse_corruptions(specification, dataset.modalities)
     probe = Probe(
-        metrics.predict_fn(run.model, run.params, run.rotation),
+        metrics.predict_fn(run.model, run.variables, run.rotation),
         dataset,
         split,
         # Batches are filled up with padding: none is larger than the split.
@@ -108,6 +108,8 @@ def evaluate(
             result["attention_scale"] = probes.attention_scale_curve(
                 probe, lambda scale: _with_query_times(run, scale), clean=clean
             )
+        if run.model.spec.quality_bias:
+            result["quality_shuffled"] = _with_shuffled_bias(probe, run, clean)
     result |= {"versions": versions(), "device": device_line()}
     write_json(folder / "evaluation.json", result)
     write_predictions(folder, run, dataset.splits[split], clean)
@@ -119,7 +121,19 @@ def _with_query_times(run: LoadedRun, scale: float) -> metrics.PredictFn:
     """The run's answers with the class token's query times a factor."""
     spec = run.model.spec
     scaled = dataclasses.replace(spec, attention_scale=scale * spec.attention_scale)
-    return metrics.predict_fn(run.model.clone(spec=scaled), run.params, run.rotation)
+    return metrics.predict_fn(run.model.clone(spec=scaled), run.variables, run.rotation)
+
+
+def _with_shuffled_bias(probe: Probe, run: LoadedRun, clean: metrics.Predictions) -> dict[str, Any]:
+    """Scores where each example gets the norm bias of another one, which says nothing of it."""
+    spec = dataclasses.replace(run.model.spec, quality_shuffled=True)
+    shuffled = metrics.predict_fn(run.model.clone(spec=spec), run.variables, run.rotation)
+    found = probes.predict(probe._replace(predict=shuffled))
+    return {
+        "accuracy": found.accuracy,
+        "unchanged": found.unchanged(clean),
+        "attention_share": metrics.mean_shares(found),
+    }
 
 
 def _own_dataset(run: LoadedRun) -> Dataset:

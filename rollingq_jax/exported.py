@@ -27,6 +27,7 @@ from rollingq_jax.errors import ConfigError, UserError
 from rollingq_jax.files import write_whole
 from rollingq_jax.inference import answer_function
 from rollingq_jax.models import ModelSpec, build_model, dense_attention
+from rollingq_jax.quality import COLLECTION, collection, model_variables
 from rollingq_jax.rotation import fold_rotation
 from rollingq_jax.train.loop import LoadedRun
 
@@ -68,6 +69,7 @@ def _has_upstreams_parts(spec: ModelSpec) -> bool:
     except ConfigError:
         return False
     structure = ["modalities", "fusion", "fusion_heads", "fusion_layers", "mlp_ratio", "gelu"]
+    structure += ["attention_scale", "quality_bias"]  # a state dict has no place for them
     structure += ["mbt_tokens", "mbt_layers", "mbt_head"] if spec.fusion == "mbt" else []
     encoder = ("kind", "patch", "depth", "width", "num_heads")
     same = all(getattr(spec, name) == getattr(theirs, name) for name in structure)
@@ -97,6 +99,8 @@ def named_tensors(run: LoadedRun, fold: bool) -> tuple[dict[str, np.ndarray], st
             rotation_is = UPSTREAM_ROTATION
         return to_upstream(params, rotation), "upstream", rotation_is
     flat = traverse_util.flatten_dict(params, sep=".")
+    if run.quality is not None:
+        flat |= traverse_util.flatten_dict({COLLECTION: collection(run.quality)}, sep=".")
     tensors = {name: np.asarray(leaf) for name, leaf in sorted(flat.items())}
     if rotation is not None:
         rotation_is = ROTATION
@@ -108,7 +112,7 @@ def folded(run: LoadedRun) -> dict[str, Any]:
     """Parameters with the rotation in the query projection.
 
     Raises:
-      UserError: there is no rotation, or there are several fusion layers.
+      UserError: there is no rotation, there are several fusion layers, or a norm bias.
     """
     if run.rotation is None:
         spec = run.model.spec
@@ -121,6 +125,12 @@ def folded(run: LoadedRun) -> dict[str, Any]:
             f"--fold is given and model.fusion_layers is {run.model.spec.fusion_layers}; allowed: "
             "1, since lower layers make every token's queries with one projection, which cannot "
             "take the class token's rotation; without --fold the rotation is stored beside them"
+        )
+    if run.model.spec.quality_bias:
+        raise UserError(
+            f"--fold is given and model.quality_bias is {run.model.spec.quality_bias:g}; allowed: "
+            "0, since an ordinary Transformer has no such bias; without --fold its statistics and "
+            "the rotation are stored beside the weights"
         )
     return fold_rotation(run.params, run.rotation)
 
@@ -213,7 +223,13 @@ def serialize(
     if size >= LARGEST:
         raise UserError(f"the weights have {size} bytes; allowed with --stablehlo: under {LARGEST}")
     model = build_model(run.model.spec, attention_fn=dense_attention)  # the same on all platforms
+    if model.spec.quality_shuffled:
+        raise UserError(
+            "--stablehlo is given and model.quality_shuffled is True; allowed: False, since the "
+            "answers of that control depend on the other examples of a batch"
+        )
     params, rotation = (folded(run), None) if fold else (run.params, run.rotation)
+    variables = model_variables(params, run.quality)
     answer = answer_function(model)
     preprocessing = {m: run.inputs.modalities[m] for m in run.model.spec.modalities}
 
@@ -224,7 +240,7 @@ def serialize(
                 m: one.apply_traced(batch[m], batch[f"{m}_mask"])
                 for m, one in preprocessing.items()
             }
-        return answer(params, rotation, batch)
+        return answer(variables, rotation, batch)
 
     (examples,) = jax.export.symbolic_shape("examples")
     exported = jax.export.export(function, platforms=platforms)(
@@ -239,9 +255,23 @@ def read_exported(path: epath.PathLike) -> tuple[dict[str, Any], jax.Array | Non
     Raises:
       DataError: it cannot be read, or its tensors are not those of a model.
     """
+    variables, rotation = read_variables(path)
+    return variables["params"], rotation
+
+
+def read_variables(path: epath.PathLike) -> tuple[dict[str, Any], jax.Array | None]:
+    """Variables, as `model.apply` takes them, and rotation of an exported file: with the statistics
+    of a norm bias, which `read_exported` leaves out.
+
+    Raises:
+      DataError: it cannot be read, or its tensors are not those of a model.
+    """
     tensors = load_state_dict(str(path))
     if any(name.startswith("encoder.") for name in tensors):  # ours begin with encoder_
-        return from_upstream(tensors)
+        params, rotation = from_upstream(tensors)
+        return {"params": params}, rotation
     rotation = tensors.pop(ROTATION, None)
     params = traverse_util.unflatten_dict({k: jnp.asarray(v) for k, v in tensors.items()}, ".")
-    return params, None if rotation is None else jnp.asarray(rotation)
+    statistics = params.pop(COLLECTION, None)
+    variables = {"params": params} | ({} if statistics is None else {COLLECTION: statistics})
+    return variables, None if rotation is None else jnp.asarray(rotation)

@@ -16,6 +16,7 @@ from rollingq_jax.data.dataset import ModalityInfo
 from rollingq_jax.data.preprocessing import InputSpec, Preprocessing, complete
 from rollingq_jax.data.sources.media_folder import MediaSizes, read_value
 from rollingq_jax.errors import DataError, UserError
+from rollingq_jax.quality import QualityState, model_variables
 from rollingq_jax.train.loop import load_run
 
 Batch = Mapping[str, Any]
@@ -45,6 +46,7 @@ class Predictor:
       rotation: `[H, d_h, d_h]`, or None.
       inputs: how raw arrays become the model's input, and the names of the classes.
       max_batch_size: the most examples that are computed at once; a power of two.
+      quality: sums behind the norm bias's statistics; None for a model without one.
     """
 
     model: Any
@@ -52,6 +54,7 @@ class Predictor:
     rotation: jax.Array | None
     inputs: InputSpec
     max_batch_size: int = 256
+    quality: QualityState | None = None
 
     def __post_init__(self) -> None:
         check_batch_size(self.max_batch_size)
@@ -70,6 +73,10 @@ class Predictor:
     def class_names(self) -> tuple[str, ...]:
         """One for each class; empty where the data set has none."""
         return self.inputs.class_names
+
+    @functools.cached_property
+    def _variables(self) -> dict[str, Any]:
+        return model_variables(self.params, self.quality)
 
     @functools.cached_property
     def _apply(self) -> Any:
@@ -127,7 +134,7 @@ class Predictor:
                 m: one.apply(part[m], part.get(f"{m}_mask"))
                 for m, one in self.preprocessing.items()
             }
-        probabilities, shares = jax.device_get(self._apply(self.params, self.rotation, part))
+        probabilities, shares = jax.device_get(self._apply(self._variables, self.rotation, part))
         return Prediction(probabilities[:rows], {m: x[:rows] for m, x in shares.items()})
 
 
@@ -142,10 +149,10 @@ def check_batch_size(size: int) -> None:
 
 
 def answer_function(model: Any) -> Any:
-    """`(params, rotation, batch) -> (probabilities [B, C], share {m: [B, n H]})`, pure."""
+    """`(variables, rotation, batch) -> (probabilities [B, C], share {m: [B, n H]})`, pure."""
 
-    def answer(params: Any, rotation: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        probabilities, out = forward(model, params, rotation, batch)
+    def answer(variables: Any, rotation: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        probabilities, out = forward(model, variables, rotation, batch)
         return probabilities, out.get("attention_share", {})
 
     return answer
@@ -232,4 +239,4 @@ def load(workdir: epath.PathLike, *, max_batch_size: int = 256) -> Predictor:
     """
     check_batch_size(max_batch_size)
     run = load_run(workdir)
-    return Predictor(run.model, run.params, run.rotation, run.inputs, max_batch_size)
+    return Predictor(run.model, run.params, run.rotation, run.inputs, max_batch_size, run.quality)

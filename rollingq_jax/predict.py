@@ -66,7 +66,7 @@ def predict(
     target = epath.Path(out).expanduser()
     check_out(target, path)
     run = load_run(workdir)
-    predictor = Predictor(run.model, run.params, run.rotation, run.inputs, batch_size)
+    predictor = Predictor(run.model, run.params, run.rotation, run.inputs, batch_size, run.quality)
     names = run.model.spec.modalities
     seed = run.config.seed
     data = open_new_data(path, run.config.data, run.inputs, names, split=split, seed=seed)

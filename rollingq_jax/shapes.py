@@ -63,8 +63,9 @@ def check_arrays(
             by_rank = {len(s): s for s in shapes if s is not None}
             chex.assert_rank(array, set(by_rank))
             shape = by_rank[array.ndim]
-            new = "".join("_" if sizes[axis] is not None else axis for axis in shape)
-            dims[new] = array.shape
+            for axis, size in zip(shape, array.shape, strict=True):
+                if sizes[axis] is None:  # `dims[shape] = ...` takes no symbolic size of jax.export
+                    setattr(dims, axis, size)
             chex.assert_shape(array, dims[shape])
         except AssertionError:
             raise UserError(

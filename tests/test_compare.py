@@ -331,6 +331,19 @@ def test_controls_are_arms(config_file):
     once, ends = made["rollingq-once"].rolling, made["rollingq-epoch"].rolling
     assert (once.max_rotations, once.check_every) == (1, 8)
     assert (ends.max_rotations, ends.check_every) == (None, 0)
+    text = "concat,attention-quality,uniform-quality,rollingq-quality,uniform-shuffled"
+    config.model.quality_bias = 2.0
+    found = {
+        name: runs.with_fields(config, fields, name).model
+        for name, fields in runs.parse_arms(text, ("audio", "visual")).items()
+    }
+    assert {n: (m.quality_bias, m.quality_shuffled) for n, m in found.items()} == {
+        "concat": (0.0, False),
+        "attention-quality": (1.0, False),
+        "uniform-quality": (1.0, False),
+        "rollingq-quality": (1.0, False),
+        "uniform-shuffled": (1.0, True),
+    }
     fresh = "audio=0.5, audio=0..3.0@0.3, visual=0.3, visual=0..1.5@0.3"
     assert {n for n, one in made.items() if one.data.corruptions == fresh} == {
         n for n in made if n.endswith("-fresh")

@@ -129,40 +129,40 @@ def check_answers(
 
 
 def forward(
-    model: Any, params: Any, rotation: Any, batch: Batch, **options: Any
+    model: Any, variables: Any, rotation: Any, batch: Batch, **options: Any
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Class probabilities `[B, C]` and what else the model says; pure.
 
     Args:
       model: from `build_model`.
-      params: its parameters.
+      variables: its parameters, as `{"params": ...}`, and what else it reads.
       rotation: `[H, d_h, d_h]` or None.
       batch: what `model_input` leaves.
       options: of the model's call, as `return_attention`.
     """
-    logits, out = model.apply({"params": params}, batch, rotation=rotation, **options)
+    logits, out = model.apply(variables, batch, rotation=rotation, **options)
     return class_probabilities(logits), out
 
 
-def predict_fn(model: Any, params: Any, rotation: Any = None) -> PredictFn:
+def predict_fn(model: Any, variables: Any, rotation: Any = None) -> PredictFn:
     """`PredictFn` of a model built by `build_model`, compiled once per form of batch.
 
     Args:
       model: a Flax module that returns `(logits, out)`; see `MultimodalTransformer`.
-      params: its parameters.
+      variables: its parameters, as `{"params": ...}`, and what else it reads.
       rotation: `[H, d_h, d_h]` or None.
     """
 
     @jax.jit
-    def apply(params: Any, rotation: Any, batch: Batch) -> Mapping[str, Any]:
-        probabilities, out = forward(model, params, rotation, batch)
+    def apply(variables: Any, rotation: Any, batch: Batch) -> Mapping[str, Any]:
+        probabilities, out = forward(model, variables, rotation, batch)
         return {
             "probabilities": probabilities,
             "attention_share": out.get("attention_share", {}),
             "present": out["present"],
         }
 
-    return lambda batch: apply(params, rotation, model_input(batch))
+    return lambda batch: apply(variables, rotation, model_input(batch))
 
 
 def model_input(batch: Batch) -> dict[str, Array]:

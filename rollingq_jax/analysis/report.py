@@ -403,7 +403,7 @@ def choose_examples(predictions: Predictions, count: int = 4) -> Array:
 
 def attention_examples(
     model: Any,
-    params: Any,
+    variables: Any,
     rotation: Any,
     dataset: Dataset,
     split: str,
@@ -415,7 +415,7 @@ def attention_examples(
 
     Args:
       model: from `build_model`, with attention fusion; its `spec` says how inputs are patched.
-      params, rotation: as in training.
+      variables, rotation: as in training.
       dataset, split, indices: which examples; captions have the class names and the noise.
       seed: of the data set's random transformations.
     """
@@ -428,7 +428,7 @@ def attention_examples(
         )
     )
     probabilities, out = jax.jit(
-        lambda batch: metrics.forward(model, params, rotation, batch, return_attention=True)
+        lambda batch: metrics.forward(model, variables, rotation, batch, return_attention=True)
     )(metrics.model_input(batch))
     attention = np.array(out["attention"], np.float64)
     attention[..., 0] = 0.0
@@ -546,7 +546,13 @@ def _figures(
     if share:
         chosen = choose_examples(clean)
         examples = attention_examples(
-            run.model, run.params, run.rotation, probe.dataset, probe.split, chosen, seed=probe.seed
+            run.model,
+            run.variables,
+            run.rotation,
+            probe.dataset,
+            probe.split,
+            chosen,
+            seed=probe.seed,
         )
         yield (
             "attention",
@@ -631,6 +637,11 @@ def summary_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         if "kept" in found:
             text += f", {found['kept']} examples keep their last modality"
         rows.append((found["corrupt"], text))
+    if "quality_shuffled" in result:
+        found = result["quality_shuffled"]
+        text = f"accuracy {written(found['accuracy'])}"
+        text += "".join(f", {words} {value}" for words, value in _share_rows(found, "share {}"))
+        rows.append(("norm bias of another example", text))
     for point in result.get("attention_scale", []):
         name = f"accuracy with the query times {point['scale']:g}"
         rows.append((name, written(point["accuracy"])))

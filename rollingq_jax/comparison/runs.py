@@ -48,11 +48,18 @@ Setting = dict[str, Any]
 # An arm changes what it names and nothing else: a method of `config.baseline` stays, so that each
 # fusion is compared with the losses that the configuration asks for.
 PLAIN = {"rolling.enabled": False, "model.modality": None}
-STATIC = PLAIN | {"model.fusion_layers": 1}  # they have no class token that attends
+STATIC = PLAIN | {  # they have no class token that attends
+    "model.fusion_layers": 1,
+    "model.quality_bias": 0.0,
+    "model.quality_shuffled": False,
+}
 CONCAT = STATIC | {"model.fusion": "concat"}
 
 ATTENTION = PLAIN | {"model.fusion": "attention"}
 ROLLINGQ = ATTENTION | {"rolling.enabled": True}
+UNIFORM = ATTENTION | {"model.attention_scale": 0.0}
+# The norm bias, which is not the paper's: `rollingq_jax.quality`.
+QUALITY = {"model.quality_bias": 1.0, "model.quality_shuffled": False}
 
 # The methods of comparison stand on concat, as the paper has them; on another fusion they are
 # written as NAME=FUSION:baseline.name=METHOD.
@@ -62,10 +69,15 @@ ARMS: dict[str, Overrides] = {
     "film": STATIC | {"model.fusion": "film"},
     "gated": STATIC | {"model.fusion": "gated"},
     "attention": ATTENTION,
-    "uniform": ATTENTION | {"model.attention_scale": 0.0},
+    "uniform": UNIFORM,
     "rollingq": ROLLINGQ,
     "rollingq-once": ROLLINGQ | {"rolling.max_rotations": 1},
     "rollingq-epoch": ROLLINGQ | {"rolling.max_rotations": None, "rolling.check_every": 0},
+    "attention-quality": ATTENTION | QUALITY,
+    "uniform-quality": UNIFORM | QUALITY,
+    "rollingq-quality": ROLLINGQ | QUALITY,
+    # The control: each sample gets the bias of another one.
+    "uniform-shuffled": UNIFORM | QUALITY | {"model.quality_shuffled": True},
     "mbt": PLAIN | {"model.fusion": "mbt"},
     "mbt+rollingq": PLAIN
     | {"model.fusion": "mbt", "model.mbt_head": "attention", "rolling.enabled": True},
@@ -636,7 +648,7 @@ def noise_of(folder: epath.Path, levels: Sequence[float]) -> list[dict[str, Any]
 def _probe(folder: epath.Path) -> probes.Probe:
     run = load_run(folder)
     return probes.Probe(
-        predict_fn(run.model, run.params, run.rotation),
+        predict_fn(run.model, run.variables, run.rotation),
         run.dataset,
         batch_size=run.config.batch_size,
         seed=run.config.seed,

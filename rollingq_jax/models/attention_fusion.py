@@ -11,6 +11,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from jax import Array
 
+from rollingq_jax import quality
 from rollingq_jax.attention import (
     attention_share,
     broadcast_query,
@@ -52,6 +53,9 @@ class AttentionFusion(nn.Module):
       num_layers: n.
       block: fields of the lower layers' `Block`.
       remat: recompute the lower layers in the backward pass.
+      quality_bias: gamma of the norm bias (see `rollingq_jax.quality`), whose statistics `center`
+        and `scale` `[M]` are in the collection "quality"; 0: none. For one layer only.
+      quality_shuffled: each sample gets the bias of the one before it in the batch.
       logit_scale: factor on the logits of the class token, in every layer; 0 is mean pooling. The
         query that is returned, scored and rotated is without it.
     """
@@ -65,6 +69,8 @@ class AttentionFusion(nn.Module):
     block: FrozenDict[str, Any] = FrozenDict()
     remat: bool = False
     logit_scale: float = 1.0
+    quality_bias: float = 0.0
+    quality_shuffled: bool = False
 
     def setup(self) -> None:
         """Declares the parameters, which `class_query` and the fusion share."""
@@ -117,7 +123,10 @@ class AttentionFusion(nn.Module):
         Returns:
           logits, and a dict with `query` `[B, n H, d_h]` (rotated), `mean_keys`
           `{m: [B, n H, d_h]}`, `attention_share` `{m: [B, n H]}`, and the last layer's `attention`
-          `[B, H, 1 + sum L_m]` before dropout.
+          `[B, H, 1 + sum L_m]` before dropout; with a norm bias `token_norms` `{m: [B]}`.
+
+        Raises:
+          ConfigError: the rotation does not fit, or the variables lack the norm bias's statistics.
         """
         modalities = sorted(tokens)
         reals = [masks[m] for m in modalities]
@@ -132,6 +141,10 @@ class AttentionFusion(nn.Module):
         )
         query = self._query(self.num_layers - 1, cls, rotations[-1])
         key, value = self.key(self.dim), self.value(self.dim)
+        norms, bias = None, None
+        if self.quality_bias:
+            norms = quality.token_norms([tokens[m] for m in modalities], reals)
+            bias = quality.logit_bias(self._quality_bias(norms), lengths)
         attended, weights = class_token_attention(
             sequence,
             self._scaled(query),
@@ -142,6 +155,7 @@ class AttentionFusion(nn.Module):
             mask=mask,
             dropout_rate=self.dropout,
             rng=None if weights_rng is None else example_keys(weights_rng, example_index),
+            logit_bias=bias,
         )
         projected = self.out(attended.reshape(batch_size, self.dim))
         logits = self.head(dropout(out_rng, projected, self.dropout, example_index))
@@ -151,6 +165,8 @@ class AttentionFusion(nn.Module):
         out = _joined(modalities, seen)
         if return_attention:
             out["attention"] = weights
+        if norms is not None:
+            out["token_norms"] = {m: norms[:, i] for i, m in enumerate(modalities)}
         return logits, out
 
     def _lower_layers(
@@ -185,6 +201,23 @@ class AttentionFusion(nn.Module):
     def _scaled(self, query: Array) -> Array:
         """The query whose logits are `logit_scale` times those of the one given."""
         return query if self.logit_scale == 1.0 else self.logit_scale * query
+
+    def _quality_bias(self, norms: Array) -> Array:
+        """gamma (n - nu) / tau of each modality, `[B, M] -> [B, M]`."""
+        if self.is_initializing():
+            for name in ("center", "scale"):
+                self.put_variable("quality", name, jnp.zeros(norms.shape[1:], jnp.float32))
+        if not self.has_variable("quality", "center"):
+            raise ConfigError(
+                "the variables have no collection 'quality', with the statistics of "
+                "model.quality_bias; allowed: those of the run, `run.variables`"
+            )
+        center, scale = (
+            jax.lax.stop_gradient(self.get_variable("quality", name))
+            for name in ("center", "scale")
+        )
+        bias = self.quality_bias * quality.standardize(norms, center, scale)
+        return jnp.roll(bias, 1, axis=0) if self.quality_shuffled else bias
 
     def _query(self, layer: int, cls: Array, rotation: Array | None) -> Array:
         """A layer's rotated class query, `[..., d] -> [..., H, d_h]` float32."""

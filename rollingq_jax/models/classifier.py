@@ -75,6 +75,8 @@ class MultimodalTransformer(nn.Module):
                 block=FrozenDict({name: value for name, value in block.items() if name != "remat"}),
                 remat=spec.remat,
                 logit_scale=spec.attention_scale,
+                quality_bias=spec.quality_bias,
+                quality_shuffled=spec.quality_shuffled,
             )
         else:
             self.fusion = STATIC_FUSIONS[spec.head](spec.num_classes)
@@ -108,13 +110,14 @@ class MultimodalTransformer(nn.Module):
           with attention fusion also (float32)
             `query` `[B, n H, d_h]`, rotated; `mean_keys` `{m: [B, n H, d_h]}`;
             `attention_share` `{m: [B, n H]}`; the last layer's `attention` `[B, H, 1 + sum L]` if
-            asked for.
+            asked for; `token_norms` `{m: [B]}` with a norm bias.
           An absent modality takes no attention, adds nothing to the bottleneck, and in the static
           fusions its class token counts as zeros; its own probe and mean keys mean nothing.
 
         Raises:
           DataError: the batch lacks a modality, or an array does not fit its kind.
-          ConfigError: a rotation is given and the fusion has no class query, or does not fit it.
+          ConfigError: a rotation is given and the fusion has no class query, or does not fit it; or
+            the variables lack the statistics of a norm bias.
         """
         inputs = read_inputs(batch, self.spec.modalities)
         presences = {

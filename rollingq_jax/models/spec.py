@@ -277,6 +277,8 @@ class ModelSpec:
       fusion_layers: the first n - 1 are Transformer blocks with `fusion_heads` heads, in which a
         class token attends to all modalities' tokens, as in the last.
       attention_scale: at 0 every token has the same weight, whatever the sample.
+      quality_bias: gamma of the norm bias, see `rollingq_jax.quality`.
+      quality_shuffled: each sample gets the norm bias of the one before it in the batch.
     """
 
     num_classes: Annotated[
@@ -340,6 +342,10 @@ class ModelSpec:
         at_least(0),
         "factor on the logits of the class token's attention; 0: all tokens count alike",
     ] = 1.0
+    quality_bias: Annotated[
+        float, at_least(0), "norm bias: to modalities whose mean token is long; 0: none"
+    ] = 0.0
+    quality_shuffled: Annotated[bool, FLAG, "its control: the bias of another sample"] = False
     mbt_layers: Annotated[int, integer(1, MAX_LAYERS), "layers of bottleneck fusion"] = 2
     mbt_tokens: Annotated[int, integer(1, MAX_WIDTH), "its bottleneck tokens"] = 4
     mbt_head: Annotated[str, one_of(MBT_HEADS), "the fusion behind its layers"] = "attention"
@@ -384,6 +390,16 @@ class ModelSpec:
             raise ConfigError(
                 f"model.fusion is {self.fusion!r}, which takes two modalities; "
                 f"model.encoders has {len(encoders)}: {names}"
+            )
+        if self.quality_bias and not (self.scores_attention and self.fusion_layers == 1):
+            raise ConfigError(
+                f"model.quality_bias is {self.quality_bias:g}; allowed with head {self.head!r} and "
+                f"model.fusion_layers {self.fusion_layers}: 0; other values need head 'attention' "
+                "in one layer, whose tokens are those that the encoders' last norms made"
+            )
+        if self.quality_shuffled and not self.quality_bias:
+            raise ConfigError(
+                "model.quality_shuffled is True; allowed with model.quality_bias 0: False"
             )
         if self.scores_attention:
             _divides(self.fusion_heads, self.dim, "model", "fusion_heads", "model.dim")

@@ -27,6 +27,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from rollingq_jax.errors import CheckpointError, NonFiniteError, UserError, said
+from rollingq_jax.quality import QualityState
 from rollingq_jax.train.train_state import TrainState
 from rollingq_jax.train.workdir import check_path, reason_of
 
@@ -47,11 +48,13 @@ class Learned(NamedTuple):
       step: of the checkpoint.
       params: of the model, float32.
       rotation: `[n H, d_h, d_h]` for n fusion layers, or None for a fusion without a class query.
+      quality: sums behind the norm bias's statistics; None for a model without one.
     """
 
     step: int
     params: Any
     rotation: jax.Array | None
+    quality: QualityState | None = None
 
 
 class Checkpoints:
@@ -216,14 +219,16 @@ class Checkpoints:
         try:
             params, rolling = tree["params"], tree.get("rolling") or {}
             rotation = rolling.get("rotation")
+            sums = tree.get("quality")
+            quality = None if sums is None else QualityState(**sums)
         except (AttributeError, KeyError, TypeError) as error:
             raise DamagedError(
                 f"checkpoint {step} is damaged: its structure is not as it was saved"
             ) from error
         _check_structure(step, {"params": params}, {"params": expected})
-        params = jax.tree.map(jax.numpy.asarray, params)
+        params, quality = jax.tree.map(jax.numpy.asarray, (params, quality))
         rotation = None if rotation is None else jax.numpy.asarray(rotation)
-        return Learned(step, params, rotation), record
+        return Learned(step, params, rotation, quality), record
 
     def _read_tree(self, step: int, record: Mapping[str, Any]) -> Any:
         """The arrays of a checkpoint, on the host; their checksum is the record's."""
@@ -348,10 +353,17 @@ class CheckpointSchedule:
 
 
 def as_tree(state: TrainState) -> dict[str, Any]:
-    """Nested dict of arrays, a PRNG key as its bits; a rolling state of None is left out."""
-    return flax.serialization.to_state_dict(
-        state.replace(rng=jax.random.key_data(state.rng), rolling=state.rolling or ())
+    """Nested dict of arrays, a PRNG key as its bits; states of None are left out."""
+    tree = flax.serialization.to_state_dict(
+        state.replace(
+            rng=jax.random.key_data(state.rng),
+            rolling=state.rolling or (),
+            quality=state.quality or (),
+        )
     )
+    if state.quality is None:
+        del tree["quality"]  # the tree of every model without a norm bias, older ones included
+    return dict(tree)
 
 
 def key_type(key: jax.Array | None = None) -> str:
@@ -366,11 +378,11 @@ def to_host(state: TrainState) -> dict[str, Any]:
 
 def from_host(tree: Mapping[str, Any], like: TrainState) -> TrainState:
     """The state that `to_host` took apart; `like` gives the structure, and may be abstract."""
-    target = like.replace(rolling=like.rolling or ())
-    state = flax.serialization.from_state_dict(target, dict(tree))
+    target = like.replace(rolling=like.rolling or (), quality=like.quality or ())
+    state = flax.serialization.from_state_dict(target, {"quality": {}} | dict(tree))
     state = jax.tree.map(jax.numpy.asarray, state)
     rng = jax.random.wrap_key_data(state.rng)
-    return state.replace(rng=rng, rolling=state.rolling or None)
+    return state.replace(rng=rng, rolling=state.rolling or None, quality=state.quality or None)
 
 
 def tree_spec(tree: Any) -> dict[str, str]:

@@ -90,7 +90,7 @@ class Experiment:
         self.dataset, self.given = dataset, {"model": model, "tx": tx}
         self.model = build_model(config.model) if model is None else model
         spec, compat = self.model.spec, config.upstream_compat
-        check_upstream_choices(compat, spec.fusion_layers)
+        check_upstream_choices(compat, spec)
         examples = len(dataset.splits["train"])
         if config.batch_size > examples:
             raise ConfigError(

@@ -24,6 +24,7 @@ from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.preprocessing import InputSpec
 from rollingq_jax.errors import CheckpointError, ConfigError, UserError, said
 from rollingq_jax.models import build_model
+from rollingq_jax.quality import QualityState, model_variables
 from rollingq_jax.train.checkpoint import Checkpoints, CheckpointSchedule, with_last_checkpoint
 from rollingq_jax.train.config import check_config, from_json
 from rollingq_jax.train.experiment import Experiment
@@ -384,6 +385,7 @@ class LoadedRun:
       config: the run's configuration, complete.
       inputs: what the model has to know of its data: preprocessing, and a class for each output.
       step: of the checkpoint.
+      quality: sums behind the norm bias's statistics; None for a model without one.
     """
 
     model: Any
@@ -392,6 +394,12 @@ class LoadedRun:
     config: ConfigDict
     inputs: InputSpec
     step: int
+    quality: QualityState | None = None
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The model's variables, as `model.apply` takes them."""
+        return model_variables(self.params, self.quality)
 
     @functools.cached_property
     def dataset(self) -> Dataset:
@@ -418,7 +426,7 @@ def load_run(workdir: epath.PathLike) -> LoadedRun:
     Example:
       >>> run = load_run("runs/demo")  # doctest: +SKIP
       >>> query = run.model.apply(
-      ...     {"params": run.params}, run.rotation, method="class_query"
+      ...     run.variables, run.rotation, method="class_query"
       ... )  # doctest: +SKIP
     """
     allowed = (
@@ -451,7 +459,9 @@ def load_run(workdir: epath.PathLike) -> LoadedRun:
         if best not in (-1, learned.step):
             learned, record = checkpoints.restore_params(best, like)
     inputs = recorded_inputs(record, summary, path).with_outputs(config.model.num_classes)
-    return LoadedRun(model, learned.params, learned.rotation, config, inputs, learned.step)
+    return LoadedRun(
+        model, learned.params, learned.rotation, config, inputs, learned.step, learned.quality
+    )
 
 
 def recorded_inputs(

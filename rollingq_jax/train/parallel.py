@@ -86,7 +86,7 @@ def with_jit(train_step: Callable[..., Any], eval_step: Callable[..., Any]) -> P
         }
 
     def evaluate(state: TrainState, batch: dict[str, jax.Array]):
-        return eval_step(state.params, state.rotation, batch, axis_name=AXIS)
+        return eval_step(state.variables, state.rotation, batch, axis_name=AXIS)
 
     everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
     mapped = functools.partial(
@@ -116,7 +116,7 @@ def with_pmap(train_step: Callable[..., Any], eval_step: Callable[..., Any]) -> 
         }
 
     def evaluate(state: TrainState, batch: dict[str, jax.Array]):
-        return eval_step(state.params, state.rotation, batch, axis_name=AXIS)
+        return eval_step(state.variables, state.rotation, batch, axis_name=AXIS)
 
     def get_rows(tree: Any) -> Any:
         local = jax.tree.map(

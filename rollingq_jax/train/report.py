@@ -240,7 +240,7 @@ def report_figures(
         )
     examples = attention_examples(
         experiment.model,
-        state.params,
+        state.variables,
         state.rotation,
         experiment.dataset,
         "test",

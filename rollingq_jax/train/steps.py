@@ -23,6 +23,7 @@ import numpy as np
 import optax
 from jax import Array
 
+from rollingq_jax import quality
 from rollingq_jax.analysis.metrics import class_probabilities
 from rollingq_jax.baselines.hooks import Baseline, StepContext
 from rollingq_jax.data.dataset import KEPT
@@ -104,7 +105,7 @@ def supervised_loss(
     The probes see stopped gradients, so they add nothing to the encoders' gradient.
     """
     logits, out = model.apply(
-        {"params": params},
+        state.replace(params=params).variables,
         batch,
         rotation=state.rotation,
         train=True,
@@ -211,18 +212,30 @@ def train_step(
         before, after = (imbalance_on_batch(q, keys, present, axis_name) for q in (query, turned))
         record = RollRecord(info, query, before, after)
 
+    norms = state.quality
+    if norms is not None:
+        measured = jnp.stack([x for _, x in sorted(forward.out["token_norms"].items())])
+        counted = modality_weight(forward.out, weight) * jnp.asarray(finite, weight.dtype)
+        norms = quality.observe(norms, measured, counted, axis_name)
+
     state = state.replace(
         step=state.step + 1,
         params=params,
         opt_state=opt_state,
         rolling=rolling,
         baseline=baseline,
+        quality=norms,
     )
     return state, sums, record
 
 
 def eval_step(
-    params: Any, rotation: Array | None, batch: Batch, *, model: Any, axis_name: str | None = None
+    variables: Any,
+    rotation: Array | None,
+    batch: Batch,
+    *,
+    model: Any,
+    axis_name: str | None = None,
 ) -> tuple[Sums, dict[str, Array]]:
     """The global batch's sums, and each example's outputs.
 
@@ -231,7 +244,7 @@ def eval_step(
       `[B, M]` and, with a class query, `attention_share` and `mean_keys/<m>` (first head, `[B, M]`
       and `[B, d_h]`).
     """
-    logits, out = model.apply({"params": params}, batch, rotation=rotation)
+    logits, out = model.apply(variables, batch, rotation=rotation)
     sums = psum(batch_sums(logits, out, batch), axis_name)
     present = jnp.stack([out["present"][m] for m in sorted(out["present"])], axis=-1)
     examples = {"probabilities": class_probabilities(logits), "present": present}

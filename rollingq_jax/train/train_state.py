@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from rollingq_jax import quality
+from rollingq_jax.quality import QualityState
 from rollingq_jax.rolling import RollingQuery, RollingState
 
 
@@ -21,6 +23,7 @@ class TrainState(flax.struct.PyTreeNode):
       rolling: rotations, counts and running sums; None for a fusion without a class query.
       rng: PRNG key `[]`, the same for the whole run; a step folds its number in.
       baseline: of a method of comparison that has one, such as PMR's prototypes; else `()`.
+      quality: sums behind the norm bias's statistics; None for a model without one.
     """
 
     step: Array
@@ -29,6 +32,12 @@ class TrainState(flax.struct.PyTreeNode):
     rolling: RollingState | None
     rng: Array
     baseline: Any = ()
+    quality: QualityState | None = None
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The model's variables, as `model.apply` takes them."""
+        return quality.model_variables(self.params, self.quality)
 
     @property
     def rotation(self) -> Array | None:
@@ -64,6 +73,7 @@ def create_state(
         rolling=init_rolling(model, params, roller),
         rng=step_rng,
         baseline=baseline,
+        quality=quality.init(len(model.spec.modalities)) if model.spec.quality_bias else None,
     )
 
 

@@ -15,6 +15,7 @@ from flax import linen as nn
 from jax import Array
 
 from rollingq_jax.errors import ConfigError, UserError
+from rollingq_jax.models import ModelSpec
 from rollingq_jax.rolling import (
     RollInfo,
     RollingQuery,
@@ -147,11 +148,11 @@ def upstream_roll(
     return state._replace(rotation=turned), info
 
 
-def check_upstream_choices(compat: Any, fusion_layers: int) -> None:
-    """Upstream has one fusion layer, and one process.
+def check_upstream_choices(compat: Any, spec: ModelSpec) -> None:
+    """Upstream has one fusion layer, one process and no norm bias.
 
     Raises:
-      ConfigError: a choice of `config.upstream_compat` is made with more.
+      ConfigError: a choice of `config.upstream_compat` is made with more, or with that bias.
     """
     if compat.statistics_pass and jax.process_count() > 1:
         raise ConfigError(
@@ -159,10 +160,15 @@ def check_upstream_choices(compat: Any, fusion_layers: int) -> None:
             "processes: False, since each would roll by its own examples"
         )
     chosen = [name for name, value in compat.items() if value]
-    if fusion_layers > 1 and chosen:
+    if spec.fusion_layers > 1 and chosen:
         raise ConfigError(
             f"config.upstream_compat.{chosen[0]} is True; allowed with model.fusion_layers "
-            f"{fusion_layers}: False, since upstream has one layer"
+            f"{spec.fusion_layers}: False, since upstream has one layer"
+        )
+    if spec.quality_bias and chosen:
+        raise ConfigError(
+            f"config.upstream_compat.{chosen[0]} is True; allowed with model.quality_bias "
+            f"{spec.quality_bias:g}: False, since upstream has no such bias"
         )
 
 

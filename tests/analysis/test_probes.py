@@ -166,7 +166,9 @@ def test_scores_without_attention_or_quality_leave_them_out():
 def test_predictor_gives_what_the_model_gives():
     model, params, dataset, columns = analysis_examples.small_model()
     rotation = np.stack([np.eye(4, dtype=np.float32)[::-1]] * 2)
-    probe = probes.Probe(metrics.predict_fn(model, params, rotation), dataset, batch_size=4)
+    probe = probes.Probe(
+        metrics.predict_fn(model, {"params": params}, rotation), dataset, batch_size=4
+    )
     found = probes.predict(probe)
     logits, out = jax.jit(model.apply)(
         {"params": params}, metrics.model_input(columns), rotation=rotation
@@ -178,14 +180,14 @@ def test_predictor_gives_what_the_model_gives():
 
 def test_predictor_of_a_static_fusion_has_no_shares():
     model, params, dataset, _ = analysis_examples.small_model("concat")
-    found = probes.predict(probes.Probe(metrics.predict_fn(model, params), dataset))
+    found = probes.predict(probes.Probe(metrics.predict_fn(model, {"params": params}), dataset))
     assert found.attention_share == {} and found.probabilities.shape == (9, CLASSES)
 
 
 def test_examples_carry_the_models_attention():
     model, params, dataset, columns = analysis_examples.small_model()
     chosen = [4, 1]
-    shown = report.attention_examples(model, params, None, dataset, "test", chosen)
+    shown = report.attention_examples(model, {"params": params}, None, dataset, "test", chosen)
     _, out = jax.jit(model.apply)({"params": params}, metrics.model_input(columns))
     for example, index in zip(shown, chosen, strict=True):
         assert example.caption.startswith(f"true {index % CLASSES}\npredicted ")

@@ -27,6 +27,7 @@ def model(**fields):
         "fusion_heads": 2,
         "dropout": 0.2,
         "encoder_dropout": 0.1,
+        "quality_bias": 0.5,
         "encoders": {m: {"kind": "sequence"} for m in LENGTHS},
     }
     return build_model(config | fields, attention_fn)

@@ -57,6 +57,15 @@ def test_eight_devices_give_the_rotations_of_one(plain, over_eight):
     assert np.abs(np.asarray(theirs.rotation) - np.eye(4)).max() > 0.1
 
 
+def test_eight_devices_give_the_norms_of_one(plain, over_eight):
+    ours, theirs = over_eight[1].quality, plain[1].quality
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+    steps = range(small_model.STEPS)  # the last batch of each five is padded
+    weight = sum((11 if 19 - i in (4, 9, 14, 19) else 16) * 0.98**i for i in steps)
+    np.testing.assert_allclose(theirs.weight, weight, rtol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", sorted(WRAPPERS))
 def test_two_processes_of_two_devices_give_the_same(plain, parallel, tmp_path):
@@ -125,6 +134,6 @@ def test_bfloat16_is_for_the_encoders_matrices_alone():
         assert jnp.dtype(jnp.bfloat16) not in found.get(name, ()), name
     # GELU's gradient has an exponential of its own, so softmax is looked at in the forward pass.
     net = small_model.model(dtype="bfloat16")
-    found = dtypes_by_primitive(lambda p, b: net.apply({"params": p}, b)[0], state.params, batch)
+    found = dtypes_by_primitive(lambda p, b: net.apply(p, b)[0], state.variables, batch)
     assert found["exp"] == {jnp.dtype(jnp.float32)}
     assert jnp.dtype(jnp.bfloat16) in found["erf"]
