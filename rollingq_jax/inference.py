@@ -80,7 +80,11 @@ class Predictor:
 
     @functools.cached_property
     def _apply(self) -> Any:
-        return jax.jit(answer_function(self.model))
+        def apply(variables: Any, rotation: Any, batch: Batch) -> tuple[jax.Array, Any]:
+            probabilities, out = forward(self.model, variables, rotation, batch)
+            return probabilities, out.get("attention_share", {})
+
+        return jax.jit(apply)
 
     def predict(self, batch: Batch, *, standardized: bool = False) -> Prediction:
         """Class probabilities, and which modality the class query looked at.
@@ -146,16 +150,6 @@ def check_batch_size(size: int) -> None:
     """
     if not isinstance(size, int) or size < 1 or size & (size - 1):
         raise UserError(f"max_batch_size is {size!r}; allowed: a power of two")
-
-
-def answer_function(model: Any) -> Any:
-    """`(variables, rotation, batch) -> (probabilities [B, C], share {m: [B, n H]})`, pure."""
-
-    def answer(variables: Any, rotation: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        probabilities, out = forward(model, variables, rotation, batch)
-        return probabilities, out.get("attention_share", {})
-
-    return answer
 
 
 def is_list_of_files(value: Any) -> bool:

@@ -19,8 +19,14 @@ from rollingq_jax.convert import load_state_dict
 from rollingq_jax.data.dataset import ModalityInfo
 from rollingq_jax.data.preprocessing import Preprocessing
 from rollingq_jax.errors import UserError
-from rollingq_jax.export import command, export_run
-from rollingq_jax.exported import input_shapes, is_upstream, read_exported, serialize
+from rollingq_jax.export import (
+    command,
+    export_run,
+    input_shapes,
+    is_upstream,
+    read_exported,
+    serialize,
+)
 from rollingq_jax.inference import Predictor
 from rollingq_jax.models import build_model
 from rollingq_jax.train.cli import run_command

@@ -13,7 +13,7 @@ from train_cases import read_metrics, tiny_config
 from rollingq_jax import build_model, rolling_query, rotate
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.errors import ConfigError, UserError
-from rollingq_jax.exported import folded
+from rollingq_jax.export import folded
 from rollingq_jax.train.experiment import Experiment
 from rollingq_jax.train.loop import load_run, train_and_evaluate
 from rollingq_jax.train.parallel import WRAPPERS

@@ -9,8 +9,7 @@ import train_cases
 
 from rollingq_jax.errors import ConfigError, UserError
 from rollingq_jax.evaluate import evaluate
-from rollingq_jax.export import export
-from rollingq_jax.exported import read_exported, read_variables
+from rollingq_jax.export import export, read_exported, read_variables
 from rollingq_jax.inference import load
 from rollingq_jax.train import train_and_evaluate
 from rollingq_jax.train.loop import load_run
