@@ -5,33 +5,35 @@ The method of Ni et al., "RollingQ: Reviving the Cooperation Dynamics in Multimo
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rollingq_jax import models
-from rollingq_jax.attention import (
-    attention_share,
-    class_token_attention,
-    mean_key,
-    reference_attention,
-    segment_mean_keys,
-    uniform_share,
-)
-from rollingq_jax.errors import CheckpointError, ConfigError, DataError, UserError
-from rollingq_jax.models import build_model
-from rollingq_jax.rolling import (
-    RollInfo,
-    RollingQuery,
-    RollingState,
-    attention_imbalance_rate,
-    cosine_scores,
-    imbalance,
-    rebalance_anchor,
-    rebalance_weights,
-    rolling_query,
-)
-from rollingq_jax.rotation import fold_rotation, rotate, rotation_between
+if TYPE_CHECKING:  # for type checkers, editors and the documentation
+    from rollingq_jax import convert, models, train
+    from rollingq_jax.attention import (
+        attention_share,
+        class_token_attention,
+        mean_key,
+        reference_attention,
+        segment_mean_keys,
+        uniform_share,
+    )
+    from rollingq_jax.errors import CheckpointError, ConfigError, DataError, UserError
+    from rollingq_jax.inference import load
+    from rollingq_jax.models import build_model
+    from rollingq_jax.rolling import (
+        RollInfo,
+        RollingQuery,
+        RollingState,
+        attention_imbalance_rate,
+        cosine_scores,
+        imbalance,
+        rebalance_anchor,
+        rebalance_weights,
+        rolling_query,
+    )
+    from rollingq_jax.rotation import fold_rotation, rotate, rotation_between
 
-textbook_attention = reference_attention  # its former name
+    textbook_attention = reference_attention  # its former name
 
 __version__ = "0.1.0"
 
@@ -66,19 +68,47 @@ __all__ = [
     "uniform_share",
 ]
 
-
-_ON_FIRST_USE = {  # files of weights, and runs, are not the core; reading a run needs Orbax
-    "convert": "rollingq_jax.convert",
-    "load": "rollingq_jax.inference",
-    "train": "rollingq_jax.train",
+# Where each name is, to be imported on first use: the help of a command needs no JAX, and the core
+# neither Orbax nor files of weights.
+_HOME = {
+    name: module
+    for module, names in {
+        "attention": (
+            "attention_share",
+            "class_token_attention",
+            "mean_key",
+            "reference_attention",
+            "segment_mean_keys",
+            "uniform_share",
+        ),
+        "errors": ("CheckpointError", "ConfigError", "DataError", "UserError"),
+        "models": ("build_model",),
+        "rolling": (
+            "RollInfo",
+            "RollingQuery",
+            "RollingState",
+            "attention_imbalance_rate",
+            "cosine_scores",
+            "imbalance",
+            "rebalance_anchor",
+            "rebalance_weights",
+            "rolling_query",
+        ),
+        "rotation": ("fold_rotation", "rotate", "rotation_between"),
+        "inference": ("load",),
+    }.items()
+    for name in names
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ON_FIRST_USE:
+    if name in ("convert", "models", "train"):
+        return importlib.import_module(f"rollingq_jax.{name}")
+    if name == "textbook_attention":
+        name = "reference_attention"
+    if name not in _HOME:
         raise AttributeError(f"module 'rollingq_jax' has no attribute {name!r}")
-    module = importlib.import_module(_ON_FIRST_USE[name])
-    return module.load if name == "load" else module
+    return getattr(importlib.import_module(f"rollingq_jax.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

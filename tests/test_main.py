@@ -1,6 +1,8 @@
 """`python -m rollingq_jax`: its commands, their help, and how soon the list of them is there."""
 
 import importlib
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -51,6 +53,15 @@ def test_a_package_that_is_missing_is_one_line(capsys, monkeypatch):
     assert main_module.main(["rollingq", "check"]) == 2
     printed = capsys.readouterr().err
     assert 'pip install "rollingq-jax[train]"' in printed and printed.count("\n") == 1
+
+
+def test_the_list_of_commands_loads_no_jax():
+    code = (
+        "import sys; from rollingq_jax.__main__ import main; main(['rollingq', '--help']);"
+        "assert not {'jax', 'flax', 'numpy', 'absl'} & set(sys.modules), sorted(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_console_script():
