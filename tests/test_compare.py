@@ -10,6 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from rollingq_jax import compare
+from rollingq_jax.analysis import report
 from rollingq_jax.analysis.metrics import Predictions
 from rollingq_jax.baselines.build import build_baseline
 from rollingq_jax.comparison import results, runs
@@ -114,6 +115,8 @@ def fake(tmp_path, monkeypatch):
     training = FakeTraining(tmp_path / "out")
     monkeypatch.setattr(runs, "train_and_evaluate", training)
     monkeypatch.setattr(compare, "answers_of", some_answers)
+    # Figures are made and not drawn, which takes most of a second each: the tests of plots do.
+    monkeypatch.setattr(report, "png_bytes", lambda figure: b"PNG")
     return training
 
 
