@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # for type checkers, editors and the documentation
         rolling_query,
     )
     from rollingq_jax.rotation import fold_rotation, rotate, rotation_between
+    from rollingq_jax.watching import report
 
     textbook_attention = reference_attention  # its former name
 
@@ -59,6 +60,7 @@ __all__ = [
     "rebalance_anchor",
     "rebalance_weights",
     "reference_attention",
+    "report",
     "rolling_query",
     "rotate",
     "rotation_between",
@@ -96,6 +98,7 @@ _HOME = {
         ),
         "rotation": ("fold_rotation", "rotate", "rotation_between"),
         "inference": ("load",),
+        "watching": ("report",),
     }.items()
     for name in names
 }

@@ -1,0 +1,257 @@
+"""Watch before you roll: the method's measurements of any model, over any data, without a rotation.
+
+The same `observe` and `update` as in training, with no rotation allowed, so that a model can be
+looked at before anything is changed in it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from rollingq_jax.attention import uniform_share
+from rollingq_jax.errors import UserError
+from rollingq_jax.rolling import rolling_query
+
+See = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Measurements of a pass over the data, and a verdict in words.
+
+    Values by modality are means over examples and heads; a dict is empty where nothing was given
+    that it could be computed from.
+
+    Attributes:
+      modalities: names, in alphabetical order.
+      num_examples: examples of weight above 0.
+      scores: c^m, the mean cosine of class query and mean key.
+      imbalance: `[H]`, max_m c^m - min_m c^m of each head.
+      shares: attention shares.
+      uniform_shares: shares under uniform attention.
+      noise_shares: a modality's share where the modality itself is replaced by noise.
+      quality_correlation: Pearson's r of an example's share and the quality given for it; NaN where
+        one of them is constant.
+      beta: the threshold that the verdict uses.
+      verdict: one line.
+    """
+
+    modalities: tuple[str, ...]
+    num_examples: int
+    scores: dict[str, float]
+    imbalance: np.ndarray
+    shares: dict[str, float]
+    uniform_shares: dict[str, float]
+    noise_shares: dict[str, float]
+    quality_correlation: dict[str, float]
+    beta: float
+    verdict: str = ""
+
+    def __str__(self) -> str:
+        columns = {
+            "cosine": self.scores,
+            "share": self.shares,
+            "uniform": self.uniform_shares,
+            "share of noise": self.noise_shares,
+            "r with quality": self.quality_correlation,
+        }
+        columns = {name: values for name, values in columns.items() if values}
+        width = max(map(len, self.modalities))
+        lines = [f"{'':{width}}  " + "  ".join(f"{name:>8}" for name in columns)]
+        for m in self.modalities:
+            cells = (f"{values[m]:.2f}" if m in values else "" for values in columns.values())
+            lines.append(
+                f"{m:{width}}  "
+                + "  ".join(f"{c:>{max(8, len(n))}}" for n, c in zip(columns, cells, strict=True))
+            )
+        heads = ", ".join(f"{value:.2f}" for value in self.imbalance)
+        lines.append(f"imbalance of {len(self.imbalance)} heads: {heads}")
+        return "\n".join([*lines, self.verdict])
+
+
+def report(
+    see: See,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    beta: float = 0.1,
+    uniform_shares: Mapping[str, float] | None = None,
+    noise: bool = True,
+    seed: int = 0,
+    quiet: bool = False,
+) -> Report:
+    """Measures how a model looks at its modalities, prints that and returns it.
+
+    Args:
+      see: the model, `batch -> ` a mapping with `query` `[B, H, d]` or `[H, d]` and `mean_keys`
+        `{m: [B, H, d]}`; optionally `attention_share` `{m: [B, H]}` and `present` `{m: [B]}`. The
+        second output of `build_model`'s models is one: `lambda batch: apply(variables, batch)[1]`.
+      batches: one pass over the data: mappings of arrays. `quality_<m>` `[B]` are correlated with
+        the shares; rows whose `example_mask` is False (padding) count nowhere.
+      beta: imbalance above which a modality is called favored, and a head would roll.
+      uniform_shares: shares under uniform attention, such as `uniform_share` gives; by default from
+        the numbers of tokens where `see` gives `tokens` `{m: [B, L_m, d]}`, else equal shares.
+      noise: whether to pass each batch once more for every modality that it holds under its name,
+        with that modality's values drawn anew from the batch's own.
+      seed: of that noise.
+      quiet: whether not to print.
+
+    Raises:
+      UserError: there is no batch, `see` gives no query or mean keys, or their shapes do not fit.
+
+    Example:
+      >>> along, across = np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])  # [H, d]
+      >>> def see(batch):
+      ...     keys = {m: np.repeat(k[None], 2, axis=0) for m, k in (("a", along), ("b", across))}
+      ...     return {"query": along, "mean_keys": keys}
+      >>> found = report(see, [{"a": np.ones((2, 3))}], noise=False)
+              cosine
+      a         1.00
+      b         0.00
+      imbalance of 1 heads: 1.00
+      a is favored: cosine 1.00 against 0.00 of b; 1 of 1 heads would roll at beta = 0.1
+    """
+    roller, state, rng = rolling_query(max_rotations=0), None, np.random.default_rng(seed)
+    observe = jax.jit(roller.observe)
+    shares: list[dict[str, np.ndarray]] = []
+    noise_shares: list[dict[str, np.ndarray]] = []
+    weights: list[dict[str, np.ndarray]] = []
+    quality: list[dict[str, np.ndarray]] = []
+    for batch in batches:
+        out = see(batch)
+        missing = [name for name in ("query", "mean_keys") if name not in out]
+        if missing or not isinstance(out["mean_keys"], Mapping):
+            came = ", ".join(sorted(out)) or "nothing"
+            raise UserError(
+                f"see gives {came}; allowed: a mapping with query and mean_keys, the latter a "
+                "mapping with one array a modality"
+            )
+        keys = {m: np.asarray(k) for m, k in sorted(out["mean_keys"].items())}
+        query = np.asarray(out["query"])
+        if state is None:
+            state = roller.init(len(keys), query.shape[-1], query.shape[-2])
+        weights.append(_weights(batch, out, keys))
+        state = observe(state, query, keys, weights[-1])
+        shares.append(_shares(out))
+        quality.append(
+            {m: np.asarray(batch[f"quality_{m}"]) for m in keys if f"quality_{m}" in batch}
+        )
+        replaced = [m for m in keys if noise and m in batch and shares[-1]]
+        noise_shares.append(
+            {m: _shares(see({**batch, m: _noise(rng, batch[m])}))[m] for m in replaced}
+        )
+    if state is None:
+        raise UserError("batches is empty; allowed: at least one batch")
+    _, info = roller.update(state)
+    modalities = tuple(weights[0])
+    tokens = out.get("tokens", dict.fromkeys(modalities, np.zeros((1, 1))))
+    even = uniform_share([tokens[m].shape[1] for m in modalities])
+    uniform_shares = uniform_shares or dict(zip(modalities, even.tolist(), strict=True))
+    found = Report(
+        modalities=modalities,
+        num_examples=sum(int(np.any([w[m] > 0 for m in w], axis=0).sum()) for w in weights),
+        scores=dict(zip(modalities, np.mean(info.scores, axis=0).tolist(), strict=True)),
+        imbalance=np.asarray(info.imbalance),
+        shares=_means(shares, weights),
+        uniform_shares={m: float(uniform_shares[m]) for m in shares[0]},
+        noise_shares=_means(noise_shares, weights),
+        quality_correlation=_correlations(shares, quality, weights),
+        beta=beta,
+    )
+    found = dataclasses.replace(found, verdict=_verdict(found))
+    if not quiet:
+        print(found)
+    return found
+
+
+def _weights(
+    batch: Mapping[str, Any], out: Mapping[str, Any], keys: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """`{m: [B]}` float32, 0 for padding and for an example without the modality."""
+    present, weights = out.get("present", {}), {}
+    for m, key in keys.items():
+        weight = np.asarray(present.get(m, np.ones(len(key))), np.float32)
+        weights[m] = weight * np.asarray(batch.get("example_mask", 1.0), np.float32)
+    return weights
+
+
+def _shares(out: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """`{m: [B]}`, means over the heads; empty where the model gives no shares."""
+    shares = out.get("attention_share", {})
+    return {m: np.asarray(x).reshape(len(x), -1).mean(axis=1) for m, x in sorted(shares.items())}
+
+
+def _noise(rng: np.random.Generator, values: Any) -> np.ndarray:
+    """Values drawn from the array's own; zeros of an integer array, its padding, stay."""
+    values = np.asarray(values)
+    if not np.issubdtype(values.dtype, np.integer):
+        return rng.choice(values.ravel(), size=values.shape)
+    drawn = values.copy()
+    drawn[values != 0] = rng.choice(values[values != 0], size=np.count_nonzero(values))
+    return drawn
+
+
+def _joined(parts: list[dict[str, np.ndarray]], m: str) -> np.ndarray:
+    return np.concatenate([part[m] for part in parts])
+
+
+def _means(
+    parts: list[dict[str, np.ndarray]], weights: list[dict[str, np.ndarray]]
+) -> dict[str, float]:
+    """Weighted means of `{m: [B]}` over all batches."""
+    means = {}
+    for m in parts[0]:
+        weight = _joined(weights, m)
+        values = np.where(weight > 0, _joined(parts, m), 0.0)
+        means[m] = float(np.sum(values * weight) / max(np.sum(weight), 1e-12))
+    return means
+
+
+def _correlations(
+    shares: list[dict[str, np.ndarray]],
+    quality: list[dict[str, np.ndarray]],
+    weights: list[dict[str, np.ndarray]],
+) -> dict[str, float]:
+    """Pearson's r of share and quality over the examples that have the modality."""
+    found = {}
+    for m in set(shares[0]) & set(quality[0]):
+        real = _joined(weights, m) > 0
+        share, given = _joined(shares, m)[real], _joined(quality, m)[real]
+        constant = len(share) < 2 or np.std(share) == 0 or np.std(given) == 0
+        found[m] = float("nan") if constant else float(np.corrcoef(share, given)[0, 1])
+    return dict(sorted(found.items()))
+
+
+def _verdict(found: Report) -> str:
+    """The measurements in one line, with their numbers."""
+    first = max(found.scores, key=found.scores.__getitem__)
+    last = min(found.scores, key=found.scores.__getitem__)
+    gap = float(np.mean(found.imbalance))
+    if gap > found.beta:
+        parts = [
+            f"{first} is favored: cosine {found.scores[first]:.2f} against "
+            f"{found.scores[last]:.2f} of {last}"
+        ]
+    else:
+        parts = [
+            f"no modality is favored: imbalance {gap:.2f} does not exceed beta = {found.beta:g}"
+        ]
+    if first in found.shares:
+        ratio = found.shares[first] / max(found.uniform_shares[first], 1e-12)
+        parts.append(
+            f"{first} gets {found.shares[first]:.2f} of the attention, {ratio:.1f} times what "
+            "uniform attention would give"
+        )
+    if first in found.noise_shares:
+        parts.append(
+            f"replacing {first} by noise leaves its share at {found.noise_shares[first]:.2f}"
+        )
+    if first in found.quality_correlation:
+        parts.append(
+            f"its share follows its quality with r = {found.quality_correlation[first]:.2f}"
+        )
+    due, heads = int(np.sum(found.imbalance > found.beta)), len(found.imbalance)
+    parts.append(f"{due} of {heads} heads would roll at beta = {found.beta:g}")
+    return "; ".join(parts)
