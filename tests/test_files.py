@@ -4,9 +4,9 @@ import errno
 
 import pytest
 from etils import epath
-from train_cases import files
 
 from rollingq_jax.files import read_json, write_whole
+from tests.train.train_cases import files
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

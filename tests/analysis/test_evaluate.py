@@ -3,7 +3,6 @@
 import json
 from types import SimpleNamespace
 
-import analysis_examples
 import jax
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from rollingq_jax.analysis import metrics
 from rollingq_jax.data.preprocessing import input_spec
 from rollingq_jax.errors import CheckpointError
 from rollingq_jax.train.cli import run_command
+from tests.analysis import analysis_examples
 
 
 @pytest.fixture

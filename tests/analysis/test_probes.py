@@ -2,7 +2,6 @@
 
 import warnings
 
-import analysis_examples
 import jax
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from rollingq_jax.analysis.plots import ModalityView
 from rollingq_jax.data.corruption import ModalityDropout
 from rollingq_jax.data.dataset import ArraySource, Dataset, ModalityInfo
 from rollingq_jax.errors import ConfigError, NonFiniteError
+from tests.analysis import analysis_examples
 
 CLASSES = analysis_examples.CLASSES
 

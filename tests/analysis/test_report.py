@@ -6,7 +6,6 @@ import io
 import shutil
 import subprocess
 
-import analysis_examples as examples
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,6 +15,7 @@ from PIL import Image
 
 from rollingq_jax.analysis import plots, report
 from rollingq_jax.analysis.plots import geometry
+from tests.analysis import analysis_examples as examples
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>\'"&'
 SPACE = "\N{NO-BREAK SPACE}"

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from baseline_cases import NAMES, small_model
 
 from rollingq_jax.baselines import pmr
 from rollingq_jax.baselines.joint import unimodal_losses
 from rollingq_jax.baselines.modality_dropout import drop_modalities
 from rollingq_jax.baselines.ogm import damping, modality_scores, ogm
 from rollingq_jax.baselines.unimodal import unimodal_logits
+from tests.baselines.baseline_cases import NAMES, small_model
 
 
 @pytest.mark.parametrize("fusion", ["concat", "sum"])

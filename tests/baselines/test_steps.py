@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from baseline_cases import NAMES, small_model, training
 
 from rollingq_jax.baselines.build import build_baseline
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.train.config import default_config
 from rollingq_jax.train.parallel import WRAPPERS
 from rollingq_jax.train.steps import eval_step
+from tests.baselines.baseline_cases import NAMES, small_model, training
 
 
 def cross_entropy(logits, label):

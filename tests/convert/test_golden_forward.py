@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_inputs import Golden, golden_files
 
 import rollingq_jax as rq
 from rollingq_jax import convert
+from tests.golden_inputs import Golden, golden_files
 
 FILES = golden_files("forward_*.npz")
 TOLERANCE = {"cls_attention": 1e-7, "air": 1e-6, "alpha": 1e-6, "target": 1e-6}  # others 1e-5

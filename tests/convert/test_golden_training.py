@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from golden_inputs import Golden, golden_files
 
 from rollingq_jax import convert
 from rollingq_jax.rolling import init_state
@@ -19,6 +18,7 @@ from rollingq_jax.train.upstream import (
     upstream_scores,
     upstream_statistics,
 )
+from tests.golden_inputs import Golden, golden_files
 
 FILES = golden_files("train_*.npz")
 SEEDS = {"batch": 10, "evaluation": 99}

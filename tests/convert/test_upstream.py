@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_inputs import Golden, golden_files, wave
 
 from rollingq_jax import convert
 from rollingq_jax.errors import ConfigError, DataError, UserError
+from tests.golden_inputs import Golden, golden_files, wave
 
 DEAD = {
     "attention": {f"fusion_module.attn.layer_norm.{kind}" for kind in ("weight", "bias")},

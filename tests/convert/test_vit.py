@@ -5,12 +5,12 @@ import functools
 import jax
 import numpy as np
 import pytest
-import vit_reference as ref
 from safetensors.numpy import save_file
 
 import rollingq_jax as rq
 from rollingq_jax import convert
 from rollingq_jax.errors import DataError, UserError
+from tests.convert import vit_reference as ref
 
 WEIGHTS = ref.random_weights()
 SIZE = ref.SIDE * ref.PATCH

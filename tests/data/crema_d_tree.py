@@ -1,9 +1,9 @@
 """A small tree in CREMA-D's layout, of real WAV, FLV and JPEG files."""
 
-import media_files
 import numpy as np
 
 from rollingq_jax.data.sources.crema_d import EMOTIONS
+from tests.data import media_files
 
 ACTORS = (1001, 1002, 1003, 1004, 1005)
 

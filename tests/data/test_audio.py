@@ -5,16 +5,16 @@ import math
 import struct
 import tracemalloc
 
-import media_files
 import numpy as np
 import pytest
-from media_files import cut, peak_of, refuses
 
 from rollingq_jax.data import audio
 from rollingq_jax.data.audio import MAX_RATE, MIN_RATE
 from rollingq_jax.data.sources import crema_d, kinetics_sounds
 from rollingq_jax.data.sources.media_folder import MediaSizes, read_value
 from rollingq_jax.errors import DataError
+from tests.data import media_files
+from tests.data.media_files import cut, peak_of, refuses
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import jax
-import media_files
 import numpy as np
 import pytest
 
@@ -17,6 +16,7 @@ from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.pipeline import eval_batches
 from rollingq_jax.errors import ConfigError, DataError
 from rollingq_jax.models import build_model
+from tests.data import media_files
 
 ROOT = Path(__file__).parents[2]
 

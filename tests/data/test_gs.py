@@ -10,17 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_arrays
 from etils.epath import backend
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
-from train_cases import make_arrays, tiny_config
 
 from rollingq_jax.data.cache import cache_root
 from rollingq_jax.data.load import LOADERS, load_dataset
 from rollingq_jax.errors import CheckpointError, UserError
 from rollingq_jax.train.cli import TRAIN, run_command, train_command
 from rollingq_jax.train.loop import load_run
+from tests.data.sources import test_arrays
+from tests.train.train_cases import make_arrays, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 

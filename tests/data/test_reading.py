@@ -1,11 +1,11 @@
 """What stands for a media file and is none is named in one line."""
 
 import pytest
-from media_files import refuses
 
 from rollingq_jax.data import audio, video
 from rollingq_jax.data.reading import check_lfs_pointer
 from rollingq_jax.data.sources.media_folder import MediaSizes, read_value
+from tests.data.media_files import refuses
 
 pytestmark = pytest.mark.filterwarnings("error")
 

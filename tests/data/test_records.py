@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -298,7 +297,7 @@ def read_all(records):
 SLOW_SCRIPT = """
 import sys, time
 sys.path.insert(0, {tests!r})
-import test_records as t
+from tests.data import test_records as t
 class Slow(t.Maker):
     def __call__(self, item):
         time.sleep(0.02)
@@ -312,7 +311,7 @@ t.write(t.Path({folder!r}), Slow(), count=30)
 @pytest.mark.parametrize("delay", [0.05, 0.3, 0.5, 0.62])
 def test_kill_at_any_moment(tmp_path, delay):
     script = SLOW_SCRIPT.replace("t.Path", "__import__('pathlib').Path").format(
-        tests=os.path.dirname(__file__), folder=str(tmp_path / "toy")
+        tests=str(Path(__file__).resolve().parents[2]), folder=str(tmp_path / "toy")
     )
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL

@@ -9,18 +9,18 @@ import zlib
 from fractions import Fraction
 
 import grain
-import media_files
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from media_files import cut, peak_of, refuses
 from PIL import Image
 
 from rollingq_jax.data import audio, video
 from rollingq_jax.data.sources.media_folder import load
 from rollingq_jax.data.video import decode_image, encode_jpeg, find_missing, resize_image
 from rollingq_jax.errors import DataError
+from tests.data import media_files
+from tests.data.media_files import cut, peak_of, refuses
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from export_cases import made_run
 
 from rollingq_jax.train import default_config, train_and_evaluate
+from tests.export.export_cases import made_run
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from export_cases import INPUTS, made_run, make_batch, upstream_run
 from flax import traverse_util
 
 import rollingq_jax as rq
@@ -30,6 +29,7 @@ from rollingq_jax.export import (
 from rollingq_jax.inference import Predictor
 from rollingq_jax.models import build_model
 from rollingq_jax.train.cli import run_command
+from tests.export.export_cases import INPUTS, made_run, make_batch, upstream_run
 
 
 def assert_trees_equal(ours, theirs):

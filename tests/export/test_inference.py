@@ -7,7 +7,6 @@ import logging
 import jax
 import numpy as np
 import pytest
-from export_cases import CLASSES, HEADS, INPUTS, made_run, make_batch
 
 import rollingq_jax as rq
 from rollingq_jax.data.dataset import ModalityInfo
@@ -17,6 +16,7 @@ from rollingq_jax.data.sources.media_folder import MediaSizes
 from rollingq_jax.errors import DataError, UserError
 from rollingq_jax.inference import Predictor, chunks, read_files
 from rollingq_jax.train import load_run
+from tests.export.export_cases import CLASSES, HEADS, INPUTS, made_run, make_batch
 
 
 @pytest.fixture(scope="module")

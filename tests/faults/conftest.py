@@ -4,7 +4,8 @@ from pathlib import Path
 
 import jax
 import pytest
-from fault_cases import Command, result
+
+from tests.faults.fault_cases import Command, result
 
 
 def pytest_collection_modifyitems(items):

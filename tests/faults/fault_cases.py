@@ -8,16 +8,16 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "train"))
+sys.path.insert(0, str(ROOT))
 
-from train_cases import files, read_metrics, tiny_config, write_arrays  # noqa: E402, F401
+from tests.train.train_cases import files, read_metrics, tiny_config, write_arrays  # noqa: E402, F401
 
 # A configuration is code. This one makes each step, or the wait for a checkpoint, take its time.
 CONFIG = """
 import os, time
 from rollingq_jax.train.checkpoint import Checkpoints
 from rollingq_jax.train.logging import MetricAccumulator
-from train_cases import tiny_config
+from tests.train.train_cases import tiny_config
 
 def slower(method, seconds):
     def slow(*args):
@@ -48,7 +48,7 @@ class Command:
         write_arrays(folder / "tiny.npz")
         self.environment = {n: v for n, v in os.environ.items() if n != "XLA_FLAGS"} | {
             "DATA": str(folder / "tiny.npz"),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "train")]),
+            "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
             "MPLBACKEND": "agg",
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),

@@ -5,12 +5,12 @@ import logging
 import shutil
 
 import pytest
-from fault_cases import files, result, steps_saved, tiny_config
 
 from rollingq_jax.train import report
 from rollingq_jax.train.experiment import Experiment
 from rollingq_jax.train.loop import train_and_evaluate
 from rollingq_jax.train.preemption import Interrupted
+from tests.faults.fault_cases import files, result, steps_saved, tiny_config
 
 NEWEST, BEFORE = 16, 12
 

@@ -8,7 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from fault_cases import ONE_LINE, end, result, steps_saved, until
+
+from tests.faults.fault_cases import ONE_LINE, end, result, steps_saved, until
 
 
 @pytest.fixture

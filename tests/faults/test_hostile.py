@@ -8,10 +8,8 @@ import shutil
 
 import numpy as np
 import pytest
-from fault_cases import ONE_LINE, files
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from train_cases import make_arrays, tiny_config
 
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.errors import UserError
@@ -21,6 +19,8 @@ from rollingq_jax.train.experiment import Experiment
 from rollingq_jax.train.logging import read_rows
 from rollingq_jax.train.loop import load_run, train_and_evaluate
 from rollingq_jax.train.workdir import read_config
+from tests.faults.fault_cases import ONE_LINE, files
+from tests.train.train_cases import make_arrays, tiny_config
 
 SCRIPT = "<script>alert(1)</script>"
 
@@ -177,9 +177,8 @@ def test_noise_for_metrics(tmp_path, lines):
 @given(data=st.data())
 def test_noise_in_a_checkpoint(noisy, data):
     """Any file of a checkpoint, changed anywhere: an error, or the values that were saved."""
-    from test_checkpoint import assert_same, make_state
-
     from rollingq_jax.train.checkpoint import Checkpoints
+    from tests.train.test_checkpoint import assert_same, make_state
 
     folder, intact = noisy
     shutil.rmtree(folder)
@@ -204,9 +203,9 @@ def test_noise_in_a_checkpoint(noisy, data):
 def noisy(tmp_path_factory):
     """A folder to damage and one to copy from, with a checkpoint of step 3."""
     from etils import epath
-    from test_checkpoint import make_state, record
 
     from rollingq_jax.train.checkpoint import Checkpoints
+    from tests.train.test_checkpoint import make_state, record
 
     base = tmp_path_factory.mktemp("noisy")
     with Checkpoints(epath.Path(base / "intact"), keep=1) as checkpoints:

@@ -4,7 +4,7 @@ import random
 import subprocess
 import sys
 
-from fault_cases import end, size, until
+from tests.faults.fault_cases import end, size, until
 
 FILES = ("selection.json", "results.json", "results.csv")
 KILLS = 4

@@ -2,7 +2,7 @@
 
 import random
 
-from fault_cases import result, size, steps_saved, until
+from tests.faults.fault_cases import result, size, steps_saved, until
 
 KILLS = 20
 LONGER = "--config.epochs=12"  # 72 steps, of which each of the runs makes a few

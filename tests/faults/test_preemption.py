@@ -4,7 +4,7 @@ import signal
 import socket
 from pathlib import Path
 
-from fault_cases import end, read_metrics, size, steps_saved, until
+from tests.faults.fault_cases import end, read_metrics, size, steps_saved, until
 
 
 def test_both_processes_stop_at_one_step(command, tmp_path):

@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from fault_cases import ONE_LINE, end, files, result, size, steps_saved, until
+
+from tests.faults.fault_cases import ONE_LINE, end, files, result, size, steps_saved, until
 
 SECONDS = 20  # of a machine that other tests keep busy; about 1 on one that has nothing else to do
 ROWS = 1200  # bytes of metrics.jsonl: two rows and more

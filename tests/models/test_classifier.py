@@ -6,7 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_cases import (
+
+import rollingq_jax as rq
+from rollingq_jax.errors import ConfigError, DataError
+from rollingq_jax.models import build_model, dense_attention
+from tests.models.model_cases import (
     AUDIO_VISUAL,
     BATCH,
     CLASSES,
@@ -19,10 +23,6 @@ from model_cases import (
     made_model,
     run,
 )
-
-import rollingq_jax as rq
-from rollingq_jax.errors import ConfigError, DataError
-from rollingq_jax.models import build_model, dense_attention
 
 THREE = {"audio": "spectrogram", "text": "tokens", "visual": "video"}
 

@@ -5,9 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_reference
 import pytest
-from model_cases import BATCH, KINDS, batch, close, filled, run
 
 from rollingq_jax.errors import DataError
 from rollingq_jax.models import (
@@ -25,6 +23,8 @@ from rollingq_jax.models.encoders import (
     normalize_pixels,
     read_mask,
 )
+from tests.models import numpy_reference
+from tests.models.model_cases import BATCH, KINDS, batch, close, filled, run
 
 # ----- from an array to features
 

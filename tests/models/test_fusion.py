@@ -5,9 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_reference
 import pytest
-from model_cases import CLASSES, DIM, close, filled, run
 from scipy.special import expit
 
 import rollingq_jax as rq
@@ -19,6 +17,8 @@ from rollingq_jax.models import (
     GatedFusion,
     SumFusion,
 )
+from tests.models import numpy_reference
+from tests.models.model_cases import CLASSES, DIM, close, filled, run
 
 B = 3
 LENGTHS = {"audio": 5, "text": 3, "visual": 4}

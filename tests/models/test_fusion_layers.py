@@ -5,14 +5,24 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_reference as reference
 import pytest
 from flax.core import FrozenDict
-from model_cases import BATCH, CLASSES, DIM, batch, close, config, filled, made_model, run
 
 import rollingq_jax as rq
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.models import AttentionFusion
+from tests.models import numpy_reference as reference
+from tests.models.model_cases import (
+    BATCH,
+    CLASSES,
+    DIM,
+    batch,
+    close,
+    config,
+    filled,
+    made_model,
+    run,
+)
 
 B = 3
 LENGTHS = {"audio": 5, "visual": 4}

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_cases import batch, config
 from scipy import stats
 
 from rollingq_jax.models import build_model
+from tests.models.model_cases import batch, config
 
 SEEDS = 12
 # A correct parameter fails one Kolmogorov-Smirnov test in a million.

@@ -6,10 +6,8 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-import numpy_reference
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from model_cases import close, filled, run
 
 from rollingq_jax.models import (
     default_attention,
@@ -19,6 +17,8 @@ from rollingq_jax.models import (
     tpu_flash_attention,
 )
 from rollingq_jax.models.layers import Block, Dense, LayerNorm, dropout, gelu_exact
+from tests.models import numpy_reference
+from tests.models.model_cases import close, filled, run
 
 # ----- the block and its parts
 

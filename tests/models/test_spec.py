@@ -5,10 +5,10 @@ import types
 import numpy as np
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
-from model_cases import config
 
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.models import ModelSpec, build_model
+from tests.models.model_cases import config
 
 
 def changed(path, value, **base):

@@ -4,9 +4,9 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import pytest
-import small_model
 
 from rollingq_jax.models import dense_attention
+from tests.parallel import small_model
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small_model
 
 from rollingq_jax.train.parallel import WRAPPERS
+from tests.parallel import small_model
 
 HERE = Path(__file__).parent
 

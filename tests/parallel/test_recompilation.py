@@ -5,12 +5,12 @@ import json
 
 import jax
 import pytest
-import small_model
-from train_cases import tiny_config, write_arrays
 
 from rollingq_jax.train.loop import train_and_evaluate
 from rollingq_jax.train.parallel import WRAPPERS
 from rollingq_jax.train.steps import eval_step
+from tests.parallel import small_model
+from tests.train.train_cases import tiny_config, write_arrays
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's name for the event
 EPOCHS = 4

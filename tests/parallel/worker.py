@@ -4,10 +4,10 @@ import sys
 
 import jax
 import numpy as np
-import small_model
 
 from rollingq_jax.train.cli import TRAIN, join_processes
 from rollingq_jax.train.parallel import WRAPPERS
+from tests.parallel import small_model
 
 jax.config.update("jax_num_cpu_devices", 2)
 parallel, path, *flags = sys.argv[1:]

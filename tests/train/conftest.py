@@ -2,7 +2,8 @@
 
 import jax
 import pytest
-from train_cases import write_arrays
+
+from tests.train.train_cases import write_arrays
 
 
 @pytest.fixture(scope="session", autouse=True)

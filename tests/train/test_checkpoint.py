@@ -386,9 +386,9 @@ def test_damage_read_from_python_prints_nothing(folder):
 import gc, logging, sys, time
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 logging.getLogger("rollingq_jax").setLevel(logging.CRITICAL)
-sys.path[:0] = {[str(Path(__file__).parent)]!r}
+sys.path[:0] = {[str(Path(__file__).parents[2])]!r}
 from etils import epath
-from test_checkpoint import Checkpoints, make_state
+from tests.train.test_checkpoint import Checkpoints, make_state
 with Checkpoints(epath.Path({str(folder)!r}), read_only=True) as checkpoints:
     for _ in range(3):
         state, _ = checkpoints.restore_newest(make_state(0))

@@ -5,12 +5,12 @@ import threading
 import jax
 import numpy as np
 import pytest
-from train_cases import make_arrays, tiny_config
 
 from rollingq_jax.data.dataset import ArraySource, Dataset, ModalityInfo
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.errors import DataError
 from rollingq_jax.train.experiment import CheckedBatches, Experiment
+from tests.train.train_cases import make_arrays, tiny_config
 
 ROWS = 4
 GOOD = {

@@ -7,10 +7,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from train_cases import make_arrays
 
 from rollingq_jax.train.config import from_json
 from rollingq_jax.train.loop import load_run, train_and_evaluate
+from tests.train.train_cases import make_arrays
 
 ARCHIVE = Path(__file__).parents[1] / "golden" / "run_format_1.tar.xz"
 

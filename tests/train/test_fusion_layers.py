@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from train_cases import read_metrics, tiny_config
 
 from rollingq_jax import build_model, rolling_query, rotate
 from rollingq_jax.data.load import load_dataset
@@ -20,6 +19,7 @@ from rollingq_jax.train.parallel import WRAPPERS
 from rollingq_jax.train.preemption import Interrupted
 from rollingq_jax.train.steps import RollSchedule, eval_step, train_step
 from rollingq_jax.train.train_state import create_state
+from tests.train.train_cases import read_metrics, tiny_config
 
 LAYERS, HEADS = 3, 2
 

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from train_cases import files
 
 from rollingq_jax import rolling_query
 from rollingq_jax.errors import CheckpointError
@@ -32,6 +31,7 @@ from rollingq_jax.train.steps import RollRecord
 from rollingq_jax.train.workdir import (
     json_ready,
 )
+from tests.train.train_cases import files
 
 HEADS, WIDTH = 2, 6
 

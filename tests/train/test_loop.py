@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
-from train_cases import files, make_arrays, read_metrics, tiny_config, write_arrays
 
 from rollingq_jax.data.dataset import SAMPLED
 from rollingq_jax.data.load import load_dataset
@@ -22,6 +21,7 @@ from rollingq_jax.train.experiment import Experiment, resolve_config
 from rollingq_jax.train.loop import load_run, train_and_evaluate
 from rollingq_jax.train.preemption import Interrupted, Interruption
 from rollingq_jax.train.workdir import locked
+from tests.train.train_cases import files, make_arrays, read_metrics, tiny_config, write_arrays
 
 LAST = 18
 

@@ -6,13 +6,13 @@ import warnings
 
 import numpy as np
 import pytest
-from train_cases import make_arrays, read_metrics, tiny_config, write_arrays
 
 from rollingq_jax.analysis.report import describe_rolls
 from rollingq_jax.errors import NonFiniteError
 from rollingq_jax.train.logging import as_json, read_rows
 from rollingq_jax.train.loop import train_and_evaluate
 from rollingq_jax.train.report import print_summary
+from tests.train.train_cases import make_arrays, read_metrics, tiny_config, write_arrays
 
 ONE = {"epochs": 1, "optimizer.warmup_epochs": 0.5}
 

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from train_cases import files, tiny_config, write_arrays
 
 from rollingq_jax.train.cli import TRAIN, run_command, train_command
+from tests.train.train_cases import files, tiny_config, write_arrays
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -261,7 +261,7 @@ def test_in_a_process_of_its_own(here, arguments, line):
     before = files(here)
     done = subprocess.run(
         [sys.executable, ROOT / "train.py", *arguments],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=300,

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from train_cases import make_arrays, tiny_config, write_arrays
 
 from rollingq_jax.errors import DataError, printable
 from rollingq_jax.train.cli import run_command
 from rollingq_jax.train.logging import table
 from rollingq_jax.train.loop import train_and_evaluate
 from rollingq_jax.train.output import Output, shown
+from tests.train.train_cases import make_arrays, tiny_config, write_arrays
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("日本", "\x1b[31mred\x1b]0;title\x07", "a\nb")
@@ -38,7 +38,7 @@ def here(tmp_path_factory):
 
 def run(here, command, *, pipe=None, **environment):
     """A command in a process of its own; `pipe` is a shell's command that reads its output."""
-    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    path = str(ROOT)
     environment = {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "MPLBACKEND": "agg"} | environment
     line = f"{sys.executable} {command}"
     if pipe:

@@ -5,7 +5,6 @@ import json
 import jax
 import numpy as np
 import pytest
-import train_cases
 
 from rollingq_jax.errors import ConfigError, UserError
 from rollingq_jax.evaluate import evaluate
@@ -14,6 +13,7 @@ from rollingq_jax.inference import load
 from rollingq_jax.train import train_and_evaluate
 from rollingq_jax.train.loop import load_run
 from rollingq_jax.train.preemption import Interrupted
+from tests.train import train_cases
 
 
 @pytest.fixture(scope="module")

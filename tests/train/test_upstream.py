@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_inputs import Golden, golden_files
 
 from rollingq_jax import convert
 from rollingq_jax.models import MultimodalTransformer
@@ -22,6 +21,7 @@ from rollingq_jax.train.train_state import (
     make_optimizer,
 )
 from rollingq_jax.train.upstream import roll_after_epoch, with_last_batch_scores
+from tests.golden_inputs import Golden, golden_files
 
 LOSSES = ("loss", "probe_loss/audio", "probe_loss/visual")
 

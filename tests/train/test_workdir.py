@@ -9,10 +9,10 @@ import sys
 import jax
 import pytest
 from etils import epath
-from train_cases import files
 
 from rollingq_jax.errors import CheckpointError, ConfigError
 from rollingq_jax.train.workdir import check_workdir, locked
+from tests.train.train_cases import files
 
 
 def test_lock_is_exclusive_and_gone_with_its_holder(tmp_path):

@@ -4,7 +4,6 @@ import io
 import subprocess
 import sys
 
-import analysis_examples as examples
 import matplotlib.text
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from PIL import Image
 
 from rollingq_jax.analysis import plots
 from rollingq_jax.analysis.plots import style
+from tests.analysis import analysis_examples as examples
 
 HOSTILE = "<b>$\\frac{$ & _x\x07"
 

@@ -1,10 +1,10 @@
 """The polar plot is a true projection."""
 
-import analysis_examples as examples
 import numpy as np
 import pytest
 
 from rollingq_jax.analysis.plots import geometry
+from tests.analysis import analysis_examples as examples
 
 
 def cosine(a, b):

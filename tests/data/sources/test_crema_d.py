@@ -4,8 +4,6 @@ import io
 import sys
 
 import av
-import crema_d_tree as tree
-import media_files
 import numpy as np
 import pytest
 import soundfile
@@ -20,6 +18,8 @@ from rollingq_jax.data.pipeline import eval_batches, train_batches
 from rollingq_jax.data.sources import crema_d
 from rollingq_jax.errors import ConfigError, DataError, UserError
 from rollingq_jax.train.cli import run_command
+from tests.data import crema_d_tree as tree
+from tests.data import media_files
 
 CLIPS = tree.clip_names()
 

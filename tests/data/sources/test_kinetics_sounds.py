@@ -1,6 +1,5 @@
 """Kinetics-Sounds from videos and from upstream's preprocessed tree, in small."""
 
-import media_files
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -12,6 +11,7 @@ from rollingq_jax.data.sources import kinetics_sounds
 from rollingq_jax.data.video import read_video_audio
 from rollingq_jax.errors import ConfigError, UserError
 from rollingq_jax.train.cli import run_command
+from tests.data import media_files
 
 TRAIN = [f"train{i:06d}_{i:06d}_{i + 10:06d}" for i in range(12)]
 TEST = [f"-test_{i:05d}" for i in range(4)]  # eleven characters, - and _ among them

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 
-import media_files
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -24,6 +23,7 @@ from rollingq_jax.data.sources.media_folder import (
     sound_features,
 )
 from rollingq_jax.errors import ConfigError, DataError
+from tests.data import media_files
 
 SMALL = {"image_size": 16, "audio_bins": 8, "audio_frames": 10, "video_frames": 3}
 

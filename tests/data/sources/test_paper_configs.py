@@ -4,12 +4,9 @@ import importlib.util
 import math
 from pathlib import Path
 
-import crema_d_tree
 import jax
 import numpy as np
 import pytest
-import test_cmu_mosei
-import test_kinetics_sounds
 
 from rollingq_jax.comparison.runs import settings_of
 from rollingq_jax.data.corruption import corrupt
@@ -18,6 +15,8 @@ from rollingq_jax.data.pipeline import eval_batches
 from rollingq_jax.data.sources import cmu_mosei, crema_d, kinetics_sounds
 from rollingq_jax.train.config import check_config
 from rollingq_jax.train.experiment import Experiment, example_batch, resolve_config
+from tests.data import crema_d_tree
+from tests.data.sources import test_cmu_mosei, test_kinetics_sounds
 
 ROOT = Path(__file__).resolve().parents[3]
 ROTATIONS = {"crema_d": 1, "kinetics_sounds": 3, "cmu_mosei": 1}
