@@ -19,8 +19,6 @@ LOADERS = {
     "kinetics_sounds": "rollingq_jax.data.sources.kinetics_sounds",
 }
 ANY_TFDS_NAME = "rollingq_jax.data.sources.tfds"
-
-
 # Loaders of data whose kinds of modality the user may state.
 OPEN_KINDS = ("rollingq_jax.data.sources.arrays", ANY_TFDS_NAME)
 
@@ -31,12 +29,11 @@ def load_dataset(
     """The data set that `config_data.name` names.
 
     Args:
-      config_data: `config.data`: `name` ("av_digits") is a key of `LOADERS` or any TFDS
-        name; `path`, `cache_dir` and the data set's own fields are its loader's to read.
-        `corruptions` (see `rollingq_jax.data.corruption`) are put onto the training split.
+      config_data: `config.data`: `name` ("av_digits") is a key of `LOADERS` or any TFDS name;
+        `path`, `cache_dir` and the data set's own fields are its loader's to read. `corruptions`
+        (see `rollingq_jax.data.corruption`) are put onto the training split.
       seed: of whatever the loader draws (generated data, a validation split).
-      encoders: `config.model.encoders`, whose `kind`, `mean` and `std` say how own data are
-        meant.
+      encoders: `config.model.encoders`, whose `kind`, `mean` and `std` say how own data are meant.
 
     Raises:
       DataError: the data are missing, damaged or not of the expected form.

@@ -28,8 +28,9 @@ from typing import Any
 
 import numpy as np
 
-from rollingq_jax.data.dataset import Example
+from rollingq_jax.data.dataset import Example, ModalityInfo
 from rollingq_jax.data.reading import check_lfs_pointer
+from rollingq_jax.data.video import IMAGENET_MEAN, IMAGENET_STD
 from rollingq_jax.errors import DataError, said
 from rollingq_jax.files import commit, read_json, write_whole
 
@@ -142,6 +143,31 @@ class ClipSource:
         for name, quality in self._qualities.items():
             example[f"quality_{name}"] = quality[index]
         return example
+
+
+def clip_features(spectrogram_shape: tuple[int, ...]) -> dict[str, Any]:
+    """TFDS's features of a record of sound and frames, as `ClipSource` reads it."""
+    import tensorflow_datasets as tfds
+
+    return {
+        "clip": tfds.features.Text(),
+        "audio": tfds.features.Tensor(shape=spectrogram_shape, dtype=np.float32, encoding="bytes"),
+        "frames": tfds.features.Sequence(tfds.features.Text()),
+        "label": tfds.features.Scalar(np.int64),
+    }
+
+
+def clip_modalities(
+    spectrogram_shape: tuple[int, ...], num_frames: int, frame_size: int
+) -> dict[str, ModalityInfo]:
+    """The modalities of a clip once its frames are decoded; pixels are normalized as upstream's."""
+    frames = (num_frames, frame_size, frame_size, 3)
+    return {
+        "audio": ModalityInfo("audio", "spectrogram", spectrogram_shape),
+        "visual": ModalityInfo(
+            "visual", "video", frames, "uint8", mean=IMAGENET_MEAN, std=IMAGENET_STD
+        ),
+    }
 
 
 def open_records(folder: str | os.PathLike, hint: str) -> RecordSet:

@@ -19,12 +19,18 @@ from typing import Any
 import numpy as np
 
 from rollingq_jax.data.audio import log_stft, read_audio, resample, tile
-from rollingq_jax.data.dataset import SPLITS, Dataset, ModalityInfo, Source, Subset, with_valid
+from rollingq_jax.data.dataset import SPLITS, Dataset, Source, Subset, with_valid
 from rollingq_jax.data.options import local_path, option
-from rollingq_jax.data.records import ClipSource, Recipe, RecordSet, open_records, write_records
+from rollingq_jax.data.records import (
+    ClipSource,
+    Recipe,
+    RecordSet,
+    clip_features,
+    clip_modalities,
+    open_records,
+    write_records,
+)
 from rollingq_jax.data.video import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     SHORT_SIDE,
     EvalFrames,
     TrainFrames,
@@ -85,8 +91,7 @@ def prepare(
       fps: frames stored for each second; also which Image-XX-FPS folder is read where there is one.
 
     Raises:
-      DataError: the tree is missing or not CREMA-D, or as in
-        `write_records`.
+      DataError: the tree is missing or not CREMA-D, or as in `write_records`.
     """
     recipe = make_recipe(Path(source), fps)
     return write_records(Path(data_dir) / NAME, recipe, strict=strict, workers=workers)
@@ -94,8 +99,6 @@ def prepare(
 
 def make_recipe(source: Path, fps: int) -> Recipe:
     """The recipe of the records that are made from the tree `source`."""
-    import tensorflow_datasets as tfds
-
     sounds = _sound_files(source)
     frames = _frame_files(source, fps)
     items = tuple(sorted(sounds.keys() | frames.keys()))
@@ -131,14 +134,7 @@ def make_recipe(source: Path, fps: int) -> Recipe:
     return Recipe(
         name=NAME,
         items=items,
-        features={
-            "clip": tfds.features.Text(),
-            "audio": tfds.features.Tensor(
-                shape=SPECTROGRAM_SHAPE, dtype=np.float32, encoding="bytes"
-            ),
-            "frames": tfds.features.Sequence(tfds.features.Text()),
-            "label": tfds.features.Scalar(np.int64),
-        },
+        features=clip_features(SPECTROGRAM_SHAPE),
         make=make,
         settings={
             "fps": fps,
@@ -253,17 +249,7 @@ def load(config_data: Any, *, seed: int) -> Dataset:
     counts = ", ".join(f"{len(splits[split])} {split}" for split in SPLITS)
     return Dataset(
         splits=splits,
-        modalities={
-            "audio": ModalityInfo("audio", "spectrogram", SPECTROGRAM_SHAPE),
-            "visual": ModalityInfo(
-                "visual",
-                "video",
-                (num_frames, size, size, 3),
-                "uint8",
-                mean=IMAGENET_MEAN,
-                std=IMAGENET_STD,
-            ),
-        },
+        modalities=clip_modalities(SPECTROGRAM_SHAPE, num_frames, size),
         num_classes=len(EMOTIONS),
         class_names=EMOTIONS,
         description=(

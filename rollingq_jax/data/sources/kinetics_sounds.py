@@ -20,12 +20,18 @@ from typing import Any
 import numpy as np
 
 from rollingq_jax.data.audio import kaldi_fbank, resample
-from rollingq_jax.data.dataset import SPLITS, Dataset, ModalityInfo, Source, Subset, with_valid
+from rollingq_jax.data.dataset import SPLITS, Dataset, Source, Subset, with_valid
 from rollingq_jax.data.options import local_path, option
-from rollingq_jax.data.records import ClipSource, Recipe, RecordSet, open_records, write_records
+from rollingq_jax.data.records import (
+    ClipSource,
+    Recipe,
+    RecordSet,
+    clip_features,
+    clip_modalities,
+    open_records,
+    write_records,
+)
 from rollingq_jax.data.video import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     SHORT_SIDE,
     EvalFrames,
     TrainFrames,
@@ -78,8 +84,7 @@ def prepare(
       fps: frames stored for each second of a video.
 
     Raises:
-      DataError: the folder is missing or holds something else, or as in
-        `write_records`.
+      DataError: the folder is missing or holds something else, or as in `write_records`.
     """
     recipe = make_recipe(Path(source), fps)
     return write_records(Path(data_dir) / NAME, recipe, strict=strict, workers=workers)
@@ -87,8 +92,6 @@ def prepare(
 
 def make_recipe(source: Path, fps: int) -> Recipe:
     """The recipe of the records that are made from the folder `source`."""
-    import tensorflow_datasets as tfds
-
     if not source.is_dir():
         raise DataError(f"Kinetics-Sounds, --source {source}: no such folder; {DOWNLOAD}")
     files = next((pair for pair in LISTS if all((source / n).is_file() for n in pair)), None)
@@ -113,12 +116,7 @@ def make_recipe(source: Path, fps: int) -> Recipe:
     return Recipe(
         name=NAME,
         items=tuple(clips),
-        features={
-            "clip": tfds.features.Text(),
-            "audio": tfds.features.Tensor(shape=FBANK_SHAPE, dtype=np.float32, encoding="bytes"),
-            "frames": tfds.features.Sequence(tfds.features.Text()),
-            "label": tfds.features.Scalar(np.int64),
-        },
+        features=clip_features(FBANK_SHAPE),
         make=make,
         settings={
             "fps": 1 if preprocessed else fps,
@@ -231,17 +229,7 @@ def load(config_data: Any, *, seed: int) -> Dataset:
     names = records.folder / CLASS_FILE
     return Dataset(
         splits=splits,
-        modalities={
-            "audio": ModalityInfo("audio", "spectrogram", FBANK_SHAPE),
-            "visual": ModalityInfo(
-                "visual",
-                "video",
-                (num_frames, size, size, 3),
-                "uint8",
-                mean=IMAGENET_MEAN,
-                std=IMAGENET_STD,
-            ),
-        },
+        modalities=clip_modalities(FBANK_SHAPE, num_frames, size),
         num_classes=NUM_CLASSES,
         class_names=read_class_names(names) if names.exists() else (),
         description=(
