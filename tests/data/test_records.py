@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,8 +106,6 @@ def test_an_interrupted_preparation_goes_on(tmp_path):
 @pytest.mark.parametrize("when", ["metadata", "index", "rename"])
 def test_interruption_at_the_end(tmp_path, when, monkeypatch):
     """Between the last shard and the folder's name."""
-    from pathlib import Path
-
     from rollingq_jax.data import records
 
     def stop(*args, **kwargs):
