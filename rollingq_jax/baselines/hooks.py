@@ -1,4 +1,4 @@
-"""What a method of comparison may add to a training step."""
+"""Functions that a method of comparison may add to a training step."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,11 +12,11 @@ Batch = dict[str, Array]
 
 
 class StepContext(NamedTuple):
-    """What a training step knows after its forward pass.
+    """The forward pass of a training step and its surroundings.
 
     Attributes:
       params: the model's, before the update.
-      out: what the model returns beside the logits.
+      out: the model's second output.
       batch: the batch as the model saw it.
       weight: `[B]` float32, 0 for padding.
       step: `[]` int32, updates done before this one.

@@ -13,7 +13,7 @@ minimum is the extension to more.
 
 Which tensors: every tensor of `encoder_<m>` with more than one axis, as other libraries do. The
 authors' code takes those with four, the convolutions of a ResNet, of which a Transformer has the
-patch embedding alone.
+patch embedding only.
 """
 
 from collections.abc import Mapping

@@ -21,7 +21,7 @@ def unimodal_logits(
 
     Args:
       params: the model's, with `spec.head` "concat" or "sum".
-      out: what the model returned beside the logits.
+      out: the model's second output.
       spec: of the model.
     """
     names = spec.modalities

@@ -5,7 +5,6 @@ Each field of a section stands in one place: `name: Annotated[type, Rule, "its m
 """
 
 import dataclasses
-import functools
 import math
 import numbers
 import typing
@@ -125,7 +124,6 @@ class Field(NamedTuple):
         return self.rule.allowed
 
 
-@functools.cache
 def section_fields(section: type) -> dict[str, Field]:
     """The fields of a section, as its dataclass declares them.
 
@@ -242,7 +240,7 @@ class EncoderSpec:
           ConfigError: names the field, the value and what is allowed.
         """
         where = f"model.encoders.{name}"
-        fields = read_fields(as_mapping(config, where), section_fields(EncoderSpec), where)
+        fields = read_fields(as_mapping(config, where), ENCODER_FIELDS, where)
         if "kind" not in fields:
             raise ConfigError(f"{where}.kind is missing; allowed: {', '.join(KINDS)}")
         spec = cls(name, **{"depth": depth, "width": width, "num_heads": num_heads, **fields})
@@ -363,7 +361,7 @@ class ModelSpec:
         """
         if isinstance(config, cls):
             return config
-        fields = read_fields(as_mapping(config, "model"), section_fields(cls), "model")
+        fields = read_fields(as_mapping(config, "model"), MODEL_FIELDS, "model")
         encoders = fields.pop("encoders", {})
         if "num_classes" not in fields:
             raise ConfigError("model.num_classes is missing; allowed: an integer >= 2")
@@ -417,12 +415,12 @@ class ModelSpec:
 
     @property
     def head(self) -> str:
-        """What makes the logits: the fusion itself, or the one behind the bottleneck layers."""
+        """The fusion that makes the logits: for mbt, the one behind the bottleneck layers."""
         return self.mbt_head if self.fusion == "mbt" else self.fusion
 
     @property
     def scores_attention(self) -> bool:
-        """Whether a class query attends to the tokens, and so can be rotated."""
+        """True if a class query attends to the tokens, and so can be rotated."""
         return self.head == "attention"
 
 
@@ -439,3 +437,6 @@ def _check_modality(name: Any) -> None:
             f"model.encoders has a modality {name!r}; allowed: letters, digits and underscores, "
             f"not {' or '.join(reserved)}, not starting with quality_ or ending in _mask"
         )
+
+
+ENCODER_FIELDS, MODEL_FIELDS = section_fields(EncoderSpec), section_fields(ModelSpec)

@@ -32,7 +32,7 @@ from rollingq_jax.train.train_state import TrainState
 from rollingq_jax.train.workdir import check_path, reason_of
 
 FORMAT_VERSION = 1
-ROOM = 1 << 20  # bytes beside the arrays: their metadata, one block at least a file, metrics
+ROOM = 1 << 20  # bytes on top of the arrays: their metadata, one block at least a file, metrics
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ class DamagedError(CheckpointError):
 
 
 class Learned(NamedTuple):
-    """What training leaves for inference.
+    """The part of a checkpoint that inference reads.
 
     Attributes:
       step: of the checkpoint.
@@ -203,7 +203,7 @@ class Checkpoints:
     def restore_params(
         self, step: int, like: Callable[[Mapping[str, Any]], Any]
     ) -> tuple[Learned, dict[str, Any]]:
-        """What inference needs of a checkpoint, and its record: no optimizer, no PRNG key.
+        """The part that inference reads, and the record: no optimizer, no PRNG key.
 
         Args:
           step: one of `steps()`.
@@ -339,7 +339,7 @@ class CheckpointSchedule:
         self._last = time.monotonic()
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint is due after this step; the same in all processes."""
+        """Tells if a checkpoint is due after this step; the same in all processes."""
         if self._steps and step % self._steps == 0:
             return True
         if not self._seconds:

@@ -18,9 +18,10 @@ from rollingq_jax.baselines.build import BUILDERS
 from rollingq_jax.data.options import COMMON_FIELDS, FIELDS, check_fields, fields_of
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.models.spec import (
+    ENCODER_FIELDS,
     FLAG,
+    MODEL_FIELDS,
     TEXT,
-    EncoderSpec,
     Field,
     ModelSpec,
     Rule,
@@ -67,6 +68,7 @@ class RunConfig:
     vit_weights: Annotated[
         Text, "file of an ImageNet-21k ViT-B/16 from which the encoders start"
     ] = ""
+    label_smoothing: Annotated[Rate, "part of a label spread evenly over all classes"] = 0.0
     plain_twin: Annotated[Flag, "also train without rotations, in plain/, for the figures"] = False
     nonfinite: Annotated[
         str, one_of(("stop", "skip")), "at a NaN or infinite loss or gradient; skip: no update"
@@ -77,10 +79,10 @@ class RunConfig:
 class OptimizerConfig:
     """The optimizer. Learning rate and decay are those of the paper's runs (upstream `main.py`)."""
 
-    name: Annotated[str, one_of(("sgd", "adam")), "the optimizer"] = "sgd"
+    name: Annotated[str, one_of(("sgd", "adam", "adamw")), "the optimizer"] = "sgd"
     learning_rate: Annotated[Positive, "the highest; linear warm-up, then one cosine to 0"] = 1e-3
     momentum: Annotated[Rate, "of sgd"] = 0.9
-    weight_decay: Annotated[NotNegative, "added to the gradient, only with sgd"] = 1e-4
+    weight_decay: Annotated[NotNegative, "sgd: added to the gradient; adamw: decoupled"] = 1e-4
     warmup_epochs: Annotated[NotNegative, "epochs of warm-up, fewer than epochs"] = 2.5
     clip_norm: Annotated[NotNegative, "limit of the global gradient's norm; 0: none"] = 0.0
 
@@ -161,7 +163,6 @@ class UpstreamCompat:
     unclipped_cosine: Annotated[Flag, "the cosine goes on beyond the last step"] = False
 
 
-ENCODER = section_fields(EncoderSpec)
 DATA = {"prefetch": Field(integer(0, 1024), "batches made ahead", 2)}  # read here, not by a loader
 SECTIONS = {
     "": RunConfig,
@@ -250,11 +251,11 @@ def _check_model(section: Mapping[str, Any]) -> None:
     """The fields that are given; what is left out follows from the data."""
     open_fields = {"num_classes": 0, "encoders": None}
     given = {n: v for n, v in section.items() if n not in open_fields or v != open_fields[n]}
-    read_fields(given, section_fields(ModelSpec), "model")
+    read_fields(given, MODEL_FIELDS, "model")
     for name, encoder in as_mapping(section.get("encoders") or {}, "model.encoders").items():
         where = f"model.encoders.{name}"
         fields = {n: v for n, v in as_mapping(encoder, where).items() if v is not None}
-        read_fields(fields, ENCODER, where)
+        read_fields(fields, ENCODER_FIELDS, where)
 
 
 def from_json(content: Mapping[str, Any]) -> ConfigDict:
@@ -328,7 +329,7 @@ def allowed_in(field: str, config: Any) -> str:
     elif section == "data":
         known = fields_of(config.data.get("name", ""))
     elif section.startswith("model.encoders."):
-        known = ENCODER
+        known = ENCODER_FIELDS
     if name in known:
         return known[name].allowed
     value = config
@@ -345,7 +346,7 @@ def described_sections() -> Iterator[tuple[str, str, list[tuple[str, str, str, s
             subject = "The model; fields that are left out follow from the data."
         yield name, subject, _described(section_fields(section))
     subject = "One modality's encoder; empty: as the data say."
-    yield "model.encoders.<modality>", subject, _described(ENCODER)
+    yield "model.encoders.<modality>", subject, _described(ENCODER_FIELDS)
     yield "data", "The data, of any data set.", _described(COMMON_FIELDS)
     for name, known in FIELDS.items():
         yield f"data, of {name}", "The fields of this data set.", _described(known)

@@ -69,8 +69,8 @@ class Experiment:
     Args:
       config: checked, see `check_config`.
       dataset: the data.
-      model: in place of `build_model(config.model)`; a module with the same calls and a `spec`.
-      tx: in place of the optimizer that `config.optimizer` describes.
+      model: instead of `build_model(config.model)`; a module with the same calls and a `spec`.
+      tx: instead of the optimizer that `config.optimizer` describes.
 
     Raises:
       ConfigError: a field of `config.model` is not allowed, or a size does not fit the data or the
@@ -161,13 +161,15 @@ class Experiment:
           ConfigError: the batch does not divide by the devices.
         """
         check_batch_size(self.config.batch_size)
+        smoothing = self.config.label_smoothing
+        loss_fn = functools.partial(supervised_loss, label_smoothing=smoothing)
         step = functools.partial(
             train_step,
             model=self.model,
             tx=self.tx,
             roller=self.roller,
             schedule=self.roll_schedule,
-            loss_fn=with_baseline(supervised_loss, self.baseline),
+            loss_fn=with_baseline(loss_fn, self.baseline),
             skip_nonfinite=self.config.nonfinite == "skip",
         )
         evaluate = functools.partial(eval_step, model=self.model)
@@ -184,7 +186,7 @@ class Experiment:
 
     @property
     def rolls_after_epoch(self) -> bool:
-        """Whether the trigger is checked between epochs, as upstream does, and not in the step."""
+        """True if the trigger is checked between epochs, as upstream does, and not in the step."""
         return self.roll_schedule is not None and not self.roll_schedule.in_step
 
     @property
@@ -193,7 +195,7 @@ class Experiment:
         return "valid" if "valid" in self.dataset.splits else "train"
 
     def checks_after(self, step: int) -> bool:
-        """Whether the training step that ended with `step` updates checked the trigger."""
+        """Tells if the training step that ended with `step` updates checked the trigger."""
         return self.roll_schedule is not None and bool(self.roll_schedule.is_due(step - 1))
 
     def initial_state(self, report: Callable[[str], None] = lambda _: None) -> TrainState:

@@ -218,7 +218,7 @@ def read_rows(path: epath.PathLike) -> list[Row]:
 
 
 def _is_row(row: Any) -> bool:
-    """Whether a run may have written the row, so that what reads it finds what it needs."""
+    """Tells if a run may have written the row, so that its readers find what they need."""
     if not (isinstance(row, dict) and isinstance(row.get("split"), str)):
         return False
     step = row.get("step")

@@ -93,11 +93,11 @@ def train_and_evaluate(
       test: False stops before the test set is read; the same call with True resumes from there.
       quiet: print nothing.
       profile: write a trace of some steps into `profile` in the workdir.
-      model: in place of `build_model(config.model)`: a module with the same calls and a `spec`.
+      model: instead of `build_model(config.model)`: a module with the same calls and a `spec`.
         `load_run` makes the model of the configuration, and so does not read such a run unless
         both have the same parameters.
-      tx: in place of the optimizer that `config.optimizer` describes.
-      dataset: in place of the data that `config.data` names.
+      tx: instead of the optimizer that `config.optimizer` describes.
+      dataset: instead of the data that `config.data` names.
       callbacks: each is called with a step and the floats of a row of `metrics.jsonl`, named
         `<split>/<name>`, in the first process: `lambda step, scalars: wandb.log(scalars, step)`.
 
@@ -362,7 +362,7 @@ class TrainLoop:
         return parallel.put_state(one)
 
     def _used_up(self, count: jax.Array, means: Mapping[str, float]) -> bool:
-        """Whether every head has done all its rotations and imbalance stands above beta."""
+        """Tells if every head has done all its rotations and imbalance stands above beta."""
         rolling = self.experiment.config.rolling
         if self.experiment.roll_schedule is None or not rolling.max_rotations:
             return False  # nothing rolls, there is no limit, or 0 was asked for
@@ -376,7 +376,7 @@ def _ignore(_: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRun:
-    """What a run has learned, and what its model takes.
+    """A run's model with what it has learned, and the inputs that it takes.
 
     Attributes:
       model: from `build_model`.
@@ -467,7 +467,7 @@ def load_run(workdir: epath.PathLike) -> LoadedRun:
 def recorded_inputs(
     record: Mapping[str, Any], summary: Mapping[str, Any], workdir: epath.Path
 ) -> InputSpec:
-    """How the run's data became its model's input, from a checkpoint's record or the summary.
+    """The recorded way from the run's data to its model's input: of a checkpoint, or the summary.
 
     Raises:
       CheckpointError: neither says so.
@@ -547,7 +547,7 @@ def profiled(train_step: Callable[..., Any], folder: epath.Path) -> Iterator[Cal
         nonlocal tracing
         jax.profiler.stop_trace()
         tracing = False
-        if remote:  # the profiler writes local files alone
+        if remote:  # the profiler writes only local files
             copy_tree(local, folder)
 
     def traced(*args: Any) -> Any:

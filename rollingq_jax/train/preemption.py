@@ -11,7 +11,7 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on from where this one stopped
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes where this one stopped
 
 
 class Interrupted(Exception):
@@ -62,7 +62,7 @@ class Interruption:
         self._stack.close()
 
     def reached(self, step: int) -> bool:
-        """Whether the run shall stop after this step; to be asked after every step.
+        """Tells if the run shall stop after this step; to be asked after every step.
 
         With several processes, the answer is the same in all of them.
         """
@@ -71,7 +71,7 @@ class Interruption:
         return self.requested
 
     def check(self) -> None:
-        """To be called in long passes over data; several processes stop between steps alone.
+        """To be called in long passes over data; several processes stop only between steps.
 
         Raises:
           Interrupted: the run shall stop.

@@ -61,11 +61,11 @@ class RollSchedule(NamedTuple):
         return cls(period, min(period, max(1, round(fraction * period))), in_step)
 
     def in_window(self, step: Any) -> Any:
-        """Whether step number `step` (from 0) lies in a window."""
+        """Tells if step number `step` (from 0) lies in a window."""
         return step % self.period >= self.period - self.window
 
     def is_due(self, step: Any) -> Any:
-        """Whether the trigger is checked in step number `step`, after its update."""
+        """Tells if the trigger is checked in step number `step`, after its update."""
         return (step % self.period == self.period - 1) & self.in_step
 
 
@@ -98,11 +98,18 @@ LossFn = Callable[..., tuple[Array, ForwardPass]]
 
 
 def supervised_loss(
-    model: Any, params: Any, state: TrainState, batch: Batch, axis_name: str | None = None
+    model: Any,
+    params: Any,
+    state: TrainState,
+    batch: Batch,
+    axis_name: str | None = None,
+    label_smoothing: float = 0.0,
 ) -> tuple[Array, ForwardPass]:
     """Cross-entropy of the main head plus that of each probe, `[B]`, from a forward pass.
 
-    The probes see stopped gradients, so they add nothing to the encoders' gradient.
+    The probes see stopped gradients, so they add nothing to the encoders' gradient. With
+    `label_smoothing` e, (1 - e) CE(z) + e mean_c(-log p_c) stands for each; what is reported as the
+    loss is CE(z) in any case.
     """
     logits, out = model.apply(
         state.replace(params=params).variables,
@@ -112,10 +119,10 @@ def supervised_loss(
         example_index=example_positions(batch, axis_name),
         rngs={"dropout": step_key(state)},
     )
-    losses = cross_entropy(logits, batch["label"])
+    losses = cross_entropy(logits, batch["label"], label_smoothing)
     if model.spec.fusion != "unimodal":  # there the probe is the main head
         for probe in out["probe_logits"].values():
-            losses = losses + cross_entropy(probe, batch["label"])
+            losses = losses + cross_entropy(probe, batch["label"], label_smoothing)
     return losses, ForwardPass(logits, out, state.baseline, {})
 
 
@@ -199,6 +206,7 @@ def train_step(
 
     rolling, record = state.rolling, None
     if schedule is not None:
+        assert rolling is not None  # a schedule is made only for a model with class queries
         # RollingQ observes what the forward pass has computed. Outside the window weights are 0.
         keys = stack_mean_keys(forward.out)
         present = modality_weight(forward.out, weight)
@@ -289,7 +297,7 @@ def stack_mean_keys(out: dict[str, Any]) -> Array:
 def class_query_after_update(model: Any, params: Any, rolling: RollingState) -> Array:
     """The class queries of all fusion layers at the moment of a roll, `[n H, d_h]`, rotated.
 
-    The first layer's follows from the parameters alone, so that R_new q = q_b holds for every
+    The first layer's follows from the parameters only, so that R_new q = q_b holds for every
     sample. Those above depend on the sample: for them it is the mean query of the window, from
     before the last updates, and R_new q = q_b holds for that mean.
     """
@@ -321,9 +329,14 @@ def example_weight(batch: Mapping[str, Array]) -> Array:
     return jnp.ones(batch["label"].shape, jnp.float32)
 
 
-def cross_entropy(logits: Array, label: Array) -> Array:
-    """-log softmax(z)_y a row: `[B, C], [B] -> [B]` float32."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), label)
+def cross_entropy(logits: Array, label: Array, label_smoothing: float = 0.0) -> Array:
+    """-log softmax(z)_y per row, or with smoothed labels: `[B, C], [B] -> [B]` float32."""
+    logits = logits.astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+    if label_smoothing:
+        even = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
+        losses = (1.0 - label_smoothing) * losses + label_smoothing * even
+    return losses
 
 
 def modality_weight(out: Mapping[str, Any], weight: Array) -> Array:
@@ -333,7 +346,7 @@ def modality_weight(out: Mapping[str, Any], weight: Array) -> Array:
 
 
 def finite_rows(values: Array) -> Array:
-    """Whether all numbers of an example are finite: `[B, ...] -> [B]` bool."""
+    """True where all numbers of an example are finite: `[B, ...] -> [B]` bool."""
     return jnp.all(jnp.isfinite(values), axis=tuple(range(1, values.ndim)))
 
 
@@ -342,7 +355,7 @@ def batch_sums(logits: Array, out: Mapping[str, Any], batch: Mapping[str, Array]
 
     Args:
       logits: `[B, C]`.
-      out: what the model returns beside them.
+      out: the model's second output.
       batch: with "label" `[B]` and, where there is padding, "example_mask" `[B]`.
 
     Returns:

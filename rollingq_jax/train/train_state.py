@@ -133,13 +133,15 @@ def learning_rate_schedule(
 
 
 def make_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """SGD with momentum and weight decay added to the gradient of every parameter; or Adam.
+    """SGD with momentum and weight decay added to every gradient; Adam without decay; or AdamW.
 
     Args:
       config: `config.optimizer`, checked.
       schedule: learning rate of each step.
     """
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    if config.name == "adamw":
+        return optax.chain(*clip, optax.adamw(schedule, weight_decay=config.weight_decay))
     if config.name == "adam":
         return optax.chain(*clip, optax.adam(schedule))
     return optax.chain(

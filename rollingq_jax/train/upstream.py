@@ -33,7 +33,7 @@ from rollingq_jax.train.train_state import TrainState
 def upstream_scores(out: Mapping[str, Any], weight: Array | None = None) -> Array:
     """Cosine scores `[H, M]` of one batch, from the model's second output.
 
-    Upstream's AIR, and so its trigger and its alpha, come from an epoch's last batch alone, in the
+    Upstream's AIR, and so its trigger and its alpha, come from only an epoch's last batch, in the
     forward pass before that batch's update.
 
     Args:
@@ -53,10 +53,10 @@ def with_last_batch_scores(roller: RollingQuery) -> RollingQuery:
     """
 
     def observe(
-        state: RollingState,
+        state: Any,
         query: Array,
-        mean_keys: Array,
-        weight: Array | None = None,
+        mean_keys: Any,
+        weight: Any = None,
         axis_name: str | None = None,
     ) -> RollingState:
         window = roller.observe(state, query, mean_keys, weight, axis_name)

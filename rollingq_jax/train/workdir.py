@@ -121,7 +121,7 @@ def read_config(workdir: epath.Path) -> dict[str, Any] | None:
 
 
 def check_same_run(config: Any, theirs: Mapping[str, Any], where: str) -> None:
-    """A run goes on only with the configuration that it began with.
+    """Checks that a run resumes only with the configuration that it began with.
 
     Raises:
       CheckpointError: says in which fields `where`, the folder or checkpoint, differs.
@@ -143,7 +143,7 @@ def check_same_run(config: Any, theirs: Mapping[str, Any], where: str) -> None:
 
 
 def has_saved(workdir: epath.Path) -> bool:
-    """Whether a run has left anything in the folder that another one must not touch: a checkpoint,
+    """Tells if a run has left anything in the folder that another one must not touch: a checkpoint,
     damaged or not, or a summary."""
     folder = workdir / "checkpoints"
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
@@ -283,7 +283,7 @@ def locked(workdir: epath.Path) -> Iterator[None]:
 
 
 def read_object(path: epath.Path) -> dict[str, Any]:
-    """What a JSON file of a run holds.
+    """Reads a JSON file of a run.
 
     Raises:
       CheckpointError: it is no file, not JSON, or not an object of at most 50 levels.
@@ -306,7 +306,7 @@ def read_object(path: epath.Path) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value from JSON is a number that float64 holds; true and false are not."""
+    """Tells if a value from JSON is a number that float64 holds; true and false are not."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return isinstance(value, float) or abs(value) < 2**1023
@@ -331,7 +331,7 @@ def write_json(path: epath.PathLike, content: Any) -> None:
 
 
 def reason_of(error: BaseException) -> str:
-    """What the file system said; TensorStore has its words in the middle of a ValueError."""
+    """The file system's words; TensorStore has its words in the middle of a ValueError."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError):
         return f"{error.strerror or text}" + (f": {error.filename}" if error.filename else "")

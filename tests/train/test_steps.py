@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from rollingq_jax import build_model, rolling_query
+from rollingq_jax.train import steps
 from rollingq_jax.train.steps import (
     RollSchedule,
     add_sums,
@@ -420,3 +421,12 @@ def test_what_a_corruption_could_not_drop_is_counted():
     kept = np.arange(10) % 3 == 0
     row = in_batches(logits, out, batch | {"kept/a": kept}, 4)
     assert row["kept/a"] == 4
+
+
+def test_smoothed_labels_are_optaxs():
+    rng = np.random.default_rng(0)
+    logits, label = rng.normal(size=(5, 4)).astype(np.float32), np.arange(5) % 4
+    soft = optax.smooth_labels(jnp.eye(4)[label], 0.1)
+    expected = optax.softmax_cross_entropy(logits, soft)
+    found = steps.cross_entropy(jnp.asarray(logits), jnp.asarray(label, jnp.int32), 0.1)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)

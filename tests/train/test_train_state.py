@@ -89,6 +89,14 @@ def test_adam_does_not_decay():
     np.testing.assert_allclose(after["a"], 2.0 - 0.1, rtol=1e-6)  # the first step is lr sign(g)
 
 
+def test_adamw_decays_apart_from_the_gradient():
+    params = {"a": jnp.array([2.0])}
+    tx = make_optimizer(config(name="adamw", weight_decay=0.5), lambda step: jnp.float32(0.1))
+    with jax.numpy_dtype_promotion("standard"):
+        (after,) = updates(tx, params, [{"a": jnp.array([7.0])}])
+    np.testing.assert_allclose(after["a"], 2.0 - 0.1 * (1 + 0.5 * 2.0), rtol=1e-6)
+
+
 def test_the_clipped_schedule_is_that_of_optax():
     ours = learning_rate_schedule(0.1, 7, 6, warmup_epochs=2.5)
     theirs = optax.warmup_cosine_decay_schedule(0.0, 0.1, int(2.5 * 7), 7 * 6)
