@@ -11,12 +11,9 @@ import pytest
 from rollingq_jax import prepare
 from rollingq_jax.data.records import open_records
 from rollingq_jax.train.cli import run_command
+from tests.data import crema_d_tree
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "data"))
-
-import crema_d_tree  # noqa: E402
-
 CLIPS = crema_d_tree.clip_names()
 
 

@@ -39,7 +39,7 @@ class Payload:
 def attempt(tmp_path, capsys):
     """Runs `train.py` on data, which must be refused; returns the line."""
     (tmp_path / "config.py").write_text(
-        "from train_cases import tiny_config\n"
+        "from tests.train.train_cases import tiny_config\n"
         "def get_config():\n    config = tiny_config('')\n    return config\n"
     )
 

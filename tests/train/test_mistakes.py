@@ -18,18 +18,18 @@ from tests.train.train_cases import files, tiny_config, write_arrays
 ROOT = Path(__file__).resolve().parents[2]
 
 CONFIGS = {
-    "tiny.py": "from train_cases import tiny_config\n"
+    "tiny.py": "from tests.train.train_cases import tiny_config\n"
     "def get_config():\n    return tiny_config('tiny.npz')\n",
-    "ill_typed.py": "from train_cases import tiny_config\n"
+    "ill_typed.py": "from tests.train.train_cases import tiny_config\n"
     "def get_config():\n    config = tiny_config('tiny.npz')\n"
     "    config.epochs = 'many'\n    return config\n",
     "no_function.py": "config = {}\n",
     "a_dict.py": "def get_config():\n    return {'epochs': 3}\n",
     "syntax.py": "def get_config(:\n",
-    "no_prefetch.py": "from train_cases import tiny_config\n"
+    "no_prefetch.py": "from tests.train.train_cases import tiny_config\n"
     "def get_config():\n    config = tiny_config('tiny.npz')\n"
     "    config.data = {'name': 'arrays', 'path': 'tiny.npz'}\n    return config\n",
-    "unknown_field.py": "from train_cases import tiny_config\n"
+    "unknown_field.py": "from tests.train.train_cases import tiny_config\n"
     "def get_config():\n    config = tiny_config('tiny.npz')\n"
     "    with config.unlocked():\n        config.optimizer.nesterov = True\n    return config\n",
 }

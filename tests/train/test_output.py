@@ -22,7 +22,7 @@ from tests.train.train_cases import make_arrays, tiny_config, write_arrays
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("日本", "\x1b[31mred\x1b]0;title\x07", "a\nb")
 CONFIG = (
-    "from train_cases import tiny_config\n"
+    "from tests.train.train_cases import tiny_config\n"
     "def get_config():\n    return tiny_config('data.npz', epochs=2, log_every=1)\n"
 )
 
