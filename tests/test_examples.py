@@ -14,8 +14,15 @@ from rollingq_jax.data.load import load_dataset
 from rollingq_jax.examples import plain_jax, toy_data
 from rollingq_jax.examples.nnx_attention import Model
 
-NAMES = ("cross_attention", "latent_query", "linen_attention", "nnx_attention", "plain_jax")
-HEADS = {"latent_query": 6}  # three latents with two heads; the others have two queries
+NAMES = (
+    "cross_attention",
+    "decoder",
+    "latent_query",
+    "linen_attention",
+    "nnx_attention",
+    "plain_jax",
+)
+HEADS = {"decoder": 4, "latent_query": 6}  # three latents with two heads; others have two queries
 ROWS = 192
 
 
@@ -80,6 +87,25 @@ def test_nnx_keeps_the_rotation_out_of_the_optimizer(trained):
     model, rolling, _ = trained("nnx_attention")
     assert isinstance(model, Model)
     np.testing.assert_array_equal(model.rotation[...], rolling.rotation)
+
+
+def test_decoder_is_restored_from_a_dict_and_rotates_its_last_token_only(trained, digits):
+    variables, rolling, _ = trained("decoder")
+    model = example("decoder").Model(variables["params"]["Dense_0"]["bias"].shape[0])
+    batch = {name: column[:8] for name, column in digits.items()}
+    apply = jax.jit(model.apply)
+    saved = jax.tree.map(np.asarray, {"model": variables, "rolling": rolling._asdict()})
+    with with_jax_defaults():
+        logits, (query, mean_keys, weight) = apply(variables, batch, rolling.rotation)
+        again, _ = apply(saved["model"], batch, saved["rolling"]["rotation"])
+        plain, (unrotated, same_keys, _) = apply(variables, batch, roll_nothing(rolling.rotation))
+        state, info = rq.rolling_query().update(saved["rolling"])  # goes on as a state
+    np.testing.assert_array_equal(again, logits)
+    np.testing.assert_allclose(query, rq.rotate(rolling.rotation, unrotated), atol=1e-5)
+    np.testing.assert_array_equal(mean_keys, same_keys)
+    assert np.abs(np.asarray(plain) - np.asarray(logits)).max() > 1e-4 and np.all(weight == 1)
+    np.testing.assert_array_equal(state.rotation, rolling.rotation)
+    assert not info.rolled.any()  # nothing was observed since
 
 
 def test_plain_jax_folds(trained, digits):

@@ -10,7 +10,8 @@ from jax import Array
 from rollingq_jax.examples.toy_data import Data, batches, report
 from rollingq_jax.rolling import RollingQuery, RollingState
 
-Seen = tuple[Array, Array]  # class query [B, H, d_h] or [H, d_h], mean keys [M, B, H, d_h]
+# Class query [B, H, d_h] or [H, d_h], mean keys [M, B, H, d_h] and, optionally, their weights.
+Seen = tuple[Array, Array] | tuple[Array, Array, Array]
 Forward = Callable[..., Any]  # params, batch, rotation -> logits [B, C], Seen; a module's apply
 
 
