@@ -1,5 +1,7 @@
 """Class-token attention without the matrices K, V and L x L, and the reference it is tested by.
 
+Upstream's is in `models/dynamic.py`.
+
 Only the class token's output is used and its query does not depend on the other tokens, so the key
 projection moves to the query and the value projection behind the weighted sum: O(L D + D^2) for a
 sample instead of O(L D^2 + L^2 D), with the same values and the same gradients.
@@ -7,6 +9,7 @@ sample instead of O(L D^2 + L^2 D), with the same values and the same gradients.
 
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -252,7 +255,7 @@ def token_modalities(
     lengths: Sequence[int] | None = None,
     segment_ids: Array | None = None,
     num_modalities: int | None = None,
-) -> tuple[Array, int]:
+) -> tuple[Any, int]:
     """Each token's modality `[L]` or `[B, L]`, an integer in [0, M) or another for none; and M.
 
     Args:
@@ -333,7 +336,7 @@ def segment_mean_keys(
     check_arrays(dims, "integers", segment_ids=(segment_ids, "L", "BL", None))
     check_arrays(dims, "bool", mask=(mask, "BL", None))
     groups, heads = dims.G, dims.G if num_heads is None else num_heads
-    if not (isinstance(heads, numbers.Integral) and heads >= 1 and heads % groups == 0):
+    if not isinstance(heads, numbers.Integral) or int(heads) < 1 or int(heads) % groups:
         raise UserError(f"num_heads is {heads!r}; allowed: a multiple of the keys' {groups} heads")
     ids, count = token_modalities(dims.L, lengths, segment_ids, num_modalities)
     members = _members(ids, count, mask, (dims.B, dims.L))

@@ -361,26 +361,26 @@ def observe(
     state = as_state(state)
     dims = check_arrays(state_dims(state), query=(query, "BHd", "Hd"))
     mean_keys = _stack_named("mean_keys", mean_keys, modalities, dims, "BHd")
-    weight = _stack_named("weight", weight, modalities, dims, "B")
-    check_arrays(dims, mean_keys=(mean_keys, "MBHd"), weight=(weight, "B", "MB", None))
+    weights = _stack_named("weight", weight, modalities, dims, "B")
+    check_arrays(dims, mean_keys=(mean_keys, "MBHd"), weight=(weights, "B", "MB", None))
     # float32 whatever came: with 64-bit types the state has to keep its dtypes under scan and cond.
     query, mean_keys = (
         jax.lax.stop_gradient(jnp.asarray(x, jnp.float32)) for x in (query, mean_keys)
     )
     num_modalities, batch_size = mean_keys.shape[:2]
     query = jnp.broadcast_to(query[None] if query.ndim == 2 else query, mean_keys.shape[1:])
-    if weight is None:
-        weight = jnp.ones([batch_size], jnp.float32)
-    weight = jnp.broadcast_to(jnp.atleast_2d(weight), (num_modalities, batch_size))
-    weight = jax.lax.stop_gradient(weight).astype(jnp.float32)
-    query_weight = jnp.max(weight, axis=0)
-    mean_keys = jnp.where(weight[:, :, None, None] > 0, mean_keys, 0.0)
+    if weights is None:
+        weights = jnp.ones([batch_size], jnp.float32)
+    weights = jnp.broadcast_to(jnp.atleast_2d(weights), (num_modalities, batch_size))
+    weights = jax.lax.stop_gradient(weights).astype(jnp.float32)
+    query_weight = jnp.max(weights, axis=0)
+    mean_keys = jnp.where(weights[:, :, None, None] > 0, mean_keys, 0.0)
     query = jnp.where(query_weight[:, None, None] > 0, query, 0.0)
     cosines = dot(normalize(query)[None], normalize(mean_keys))  # [M, B, H]
     increments = (
-        jnp.einsum("mb,mbhd->mhd", weight, mean_keys, precision=HIGHEST),
-        jnp.einsum("mb,mbh->mh", weight, cosines, precision=HIGHEST),
-        jnp.sum(weight, axis=1),
+        jnp.einsum("mb,mbhd->mhd", weights, mean_keys, precision=HIGHEST),
+        jnp.einsum("mb,mbh->mh", weights, cosines, precision=HIGHEST),
+        jnp.sum(weights, axis=1),
         jnp.einsum("b,bhd->hd", query_weight, query, precision=HIGHEST),
         jnp.sum(query_weight),
     )

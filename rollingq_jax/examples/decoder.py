@@ -41,8 +41,8 @@ class Model(nn.Module):
         query = rq.rotate(rotation, queries[:, -1])  # only the last token's, behind RoPE
         out = jax.nn.dot_product_attention(queries.at[:, -1].set(query), key, value, is_causal=True)
         x = x + nn.DenseGeneral(DIM, axis=(-2, -1), name="out")(out)
-        ids = jnp.asarray([*ids[order], -1])  # the answer token is of no modality
-        seen = rq.segment_mean_keys(key, segment_ids=ids, num_modalities=2, num_heads=HEADS)
+        segments = jnp.asarray([*ids[order], -1])  # the answer token is of no modality
+        seen = rq.segment_mean_keys(key, segment_ids=segments, num_modalities=2, num_heads=HEADS)
         return nn.Dense(self.num_classes)(x[:, -1]), (query, *seen)
 
 
