@@ -137,6 +137,7 @@ def gather(
         second = numbers.make_table(records, arms, second_reference)
         second = {"test_accuracy": second["test_accuracy"]}
     return {
+        "verdicts": numbers.verdicts(main, records, reference),
         "conclusion": numbers.conclude(main, second, reference, "concat", len(plan.seeds)),
         "search": search_line({arm: selection[arm] for arm in arms}),
         "reference": reference,
@@ -233,6 +234,8 @@ def command(argv: Sequence[str]) -> None:
             interruption=interruption,
         )
     print(table(summary_rows(result)))
+    for line in result["verdicts"]:
+        print(line)
     print(result["search"])
     print(result["conclusion"])
     print(f"results.json, results.csv, figures and report.html are in {given.workdir}")

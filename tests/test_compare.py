@@ -196,6 +196,13 @@ def test_files_hold_every_run_and_the_paired_table(config_file, tmp_path, fake, 
     assert "difference" not in result["table"]["test_accuracy"]["attention"]
     assert set(result["table"]["quality_correlation"]) == {"attention", "rollingq"}
     assert result["table"]["attention_share/audio"]["attention"]["mean"] == pytest.approx(0.4)
+    assert result["verdicts"][0] == (
+        "Is attention biased? Too few seeds to say: attention gives visual 0.600 [0.600, 0.600] of "
+        "its attention; even is 0.500."
+    )
+    assert [line.partition("?")[0] for line in result["verdicts"][1:]] == [
+        "Did the rolls last", "Did accuracy follow",
+    ]  # fmt: skip
     assert result["second_reference"] == "concat"
     assert {path.name for path in (out / "figures").iterdir()} == {
         "accuracy.png", "differences.png", "dynamics.png", "share_quality.png",
@@ -503,3 +510,26 @@ def test_real_runs_killed_in_the_middle_give_the_same_table(config_file, tmp_pat
     assert (tmp_path / "whole" / "figures" / "noise.png").exists()
     noise = json.loads((tmp_path / "whole" / "noise.json").read_text())
     assert {p["modality"] for p in noise["rollingq"][1]} == {"audio", "visual"}
+
+
+def test_verdicts_say_what_the_intervals_show():
+    def run(arm, seed, share, accuracy):
+        shares = {"attention_share/a": share, "attention_share/b": 1 - share}
+        rotations = 2 if arm == "rollingq" else None
+        return {
+            "arm": arm,
+            "seed": seed,
+            "rotations": rotations,
+            "test_accuracy": accuracy,
+        } | shares
+
+    wobble = [0.01 * (seed - 3) for seed in range(7)]
+    made = [run("attention", s, 0.7 + w, 0.5) for s, w in enumerate(wobble)]
+    made += [run("rollingq", s, 0.55 + w / 2, 0.6 + w) for s, w in enumerate(wobble)]
+    table = results.make_table(made, ["attention", "rollingq"], "attention")
+    biased, lasted, followed = results.verdicts(table, made, "attention")
+    assert biased.startswith("Is attention biased? Yes: attention gives a 0.700 [0.6")
+    assert biased.endswith("of its attention; even is 0.500.")
+    assert lasted.startswith("Did the rolls last? Yes: rollingq gives a 0.550 [")
+    assert followed.startswith("Did accuracy follow? Yes: rollingq +10.0 points [")
+    assert results.verdicts({"test_accuracy": table["test_accuracy"]}, made, "attention") == []

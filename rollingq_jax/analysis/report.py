@@ -33,6 +33,7 @@ from rollingq_jax.data.dataset import Dataset, Subset
 from rollingq_jax.data.pipeline import eval_batches
 
 Array = np.ndarray
+MOST_CLASSES = 12  # of a confusion matrix that a page can hold
 
 
 # The page.
@@ -104,8 +105,8 @@ def write_report(
         "figures": "\n".join(map(_figure, figures)),
         "tables": "\n".join(map(_table, tables)),
         "data": _section("Data", f'<p class="small">{escape(data)}</p>' if data else ""),
-        "config": _section("Configuration", _pairs("pairs", flatten(config or {}), exact)),
-        "versions": _section("Produced by", _pairs("pairs", versions or {}, exact)),
+        "config": _collapsed("Configuration", _pairs("pairs", flatten(config or {}), exact)),
+        "versions": _collapsed("Produced by", _pairs("pairs", versions or {}, exact)),
     }
     template = resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
     page = string.Template(template).substitute(parts)
@@ -168,6 +169,13 @@ def escape(value: Any) -> str:
 
 def _section(heading: str, content: str) -> str:
     return f"<section><h2>{escape(heading)}</h2>{content}</section>" if content else ""
+
+
+def _collapsed(heading: str, content: str) -> str:
+    if not content:
+        return ""
+    summary = f"<summary><h2>{escape(heading)}</h2></summary>"
+    return f"<section><details>{summary}{content}</details></section>"
 
 
 def _pairs(style: str, pairs: Mapping[str, Any], form: Callable[[Any], str]) -> str:
@@ -471,6 +479,17 @@ def _caption(batch: dict[str, Array], row: int, predicted: int, names: Sequence[
 # An evaluation shown: pictures, a report and a table for the terminal.
 
 
+def confusion_table(predictions: Predictions, names: Sequence[str]) -> Table | None:
+    """Counts of true and predicted classes; None for more than `MOST_CLASSES` of them."""
+    if len(names) > MOST_CLASSES:
+        return None
+    counts = metrics.confusion_matrix(predictions.predicted, predictions.label, len(names))
+    columns = [*names, *(["no answer"] if counts.shape[1] > len(names) else [])]
+    rows = [(name, *map(int, line)) for name, line in zip(names, counts, strict=True)]
+    text = "A row is a true class, a column a predicted one."
+    return Table("Confusion matrix", ("true class", *columns), rows, text)
+
+
 def write_evaluation(
     folder: epath.Path,
     run: Any,
@@ -493,6 +512,7 @@ def write_evaluation(
         plots.save_png(drawn.figure, folder / "figures" / f"evaluation_{name}.png")
         figures.append(drawn)
     names = ("accuracy", "macro_f1", "calibration_error", "quality_correlation")
+    confusion = confusion_table(clean, list(result["per_class"]))
     write_report(
         folder / "evaluation.html",
         title=f"Evaluation on {probe.split}: {run.config.data.name}, {run.config.model.fusion}",
@@ -500,7 +520,7 @@ def write_evaluation(
         f"step {run.step}, the best by validation accuracy.",
         key_numbers={name.replace("_", " "): result[name] for name in names if name in result},
         figures=figures,
-        tables=list(_tables(result)),
+        tables=[*_tables(result), *([] if confusion is None else [confusion])],
         data=probe.dataset.description,
         config=run.config,
         versions=result["versions"] | {"device": result["device"]},

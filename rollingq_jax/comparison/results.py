@@ -151,6 +151,52 @@ def verdict(metric: str, line: Mapping[str, Any]) -> str:
     return less if line["high"] < 0 else "no difference is shown"
 
 
+def verdicts(table: Table, runs: Sequence[Run], reference: str) -> list[str]:
+    """Is attention biased, did the rolls last, did accuracy follow? A sentence each, with numbers.
+
+    Attention is biased where the 95 % interval of a modality's share excludes the even one; the
+    rolls lasted where that share is nearer to it. Empty where the reference has no attention.
+
+    Args:
+      table: from `make_table`, against the reference.
+      runs: from `run_record`; an arm rolls where one of its runs was rotated.
+      reference: the arm without rolls.
+    """
+    shares = {name: lines for name, lines in table.items() if name.startswith("attention_share/")}
+    shares = {name: lines for name, lines in shares.items() if reference in lines}
+    if len(shares) < 2:
+        return []
+    even = 1 / len(shares)
+    biased = max(shares, key=lambda name: shares[name][reference]["mean"])
+    modality, line = biased.partition("/")[2], shares[biased][reference]
+    if line["mean_low"] is None or line["runs"] < MIN_PAIRS:
+        answer = "Too few seeds to say"
+    else:
+        answer = "Yes" if line["mean_low"] > even else "Not shown"
+    said = [
+        f"Is attention biased? {answer}: {reference} gives {modality} "
+        f"{written_mean(biased, line)} of its attention; even is {even:.3f}."
+    ]
+    rolled = {run["arm"] for run in runs if run.get("rotations")}
+    for arm, line in shares[biased].items():
+        if arm in rolled and "difference" in line:
+            nearer = {"lower": "Yes", "higher": "No"}.get(verdict(biased, line), "Not shown")
+            if nearer == "Yes" and even - line["mean"] > shares[biased][reference]["mean"] - even:
+                nearer = "No, they went too far"
+            said.append(
+                f"Did the rolls last? {nearer}: {arm} gives {modality} "
+                f"{written_mean(biased, line)}, {written_difference(biased, line)}."
+            )
+            gain = table["test_accuracy"][arm]
+            answer = {"a gain": "Yes", "a loss": "No"}.get(
+                verdict("test_accuracy", gain), "Not shown"
+            )
+            said.append(
+                f"Did accuracy follow? {answer}: {arm} {written_difference('test_accuracy', gain)}."
+            )
+    return said
+
+
 def conclude(
     table: Table, second: Table | None, against: str, second_against: str, num_seeds: int
 ) -> str:
@@ -380,7 +426,7 @@ def write_pictures(
     write_report(
         folder / "report.html",
         title=f"Comparison: {result['config']['data']['name']}, {len(result['seeds'])} seeds",
-        lead=result["conclusion"],
+        lead="\n".join([*result["verdicts"], result["conclusion"]]),
         key_numbers={f"test accuracy, {arm}": line["mean"] for arm, line in accuracy.items()},
         figures=figures,
         tables=report_tables(result),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from PIL import Image
 
-from rollingq_jax.analysis import plots, report
+from rollingq_jax.analysis import metrics, plots, report
 from rollingq_jax.analysis.plots import geometry
 from tests.analysis import analysis_examples as examples
 
@@ -246,3 +246,13 @@ def test_rotations_used_up_and_many_rotations_in_words():
     assert "rotated 20 times, from epoch 1 to 2.9." in text
     assert "By the end of epoch 2 no rotations were left, and the imbalance, 0.50, stood" in text
     assert "no rotations" not in report.describe_rolls(rows[:-2])
+
+
+def test_a_confusion_matrix_counts_true_by_predicted():
+    probabilities = np.eye(3)[[0, 0, 2, 1]].astype(float)
+    probabilities[3] = np.nan
+    found = metrics.Predictions(probabilities, np.array([0, 1, 2, 1]), {}, {})
+    table = report.confusion_table(found, ["a", "b", "c"])
+    assert table.columns == ("true class", "a", "b", "c", "no answer")
+    assert table.rows == [("a", 1, 0, 0, 0), ("b", 1, 0, 0, 1), ("c", 0, 0, 1, 0)]
+    assert report.confusion_table(found, list("abcdefghijklm")) is None
