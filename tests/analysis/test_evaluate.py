@@ -36,7 +36,7 @@ def workdir(tmp_path, monkeypatch):
         )
         return SimpleNamespace(
             model=model,
-            params=params,
+            variables={"params": params},
             rotation=None,
             config=config,
             dataset=dataset,
