@@ -291,7 +291,7 @@ def fold_rotation(
       params: nested mapping of parameters; not changed.
       rotation: `[H, d_h, d_h]`.
       query_path: keys that lead to the query projection `{"kernel": [D, H, d_h] or [D, H d_h],
-        "bias": ...}`. The caller declares that it serves the class token alone: a projection that
+        "bias": ...}`. The caller declares that it serves only the class token: a projection that
         other tokens use as well would turn their queries too.
 
     Returns:

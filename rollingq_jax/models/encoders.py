@@ -186,7 +186,7 @@ def read_mask(spec: EncoderSpec, x: Array, mask: Array | None) -> Presence:
 def make_features(spec: EncoderSpec, x: Array, presence: Presence) -> Array:
     """`[B, ...] -> [B, L, P]` float32 (or ids `[B, L]`), zeros where there is nothing real.
 
-    So NaN in place of what is missing reaches neither a value nor a gradient.
+    So NaN instead of a missing value reaches neither a value nor a gradient.
 
     Raises:
       DataError: the mask has another number of positions than there are tokens.
