@@ -26,8 +26,7 @@ def fusion_flops(
     """Class-token attention without K and V: two products over L, and projections of one vector.
 
     Layers below the last are blocks over all tokens. What the class token sees in them (query,
-    weights, mean keys) has no gradient and is left out: a product over L, 2 L d, and
-    (2 * 2 + 2 M) d^2.
+    weights, mean keys) has no gradient and is left out: a product over L, 2 L d.
     """
     last = 4 * length * width + (2 * 4 + 2 * modalities) * width**2
     return last + (layers - 1) * block_flops(length, width, mlp_ratio)
@@ -51,6 +50,8 @@ def train_step_flops(spec: Any, patches: dict[str, int], patch_sizes: dict[str, 
         )
         total -= 2 * patches[name] * patch_sizes[name] * encoder.width
     length = 1 + sum(count + 1 for count in patches.values())
+    if spec.fusion_pooling == "class_tokens":
+        length = 1 + len(patches)
     return total + 3 * fusion_flops(
         length, spec.dim, len(spec.encoders), spec.fusion_layers, spec.mlp_ratio
     )

@@ -257,6 +257,7 @@ def _has_upstreams_parts(spec: ModelSpec) -> bool:
     except ConfigError:
         return False
     structure = ["modalities", "fusion", "fusion_heads", "fusion_layers", "mlp_ratio", "gelu"]
+    structure += ["fusion_pooling", "fusion_residual", "fusion_norm"]
     structure += ["attention_scale", "quality_bias"]  # a state dict has no place for them
     structure += ["mbt_tokens", "mbt_layers", "mbt_head"] if spec.fusion == "mbt" else []
     encoder = ("kind", "patch", "depth", "width", "num_heads")

@@ -10,10 +10,15 @@ Example:
   (2, 3)
 """
 
-from rollingq_jax.models.attention_fusion import AttentionFusion
 from rollingq_jax.models.classifier import MultimodalTransformer, build_model
 from rollingq_jax.models.encoders import Bottleneck, Encoder, infer_kind
-from rollingq_jax.models.fusion import ConcatFusion, FilmFusion, GatedFusion, SumFusion
+from rollingq_jax.models.fusion import (
+    AttentionFusion,
+    ConcatFusion,
+    FilmFusion,
+    GatedFusion,
+    SumFusion,
+)
 from rollingq_jax.models.layers import (
     AttentionFn,
     Block,

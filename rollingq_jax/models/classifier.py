@@ -10,9 +10,8 @@ from flax.core import FrozenDict
 from jax import Array
 
 from rollingq_jax.errors import ConfigError
-from rollingq_jax.models.attention_fusion import AttentionFusion
 from rollingq_jax.models.encoders import Bottleneck, Encoder, Presence, read_inputs, read_mask
-from rollingq_jax.models.fusion import STATIC_FUSIONS
+from rollingq_jax.models.fusion import STATIC_FUSIONS, AttentionFusion
 from rollingq_jax.models.layers import AttentionFn, Dense, LayerNorm
 from rollingq_jax.models.spec import DTYPES, ModelSpec
 
@@ -64,7 +63,7 @@ class MultimodalTransformer(nn.Module):
         if spec.fusion != "unimodal":
             self.probe = {m: Dense(spec.num_classes) for m in spec.modalities}
         self.fusion: Any
-        if spec.scores_attention:
+        if spec.uses_class_query:
             self.fusion = AttentionFusion(
                 spec.num_classes,
                 spec.dim,
@@ -77,6 +76,9 @@ class MultimodalTransformer(nn.Module):
                 logit_scale=spec.attention_scale,
                 quality_bias=spec.quality_bias,
                 quality_shuffled=spec.quality_shuffled,
+                pooling=spec.fusion_pooling,
+                residual=spec.fusion_residual,
+                norm=spec.fusion_norm,
             )
         else:
             self.fusion = STATIC_FUSIONS[spec.head](spec.num_classes)
@@ -135,7 +137,7 @@ class MultimodalTransformer(nn.Module):
             tokens = self.bottleneck(tokens, presences, **randomness)
         tokens = {m: self.norm[m](tokens[m]) for m in tokens}
         masks = {m: _fusion_mask(presences[m], tokens[m]) for m in tokens}
-        if self.spec.scores_attention:
+        if self.spec.uses_class_query:
             logits, out = self.fusion(
                 tokens, masks, rotation, return_attention=return_attention, **randomness
             )
@@ -156,7 +158,7 @@ class MultimodalTransformer(nn.Module):
         Raises:
           ConfigError: the fusion has no class query, or the rotation does not fit it.
         """
-        self._require_query(self.spec.scores_attention)
+        self._require_query(self.spec.uses_class_query)
         return self.fusion.class_query(rotation)
 
     def _probe(self, tokens: Mapping[str, Array], logits: Array) -> dict[str, Array]:

@@ -1,21 +1,44 @@
-"""Static fusion modules: from every modality's class token to the logits.
+"""Fusion: from every modality's tokens to the logits.
 
 Equations of upstream's `models/fusion_modules.py`, for M modalities where they allow it. All take
 the tokens `{m: [B, L_m, d]}` (class token first) and the masks `{m: [B, L_m] or None}` (True where
 real, all False for an absent modality), and return the logits `[B, C]` with a dict of what they
-computed. They compute in float32 and read the class tokens alone, zeros for an absent modality.
-Attention is in `attention_fusion.py`.
+computed. The static ones compute in float32 and read only the class tokens, zeros for an absent
+modality. In attention fusion a class token of its own attends to all tokens, in one layer or in
+several (the paper's extension), and RollingQ rotates its query.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 from jax import Array
 
-from rollingq_jax.models.layers import Dense
+from rollingq_jax import quality
+from rollingq_jax.attention import (
+    attention_share,
+    broadcast_query,
+    class_token_attention,
+    masked_softmax,
+    mean_key,
+    mean_token,
+)
+from rollingq_jax.errors import ConfigError
+from rollingq_jax.models.layers import (
+    AttentionFn,
+    Dense,
+    HeadProjection,
+    LayerNorm,
+    Mlp,
+    default_attention,
+    dropout,
+    example_keys,
+    xavier_normal,
+)
+from rollingq_jax.rotation import HIGHEST, rotate
 
 Tokens = Mapping[str, Array]
 Masks = Mapping[str, Array | None]
@@ -95,3 +118,426 @@ STATIC_FUSIONS: Mapping[str, type[nn.Module]] = {
     "film": FilmFusion,
     "gated": GatedFusion,
 }
+
+
+class ClassTokenStats(NamedTuple):
+    """Statistics of the class token's attention in one layer."""
+
+    query: Array  # [B, H, d_h], rotated
+    mean_keys: list[Array]  # M x [B, H, d_h]
+    share: Array  # [B, H, M]
+
+
+def split_tokens(sequence: Array, lengths: tuple[int, ...]) -> list[Array]:
+    """Each modality's tokens, the class token left out: `[B, 1 + L, ...] -> M x [B, L_m, ...]`."""
+    bounds = [sum(lengths[:i]) for i in range(1, len(lengths))]
+    return jnp.split(sequence[:, 1:], bounds, axis=1)
+
+
+def rotated_query(x: Array, kernel: Array, bias: Array, rotation: Array | None) -> Array:
+    """R (x W_q + b_q), `[..., d] -> [..., H, d_h]` float32.
+
+    Args:
+      x: `[..., d]` float32.
+      kernel, bias: `[d, H, d_h]` and `[H, d_h]`.
+      rotation: `[H, d_h, d_h]`, or None for the identity.
+    """
+    query = jnp.einsum("...d,dhk->...hk", x, kernel, precision=HIGHEST)
+    query = query + jnp.broadcast_to(bias, query.shape)
+    return query if rotation is None else rotate(rotation, query)
+
+
+class JointProjection(nn.Module):
+    """The parameters of the projection that makes queries, keys and values together."""
+
+    @nn.compact
+    def __call__(self, width: int) -> tuple[Array, Array]:
+        """Kernel `[d, 3 d]` and bias `[3 d]`, float32."""
+        shape = (width, 3 * width)
+        kernel = self.param("kernel", xavier_normal, shape, jnp.float32)
+        return kernel, self.param("bias", nn.initializers.zeros, shape[1:], jnp.float32)
+
+
+class RotatedSelfAttention(nn.Module):
+    """`layers.SelfAttention` in which the first token has a query of its own: q_0 <- R q_0."""
+
+    num_heads: int
+    dim: int
+    dtype: Any = jnp.float32
+    attention_fn: AttentionFn | None = None
+    logit_scale: float = 1.0
+
+    def setup(self) -> None:
+        """Declares the parameters, which have the names of `SelfAttention`'s."""
+        self.qkv = JointProjection()
+        self.out = Dense(self.dim, dtype=self.dtype)
+
+    def class_query(self, x: Array, rotation: Array | None) -> Array:
+        """R (x W_q + b_q), `[..., d] -> [..., H, d_h]` float32."""
+        kernel, bias = self.qkv(self.dim)
+        heads = (self.num_heads, self.dim // self.num_heads)
+        query = kernel[:, : self.dim].reshape(self.dim, *heads), bias[: self.dim].reshape(heads)
+        return rotated_query(x, *query, rotation)
+
+    def __call__(
+        self,
+        x: Array,
+        query: Array,
+        mask: Array | None,
+        lengths: tuple[int, ...],
+        masks: list[Array | None],
+    ) -> tuple[Array, ClassTokenStats]:
+        """`[B, 1 + sum L_m, d]` to the same, and what the first token saw.
+
+        Args:
+          x: the class token first.
+          query: `[B, H, d_h]`, the class token's.
+          mask: `[B, 1 + sum L_m]`, True where a token is real, or None where all are.
+          lengths: tokens of each modality.
+          masks: `[B, L_m]` or None for each.
+        """
+        batch_size, length, width = x.shape
+        kernel, bias = (p.astype(self.dtype) for p in self.qkv(width))
+        qkv = x.reshape(-1, width).astype(self.dtype) @ kernel + bias[None]
+        qkv = qkv.reshape(batch_size, length, 3, self.num_heads, width // self.num_heads)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        scaled = query if self.logit_scale == 1.0 else self.logit_scale * query
+        q = jnp.concatenate([scaled.astype(q.dtype)[:, None], q[:, 1:]], axis=1)
+        attention = self.attention_fn or default_attention(length)
+        out = self.out(attention(q, k, v, mask).reshape(x.shape))
+        return out, self._stats(query, q[:, 0], k, mask, lengths, masks)
+
+    def _stats(
+        self,
+        query: Array,
+        scaled: Array,
+        keys: Array,
+        mask: Array | None,
+        lengths: tuple[int, ...],
+        masks: list[Array | None],
+    ) -> ClassTokenStats:
+        logits = jnp.einsum("bhk,blhk->bhl", scaled, keys, preferred_element_type=jnp.float32)
+        logits = logits * query.shape[-1] ** -0.5
+        weights = masked_softmax(logits, None if mask is None else mask[:, None])
+        rows = keys.reshape(*keys.shape[:2], self.dim)
+        means = [
+            mean_token(part, real).reshape(query.shape)
+            for part, real in zip(split_tokens(rows, lengths), masks, strict=True)
+        ]
+        return ClassTokenStats(query, means, attention_share(weights, lengths))
+
+
+class FusionBlock(nn.Module):
+    """`layers.Block` over all tokens, in which the class token's query is rotated.
+
+    x <- x + A(norm1(x)), x <- x + MLP(norm2(x)), where A is `RotatedSelfAttention`.
+
+    Attributes:
+      num_heads, mlp_ratio, dropout, gelu, dtype, attention_fn: see `Block`.
+      dim: d.
+      logit_scale: factor on the logits of the class token.
+    """
+
+    num_heads: int
+    dim: int
+    mlp_ratio: float = 4.0
+    dropout: float = 0.0
+    gelu: str = "exact"
+    dtype: Any = jnp.float32
+    attention_fn: AttentionFn | None = None
+    logit_scale: float = 1.0
+
+    def setup(self) -> None:
+        """Declares the parameters, which have the names of `Block`'s."""
+        self.norm1 = LayerNorm()
+        self.attention = RotatedSelfAttention(
+            self.num_heads, self.dim, self.dtype, self.attention_fn, self.logit_scale
+        )
+        self.norm2 = LayerNorm(self.dtype)
+        self.mlp = Mlp(int(self.dim * self.mlp_ratio), self.gelu, self.dtype)
+
+    def class_query(self, cls: Array, rotation: Array | None) -> Array:
+        """R (norm1(cls) W_q + b_q), `[..., d] -> [..., H, d_h]` float32."""
+        return self.attention.class_query(self.norm1(cls), rotation)
+
+    def __call__(
+        self,
+        x: Array,
+        cls: Array,
+        rotation: Array | None,
+        mask: Array | None,
+        lengths: tuple[int, ...],
+        masks: list[Array | None],
+        rng: Array | None,
+        example_index: Array,
+    ) -> tuple[Array, ClassTokenStats]:
+        """`[B, 1 + sum L_m, d]` to the same, and what the class token saw.
+
+        Args:
+          x: the class token first.
+          cls: the class token in float32, `[d]` or `[B, d]`.
+          rotation: `[H, d_h, d_h]`, or None for the identity.
+          mask: `[B, 1 + sum L_m]`, True where a token is real, or None where all are.
+          lengths: tokens of each modality.
+          masks: `[B, L_m]` or None for each.
+          rng: one dropout key for the layer; None keeps everything.
+          example_index: `[B]` int32, positions in the global batch.
+        """
+        rngs = (None, None) if rng is None else tuple(jax.random.split(rng))
+        query = broadcast_query(self.class_query(cls, rotation), x.shape[0])
+        h = self.norm1(x).astype(self.dtype)
+        h, stats = self.attention(h, query, mask, lengths, masks)
+        x = x + dropout(rngs[0], h, self.dropout, example_index)
+        h = self.mlp(self.norm2(x))
+        return x + dropout(rngs[1], h, self.dropout, example_index), stats
+
+
+class AttentionFusion(nn.Module):
+    """A class token attends over all modalities' tokens; a linear head reads its output.
+
+    The sequence is [cls, tokens of m_1, ..., tokens of m_M]; q = R (cls W_q + b_q); scale
+    1/sqrt(d_h); dropout on the attention weights and on the output projection; no residual, no
+    LayerNorm. Keys, values and the L x L matrix never exist (see `rollingq_jax.attention`).
+
+    With n > 1 layers, the first n - 1 are Transformer blocks over the whole sequence
+    (`FusionBlock`), and the above is the last, whose cls and tokens come from the layer below.
+    Every layer has its own rotation of the class token's query, so there are n H heads to roll,
+    those of the first layer first.
+
+    `pooling`, `residual` and `norm` are not in the paper. With the latter two, of the attention's
+    output A and the modalities' class tokens x_m,
+
+        z = LayerNorm(A W_o + b_o + mean_m x_m) W + b.
+
+    Attributes:
+      num_classes: C.
+      dim: d, width of the tokens.
+      num_heads: H, heads of each layer; d_h = d / H.
+      dropout: rate of both dropouts.
+      token_scale: standard deviation of the class token's initial values.
+      num_layers: n.
+      block: fields of the lower layers' `FusionBlock`.
+      remat: recompute the lower layers in the backward pass.
+      logit_scale: factor on the logits of the class token, in every layer; 0 is mean pooling. The
+        query that is returned, scored and rotated is without it.
+      quality_bias: gamma of the norm bias (see `rollingq_jax.quality`), whose statistics `center`
+        and `scale` `[M]` are in the collection "quality"; 0: none. For one layer only.
+      quality_shuffled: each sample gets the bias of the one before it in the batch.
+      pooling: "tokens", or "class_tokens": only the class token of each modality is attended.
+      residual: whether the mean of the class tokens of an example's modalities, as they come to the
+        last layer, is added to its output.
+      norm: whether LayerNorm follows, before the head.
+    """
+
+    num_classes: int
+    dim: int
+    num_heads: int = 1
+    dropout: float = 0.2
+    token_scale: float = 0.02
+    num_layers: int = 1
+    block: FrozenDict[str, Any] = FrozenDict()
+    remat: bool = False
+    logit_scale: float = 1.0
+    quality_bias: float = 0.0
+    quality_shuffled: bool = False
+    pooling: str = "tokens"
+    residual: bool = False
+    norm: bool = False
+
+    def setup(self) -> None:
+        """Declares the parameters, which `class_query` and the fusion share."""
+        heads = (self.num_heads, self.dim // self.num_heads)
+        init = nn.initializers.normal(self.token_scale)
+        self.cls = self.param("cls", init, (self.dim,), jnp.float32)
+        make_block = nn.remat(FusionBlock, static_argnums=(5,)) if self.remat else FusionBlock
+        fields = dict(self.block) | {"logit_scale": self.logit_scale}
+        self.layer = {
+            str(i): make_block(self.num_heads, self.dim, **fields)
+            for i in range(self.num_layers - 1)
+        }
+        self.query = HeadProjection(*heads)
+        self.key = HeadProjection(*heads)
+        self.value = HeadProjection(*heads)
+        self.out = Dense(self.dim)
+        if self.norm:
+            self.out_norm = LayerNorm()
+        self.head = Dense(self.num_classes)
+
+    def class_query(self, rotation: Array | None = None) -> Array:
+        """R (cls W_q + b_q): `[H, d_h]` float32, from the parameters alone.
+
+        With several layers the first one's, in which cls is norm1(cls). Higher layers' queries
+        depend on the sample.
+
+        Args:
+          rotation: `[n H, d_h, d_h]`, or None for the identity.
+
+        Raises:
+          ConfigError: the rotation's shape does not fit the heads.
+        """
+        first = self._rotations(rotation)[0]
+        if self.layer:
+            return self.layer["0"].class_query(self.cls, first)
+        return rotated_query(self.cls, *self.query(self.dim), first)
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        masks: Masks,
+        rotation: Array | None = None,
+        *,
+        train: bool = False,
+        return_attention: bool = False,
+        example_index: Array,
+    ) -> Output:
+        """Logits `[B, C]` and what the attention saw.
+
+        Args:
+          tokens: `{m: [B, L_m, d]}`.
+          masks: `{m: [B, L_m] or None}`.
+          rotation: `[n H, d_h, d_h]`, or None for the identity.
+          train: whether dropout applies (key "dropout").
+          return_attention: whether to return the weights.
+          example_index: `[B]` int32, positions in the global batch, for dropout.
+
+        Returns:
+          logits, and a dict with `query` `[B, n H, d_h]` (rotated), `mean_keys`
+          `{m: [B, n H, d_h]}`, `attention_share` `{m: [B, n H]}`, and the last layer's `attention`
+          `[B, H, 1 + sum L_m]` before dropout (L_m is 1 where only class tokens are pooled); with a
+          norm bias `token_norms` `{m: [B]}`.
+
+        Raises:
+          ConfigError: the rotation does not fit, or the variables lack the norm bias's statistics.
+        """
+        modalities, norms, bias = sorted(tokens), None, None
+        if self.quality_bias:  # of all tokens: LayerNorm gives each class token the same norm
+            norms = quality.token_norms(
+                [tokens[m] for m in modalities], [masks[m] for m in modalities]
+            )
+        if self.pooling == "class_tokens":
+            tokens = {m: x[:, :1] for m, x in tokens.items()}
+            masks = {m: None if mask is None else mask[:, :1] for m, mask in masks.items()}
+        parts, reals = [tokens[m] for m in modalities], [masks[m] for m in modalities]
+        lengths = tuple(part.shape[1] for part in parts)
+        rotations = self._rotations(rotation)
+        sequence, mask = self._sequence(parts, reals)
+        rng = self.make_rng("dropout") if train and self.dropout > 0 else None
+        weights_rng, out_rng = (None, None) if rng is None else jax.random.split(rng)
+
+        cls, stats = self.cls, []
+        block_rng = None
+        if self.layer and train and self.block.get("dropout", 0.0) > 0:
+            block_rng = self.make_rng("dropout")
+        for i, block in enumerate(self.layer.values()):
+            layer_rng = None if block_rng is None else jax.random.fold_in(block_rng, i)
+            sequence, seen = block(
+                sequence, cls, rotations[i], mask, lengths, reals, layer_rng, example_index
+            )
+            stats.append(seen)
+            cls = sequence[:, 0].astype(jnp.float32)
+        if self.layer:
+            parts = split_tokens(sequence, lengths)
+
+        query = rotated_query(cls, *self.query(self.dim), rotations[-1])
+        key, value = self.key(self.dim), self.value(self.dim)
+        if norms is not None:
+            bias = quality.logit_bias(self._quality_bias(norms), lengths)
+        attended, weights = class_token_attention(
+            sequence,
+            query if self.logit_scale == 1.0 else self.logit_scale * query,
+            key[0],
+            value[0],
+            key[1],
+            value[1],
+            mask=mask,
+            dropout_rate=self.dropout,
+            rng=None if weights_rng is None else example_keys(weights_rng, example_index),
+            logit_bias=bias,
+        )
+        output = self.out(attended.reshape(sequence.shape[0], self.dim))
+        output = dropout(out_rng, output, self.dropout, example_index)
+        if self.residual:
+            output = output + mean_class_token(parts, reals)
+        if self.norm:
+            output = self.out_norm(output)
+        logits = self.head(output)
+
+        means = [mean_key(part, *key, mask=real) for part, real in zip(parts, reals, strict=True)]
+        share = attention_share(weights, lengths)
+        stats.append(ClassTokenStats(broadcast_query(query, sequence.shape[0]), means, share))
+        out = _joined(modalities, stats)
+        if return_attention:
+            out["attention"] = weights
+        if norms is not None:
+            out["token_norms"] = {m: norms[:, i] for i, m in enumerate(modalities)}
+        return logits, out
+
+    def _quality_bias(self, norms: Array) -> Array:
+        """gamma (n - nu) / tau of each modality, `[B, M] -> [B, M]`."""
+        if self.is_initializing():
+            for name in ("center", "scale"):
+                self.put_variable("quality", name, jnp.zeros(norms.shape[1:], jnp.float32))
+        if not self.has_variable("quality", "center"):
+            raise ConfigError(
+                "the variables have no collection 'quality', with the statistics of "
+                "model.quality_bias; allowed: those of the run, `run.variables`"
+            )
+        center, scale = (
+            jax.lax.stop_gradient(self.get_variable("quality", name))
+            for name in ("center", "scale")
+        )
+        bias = self.quality_bias * quality.standardize(norms, center, scale)
+        return jnp.roll(bias, 1, axis=0) if self.quality_shuffled else bias
+
+    def _rotations(self, rotation: Array | None) -> list[Array | None]:
+        """Each layer's rotation, `[H, d_h, d_h]` or None."""
+        if rotation is None:
+            return [None] * self.num_layers
+        width = self.dim // self.num_heads
+        allowed = (self.num_layers * self.num_heads, width, width)
+        if rotation.shape != allowed:
+            raise ConfigError(
+                f"rotation has shape {rotation.shape}; allowed: {allowed}, one matrix a head"
+            )
+        return list(jnp.split(rotation, self.num_layers))
+
+    def _sequence(
+        self, tokens: list[Array], masks: list[Array | None]
+    ) -> tuple[Array, Array | None]:
+        """[cls, tokens of every modality] and its mask, None where everything is real."""
+        batch_size, _, width = tokens[0].shape
+        cls = self.cls.astype(tokens[0].dtype)[None, None]
+        sequence = jnp.concatenate([jnp.broadcast_to(cls, (batch_size, 1, width)), *tokens], axis=1)
+        if all(mask is None for mask in masks):
+            return sequence, None
+        real = [
+            jnp.ones(x.shape[:2], jnp.bool_) if mask is None else mask
+            for x, mask in zip(tokens, masks, strict=True)
+        ]
+        return sequence, jnp.concatenate([jnp.ones((batch_size, 1), jnp.bool_), *real], axis=1)
+
+
+def mean_class_token(tokens: list[Array], masks: list[Array | None]) -> Array:
+    """Mean of the class tokens of the modalities that an example has.
+
+    `M x [B, L_m, d] -> [B, d]` float32; zeros for an example without any.
+    """
+    firsts = jnp.stack([x[:, 0] for x in tokens], axis=1)
+    if all(mask is None for mask in masks):
+        return mean_token(firsts)
+    everyone = jnp.ones(firsts.shape[:1], jnp.bool_)
+    present = [everyone if mask is None else mask[:, 0] for mask in masks]
+    return mean_token(firsts, jnp.stack(present, axis=1))
+
+
+def _joined(modalities: list[str], stats: list[ClassTokenStats]) -> dict[str, Any]:
+    """The statistics of all layers, the first layer's heads first."""
+    share = jnp.concatenate([layer.share for layer in stats], axis=1)
+    return {
+        "query": jnp.concatenate([layer.query for layer in stats], axis=1),
+        "mean_keys": {
+            m: jnp.concatenate([layer.mean_keys[i] for layer in stats], axis=1)
+            for i, m in enumerate(modalities)
+        },
+        "attention_share": {m: share[..., i] for i, m in enumerate(modalities)},
+    }

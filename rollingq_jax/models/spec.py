@@ -29,6 +29,7 @@ KINDS = {
 PATCH_AXES = {kind: len(axes) - 1 if "channel" in axes else 0 for kind, axes in KINDS.items()}
 FUSIONS = ("unimodal", "sum", "concat", "film", "gated", "attention", "mbt")
 MBT_HEADS = ("attention", "concat", "sum")
+POOLINGS = ("tokens", "class_tokens")
 MOST_FUSION_LAYERS = 8
 MAX_LAYERS, MAX_WIDTH = 1000, 2**20
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -344,6 +345,15 @@ class ModelSpec:
         float, at_least(0), "norm bias: to modalities whose mean token is long; 0: none"
     ] = 0.0
     quality_shuffled: Annotated[bool, FLAG, "its control: the bias of another sample"] = False
+    fusion_pooling: Annotated[
+        str,
+        one_of(POOLINGS),
+        "the class token attends to all tokens, or only to each modality's class token",
+    ] = "tokens"
+    fusion_residual: Annotated[
+        bool, FLAG, "add the mean of the modalities' class tokens to the attention's output"
+    ] = False
+    fusion_norm: Annotated[bool, FLAG, "LayerNorm before the head of attention fusion"] = False
     mbt_layers: Annotated[int, integer(1, MAX_LAYERS), "layers of bottleneck fusion"] = 2
     mbt_tokens: Annotated[int, integer(1, MAX_WIDTH), "its bottleneck tokens"] = 4
     mbt_head: Annotated[str, one_of(MBT_HEADS), "the fusion behind its layers"] = "attention"
@@ -389,7 +399,7 @@ class ModelSpec:
                 f"model.fusion is {self.fusion!r}, which takes two modalities; "
                 f"model.encoders has {len(encoders)}: {names}"
             )
-        if self.quality_bias and not (self.scores_attention and self.fusion_layers == 1):
+        if self.quality_bias and not (self.uses_class_query and self.fusion_layers == 1):
             raise ConfigError(
                 f"model.quality_bias is {self.quality_bias:g}; allowed with head {self.head!r} and "
                 f"model.fusion_layers {self.fusion_layers}: 0; other values need head 'attention' "
@@ -399,7 +409,7 @@ class ModelSpec:
             raise ConfigError(
                 "model.quality_shuffled is True; allowed with model.quality_bias 0: False"
             )
-        if self.scores_attention:
+        if self.uses_class_query:
             _divides(self.fusion_heads, self.dim, "model", "fusion_heads", "model.dim")
         elif self.fusion_layers > 1:
             head = f" with mbt_head {self.mbt_head!r}" if self.fusion == "mbt" else ""
@@ -419,7 +429,7 @@ class ModelSpec:
         return self.mbt_head if self.fusion == "mbt" else self.fusion
 
     @property
-    def scores_attention(self) -> bool:
+    def uses_class_query(self) -> bool:
         """True if a class query attends to the tokens, and so can be rotated."""
         return self.head == "attention"
 

@@ -133,7 +133,7 @@ class Experiment:
         if compat.last_batch_air:
             self.roller = with_last_batch_scores(self.roller)
         self.roll_schedule = None
-        if rolling.enabled and spec.scores_attention and len(spec.modalities) > 1:
+        if rolling.enabled and spec.uses_class_query and len(spec.modalities) > 1:
             # Upstream's own roll is between epochs, and reads the scores of the last batch in any
             # case: then every step observes.
             every_step = compat.statistics_pass and compat.last_batch_air

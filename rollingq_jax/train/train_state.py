@@ -79,7 +79,7 @@ def create_state(
 
 def init_rolling(model: Any, params: Any, roller: RollingQuery) -> RollingState | None:
     """The rolling state that fits the model's class queries; None where it has none."""
-    if not model.spec.scores_attention or len(model.spec.modalities) < 2:
+    if not model.spec.uses_class_query or len(model.spec.modalities) < 2:
         return None
     query = jax.eval_shape(lambda p: model.apply({"params": p}, None, method="class_query"), params)
     heads, head_dim = query.shape  # of the first fusion layer; all layers have as many
