@@ -401,11 +401,11 @@ def read_variables(path: epath.PathLike) -> tuple[dict[str, Any], jax.Array | No
     if any(name.startswith("encoder.") for name in tensors):  # ours begin with encoder_
         params, rotation = from_upstream(tensors)
         return {"params": params}, rotation
-    rotation = tensors.pop(ROTATION, None)
+    folded = tensors.pop(ROTATION, None)
     params = traverse_util.unflatten_dict({k: jnp.asarray(v) for k, v in tensors.items()}, ".")
     statistics = params.pop(COLLECTION, None)
     variables = {"params": params} | ({} if statistics is None else {COLLECTION: statistics})
-    return variables, None if rotation is None else jnp.asarray(rotation)
+    return variables, None if folded is None else jnp.asarray(folded)
 
 
 EXPORT = Command(

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "rollingq_jax"
-CORE = ("errors", "rotation", "rolling", "attention", "models")
+CORE = ("errors", "shapes", "rotation", "rolling", "attention", "watching", "quality", "models")
 CORE_REQUIREMENTS = {"jax", "flax", "optax", "chex", "numpy"}
 NOT_IN_CORE = (
     "absl",

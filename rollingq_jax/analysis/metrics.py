@@ -129,7 +129,7 @@ def check_answers(
 
 
 def forward(
-    model: Any, variables: Any, rotation: Any, batch: Batch, **options: Any
+    model: Any, variables: Any, rotation: Any, batch: Mapping[str, Any], **options: Any
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Class probabilities `[B, C]` and what else the model says; pure.
 

@@ -44,7 +44,7 @@ ENCODERS = {
     "audio": {"kind": "spectrogram", "patch": (PATCH_SIZE, PATCH_SIZE)},
     "visual": {"kind": "video", "patch": (1, PATCH_SIZE, PATCH_SIZE)},
 }
-FIXED = {  # what upstream's arguments do not reach
+FIXED: dict[str, Any] = {  # what upstream's arguments do not reach
     "num_heads": 12,
     "fusion_heads": 1,
     "mlp_ratio": 4.0,

@@ -482,10 +482,8 @@ class AttentionFusion(nn.Module):
                 "the variables have no collection 'quality', with the statistics of "
                 "model.quality_bias; allowed: those of the run, `run.variables`"
             )
-        center, scale = (
-            jax.lax.stop_gradient(self.get_variable("quality", name))
-            for name in ("center", "scale")
-        )
+        center: Array = jax.lax.stop_gradient(self.get_variable("quality", "center"))
+        scale: Array = jax.lax.stop_gradient(self.get_variable("quality", "scale"))
         bias = self.quality_bias * quality.standardize(norms, center, scale)
         return jnp.roll(bias, 1, axis=0) if self.quality_shuffled else bias
 

@@ -149,7 +149,7 @@ class Command(NamedTuple):
             kind = flags.MultiFlag if one.repeated else flags.Flag
             parser = _Parser(one.parser, f"--{one.name}", allowed=partial(_allowed, one.parser))
             switch = not one.metavar
-            flag = kind(parser, None, one.name, one.default, one.help, boolean=switch)
+            flag: Any = kind(parser, None, one.name, one.default, one.help, boolean=switch)
             flags.DEFINE_flag(flag, values)
         rest = _read_flags(values, argv)
         given = SimpleNamespace(**{one.name: values[one.name].value for one in known})
