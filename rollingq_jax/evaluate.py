@@ -125,7 +125,7 @@ def _with_query_times(run: LoadedRun, scale: float) -> metrics.PredictFn:
 
 
 def _with_shuffled_bias(probe: Probe, run: LoadedRun, clean: metrics.Predictions) -> dict[str, Any]:
-    """Scores where each example gets the norm bias of another one, which says nothing of it."""
+    """Scores where each example gets the quality bias of another one, which says nothing of it."""
     spec = dataclasses.replace(run.model.spec, quality_shuffled=True)
     shuffled = metrics.predict_fn(run.model.clone(spec=spec), run.variables, run.rotation)
     found = probes.predict(probe._replace(predict=shuffled))

@@ -1,17 +1,22 @@
-"""The norm bias: attention to a modality follows the norm of the sample's mean token.
+"""The quality bias: attention to a modality follows a signal of how good it is in the sample.
 
-White noise pulls a modality's tokens apart, so that their mean is short. With n_i^m the norm of
-sample i's mean token of modality m, and nu^m and tau^m its mean and standard deviation over recent
-training samples, each logit of the class token over the tokens of m is raised by
+The norm bias reads norms: white noise pulls a modality's tokens apart, so that their mean is short.
+With n_i^m the norm of sample i's mean token of modality m, and nu^m and tau^m its mean and standard
+deviation over recent training samples, each logit of the class token over the tokens of m is raised
+by
 
   gamma (n_i^m - nu^m) / tau^m,
 
 and that over the class token itself by 0: the mean over samples is 0 for every modality, and only
 the sample decides. The statistics are state, like the rotation: no gradient, no weight decay. Not
 part of the paper.
+
+With the second signal n is instead the energy of the modality's probe, log sum_c exp z_c (Liu et
+al., "Energy-based Out-of-distribution Detection", 2020), which is high where the modality by itself
+says something of the class.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -111,6 +116,21 @@ def token_norms(tokens: Sequence[Array], masks: Sequence[Array | None]) -> Array
         for x, mask in zip(tokens, masks, strict=True)
     ]
     return jnp.stack(norms, axis=-1)
+
+
+def probe_energy(logits: Mapping[str, Array], present: Mapping[str, Array | None]) -> Array:
+    """log sum_c exp z_c of each modality's probe: `[B, M]` float32, without a gradient.
+
+    Args:
+      logits: `{m: [B, C]}`.
+      present: `{m: [B] bool or None}`; the energy is 0 where a sample lacks the modality.
+    """
+    energies = []
+    for m in sorted(logits):
+        energy = jax.nn.logsumexp(jax.lax.stop_gradient(logits[m]).astype(jnp.float32), axis=-1)
+        has = present[m]
+        energies.append(energy if has is None else jnp.where(has, energy, 0.0))
+    return jnp.stack(energies, axis=-1)
 
 
 def logit_bias(bias: Array, lengths: Sequence[int]) -> Array:

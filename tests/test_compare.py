@@ -342,11 +342,15 @@ def test_controls_are_arms(config_file):
     assert (once.max_rotations, once.check_every) == (1, 8)
     assert (ends.max_rotations, ends.check_every) == (None, 0)
     text = "concat,attention-quality,uniform-quality,rollingq-quality,uniform-shuffled"
+    text += ",attention-energy,uniform-energy,rollingq-energy"
     config.model.quality_bias = 2.0
     found = {
         name: runs.with_fields(config, fields, name).model
         for name, fields in runs.parse_arms(text, ("audio", "visual")).items()
     }
+    energies = [n for n, m in found.items() if m.quality_signal == "energy"]
+    assert energies == ["attention-energy", "uniform-energy", "rollingq-energy"]
+    assert {found.pop(n).quality_bias for n in energies} == {0.5}
     assert {n: (m.quality_bias, m.quality_shuffled) for n, m in found.items()} == {
         "concat": (0.0, False),
         "attention-quality": (1.0, False),

@@ -1,4 +1,4 @@
-"""The norm bias: its statistics, its place in the attention, and its way through a run."""
+"""The quality bias, of norms and energies: its statistics and its place in the attention."""
 
 import functools
 
@@ -98,13 +98,13 @@ def test_a_modalitys_logits_rise_by_its_standardized_norm(scale):
     _, out = apply(model, variables, batch)
     plain, _, _ = made_model(attention_scale=scale, quality_bias=0.0)
     _, before = apply(plain, {"params": variables["params"]}, batch)
-    assert "token_norms" not in before
+    assert "quality_signal" not in before
     expected = np.array(before["attention"], np.float64)[:, 0]
     start = 1
     for m, (center, spread) in {"audio": (1.0, 0.5), "visual": (2.0, 0.25)}.items():
         mean = np.asarray(out["tokens"][m], np.float64).mean(axis=1)
         norm = np.linalg.norm(mean, axis=-1)
-        np.testing.assert_allclose(out["token_norms"][m], norm, rtol=1e-5)
+        np.testing.assert_allclose(out["quality_signal"][m], norm, rtol=1e-5)
         length = out["tokens"][m].shape[1]
         rise = np.exp(0.7 * (norm - center) / spread)[:, None]
         expected[:, start : start + length] *= rise
@@ -126,7 +126,7 @@ def test_an_absent_modality_takes_no_attention_and_no_norm():
     model, variables, batch = made_model(dtype="bfloat16")
     present = jnp.array([True, False, True, True])
     logits, out = apply(model, variables, batch | {"audio_mask": present[:, None].repeat(5, 1)})
-    assert out["token_norms"]["audio"].dtype == jnp.float32
+    assert out["quality_signal"]["audio"].dtype == jnp.float32
     assert out["attention_share"]["audio"][1].tolist() == [0.0]
     assert np.isfinite(np.asarray(logits)).all()
 
@@ -136,7 +136,7 @@ def test_no_gradient_through_norms_or_statistics():
 
     def total(v):
         out = apply(model, v, batch)[1]
-        return sum(jnp.sum(x**2) for x in out["token_norms"].values()) + jnp.sum(
+        return sum(jnp.sum(x**2) for x in out["quality_signal"].values()) + jnp.sum(
             out["attention_share"]["audio"]
         )
 
@@ -153,7 +153,30 @@ def test_what_the_model_refuses():
         ({"fusion": "concat"}, "with head 'concat'"),
         ({"quality_bias": -1.0}, "allowed: a number >= 0"),
         ({"quality_bias": 0.0, "quality_shuffled": True}, "model.quality_bias 0: False"),
+        ({"quality_bias": 0.0, "quality_signal": "energy"}, "model.quality_bias 0: norm"),
+        ({"quality_signal": "x"}, "allowed: norm, energy"),
     ):
         with pytest.raises(ConfigError, match=words) as error:
             made_model(**fields)
         assert "\n" not in str(error.value)
+
+
+def test_the_energy_is_that_of_the_probes():
+    model, variables, batch = made_model(quality_signal="energy", attention_scale=0.0)
+    present = jnp.array([True, False, True, True])
+    mask = {"audio_mask": present[:, None].repeat(5, 1)}
+    out = apply(model, variables, batch | mask)[1]
+    for m in LENGTHS:
+        logits = np.asarray(out["probe_logits"][m], np.float64)
+        energy = np.log(np.exp(logits).sum(axis=1))
+        energy = np.where(present, energy, 0.0) if m == "audio" else energy
+        np.testing.assert_allclose(out["quality_signal"][m], energy, rtol=1e-5)
+    z = {
+        "audio": (np.asarray(out["quality_signal"]["audio"], np.float64) - 1.0) / 0.5,
+        "visual": (np.asarray(out["quality_signal"]["visual"], np.float64) - 2.0) / 0.25,
+    }
+    rise = {m: (1 + LENGTHS[m][0]) * np.exp(0.7 * z[m]) for m in z}  # its class token, too
+    share = rise["audio"] / (rise["audio"] + rise["visual"])
+    found = np.asarray(out["attention_share"]["audio"])[:, 0]
+    np.testing.assert_allclose(found[[0, 2, 3]], share[[0, 2, 3]], rtol=1e-4)
+    assert found[1] == 0.0

@@ -661,7 +661,7 @@ def summary_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         found = result["quality_shuffled"]
         text = f"accuracy {written(found['accuracy'])}"
         text += "".join(f", {words} {value}" for words, value in _share_rows(found, "share {}"))
-        rows.append(("norm bias of another example", text))
+        rows.append(("quality bias of another example", text))
     for point in result.get("attention_scale", []):
         name = f"accuracy with the query times {point['scale']:g}"
         rows.append((name, written(point["accuracy"])))

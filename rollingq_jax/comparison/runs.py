@@ -51,6 +51,7 @@ PLAIN = {"rolling.enabled": False, "model.modality": None}
 STATIC = PLAIN | {  # they have no class token that attends
     "model.fusion_layers": 1,
     "model.quality_bias": 0.0,
+    "model.quality_signal": "norm",
     "model.quality_shuffled": False,
 }
 CONCAT = STATIC | {"model.fusion": "concat"}
@@ -58,8 +59,13 @@ CONCAT = STATIC | {"model.fusion": "concat"}
 ATTENTION = PLAIN | {"model.fusion": "attention"}
 ROLLINGQ = ATTENTION | {"rolling.enabled": True}
 UNIFORM = ATTENTION | {"model.attention_scale": 0.0}
-# The norm bias, which is not the paper's: `rollingq_jax.quality`.
-QUALITY = {"model.quality_bias": 1.0, "model.quality_shuffled": False}
+# The quality bias, which is not the paper's: `rollingq_jax.quality`.
+QUALITY = {
+    "model.quality_bias": 1.0,
+    "model.quality_signal": "norm",
+    "model.quality_shuffled": False,
+}
+ENERGY = QUALITY | {"model.quality_bias": 0.5, "model.quality_signal": "energy"}
 
 # The methods of comparison stand on concat, as the paper has them; on another fusion they are
 # written as NAME=FUSION:baseline.name=METHOD.
@@ -76,6 +82,9 @@ ARMS: dict[str, Overrides] = {
     "attention-quality": ATTENTION | QUALITY,
     "uniform-quality": UNIFORM | QUALITY,
     "rollingq-quality": ROLLINGQ | QUALITY,
+    "attention-energy": ATTENTION | ENERGY,
+    "uniform-energy": UNIFORM | ENERGY,
+    "rollingq-energy": ROLLINGQ | ENERGY,
     # The control: each sample gets the bias of another one.
     "uniform-shuffled": UNIFORM | QUALITY | {"model.quality_shuffled": True},
     "mbt": PLAIN | {"model.fusion": "mbt"},

@@ -9,6 +9,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from jax import Array
 
+from rollingq_jax import quality
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.models.encoders import Bottleneck, Encoder, Presence, read_inputs, read_mask
 from rollingq_jax.models.fusion import STATIC_FUSIONS, AttentionFusion
@@ -112,14 +113,14 @@ class MultimodalTransformer(nn.Module):
           with attention fusion also (float32)
             `query` `[B, n H, d_h]`, rotated; `mean_keys` `{m: [B, n H, d_h]}`;
             `attention_share` `{m: [B, n H]}`; the last layer's `attention` `[B, H, 1 + sum L]` if
-            asked for; `token_norms` `{m: [B]}` with a norm bias.
+            asked for; `quality_signal` `{m: [B]}` with a quality bias.
           An absent modality takes no attention, adds nothing to the bottleneck, and in the static
           fusions its class token counts as zeros; its own probe and mean keys mean nothing.
 
         Raises:
           DataError: the batch lacks a modality, or an array does not fit its kind.
           ConfigError: a rotation is given and the fusion has no class query, or does not fit it; or
-            the variables lack the statistics of a norm bias.
+            the variables lack the statistics of a quality bias.
         """
         inputs = read_inputs(batch, self.spec.modalities)
         presences = {
@@ -138,8 +139,17 @@ class MultimodalTransformer(nn.Module):
         tokens = {m: self.norm[m](tokens[m]) for m in tokens}
         masks = {m: _fusion_mask(presences[m], tokens[m]) for m in tokens}
         if self.spec.uses_class_query:
+            signal = None  # of the tokens' norms, which the fusion takes itself
+            if self.spec.quality_bias and self.spec.quality_signal == "energy":
+                has = {m: p.present for m, p in presences.items()}
+                signal = quality.probe_energy(self._probe(tokens), has)
             logits, out = self.fusion(
-                tokens, masks, rotation, return_attention=return_attention, **randomness
+                tokens,
+                masks,
+                rotation,
+                return_attention=return_attention,
+                signal=signal,
+                **randomness,
             )
         else:
             self._require_query(rotation is None)
@@ -147,7 +157,10 @@ class MultimodalTransformer(nn.Module):
         ones = jnp.ones(batch_size, jnp.bool_)
         out["present"] = {m: ones if p.present is None else p.present for m, p in presences.items()}
         out["tokens"] = tokens
-        out["probe_logits"] = self._probe(tokens, logits)
+        if self.spec.fusion == "unimodal":  # its head is its probe
+            out["probe_logits"] = {m: jax.lax.stop_gradient(logits) for m in tokens}
+        else:
+            out["probe_logits"] = self._probe(tokens)
         return logits, out
 
     def class_query(self, rotation: Array | None = None) -> Array:
@@ -161,9 +174,7 @@ class MultimodalTransformer(nn.Module):
         self._require_query(self.spec.uses_class_query)
         return self.fusion.class_query(rotation)
 
-    def _probe(self, tokens: Mapping[str, Array], logits: Array) -> dict[str, Array]:
-        if self.spec.fusion == "unimodal":
-            return {m: jax.lax.stop_gradient(logits) for m in tokens}
+    def _probe(self, tokens: Mapping[str, Array]) -> dict[str, Array]:
         return {m: self.probe[m](jax.lax.stop_gradient(x[:, 0])) for m, x in tokens.items()}
 
     def _require_query(self, holds: bool) -> None:

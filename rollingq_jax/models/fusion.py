@@ -320,8 +320,8 @@ class AttentionFusion(nn.Module):
       remat: recompute the lower layers in the backward pass.
       logit_scale: factor on the logits of the class token, in every layer; 0 is mean pooling. The
         query that is returned, scored and rotated is without it.
-      quality_bias: gamma of the norm bias (see `rollingq_jax.quality`), whose statistics `center`
-        and `scale` `[M]` are in the collection "quality"; 0: none. For one layer only.
+      quality_bias: gamma of the quality bias (see `rollingq_jax.quality`), whose statistics
+        `center` and `scale` `[M]` are in the collection "quality"; 0: none. For one layer only.
       quality_shuffled: each sample gets the bias of the one before it in the batch.
       pooling: "tokens", or "class_tokens": only the class token of each modality is attended.
       residual: whether the mean of the class tokens of an example's modalities, as they come to the
@@ -389,6 +389,7 @@ class AttentionFusion(nn.Module):
         train: bool = False,
         return_attention: bool = False,
         example_index: Array,
+        signal: Array | None = None,
     ) -> Output:
         """Logits `[B, C]` and what the attention saw.
 
@@ -399,19 +400,22 @@ class AttentionFusion(nn.Module):
           train: whether dropout applies (key "dropout").
           return_attention: whether to return the weights.
           example_index: `[B]` int32, positions in the global batch, for dropout.
+          signal: `[B, M]` of a quality bias; None: the norms of the mean tokens.
 
         Returns:
           logits, and a dict with `query` `[B, n H, d_h]` (rotated), `mean_keys`
           `{m: [B, n H, d_h]}`, `attention_share` `{m: [B, n H]}`, and the last layer's `attention`
           `[B, H, 1 + sum L_m]` before dropout (L_m is 1 where only class tokens are pooled); with a
-          norm bias `token_norms` `{m: [B]}`.
+          quality bias `quality_signal` `{m: [B]}`.
 
         Raises:
-          ConfigError: the rotation does not fit, or the variables lack the norm bias's statistics.
+          ConfigError: the rotation does not fit, or the variables lack the statistics of a quality
+            bias.
         """
-        modalities, norms, bias = sorted(tokens), None, None
-        if self.quality_bias:  # of all tokens: LayerNorm gives each class token the same norm
-            norms = quality.token_norms(
+        modalities, bias = sorted(tokens), None
+        if self.quality_bias and signal is None:
+            # Of all tokens: LayerNorm gives each class token the same norm.
+            signal = quality.token_norms(
                 [tokens[m] for m in modalities], [masks[m] for m in modalities]
             )
         if self.pooling == "class_tokens":
@@ -440,8 +444,8 @@ class AttentionFusion(nn.Module):
 
         query = rotated_query(cls, *self.query(self.dim), rotations[-1])
         key, value = self.key(self.dim), self.value(self.dim)
-        if norms is not None:
-            bias = quality.logit_bias(self._quality_bias(norms), lengths)
+        if signal is not None:
+            bias = quality.logit_bias(self._quality_bias(signal), lengths)
         attended, weights = class_token_attention(
             sequence,
             query if self.logit_scale == 1.0 else self.logit_scale * query,
@@ -468,15 +472,15 @@ class AttentionFusion(nn.Module):
         out = _joined(modalities, stats)
         if return_attention:
             out["attention"] = weights
-        if norms is not None:
-            out["token_norms"] = {m: norms[:, i] for i, m in enumerate(modalities)}
+        if signal is not None:
+            out["quality_signal"] = {m: signal[:, i] for i, m in enumerate(modalities)}
         return logits, out
 
-    def _quality_bias(self, norms: Array) -> Array:
+    def _quality_bias(self, signal: Array) -> Array:
         """gamma (n - nu) / tau of each modality, `[B, M] -> [B, M]`."""
         if self.is_initializing():
             for name in ("center", "scale"):
-                self.put_variable("quality", name, jnp.zeros(norms.shape[1:], jnp.float32))
+                self.put_variable("quality", name, jnp.zeros(signal.shape[1:], jnp.float32))
         if not self.has_variable("quality", "center"):
             raise ConfigError(
                 "the variables have no collection 'quality', with the statistics of "
@@ -484,7 +488,7 @@ class AttentionFusion(nn.Module):
             )
         center: Array = jax.lax.stop_gradient(self.get_variable("quality", "center"))
         scale: Array = jax.lax.stop_gradient(self.get_variable("quality", "scale"))
-        bias = self.quality_bias * quality.standardize(norms, center, scale)
+        bias = self.quality_bias * quality.standardize(signal, center, scale)
         return jnp.roll(bias, 1, axis=0) if self.quality_shuffled else bias
 
     def _rotations(self, rotation: Array | None) -> list[Array | None]:

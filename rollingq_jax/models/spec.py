@@ -276,8 +276,9 @@ class ModelSpec:
       fusion_layers: the first n - 1 are Transformer blocks with `fusion_heads` heads, in which a
         class token attends to all modalities' tokens, as in the last.
       attention_scale: at 0 every token has the same weight, whatever the sample.
-      quality_bias: gamma of the norm bias, see `rollingq_jax.quality`.
-      quality_shuffled: each sample gets the norm bias of the one before it in the batch.
+      quality_bias: gamma of the quality bias, see `rollingq_jax.quality`.
+      quality_signal: n there: the norm of the mean token, or the energy of the probe.
+      quality_shuffled: each sample gets the quality bias of the one before it in the batch.
     """
 
     num_classes: Annotated[
@@ -342,8 +343,11 @@ class ModelSpec:
         "factor on the logits of the class token's attention; 0: all tokens count alike",
     ] = 1.0
     quality_bias: Annotated[
-        float, at_least(0), "norm bias: to modalities whose mean token is long; 0: none"
+        float, at_least(0), "attention to modalities whose signal is high for a sample; 0: none"
     ] = 0.0
+    quality_signal: Annotated[
+        str, one_of(("norm", "energy")), "norm of the mean token, or energy of the modality's probe"
+    ] = "norm"
     quality_shuffled: Annotated[bool, FLAG, "its control: the bias of another sample"] = False
     fusion_pooling: Annotated[
         str,
@@ -404,6 +408,11 @@ class ModelSpec:
                 f"model.quality_bias is {self.quality_bias:g}; allowed with head {self.head!r} and "
                 f"model.fusion_layers {self.fusion_layers}: 0; other values need head 'attention' "
                 "in one layer, whose tokens are those that the encoders' last norms made"
+            )
+        if self.quality_signal != "norm" and not self.quality_bias:
+            raise ConfigError(
+                f"model.quality_signal is {self.quality_signal!r}; allowed with "
+                "model.quality_bias 0: norm"
             )
         if self.quality_shuffled and not self.quality_bias:
             raise ConfigError(

@@ -222,7 +222,7 @@ def train_step(
 
     norms = state.quality
     if norms is not None:
-        measured = jnp.stack([x for _, x in sorted(forward.out["token_norms"].items())])
+        measured = jnp.stack([x for _, x in sorted(forward.out["quality_signal"].items())])
         counted = modality_weight(forward.out, weight) * jnp.asarray(finite, weight.dtype)
         norms = quality.observe(norms, measured, counted, axis_name)
 

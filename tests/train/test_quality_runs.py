@@ -1,4 +1,4 @@
-"""A run with a norm bias: stopped and resumed, loaded, exported, evaluated."""
+"""A run with a quality bias: stopped and resumed, loaded, exported, evaluated."""
 
 import json
 
@@ -35,13 +35,12 @@ def data(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def finished(data, tmp_path_factory):
-    """A run with a norm bias, and its summary."""
+@pytest.fixture(scope="module", params=("norm", "energy"))
+def finished(data, tmp_path_factory, request):
+    """A run with a quality bias, and its summary."""
     workdir = tmp_path_factory.mktemp("run")
-    config = train_cases.tiny_config(
-        data, **{"model.quality_bias": 1.5, "model.depth": 0, "epochs": 2}
-    )
+    fields = {"model.quality_bias": 1.5, "model.quality_signal": request.param}
+    config = train_cases.tiny_config(data, **fields, **{"model.depth": 0, "epochs": 2})
     return workdir, config, train_and_evaluate(config, workdir, quiet=True)
 
 
