@@ -6,7 +6,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
-#       format_version: "1.3"
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -23,8 +24,8 @@
 # In two dimensions one can see all of it.
 
 # %%
-# In Colab, or wherever the package is not installed yet:
-# %pip install rollingq-jax matplotlib
+# Where the package is not installed yet, in a clone of the repository:
+# %pip install . matplotlib
 
 # %%
 import jax
@@ -42,7 +43,7 @@ import rollingq_jax as rq
 
 # %%
 names = ("audio", "visual")
-colours = {"audio": "#0072B2", "visual": "#D55E00"}
+colors = {"audio": "#0072B2", "visual": "#D55E00"}
 
 
 def make_keys(rng, degrees, count=40):
@@ -59,11 +60,11 @@ def draw(query, title, anchor=None):
     """Keys as points, their means and the query as arrows."""
     figure, axes = plt.subplots(figsize=(5, 4))
     for name, points in zip(names, np.asarray(keys), strict=True):
-        axes.scatter(*points.T, s=12, alpha=0.5, color=colours[name])
+        axes.scatter(*points.T, s=12, alpha=0.5, color=colors[name])
         axes.annotate(
-            "", points.mean(axis=0), (0, 0), arrowprops={"color": colours[name], "width": 1.5}
+            "", points.mean(axis=0), (0, 0), arrowprops={"color": colors[name], "width": 1.5}
         )
-        axes.plot([], [], color=colours[name], label=name)
+        axes.plot([], [], color=colors[name], label=name)
     axes.annotate("", np.asarray(query), (0, 0), arrowprops={"color": "black", "width": 2.5})
     axes.plot([], [], color="black", label="class query")
     if anchor is not None:

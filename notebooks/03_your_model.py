@@ -6,7 +6,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
-#       format_version: "1.3"
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -20,8 +21,8 @@
 # This notebook needs the installed package and nothing else: no file of the repository, no data.
 
 # %%
-# In Colab, or wherever the package is not installed yet:
-# %pip install rollingq-jax matplotlib
+# Where the package is not installed yet, in a clone of the repository:
+# %pip install . matplotlib
 
 # %%
 import jax
@@ -98,7 +99,7 @@ model, tx = Rolling(), optax.adam(5e-3)
 
 
 def train(roller, num_epochs=8):
-    """Parameters, rolling state and the imbalance `[H]` at each epoch's end."""
+    """Parameters, rolling state, and imbalance `[H]` and rolls `[H]` of each epoch's end."""
     rolling = roller.init(num_modalities=2, dim=DIM // HEADS, num_heads=HEADS)
     first = {name: column[:2] for name, column in data.items()}
     params = jax.jit(model.init)(jax.random.key(0), first, rolling.rotation)["params"]
@@ -120,9 +121,9 @@ def train(roller, num_epochs=8):
         for batch in batches(data, 32, epoch):
             params, opt_state, rolling = train_step(params, opt_state, rolling, batch)
         rolling, info = jax.jit(roller.update)(rolling)
-        history.append(np.asarray(info.imbalance))
-        print(f"epoch {epoch}: imbalance {history[-1].round(2)}, rolled {np.asarray(info.rolled)}")
-    return params, rolling, np.stack(history)
+        history.append((np.asarray(info.imbalance), np.asarray(info.rolled)))
+        print(f"epoch {epoch}: imbalance {history[-1][0].round(2)}, rolled {history[-1][1]}")
+    return params, rolling, history
 
 
 # %% [markdown]
@@ -138,10 +139,24 @@ assert rolling.count.sum() >= 1
 
 # %%
 figure, axes = plt.subplots(figsize=(6, 3.5))
-axes.plot(plain.mean(axis=1), color="grey", label="as it was")
-axes.plot(rolled.mean(axis=1), color="#0072B2", label="with RollingQ")
-axes.set(xlabel="epoch", ylabel="imbalance, mean over heads", title="At each epoch's end")
+for name, history, color in (("as it was", plain, "grey"), ("with RollingQ", rolled, "#0072B2")):
+    axes.plot([imbalance.mean() for imbalance, _ in history], color=color, label=name)
+for epoch, (_, heads) in enumerate(rolled):
+    if heads.any():
+        axes.axvline(epoch, color="#AA3377", alpha=0.3)
+axes.axhline(0.1, linestyle=":", color="grey")
+axes.annotate("beta", (0, 0.1), xytext=(0, 3), textcoords="offset points", color="grey")
+axes.set(
+    xlabel="epoch",
+    ylabel="imbalance, mean over heads",
+    title="At each epoch's end; a vertical line is a rotation",
+)
 axes.legend(frameon=False)
+plt.show()
+
+# %% [markdown]
+# Without rotations the imbalance only grows. With them, each is followed by a smaller one, as long as
+# the gradient leans back to the audio; then nothing is due any more.
 
 # %% [markdown]
 # ## Fold it away

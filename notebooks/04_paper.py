@@ -6,7 +6,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
-#       format_version: "1.3"
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -23,8 +24,8 @@
 # on data that stand in for them.
 
 # %%
-# In Colab, or wherever the package is not installed yet:
-# %pip install "rollingq-jax[demo,datasets]"
+# Where the package is not installed yet, in a clone of the repository:
+# %pip install ".[demo,datasets]"
 
 # %% [markdown]
 # ## Prepare, then train

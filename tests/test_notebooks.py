@@ -1,4 +1,4 @@
-"""Notebooks and their text files say the same, and hold no outputs."""
+"""Notebooks and their text files say the same, and hold the outputs of this text."""
 
 import json
 import runpy
@@ -17,7 +17,7 @@ def test_there_are_four():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_text_file_agrees_and_there_are_no_outputs(path):
+def test_text_file_agrees_and_outputs_are_of_this_text(path):
     pytest.importorskip("jupytext")
     assert runpy.run_path(str(CHECKER))["faults"](path) == []
 
