@@ -452,8 +452,8 @@ def test_memory_that_is_exhausted_is_one_line_and_the_folder_is_free(
     config = tiny_config(arrays)
     init = Experiment.__init__
 
-    def exhausted(self, *args):
-        init(self, *args)
+    def exhausted(self, *args, **options):
+        init(self, *args, **options)
         self.parallel = self.parallel._replace(train_step=Exhausted(error))
 
     monkeypatch.setattr(Experiment, "__init__", exhausted)
