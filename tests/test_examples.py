@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from flax import nnx, serialization
 
 import rollingq_jax as rq
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.examples import plain_jax, toy_data
-from rollingq_jax.examples.nnx_attention import Model
 
 NAMES = (
     "cross_attention",
@@ -20,9 +20,14 @@ NAMES = (
     "latent_query",
     "linen_attention",
     "nnx_attention",
+    "nnx_attention_fn",
     "plain_jax",
+    "pooled_query",
+    "scanned_layers",
 )
-HEADS = {"decoder": 4, "latent_query": 6}  # three latents with two heads; others have two queries
+# Three latents, or layers, with two heads; others have two queries.
+HEADS = {"decoder": 4, "latent_query": 6, "scanned_layers": 6}
+FOLDS = ("pooled_query", "scanned_layers")  # with a `fold` of their own
 ROWS = 192
 
 
@@ -83,29 +88,87 @@ def test_trains_on_the_digits_and_rolls(trained, name):
     np.testing.assert_array_equal(turned, np.asarray(rolling.count) > 0)
 
 
-def test_nnx_keeps_the_rotation_out_of_the_optimizer(trained):
-    model, rolling, _ = trained("nnx_attention")
-    assert isinstance(model, Model)
+@pytest.mark.parametrize("name", ("nnx_attention", "nnx_attention_fn"))
+def test_nnx_keeps_the_rotation_out_of_the_optimizer(trained, name):
+    model, rolling, _ = trained(name)
+    assert isinstance(model, example(name).Model)
     np.testing.assert_array_equal(model.rotation[...], rolling.rotation)
 
 
-def test_decoder_is_restored_from_a_dict_and_rotates_its_last_token_only(trained, digits):
+def outputs(name, params, batch, rotation):
+    """Logits, or the loss where the example returns that; of NNX the rotation is the model's."""
+    with with_jax_defaults():
+        if isinstance(params, nnx.Module):
+            return np.asarray(nnx.jit(type(params).loss)(params, batch)[0])
+        if name == "plain_jax":
+            return np.asarray(plain_jax.loss_fn(params, batch, rotation)[0])
+        model = example(name).Model(int(batch["num_classes"]))
+        return np.asarray(jax.jit(model.apply)(params, batch, rotation)[0])
+
+
+@pytest.fixture
+def batch(digits):
+    return {name: column[:8] for name, column in digits.items()} | {
+        "num_classes": digits["label"].max() + 1
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_is_restored_from_bytes(trained, digits, batch, name):
+    """A checkpoint of parameters and rolling state gives the same outputs, which need both."""
+    params, rolling, _ = trained(name)
+    expected = outputs(name, params, batch, rolling.rotation)
+    if isinstance(params, nnx.Module):
+        saved = nnx.to_pure_dict(nnx.state(params))
+    else:
+        saved = params
+    saved = {"params": saved, "rolling": rolling._asdict()}
+    empty = jax.tree.map(np.zeros_like, saved)
+    restored = serialization.from_bytes(empty, serialization.to_bytes(saved))
+    rotation = restored["rolling"]["rotation"]
+    if isinstance(params, nnx.Module):
+        with with_jax_defaults():
+            again = type(params)(digits, nnx.Rngs(1))
+        assert np.abs(outputs(name, again, batch, rotation) - expected).max() > 1e-4
+        nnx.update(again, restored["params"])
+        np.testing.assert_array_equal(again.rotation[...], rotation)
+    else:
+        again = restored["params"]
+        unrotated = outputs(name, again, batch, roll_nothing(rotation))
+        assert np.abs(unrotated - expected).max() > 1e-4
+    np.testing.assert_allclose(outputs(name, again, batch, rotation), expected, atol=1e-6)
+    state, info = rq.rolling_query().update(restored["rolling"])  # goes on as a state
+    np.testing.assert_array_equal(state.rotation, rolling.rotation)
+    assert not info.rolled.any()  # nothing was observed since
+
+
+@pytest.mark.parametrize("name", FOLDS)
+def test_folds(trained, batch, name):
+    params, rolling, _ = trained(name)
+    folded = example(name).fold(params, rolling.rotation)
+    expected = outputs(name, params, batch, rolling.rotation)
+    identity = roll_nothing(rolling.rotation)
+    assert np.abs(outputs(name, params, batch, identity) - expected).max() > 1e-4
+    np.testing.assert_allclose(outputs(name, folded, batch, identity), expected, atol=1e-5)
+
+
+def test_scanned_layers_have_a_rotation_each(trained):
+    _, rolling, _ = trained("scanned_layers")
+    by_layer = np.asarray(rolling.count).reshape(3, 2)
+    assert (by_layer.sum(axis=1) >= 1).all()  # `roll_layers="all"`
+
+
+def test_decoder_rotates_its_last_token_only(trained, digits):
     variables, rolling, _ = trained("decoder")
     model = example("decoder").Model(variables["params"]["Dense_0"]["bias"].shape[0])
     batch = {name: column[:8] for name, column in digits.items()}
     apply = jax.jit(model.apply)
-    saved = jax.tree.map(np.asarray, {"model": variables, "rolling": rolling._asdict()})
     with with_jax_defaults():
         logits, (query, mean_keys, weight) = apply(variables, batch, rolling.rotation)
-        again, _ = apply(saved["model"], batch, saved["rolling"]["rotation"])
         plain, (unrotated, same_keys, _) = apply(variables, batch, roll_nothing(rolling.rotation))
-        state, info = rq.rolling_query().update(saved["rolling"])  # goes on as a state
-    np.testing.assert_array_equal(again, logits)
     np.testing.assert_allclose(query, rq.rotate(rolling.rotation, unrotated), atol=1e-5)
     np.testing.assert_array_equal(mean_keys, same_keys)
     assert np.abs(np.asarray(plain) - np.asarray(logits)).max() > 1e-4 and np.all(weight == 1)
-    np.testing.assert_array_equal(state.rotation, rolling.rotation)
-    assert not info.rolled.any()  # nothing was observed since
 
 
 def test_plain_jax_folds(trained, digits):

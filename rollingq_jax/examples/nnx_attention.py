@@ -36,14 +36,14 @@ class Model(nnx.Module):
 @nnx.jit
 def train_step(model: Model, tx: nnx.Optimizer, rolling: rq.RollingState, batch: Data) -> tuple:
     """A gradient step in place; returns the running sums and the loss."""
-    (loss, seen), grads = nnx.value_and_grad(Model.loss, has_aux=True)(model, batch)
+    (loss, seen), grads = nnx.value_and_grad(type(model).loss, has_aux=True)(model, batch)
     tx.update(model, grads)
     return roller.observe(rolling, *seen), loss
 
 
-def train(data: Data, num_epochs: int = 5, batch_size: int = 32) -> tuple:
+def train(data: Data, num_epochs: int = 5, batch_size: int = 32, make: type = Model) -> tuple:
     """Model, rolling state and each epoch's last loss."""
-    model = Model(data, nnx.Rngs(0))
+    model = make(data, nnx.Rngs(0))
     tx = nnx.Optimizer(model, adam(5e-3), wrt=nnx.Param)
     rolling, losses = roller.init(num_modalities=2, dim=WIDTH, num_heads=HEADS), []
     for epoch in range(num_epochs):
