@@ -3,6 +3,10 @@
     python -m rollingq_jax.examples.plain_jax
     python -m rollingq_jax.examples.linen_attention
     python -m rollingq_jax.examples.nnx_attention
+    python -m rollingq_jax.examples.nnx_attention_fn
+    python -m rollingq_jax.examples.pooled_query
+    python -m rollingq_jax.examples.scanned_layers
+    python -m rollingq_jax.examples.decoder
     python -m rollingq_jax.examples.cross_attention
     python -m rollingq_jax.examples.latent_query
 
