@@ -18,7 +18,7 @@ from jax import Array
 
 from rollingq_jax.errors import UserError
 from rollingq_jax.rotation import HIGHEST, as_float, wide_dtype
-from rollingq_jax.shapes import check_arrays
+from rollingq_jax.shapes import batch_broadcast, check_arrays
 
 
 def masked_softmax(logits: Array, mask: Array | None) -> Array:
@@ -87,7 +87,8 @@ def _read(
         query=(query, "BHd", "Hd"),
     )
     check_arrays(dims, "bool", mask=(mask, "BL", None))
-    tokens, query = _real_tokens(tokens, mask), broadcast_query(query, tokens.shape[0])
+    tokens = _real_tokens(tokens, mask)
+    query = broadcast_query(query, tokens)
     rest = (query, w_key, w_value, b_key, b_value)
     query, w_key, w_value, b_key, b_value = (x.astype(wide_dtype(tokens.dtype)) for x in rest)
     return tokens, query, w_key, w_value, b_key, b_value
@@ -101,12 +102,11 @@ def _biased(logits: Array, bias: Array | None) -> Array:
     return logits + bias.astype(logits.dtype)[:, None]
 
 
-def broadcast_query(query: Array, batch_size: int) -> Array:
-    """`[H, d_h]` or `[B, H, d_h]` -> `[B, H, d_h]`."""
+def broadcast_query(query: Array, tokens: Array) -> Array:
+    """`[H, d_h]` or `[B, H, d_h]` -> `[B, H, d_h]`, laid out as `tokens` `[B, ...]` are."""
     query = as_float(query)
-    return jnp.broadcast_to(
-        query[None] if query.ndim == 2 else query, (batch_size, *query.shape[-2:])
-    )
+    each = query[None] if query.ndim == 2 else query
+    return batch_broadcast(each, (tokens.shape[0], *query.shape[-2:]), tokens)
 
 
 def class_token_attention(
@@ -286,10 +286,18 @@ def token_modalities(
     return segment_ids, int(num_modalities)
 
 
-def _members(ids: Array, num_modalities: int, mask: Array | None, shape: tuple[int, int]) -> Array:
-    """`[B, L, M]` bool: the real tokens of each modality."""
+def _members(
+    ids: Array,
+    num_modalities: int,
+    mask: Array | None,
+    shape: tuple[int, int],
+    like: Array | None = None,
+) -> Array:
+    """`[B, L, M]` bool: the real tokens of each modality, laid out over devices as `like` is."""
     members = jnp.asarray(ids)[..., None] == jnp.arange(num_modalities)[(None,) * np.ndim(ids)]
     members = jnp.broadcast_to(members, (*shape, num_modalities))
+    if like is not None:
+        members = batch_broadcast(members, members.shape, like)
     return members if mask is None else members & mask[..., None]
 
 
@@ -339,7 +347,7 @@ def segment_mean_keys(
     if not isinstance(heads, numbers.Integral) or int(heads) < 1 or int(heads) % groups:
         raise UserError(f"num_heads is {heads!r}; allowed: a multiple of the keys' {groups} heads")
     ids, count = token_modalities(dims.L, lengths, segment_ids, num_modalities)
-    members = _members(ids, count, mask, (dims.B, dims.L))
+    members = _members(ids, count, mask, (dims.B, dims.L), keys)
     keys = as_float(keys)
     real = jnp.any(members, axis=-1)[..., None, None]
     number = jnp.sum(members, axis=1).astype(keys.dtype)  # [B, M]
@@ -436,13 +444,14 @@ def attention_share(
         parts = jnp.split(weights, bounds, axis=-1)[1:]
         sums = jnp.stack([jnp.sum(part, axis=-1) for part in parts], axis=-1)
     else:
-        members = _members(ids, count, None, (dims.B, dims.L)).astype(weights.dtype)
+        members = _members(ids, count, None, (dims.B, dims.L), weights).astype(weights.dtype)
         sums = jnp.einsum("bhl,blm->bhm", weights, members, precision=HIGHEST)
     total = jnp.sum(sums, axis=-1, keepdims=True)
     shares = jnp.where(total > 0, sums / jnp.where(total > 0, total, 1.0), 1.0 / count)
     if not per_token:
         return shares
-    number = jnp.sum(_members(ids, count, mask, (dims.B, dims.L)), axis=1).astype(shares.dtype)
+    members = _members(ids, count, mask, (dims.B, dims.L), weights)
+    number = jnp.sum(members, axis=1).astype(shares.dtype)
     tokens = jnp.sum(number, axis=-1, keepdims=True)
     ratio = shares * tokens[:, None] / jnp.maximum(number, 1.0)[:, None]
     return jnp.where(total > 0, jnp.where(number[:, None] > 0, ratio, 0.0), 1.0)

@@ -32,7 +32,7 @@ from rollingq_jax.rotation import (
     rotation_between,
     safe_norm,
 )
-from rollingq_jax.shapes import check_arrays
+from rollingq_jax.shapes import check_arrays, laid_out_as, whole_sharding
 
 ZERO_SUM = 1e-6  # norm(u) of opposite unit keys is about 6e-8 in float32, not 0
 
@@ -369,19 +369,26 @@ def observe(
     )
     num_modalities, batch_size = mean_keys.shape[:2]
     query = jnp.broadcast_to(query[None] if query.ndim == 2 else query, mean_keys.shape[1:])
+    query = laid_out_as(query, mean_keys[0])
     if weights is None:
         weights = jnp.ones([batch_size], jnp.float32)
     weights = jnp.broadcast_to(jnp.atleast_2d(weights), (num_modalities, batch_size))
+    weights = laid_out_as(weights, mean_keys[:, :, 0, 0])
     weights = jax.lax.stop_gradient(weights).astype(jnp.float32)
     query_weight = jnp.max(weights, axis=0)
     mean_keys = jnp.where(weights[:, :, None, None] > 0, mean_keys, 0.0)
     query = jnp.where(query_weight[:, None, None] > 0, query, 0.0)
     cosines = dot(normalize(query)[None], normalize(mean_keys))  # [M, B, H]
+
+    def total_over_batch(subscripts: str, weight: Array, x: Array) -> Array:
+        whole = whole_sharding(x, x.ndim - 1)
+        return jnp.einsum(subscripts, weight, x, precision=HIGHEST, out_sharding=whole)
+
     increments = (
-        jnp.einsum("mb,mbhd->mhd", weights, mean_keys, precision=HIGHEST),
-        jnp.einsum("mb,mbh->mh", weights, cosines, precision=HIGHEST),
+        total_over_batch("mb,mbhd->mhd", weights, mean_keys),
+        total_over_batch("mb,mbh->mh", weights, cosines),
         jnp.sum(weights, axis=1),
-        jnp.einsum("b,bhd->hd", query_weight, query, precision=HIGHEST),
+        total_over_batch("b,bhd->hd", query_weight, query),
         jnp.sum(query_weight),
     )
     if axis_name is not None:

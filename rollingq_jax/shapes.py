@@ -2,12 +2,19 @@
 
 Broadcasting would take many a wrong shape without a word. Only shapes and dtypes are read, so that
 a check costs nothing once a function is compiled.
+
+Under a mesh with explicit axes a shape has a sharding, too, and JAX refuses to guess that of some
+results. `batch_reshape`, `batch_broadcast` and `laid_out_as` give them that of the batch; without
+such a mesh they change nothing.
 """
 
 from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rollingq_jax.errors import UserError
 
@@ -73,3 +80,51 @@ def check_arrays(
                 + (f" with {known}" if known else "")
             ) from None
     return dims
+
+
+def explicit_sharding(x: Array) -> NamedSharding | None:
+    """The sharding in the type of `x`; None where `x` is on no explicit axis of a mesh."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    known = isinstance(sharding, NamedSharding) and any(axis is not None for axis in sharding.spec)
+    return sharding if known else None
+
+
+def batch_sharding(like: Array, rank: int) -> NamedSharding | None:
+    """The sharding of an array of `rank` axes of which the first is laid out as that of `like`.
+
+    None where `like` is on no explicit axis of a mesh, which leaves the choice to the compiler.
+    """
+    sharding = explicit_sharding(like)
+    if sharding is None:
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0], *(None,) * (rank - 1)))
+
+
+def batch_reshape(x: Array, *shape: int) -> Array:
+    """`x.reshape(shape)` where the first axis stays the batch, or is it with the next ones merged.
+
+    Other axes are gathered if they are on explicit axes of a mesh.
+    """
+    sharding = batch_sharding(x, len(shape))
+    return x.reshape(shape) if sharding is None else jnp.reshape(x, shape, out_sharding=sharding)
+
+
+def batch_broadcast(x: Array, shape: tuple[int, ...], like: Array) -> Array:
+    """`jnp.broadcast_to(x, shape)`, whose first axis is laid out as that of `like`."""
+    x, sharding = jnp.broadcast_to(x, shape), batch_sharding(like, len(shape))
+    return x if sharding is None else jax.sharding.reshard(x, sharding)
+
+
+def laid_out_as(x: Array, like: Array) -> Array:
+    """`x` with the sharding of `like`, which has its shape; `x` itself if `like` has none."""
+    sharding = explicit_sharding(like)
+    return x if sharding is None else jax.sharding.reshard(x, sharding)
+
+
+def whole_sharding(x: Array, rank: int) -> NamedSharding | None:
+    """The sharding of an array of `rank` axes that every device has as a whole; for sums over `x`.
+
+    None where `x` is on no explicit axis of a mesh.
+    """
+    sharding = explicit_sharding(x)
+    return sharding and NamedSharding(sharding.mesh, PartitionSpec(*(None,) * rank))

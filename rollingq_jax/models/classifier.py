@@ -15,6 +15,7 @@ from rollingq_jax.models.encoders import Bottleneck, Encoder, Presence, read_inp
 from rollingq_jax.models.fusion import STATIC_FUSIONS, AttentionFusion
 from rollingq_jax.models.layers import AttentionFn, Dense, LayerNorm
 from rollingq_jax.models.spec import DTYPES, ModelSpec
+from rollingq_jax.shapes import batch_broadcast
 
 
 def _fusion_mask(presence: Presence, tokens: Array) -> Array | None:
@@ -154,7 +155,7 @@ class MultimodalTransformer(nn.Module):
         else:
             self._require_query(rotation is None)
             logits, out = self.fusion(tokens, masks)
-        ones = jnp.ones(batch_size, jnp.bool_)
+        ones = batch_broadcast(jnp.ones(1, jnp.bool_), (batch_size,), logits)
         out["present"] = {m: ones if p.present is None else p.present for m, p in presences.items()}
         out["tokens"] = tokens
         if self.spec.fusion == "unimodal":  # its head is its probe

@@ -22,6 +22,7 @@ from jax import Array
 from rollingq_jax.errors import DataError
 from rollingq_jax.models.layers import AttentionFn, Block, Dense, symmetric_uniform
 from rollingq_jax.models.spec import KINDS, PATCH_AXES, EncoderSpec
+from rollingq_jax.shapes import batch_broadcast, batch_reshape, batch_sharding
 
 TOKEN_STD = 0.02
 CLASS_TOKEN_STD = 1e-6
@@ -46,9 +47,10 @@ def cut_patches(x: Array, patch: tuple[int, ...]) -> Array:
     kept = [slice(0, number * length) for number, length in zip(grid, patch, strict=True)]
     x = x[(slice(None), *kept)]
     pairs = [n for pair in zip(grid, patch, strict=True) for n in pair]
-    x = x.reshape(batch_size, *pairs, channels)
+    x = batch_reshape(x, batch_size, *pairs, channels)
     order = (0, *range(1, 2 * count, 2), *range(2, 2 * count + 1, 2), 2 * count + 1)
-    return x.transpose(order).reshape(batch_size, math.prod(grid), math.prod(patch) * channels)
+    x = x.transpose(order)
+    return batch_reshape(x, batch_size, math.prod(grid), math.prod(patch) * channels)
 
 
 def cut_example(kind: str, x: Array, patch: tuple[int, ...] | None) -> Array:
@@ -222,7 +224,10 @@ class TokenEmbedding(nn.Module):
             (self.vocab_size, self.width),
             jnp.float32,
         )
-        return jnp.take(table, ids, axis=0, mode="fill").astype(self.dtype)
+        sharding = batch_sharding(ids, ids.ndim + 1)
+        if sharding is None:
+            return jnp.take(table, ids, axis=0, mode="fill").astype(self.dtype)
+        return table.at[ids].get(mode="fill", out_sharding=sharding).astype(self.dtype)
 
 
 def embedding(spec: EncoderSpec, features: Array, dtype: Any, name: str) -> nn.Module:
@@ -343,7 +348,8 @@ class Encoder(nn.Module):
         position = self.param(
             "position", nn.initializers.normal(POSITION_STD), (length, width), jnp.float32
         )
-        cls = jnp.broadcast_to(cls.astype(self.dtype)[None, None], (tokens.shape[0], 1, width))
+        cls = cls.astype(self.dtype)[None, None]
+        cls = batch_broadcast(cls, (tokens.shape[0], 1, width), tokens)
         return jnp.concatenate([cls, tokens], axis=1) + position.astype(self.dtype)[None]
 
     def _check_width(self, features: Array) -> None:
@@ -385,7 +391,7 @@ class Encoder(nn.Module):
         tokens = self._with_class_token(tokens)
         mask = presence.positions
         if mask is not None:
-            mask = jnp.concatenate([jnp.ones((mask.shape[0], 1), jnp.bool_), mask], axis=1)
+            mask = jnp.concatenate([jnp.ones_like(mask[:, :1]), mask], axis=1)
         block = {
             "num_heads": self.spec.num_heads,
             "mlp_ratio": self.mlp_ratio,
@@ -415,13 +421,9 @@ def mean_over_present(copies: list[Array], presences: list[Presence]) -> Array:
     """
     if all(presence.present is None for presence in presences):
         return sum(copies[1:], start=copies[0]) / len(copies)
-    batch_size = copies[0].shape[0]
-    has = jnp.stack(
-        [
-            jnp.ones(batch_size, jnp.bool_) if presence.present is None else presence.present
-            for presence in presences
-        ]
-    )[..., None, None]
+    everyone = jnp.ones_like(copies[0][:, 0, 0], jnp.bool_)
+    has = jnp.stack([everyone if p.present is None else p.present for p in presences])
+    has = has[..., None, None]
     count = jnp.maximum(jnp.sum(has, axis=0), 1).astype(copies[0].dtype)
     return jnp.sum(jnp.where(has, jnp.stack(copies), 0.0), axis=0) / count
 
@@ -472,8 +474,10 @@ class Bottleneck(nn.Module):
         shared = self.param(
             "tokens", nn.initializers.normal(BOTTLENECK_STD), (self.num_tokens, width), jnp.float32
         )
-        shared = jnp.broadcast_to(
-            shared.astype(self.dtype)[None], (batch_size, self.num_tokens, width)
+        shared = batch_broadcast(
+            shared.astype(self.dtype)[None],
+            (batch_size, self.num_tokens, width),
+            tokens[modalities[0]],
         )
         rng = self.make_rng("dropout") if train and self.dropout > 0 else None
         streams = dict(tokens)
@@ -506,5 +510,7 @@ class Bottleneck(nn.Module):
         """`[B, n + 1 + L]`: bottleneck and class token are real."""
         if presence.positions is None:
             return None
-        leading = (presence.positions.shape[0], self.num_tokens + 1)
-        return jnp.concatenate([jnp.ones(leading, jnp.bool_), presence.positions], axis=1)
+        positions = presence.positions
+        leading = (positions.shape[0], self.num_tokens + 1)
+        real = batch_broadcast(jnp.ones((1, 1), jnp.bool_), leading, positions)
+        return jnp.concatenate([real, positions], axis=1)

@@ -33,12 +33,14 @@ from rollingq_jax.models.layers import (
     HeadProjection,
     LayerNorm,
     Mlp,
+    attend,
     default_attention,
     dropout,
     example_keys,
     xavier_normal,
 )
 from rollingq_jax.rotation import HIGHEST, rotate
+from rollingq_jax.shapes import batch_broadcast, batch_reshape, laid_out_as, whole_sharding
 
 Tokens = Mapping[str, Array]
 Masks = Mapping[str, Array | None]
@@ -147,6 +149,26 @@ def rotated_query(x: Array, kernel: Array, bias: Array, rotation: Array | None) 
     return query if rotation is None else rotate(rotation, query)
 
 
+def join_tokens(
+    cls: Array, tokens: list[Array], masks: list[Array | None]
+) -> tuple[Array, Array | None]:
+    """[cls, tokens of every modality] and its mask, None where everything is real.
+
+    `[d], M x [B, L_m, d], M x [B, L_m] -> [B, 1 + sum L_m, d], [B, 1 + sum L_m]`.
+    """
+    batch_size, _, width = tokens[0].shape
+    first = cls.astype(tokens[0].dtype)[None, None]
+    first = batch_broadcast(first, (batch_size, 1, width), tokens[0])
+    sequence = jnp.concatenate([first, *tokens], axis=1)
+    if all(mask is None for mask in masks):
+        return sequence, None
+    real = [
+        jnp.ones_like(x[:, :, 0], jnp.bool_) if mask is None else mask
+        for x, mask in zip(tokens, masks, strict=True)
+    ]
+    return sequence, jnp.concatenate([jnp.ones_like(real[0][:, :1]), *real], axis=1)
+
+
 class JointProjection(nn.Module):
     """The parameters of the projection that makes queries, keys and values together."""
 
@@ -198,13 +220,14 @@ class RotatedSelfAttention(nn.Module):
         """
         batch_size, length, width = x.shape
         kernel, bias = (p.astype(self.dtype) for p in self.qkv(width))
-        qkv = x.reshape(-1, width).astype(self.dtype) @ kernel + bias[None]
-        qkv = qkv.reshape(batch_size, length, 3, self.num_heads, width // self.num_heads)
+        qkv = batch_reshape(x, -1, width).astype(self.dtype) @ kernel + bias[None]
+        heads = (self.num_heads, width // self.num_heads)
+        qkv = batch_reshape(qkv, batch_size, length, 3, *heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         scaled = query if self.logit_scale == 1.0 else self.logit_scale * query
         q = jnp.concatenate([scaled.astype(q.dtype)[:, None], q[:, 1:]], axis=1)
         attention = self.attention_fn or default_attention(length)
-        out = self.out(attention(q, k, v, mask).reshape(x.shape))
+        out = self.out(batch_reshape(attend(attention, q, k, v, mask), *x.shape))
         return out, self._stats(query, q[:, 0], k, mask, lengths, masks)
 
     def _stats(
@@ -219,9 +242,9 @@ class RotatedSelfAttention(nn.Module):
         logits = jnp.einsum("bhk,blhk->bhl", scaled, keys, preferred_element_type=jnp.float32)
         logits = logits * query.shape[-1] ** -0.5
         weights = masked_softmax(logits, None if mask is None else mask[:, None])
-        rows = keys.reshape(*keys.shape[:2], self.dim)
+        rows = batch_reshape(keys, *keys.shape[:2], self.dim)
         means = [
-            mean_token(part, real).reshape(query.shape)
+            batch_reshape(mean_token(part, real), *query.shape)
             for part, real in zip(split_tokens(rows, lengths), masks, strict=True)
         ]
         return ClassTokenStats(query, means, attention_share(weights, lengths))
@@ -284,7 +307,7 @@ class FusionBlock(nn.Module):
           example_index: `[B]` int32, positions in the global batch.
         """
         rngs = (None, None) if rng is None else tuple(jax.random.split(rng))
-        query = broadcast_query(self.class_query(cls, rotation), x.shape[0])
+        query = broadcast_query(self.class_query(cls, rotation), x)
         h = self.norm1(x).astype(self.dtype)
         h, stats = self.attention(h, query, mask, lengths, masks)
         x = x + dropout(rngs[0], h, self.dropout, example_index)
@@ -424,8 +447,9 @@ class AttentionFusion(nn.Module):
         parts, reals = [tokens[m] for m in modalities], [masks[m] for m in modalities]
         lengths = tuple(part.shape[1] for part in parts)
         rotations = self._rotations(rotation)
-        sequence, mask = self._sequence(parts, reals)
+        sequence, mask = join_tokens(self.cls, parts, reals)
         rng = self.make_rng("dropout") if train and self.dropout > 0 else None
+        example_index = batch_broadcast(example_index, sequence.shape[:1], sequence)
         weights_rng, out_rng = (None, None) if rng is None else jax.random.split(rng)
 
         cls, stats = self.cls, []
@@ -458,7 +482,7 @@ class AttentionFusion(nn.Module):
             rng=None if weights_rng is None else example_keys(weights_rng, example_index),
             logit_bias=bias,
         )
-        output = self.out(attended.reshape(sequence.shape[0], self.dim))
+        output = self.out(batch_reshape(attended, sequence.shape[0], self.dim))
         output = dropout(out_rng, output, self.dropout, example_index)
         if self.residual:
             output = output + mean_class_token(parts, reals)
@@ -468,7 +492,7 @@ class AttentionFusion(nn.Module):
 
         means = [mean_key(part, *key, mask=real) for part, real in zip(parts, reals, strict=True)]
         share = attention_share(weights, lengths)
-        stats.append(ClassTokenStats(broadcast_query(query, sequence.shape[0]), means, share))
+        stats.append(ClassTokenStats(broadcast_query(query, sequence), means, share))
         out = _joined(modalities, stats)
         if return_attention:
             out["attention"] = weights
@@ -489,7 +513,11 @@ class AttentionFusion(nn.Module):
         center: Array = jax.lax.stop_gradient(self.get_variable("quality", "center"))
         scale: Array = jax.lax.stop_gradient(self.get_variable("quality", "scale"))
         bias = self.quality_bias * quality.standardize(signal, center, scale)
-        return jnp.roll(bias, 1, axis=0) if self.quality_shuffled else bias
+        if not self.quality_shuffled:
+            return bias
+        whole = whole_sharding(bias, bias.ndim)  # along an axis that devices share nothing rolls
+        moved = bias if whole is None else jax.sharding.reshard(bias, whole)
+        return laid_out_as(jnp.roll(moved, 1, axis=0), bias)
 
     def _rotations(self, rotation: Array | None) -> list[Array | None]:
         """Each layer's rotation, `[H, d_h, d_h]` or None."""
@@ -503,21 +531,6 @@ class AttentionFusion(nn.Module):
             )
         return list(jnp.split(rotation, self.num_layers))
 
-    def _sequence(
-        self, tokens: list[Array], masks: list[Array | None]
-    ) -> tuple[Array, Array | None]:
-        """[cls, tokens of every modality] and its mask, None where everything is real."""
-        batch_size, _, width = tokens[0].shape
-        cls = self.cls.astype(tokens[0].dtype)[None, None]
-        sequence = jnp.concatenate([jnp.broadcast_to(cls, (batch_size, 1, width)), *tokens], axis=1)
-        if all(mask is None for mask in masks):
-            return sequence, None
-        real = [
-            jnp.ones(x.shape[:2], jnp.bool_) if mask is None else mask
-            for x, mask in zip(tokens, masks, strict=True)
-        ]
-        return sequence, jnp.concatenate([jnp.ones((batch_size, 1), jnp.bool_), *real], axis=1)
-
 
 def mean_class_token(tokens: list[Array], masks: list[Array | None]) -> Array:
     """Mean of the class tokens of the modalities that an example has.
@@ -527,7 +540,7 @@ def mean_class_token(tokens: list[Array], masks: list[Array | None]) -> Array:
     firsts = jnp.stack([x[:, 0] for x in tokens], axis=1)
     if all(mask is None for mask in masks):
         return mean_token(firsts)
-    everyone = jnp.ones(firsts.shape[:1], jnp.bool_)
+    everyone = jnp.ones_like(firsts[:, 0, 0], jnp.bool_)
     present = [everyone if mask is None else mask[:, 0] for mask in masks]
     return mean_token(firsts, jnp.stack(present, axis=1))
 

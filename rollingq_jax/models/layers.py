@@ -23,6 +23,7 @@ from flax import linen as nn
 from jax import Array
 
 from rollingq_jax.attention import drop
+from rollingq_jax.shapes import batch_broadcast, batch_reshape, batch_sharding
 
 Initializer = Callable[[Array, Sequence[int], Any], Array]
 AttentionFn = Callable[[Array, Array, Array, Array | None], Array]
@@ -72,6 +73,7 @@ def dropout(rng: Array | None, x: Array, rate: float, example_index: Array) -> A
     """
     if rng is None or rate == 0.0:
         return x
+    example_index = batch_broadcast(example_index, x.shape[:1], x)
     return drop(x, rate, example_keys(rng, example_index))
 
 
@@ -81,6 +83,24 @@ def _scores(logits: Array, head_dim: int, mask: Array | None) -> Array:
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
     return jax.nn.softmax(logits, axis=-1)
+
+
+def attend(attention: AttentionFn, q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    """`attention(q, k, v, mask)`, on each device's samples if the batch is on an explicit axis.
+
+    Loops over samples and kernels of a backend are then no matter for the partitioner, which could
+    not split them.
+    """
+    sharding = batch_sharding(q, 1)
+    if sharding is None:
+        return attention(q, k, v, mask)
+    return jax.shard_map(
+        attention,
+        mesh=sharding.mesh,
+        in_specs=sharding.spec,
+        out_specs=sharding.spec,
+        check_vma=False,
+    )(q, k, v, mask)
 
 
 def dense_attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
@@ -215,8 +235,8 @@ class Dense(nn.Dense):
 
     def __call__(self, x: Array) -> Array:
         """Applies the projection on the `[N, d]` view, weight and bias gradients included."""
-        rows = super().__call__(x.reshape(-1, x.shape[-1]))
-        return rows.reshape(*x.shape[:-1], self.features)
+        rows = super().__call__(batch_reshape(x, -1, x.shape[-1]))
+        return batch_reshape(rows, *x.shape[:-1], self.features)
 
 
 class HeadProjection(nn.Module):
@@ -266,8 +286,8 @@ class LayerNorm(nn.Module):
         width = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, width, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, width, jnp.float32)
-        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        return _layer_norm(rows, scale, bias).reshape(x.shape).astype(self.dtype)
+        rows = batch_reshape(x, -1, x.shape[-1]).astype(jnp.float32)
+        return batch_reshape(_layer_norm(rows, scale, bias), *x.shape).astype(self.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -282,10 +302,11 @@ class SelfAttention(nn.Module):
         """`[B, L, d] -> [B, L, d]`; `mask` `[B, L]` is True where a token is real."""
         batch_size, length, width = x.shape
         qkv = Dense(3 * width, dtype=self.dtype, name="qkv")(x)
-        qkv = qkv.reshape(batch_size, length, 3, self.num_heads, width // self.num_heads)
+        heads = (self.num_heads, width // self.num_heads)
+        qkv = batch_reshape(qkv, batch_size, length, 3, *heads)
         attention = self.attention_fn or default_attention(length)
-        out = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask)
-        return Dense(width, dtype=self.dtype, name="out")(out.reshape(x.shape))
+        out = attend(attention, qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask)
+        return Dense(width, dtype=self.dtype, name="out")(batch_reshape(out, *x.shape))
 
 
 class Mlp(nn.Module):
