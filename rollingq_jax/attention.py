@@ -18,7 +18,7 @@ from jax import Array
 
 from rollingq_jax.errors import UserError
 from rollingq_jax.rotation import HIGHEST, as_float, wide_dtype
-from rollingq_jax.shapes import batch_broadcast, check_arrays
+from rollingq_jax.shapes import batch_broadcast, check_arrays, laid_out_as
 
 
 def masked_softmax(logits: Array, mask: Array | None) -> Array:
@@ -57,7 +57,8 @@ def drop(x: Array, rate: float | Array, rng: Array | None) -> Array:
         return x
     if rng is None:
         return x
-    return jnp.where(per_example_keep(rng, rate, x.shape), x / (1.0 - rate), jnp.zeros_like(x))
+    keep = laid_out_as(per_example_keep(rng, rate, x.shape), x)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 
 def _real_tokens(tokens: Array, mask: Array | None) -> Array:
