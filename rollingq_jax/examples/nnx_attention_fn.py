@@ -48,8 +48,8 @@ class Model(nnx.Module):
         cls = jnp.broadcast_to(self.cls[...], (len(batch["label"]), 1, DIM))
         tokens = [self.audio(batch["audio"]), self.visual(batch["visual"])]
         output = self.attention(jnp.concatenate([cls, *tokens], axis=1), decode=False)
-        seen = nnx.pop(self.attention, nnx.Intermediate)["attention_fn"]["seen"].get_value()
-        return cross_entropy(self.head(output[:, 0]), batch["label"]).mean(), seen
+        seen: Any = nnx.pop(self.attention, nnx.Intermediate)["attention_fn"]["seen"]
+        return cross_entropy(self.head(output[:, 0]), batch["label"]).mean(), seen.get_value()
 
 
 train = functools.partial(nnx_attention.train, make=Model)  # the same loop

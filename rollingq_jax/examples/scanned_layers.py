@@ -34,7 +34,7 @@ class Model(nn.Module):
         tokens = [nn.Dense(DIM, name=m)(batch[m]) for m in ("audio", "visual")]
         cls = self.param("cls", nn.initializers.normal(1.0), (1, DIM)).repeat(len(tokens[0]), 0)
         axes = {"variable_axes": {"params": 0}, "in_axes": (nn.broadcast, 0), "out_axes": (1, 2)}
-        layers = nn.scan(_Layer, split_rngs={"params": True}, **axes)(name="layers")
+        layers = nn.scan(_Layer, split_rngs={"params": True}, **axes)(name="layers")  # type: ignore[arg-type]
         cls, seen = layers(cls, tokens, rotation.reshape(LAYERS, HEADS, WIDTH, WIDTH))
         return nn.Dense(self.num_classes)(cls), [x.reshape(*x.shape[:-3], -1, WIDTH) for x in seen]
 
