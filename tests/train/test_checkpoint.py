@@ -116,16 +116,16 @@ def test_saving_a_step_twice_keeps_the_first(folder):
         assert_same(checkpoints.restore(3, make_state(0))[0], make_state(3))
 
 
-def flip_a_byte_of_the_largest_file(step_folder):
-    data = (path for path in Path(step_folder).rglob("d/*") if path.is_file())
-    largest = max(data, key=lambda path: path.stat().st_size)
-    content = bytearray(largest.read_bytes())
+def flip_a_byte(step_folder):
+    """In the index that every read begins with; the processes' own folders hold what it replaced."""
+    (index,) = Path(step_folder).glob("state/d/*")
+    content = bytearray(index.read_bytes())
     content[len(content) // 2] ^= 1
-    largest.write_bytes(bytes(content))
+    index.write_bytes(bytes(content))
 
 
 def test_a_flipped_byte_is_found_and_the_one_before_is_used(folder, caplog):
-    flip_a_byte_of_the_largest_file(folder / "3")
+    flip_a_byte(folder / "3")
     with Checkpoints(folder, keep=3) as checkpoints:
         state, _ = checkpoints.restore_newest(make_state(0))
         assert_same(state, make_state(2))
@@ -163,7 +163,7 @@ def test_a_changed_record_is_found(folder):
 
 
 def test_read_only_leaves_everything(folder):
-    flip_a_byte_of_the_largest_file(folder / "3")
+    flip_a_byte(folder / "3")
     (folder / "4.orbax-checkpoint-tmp").mkdir()  # a live run is saving
     before = sorted(path.name for path in folder.iterdir())
     with Checkpoints(folder, read_only=True) as checkpoints:
@@ -183,7 +183,7 @@ def test_what_an_interrupted_save_left_is_removed(folder):
 
 def test_none_intact_is_an_error_and_nothing_is_renamed(folder):
     for step in (1, 2, 3):
-        flip_a_byte_of_the_largest_file(folder / str(step))
+        flip_a_byte(folder / str(step))
     with Checkpoints(folder, keep=3) as checkpoints:
         with pytest.raises(CheckpointError, match=r"none of .* is intact: \[3, 2, 1\]"):
             checkpoints.restore_newest(make_state(0))
@@ -380,7 +380,7 @@ def test_an_empty_node_that_has_become_another_is_damage(folder):
 
 def test_damage_read_from_python_prints_nothing(folder):
     """Not what Orbax's event loop says when it is closed, either."""
-    flip_a_byte_of_the_largest_file(folder / "3")
+    flip_a_byte(folder / "3")
     (folder / "2" / "state" / "manifest.ocdbt").write_bytes(b"")
     code = f"""
 import gc, logging, sys, time
