@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config.epochs = 30
     config.batch_size = 32
     config.optimizer.name = "adam"
+    config.optimizer.weight_decay = 0.0
     config.optimizer.learning_rate = 2e-3
     config.optimizer.clip_norm = 1.0
     # The keys of two modalities part early, and a query that is turned late is turned back by the

@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     config.epochs = 30
     config.batch_size = 32
     config.optimizer.name = "adam"
+    config.optimizer.weight_decay = 0.0
     config.optimizer.learning_rate = 2e-3
     config.optimizer.clip_norm = 1.0
     sizes = MediaSizes(audio_bins=64, audio_frames=96, image_size=64, video_frames=4)

@@ -47,13 +47,14 @@ FREE_FIELDS = (
     "data.path",
     "data.prefetch",
 )
-
+OPTIMIZERS = ("sgd", "adam", "adamw", "lion", "lamb")
 
 Flag = Annotated[bool, FLAG]
 Text = Annotated[str, TEXT]
 Positive = Annotated[float, real("a number > 0", lambda v: v > 0)]
 NotNegative = Annotated[float, at_least(0)]
 Rate = Annotated[float, real("a number in [0, 1)", lambda v: 0 <= v < 1)]
+Factor = Annotated[float, real("a number in (0, 1]", lambda v: 0 < v <= 1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +80,20 @@ class RunConfig:
 class OptimizerConfig:
     """The optimizer. Learning rate and decay are those of the paper's runs (upstream `main.py`)."""
 
-    name: Annotated[str, one_of(("sgd", "adam", "adamw")), "the optimizer"] = "sgd"
+    name: Annotated[str, one_of(OPTIMIZERS), "the optimizer"] = "sgd"
     learning_rate: Annotated[Positive, "the highest; linear warm-up, then one cosine to 0"] = 1e-3
     momentum: Annotated[Rate, "of sgd"] = 0.9
-    weight_decay: Annotated[NotNegative, "sgd: added to the gradient; adamw: decoupled"] = 1e-4
+    weight_decay: Annotated[
+        NotNegative, "sgd: added to the gradient; adamw, lion, lamb: decoupled; adam: none, so 0"
+    ] = 1e-4
+    weight_decay_on: Annotated[
+        str,
+        one_of(("all", "kernels")),
+        "parameters that decay: all, as upstream, or no bias, norm, token or embedding",
+    ] = "all"
+    layer_decay: Annotated[
+        Factor, "of the learning rate from an encoder's block to the one below; 1: none"
+    ] = 1.0
     warmup_epochs: Annotated[NotNegative, "epochs of warm-up, fewer than epochs"] = 2.5
     clip_norm: Annotated[NotNegative, "limit of the global gradient's norm; 0: none"] = 0.0
 
@@ -99,11 +110,7 @@ class RollingConfig:
         int | None, optional(integer(0), "for no limit"), "the most a head rolls; 0: never"
     ] = 1
     check_every: Annotated[int, integer(0), "steps between checks; 0: at each epoch's end"] = 0
-    window: Annotated[
-        float,
-        real("a number in (0, 1]", lambda v: 0 < v <= 1),
-        "last part of that period, in which sums are taken",
-    ] = 0.25
+    window: Annotated[Factor, "last part of that period, in which sums are taken"] = 0.25
     method: Annotated[
         str, one_of(("geodesic", "svd")), "how the rotation is made from two vectors"
     ] = "geodesic"
@@ -228,7 +235,13 @@ def check_config(config: Any) -> None:
             _check_model(section)
         else:
             _check_section(section, section_fields(SECTIONS[name]), f"config.{name}")
-    warmup, epochs = fields["optimizer"]["warmup_epochs"], fields["epochs"]
+    optimizer, epochs = fields["optimizer"], fields["epochs"]
+    if optimizer["name"] == "adam" and optimizer["weight_decay"]:
+        raise ConfigError(
+            f"config.optimizer.weight_decay is {optimizer['weight_decay']:g}; allowed with "
+            "optimizer.name adam, which has none: 0; optimizer.name adamw decays"
+        )
+    warmup = optimizer["warmup_epochs"]
     if warmup >= epochs:
         raise ConfigError(
             f"config.optimizer.warmup_epochs is {warmup}; "
@@ -272,10 +285,20 @@ def from_json(content: Mapping[str, Any]) -> ConfigDict:
 
     try:
         references = default_config().to_dict(preserve_field_references=True)
-        return ConfigDict(with_defaults(fields(content), references))
+        return ConfigDict(with_defaults(upgraded(fields(content)), references))
     except (TypeError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"config is not a mapping of fields ({reason})") from None
+
+
+def upgraded(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored configuration, with the weight decay that older versions kept with Adam and never
+    applied as 0: their files lack `optimizer.weight_decay_on`."""
+    optimizer = stored.get("optimizer")
+    if isinstance(optimizer, Mapping) and "weight_decay_on" not in optimizer:
+        if optimizer.get("name") == "adam":
+            return {**stored, "optimizer": {**optimizer, "weight_decay": 0.0}}
+    return dict(stored)
 
 
 def with_defaults(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from rollingq_jax.errors import CheckpointError, ConfigError, DataError
 from rollingq_jax.models import build_model
 from rollingq_jax.models.spec import INT32_MAX
 from rollingq_jax.rolling import rolling_query
-from rollingq_jax.train.config import default_config, with_defaults
+from rollingq_jax.train.config import default_config, upgraded, with_defaults
 from rollingq_jax.train.parallel import WRAPPERS, check_batch_size
 from rollingq_jax.train.steps import (
     RollSchedule,
@@ -324,7 +324,7 @@ class Experiment:
         Raises:
           CheckpointError: its configuration or its data are others; says in which fields.
         """
-        theirs = with_defaults(record["config"], default_config().to_dict())
+        theirs = with_defaults(upgraded(record["config"]), default_config().to_dict())
         check_same_run(self.config, theirs, f"a checkpoint in {workdir}")
         self.check_data(record, f"the checkpoint in {workdir}")
 

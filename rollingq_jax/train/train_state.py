@@ -133,19 +133,64 @@ def learning_rate_schedule(
 
 
 def make_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """SGD with momentum and weight decay added to every gradient; Adam without decay; or AdamW.
+    """The optimizer of `config.optimizer`: optax's, with clipping before it.
+
+    SGD adds the weight decay to every gradient, Adam has none, the others decay apart from the
+    gradient. What a layer's learning rate is multiplied by, `layer_scales`, multiplies the update
+    last, and so its decay too.
 
     Args:
       config: `config.optimizer`, checked.
       schedule: learning rate of each step.
     """
-    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    if config.name == "adamw":
-        return optax.chain(*clip, optax.adamw(schedule, weight_decay=config.weight_decay))
-    if config.name == "adam":
-        return optax.chain(*clip, optax.adam(schedule))
-    return optax.chain(
-        *clip,
-        optax.add_decayed_weights(config.weight_decay),
-        optax.sgd(schedule, momentum=config.momentum or None),
-    )
+    mask = kernel_mask if config.weight_decay_on == "kernels" else None
+    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    if config.name == "sgd":
+        parts.append(optax.add_decayed_weights(config.weight_decay, mask))
+        parts.append(optax.sgd(schedule, momentum=config.momentum or None))
+    elif config.name == "adam":
+        parts.append(optax.adam(schedule))
+    else:
+        decoupled = {"adamw": optax.adamw, "lion": optax.lion, "lamb": optax.lamb}[config.name]
+        parts.append(decoupled(schedule, weight_decay=config.weight_decay, mask=mask))
+    if config.layer_decay < 1:
+        parts.append(
+            optax.stateless(
+                lambda updates, _: jax.tree.map(
+                    lambda update, scale: scale * update,
+                    updates,
+                    layer_scales(updates, config.layer_decay),
+                )
+            )
+        )
+    return optax.chain(*parts)
+
+
+def kernel_mask(params: Any) -> Any:
+    """True at the matrices of projections and patches, the leaves named `kernel`."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+def layer_scales(params: Any, decay: float) -> Any:
+    """Factor of each leaf's learning rate, by how many layers lie above it.
+
+    In an encoder of n blocks, `encoder_<m>`, that is decay^(n - i) for block i = 0 .. n - 1 and
+    decay^(n + 1) for the embedding, its class token and positions. All that starts anew, above the
+    blocks, has 1: final norms, projections, fusion, probes. (Layer-wise decay as ELECTRA and BEiT
+    fine-tune pretrained Transformers.)
+
+    Example:
+      >>> params = {"encoder_a": {"block_0": 0, "block_1": 0, "cls": 0}, "fusion": 0}
+      >>> layer_scales(params, 0.5)
+      {'encoder_a': {'block_0': 0.25, 'block_1': 0.5, 'cls': 0.125}, 'fusion': 1.0}
+    """
+
+    def scale(path: Any, _: Any) -> float:
+        part, *rest = [key.key for key in path]
+        name = rest[0] if rest and part.startswith("encoder_") else ""
+        depth = sum(key.startswith("block_") for key in params[part]) if name else 0
+        if name.startswith("block_"):
+            return decay ** (depth - int(name.removeprefix("block_")))
+        return decay ** (depth + 1) if name in ("embed", "cls", "position") else 1.0
+
+    return jax.tree_util.tree_map_with_path(scale, params)

@@ -21,7 +21,12 @@ from jax.experimental import multihost_utils
 
 from rollingq_jax.errors import CheckpointError, ConfigError, said
 from rollingq_jax.files import write_whole
-from rollingq_jax.train.config import default_config, differing_fields, with_defaults
+from rollingq_jax.train.config import (
+    default_config,
+    differing_fields,
+    upgraded,
+    with_defaults,
+)
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +122,7 @@ def read_config(workdir: epath.Path) -> dict[str, Any] | None:
     path = workdir / "config.json"
     if not path.exists():
         return None
-    return with_defaults(read_object(path), default_config().to_dict())
+    return with_defaults(upgraded(read_object(path)), default_config().to_dict())
 
 
 def check_same_run(config: Any, theirs: Mapping[str, Any], where: str) -> None:

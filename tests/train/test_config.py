@@ -17,6 +17,7 @@ from rollingq_jax.train.config import (
     differing_fields,
     fields_help,
     flatten,
+    from_json,
 )
 
 
@@ -60,6 +61,18 @@ def test_each_default_is_allowed_and_has_a_meaning():
             assert field.meaning and field.allowed, (section, name)
             if field.default is not dataclasses.MISSING:
                 assert field.rule.accepts(field.default), (section, name)
+
+
+def test_a_decay_that_adam_never_applied_is_read_as_none():
+    """Of a file from before `weight_decay_on`; a newer one that asks for it is refused."""
+    stored = json.loads(json.dumps(default_config().to_dict()))
+    stored["optimizer"] |= {"name": "adam", "weight_decay": 1e-4}
+    with pytest.raises(ConfigError, match="weight_decay is 0.0001; allowed with .* adam.*: 0"):
+        check_config(from_json(stored))
+    del stored["optimizer"]["weight_decay_on"]
+    config = from_json(stored)
+    check_config(config)
+    assert config.optimizer.weight_decay == 0.0
 
 
 @pytest.mark.parametrize(

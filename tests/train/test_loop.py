@@ -263,8 +263,8 @@ def test_another_model_in_the_folder_is_refused(finished):
     config, workdir, _ = finished
     before = files(workdir)
     other = config.copy_and_resolve_references()
-    other.model.dim, other.optimizer.name = 16, "adam"
-    line = r"config.model.dim is 16 and was 8; config.optimizer.name is 'adam' and was 'sgd'"
+    other.model.dim, other.optimizer.name = 16, "lion"
+    line = r"config.model.dim is 16 and was 8; config.optimizer.name is 'lion' and was 'sgd'"
     with pytest.raises(CheckpointError, match=line):
         train_and_evaluate(other, workdir)
     assert files(workdir) == before

@@ -107,7 +107,12 @@ ROWS = [
     ([*TINY, "--config.optimizer.learning_rate=fast"], "is 'fast'; allowed: a number > 0"),
     ([*TINY, "--config.optimizer.learning_rate=nan"], "is nan; allowed: a number > 0"),
     ([*TINY, "--config.optimizer.momentum=1"], "config.optimizer.momentum is 1.0; allowed: a numb"),
-    ([*TINY, "--config.optimizer.name=lion"], "is 'lion'; allowed: sgd, adam"),
+    ([*TINY, "--config.optimizer.name=adagrad"], "is 'adagrad'; allowed: sgd, adam"),
+    (
+        [*TINY, "--config.optimizer.name=adam"],
+        "config.optimizer.weight_decay is 0.0001; allowed with optimizer.name adam",
+    ),
+    ([*TINY, "--config.optimizer.layer_decay=0"], "layer_decay is 0.0; allowed: a number in (0, 1"),
     (
         [*TINY, "--config.optimizer.warmup_epochs=3"],
         "is 3.0; allowed: less than epochs, which is 3",

@@ -9,6 +9,8 @@ import numpy as np
 import optax
 import pytest
 
+from rollingq_jax import build_model
+from rollingq_jax.train.config import default_config
 from rollingq_jax.train.train_state import learning_rate_schedule, make_optimizer
 
 
@@ -49,8 +51,9 @@ def updates(tx, params, gradients):
 
 
 def config(**fields):
-    defaults = {"name": "sgd", "momentum": 0.9, "weight_decay": 0.01, "clip_norm": 0.0}
-    return SimpleNamespace(**(defaults | fields))
+    return SimpleNamespace(
+        **(default_config().optimizer.to_dict() | {"weight_decay": 0.01} | fields)
+    )
 
 
 def test_sgd_adds_decay_to_the_gradient_and_momentum_to_that():
@@ -95,6 +98,69 @@ def test_adamw_decays_apart_from_the_gradient():
     with jax.numpy_dtype_promotion("standard"):
         (after,) = updates(tx, params, [{"a": jnp.array([7.0])}])
     np.testing.assert_allclose(after["a"], 2.0 - 0.1 * (1 + 0.5 * 2.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, direction",
+    [
+        ("lion", [1.0, -1.0]),  # the sign of (1 - b1) g
+        ("lamb", [math.sqrt(8) / math.sqrt(2), -math.sqrt(8) / math.sqrt(2)]),  # sign(g) |p| / |u|
+    ],
+)
+def test_first_step_of_lion_and_lamb(name, direction):
+    params, gradient = {"a": jnp.array([2.0, 2.0])}, {"a": jnp.array([7.0, -0.3])}
+    tx = make_optimizer(config(name=name, weight_decay=0.0), lambda step: jnp.float32(0.1))
+    with jax.numpy_dtype_promotion("standard"):
+        (after,) = updates(tx, params, [gradient])
+    np.testing.assert_allclose(after["a"], 2.0 - 0.1 * np.array(direction), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lion", "lamb"])
+def test_decay_may_leave_biases_norms_tokens_and_embeddings_alone(name):
+    """Parameters that are 1, gradients that are 0: what changes has decayed."""
+    names = ("kernel", "bias", "scale", "cls", "position", "embedding")
+    params = {"head": {n: jnp.ones([2, 2]) for n in names}}
+    still = jax.tree.map(jnp.zeros_like, params)
+    for on, decayed in (("all", set(names)), ("kernels", {"kernel"})):
+        tx = make_optimizer(config(name=name, weight_decay_on=on), lambda step: jnp.float32(0.1))
+        with jax.numpy_dtype_promotion("standard"):
+            (after,) = updates(tx, params, [still])
+        assert {n for n, x in after["head"].items() if float(x[0, 0]) < 1} == decayed, on
+
+
+def test_learning_rates_fall_from_layer_to_layer():
+    """Of encoders of 2 and 0 blocks, with momentum: every step is the plain one times a factor."""
+    encoders = {
+        "a": {"kind": "vector", "depth": 2},
+        "b": {"kind": "vector", "depth": 0, "width": 4},
+    }
+    shape = {"dim": 8, "num_heads": 2, "mlp_ratio": 1.0, "num_classes": 3}
+    model = build_model({"encoders": encoders, **shape})
+    batch = {"a": jnp.ones([1, 5]), "b": jnp.ones([1, 3])}
+    params = jax.jit(model.init)(jax.random.key(0), batch)["params"]
+    plain, layered = (
+        updates(make_optimizer(config(layer_decay=d, weight_decay=0.0), lambda _: 0.1), params, g)
+        for d in (1.0, 0.5)
+        for g in ([jax.tree.map(jnp.ones_like, params)] * 2,)
+    )
+    flat = jax.tree_util.tree_leaves_with_path(params)
+    steps = (jax.tree.leaves(after[-1]) for after in (plain, layered))
+    factors = {}
+    for (path, start), one, other in zip(flat, *steps, strict=True):
+        name = "/".join(key.key for key in path)
+        np.testing.assert_allclose(one - start, -0.1 * 2.9, atol=1e-6)  # the momentum is 0.9
+        ratio = np.asarray(other - start) / -0.29
+        factors[name] = float(ratio.flat[0])
+        np.testing.assert_allclose(ratio, factors[name], atol=1e-5)
+    expected = {"a/block_1": 0.5, "a/block_0": 0.25, "a/cls": 0.125, "a/embed": 0.125}
+    expected |= {"a/position": 0.125, "b/embed": 0.5, "b/cls": 0.5, "b/position": 0.5}
+    for name, factor in factors.items():
+        part = next((x for n, x in expected.items() if name.startswith(f"encoder_{n}")), 1.0)
+        assert factor == pytest.approx(part, abs=1e-4), name
+    assert {n for n, f in factors.items() if n.startswith("encoder_b/") and f > 0.99} == {
+        "encoder_b/project/kernel",
+        "encoder_b/project/bias",
+    }
 
 
 def test_the_clipped_schedule_is_that_of_optax():
