@@ -19,6 +19,7 @@ CORE_REQUIREMENTS = {"jax", "flax", "optax", "chex", "numpy"}
 NOT_IN_CORE = (
     "absl",
     "av",
+    "equinox",
     "espeakng_loader",
     "grain",
     "matplotlib",

@@ -9,7 +9,8 @@
     python -m rollingq_jax.examples.decoder
     python -m rollingq_jax.examples.cross_attention
     python -m rollingq_jax.examples.latent_query
+    python -m rollingq_jax.examples.equinox_attention
 
 Each has a `train(data, num_epochs)` for two modalities of token sequences. What all of them supply
-is class queries and mean keys. They need nothing but the package's core.
+is class queries and mean keys. They need nothing but the package's core; the last needs Equinox.
 """

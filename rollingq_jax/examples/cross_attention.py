@@ -25,23 +25,25 @@ class Model(nn.Module):
     @nn.compact
     def __call__(self, batch: Any, rotation: Array) -> tuple[Array, tuple[Array, Array]]:
         """Logits `[B, C]`, queries `[B, 2, d]` and mean keys `[M, B, 2, d]`."""
-        tokens = [nn.Dense(DIM, name=m)(batch[m]) for m in MODALITIES]
+        tokens = {m: nn.Dense(DIM, name=m)(batch[m]) for m in MODALITIES}
         # A query of its own for every sample: what the modality shows on average.
-        queries = [
-            nn.Dense(DIM, name=f"query_{m}")(token.mean(axis=1))
-            for m, token in zip(MODALITIES, tokens, strict=True)
-        ]
+        queries = [nn.Dense(DIM, name=f"query_{m}")(tokens[m].mean(axis=1)) for m in MODALITIES]
         query = rq.rotate(rotation, jnp.stack(queries, axis=1))  # [B, 2, d], [2, d, d] rotations
-        keys = [
-            nn.DenseGeneral((len(MODALITIES), DIM), name=f"key_{m}")(token)
-            for m, token in zip(MODALITIES, tokens, strict=True)
-        ]  # [B, L_m, 2, d]
-        values = nn.Dense(DIM, name="value")(jnp.concatenate(tokens, axis=1))
+        keys = [nn.DenseGeneral((2, DIM), name=f"key_{m}")(tokens[m]) for m in MODALITIES]
+        joined = jnp.concatenate([tokens[m] for m in MODALITIES], axis=1)
+        values = nn.Dense(DIM, name="value")(joined)
         scores = jnp.einsum("bqd,blqd->bql", query, jnp.concatenate(keys, axis=1)) * DIM**-0.5
         answers = jnp.einsum("bql,bld->bqd", jax.nn.softmax(scores), values)
         mean_keys = jnp.stack([key.mean(axis=1) for key in keys])
         logits = nn.Dense(self.num_classes)(answers.reshape(len(answers), -1))
         return logits, (query, mean_keys)
+
+
+def fold(variables: Any, rotation: Array) -> Any:
+    """Each query has a projection of its own, which takes the rotation."""
+    for i, m in enumerate(MODALITIES):
+        variables = rq.fold_rotation(variables, rotation[i : i + 1], ("params", f"query_{m}"))
+    return variables
 
 
 def train(data: Data, num_epochs: int = 5, batch_size: int = 32) -> tuple[Any, Any, list[float]]:

@@ -1,6 +1,7 @@
-"""A decoder over mixed tokens, with RoPE and grouped keys: the last token is the class query."""
+"""A decoder over mixed tokens, with RoPE and grouped keys: the last token is the class query.
 
-from typing import Any
+It does not fold: RoPE, which depends on the position, is between projection and rotation.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -28,25 +29,24 @@ class Model(nn.Module):
     num_classes: int
 
     @nn.compact
-    def __call__(self, batch: Any, rotation: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    def __call__(self, batch: Data, rotation: Array) -> tuple:
         """Logits, the last token's query `[B, H, d]`, mean keys `[M, B, H, d]` and weights."""
         tokens = [nn.Dense(DIM, name=m)(batch[m]) for m in ("audio", "visual")]
-        ids = np.repeat([0, 1], [t.shape[1] for t in tokens])
-        order = np.random.default_rng(0).permutation(len(ids))
         answer = self.param("answer", nn.initializers.normal(1.0), (1, 1, DIM))
-        answer = jnp.broadcast_to(answer, (len(tokens[0]), 1, DIM))
-        x = jnp.concatenate([jnp.concatenate(tokens, axis=1)[:, order], answer], axis=1)
+        tokens.append(answer.repeat(len(tokens[0]), axis=0))  # of no modality, and always the last
+        ids = np.repeat([0, 1, -1], [t.shape[1] for t in tokens])
+        order = np.append(np.random.default_rng(0).permutation(len(ids) - 1), len(ids) - 1)
+        x, segments = jnp.concatenate(tokens, axis=1)[:, order], jnp.asarray(ids[order])
         key, value = (nn.DenseGeneral((GROUPS, WIDTH), name=n)(x) for n in ("key", "value"))
         queries, key = rope(nn.DenseGeneral((HEADS, WIDTH), name="query")(x)), rope(key)
         query = rq.rotate(rotation, queries[:, -1])  # only the last token's, behind RoPE
         out = jax.nn.dot_product_attention(queries.at[:, -1].set(query), key, value, is_causal=True)
         x = x + nn.DenseGeneral(DIM, axis=(-2, -1), name="out")(out)
-        segments = jnp.asarray([*ids[order], -1])  # the answer token is of no modality
         seen = rq.segment_mean_keys(key, segment_ids=segments, num_modalities=2, num_heads=HEADS)
         return nn.Dense(self.num_classes)(x[:, -1]), (query, *seen)
 
 
-def train(data: Data, num_epochs: int = 5, batch_size: int = 32) -> tuple[Any, Any, list[float]]:
+def train(data: Data, num_epochs: int = 5, batch_size: int = 32) -> tuple:
     """Parameters, rolling state and each epoch's last loss."""
     model = Model(int(data["label"].max()) + 1)
     roller = rq.rolling_query(beta=0.01, rho=1.0, max_rotations=3)

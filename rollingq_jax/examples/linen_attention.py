@@ -40,6 +40,12 @@ class Model(nn.Module):
         return nn.Dense(self.num_classes)(output[:, 0]), (seen["query"], seen["keys"])
 
 
+def fold(variables: Any, rotation: Array) -> Any:
+    """Exact here, although all tokens share the projection: only the class token's row is read."""
+    path = ("params", "MultiHeadDotProductAttention_0", "query")
+    return rq.fold_rotation(variables, rotation, query_path=path)
+
+
 def train(data: Data, num_epochs: int = 5, batch_size: int = 32) -> tuple[Any, Any, list[float]]:
     """Parameters, rolling state and each epoch's last loss."""
     model = Model(int(data["label"].max()) + 1)

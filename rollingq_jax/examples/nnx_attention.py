@@ -14,7 +14,7 @@ roller = rq.rolling_query(beta=0.01, rho=1.0, max_rotations=3)
 
 
 class Model(nnx.Module):
-    """A class token attends over the tokens of audio and visual."""
+    """A class token attends over all tokens; `nnx_fusion.fold_rotation` folds what has rolled."""
 
     def __init__(self, data: Data, rngs: nnx.Rngs) -> None:
         self.audio, self.visual = (nnx.Linear(data[m].shape[-1], DIM, rngs=rngs) for m in NAMES)

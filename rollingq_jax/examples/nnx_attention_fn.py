@@ -1,7 +1,7 @@
 """RollingQ in NNX's `MultiHeadAttention`: its `attention_fn` is a module that holds the rotation.
 
 A closure that keeps what it sees leaks tracers; a module keeps it in a variable. All tokens share
-the query projection, which cannot take the class token's rotation: this model does not fold.
+the query projection, but only the class token's row is read: `nnx_fusion.fold_rotation` is exact.
 """
 
 import functools

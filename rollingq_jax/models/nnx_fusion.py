@@ -5,7 +5,7 @@ holds this); `copy_params` takes that one's parameters over. The module needs no
 is imported when it is asked for: `from rollingq_jax.models.nnx_fusion import AttentionFusion`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
+from rollingq_jax import rotation as rotations
 from rollingq_jax.attention import (
     attention_share,
     broadcast_query,
@@ -179,6 +180,33 @@ def copy_params(fusion: AttentionFusion, params: Mapping[str, Any]) -> None:
     copied = {name: jnp.asarray(x, jnp.float32) for name, x in given.items()}
     nnx.replace_by_pure_dict(state, unflatten_dict(copied, sep="/"))
     nnx.update(fusion, state)
+
+
+def fold_rotation(
+    module: nnx.Module, rotation: nnx.Variable, query_path: Sequence[str] = ("query",)
+) -> None:
+    """Folds the rotation of an NNX module into its query projection; `rollingq_jax.fold_rotation`.
+
+    Args:
+      module: any that holds both; changed in place, and gives the same outputs.
+      rotation: its variable `[H, d_h, d_h]`; the identity afterwards.
+      query_path: attributes that lead to the projection, with `kernel` and, optionally, `bias`. The
+        caller declares that it serves only the query that is rotated.
+
+    Raises:
+      UserError: as `rollingq_jax.fold_rotation`; nothing is changed.
+
+    Example:
+      >>> fusion = AttentionFusion(num_classes=3, dim=4, rngs=nnx.Rngs(0))
+      >>> fusion.rotation[...] = -jnp.eye(4)[None]
+      >>> query = fusion.class_query()
+      >>> fold_rotation(fusion, fusion.rotation)
+      >>> bool(jnp.allclose(fusion.class_query(), query)), float(fusion.rotation[0, 0, 0])
+      (True, 1.0)
+    """
+    params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    nnx.update(module, rotations.fold_rotation(params, rotation[...], query_path))
+    rotation[...] = jnp.broadcast_to(jnp.eye(rotation.shape[-1]), rotation.shape)
 
 
 def _arrays(projection: nnx.LinearGeneral) -> tuple[Array, Array]:
