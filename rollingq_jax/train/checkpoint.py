@@ -46,7 +46,7 @@ class Learned(NamedTuple):
 
     Attributes:
       step: of the checkpoint.
-      params: of the model, float32.
+      params: of the model, float32; their average, where the run has one.
       rotation: `[n H, d_h, d_h]` for n fusion layers, or None for a fusion without a class query.
       quality: sums behind the norm bias's statistics; None for a model without one.
     """
@@ -217,7 +217,7 @@ class Checkpoints:
         expected = like(record)
         tree = self._read_tree(step, record)
         try:
-            params, rolling = tree["params"], tree.get("rolling") or {}
+            params, rolling = tree.get("ema", tree["params"]), tree.get("rolling") or {}
             rotation = rolling.get("rotation")
             sums = tree.get("quality")
             quality = None if sums is None else QualityState(**sums)
@@ -359,11 +359,11 @@ def as_tree(state: TrainState) -> dict[str, Any]:
             rng=jax.random.key_data(state.rng),
             rolling=state.rolling or (),
             quality=state.quality or (),
+            ema=state.ema or (),
         )
     )
-    if state.quality is None:
-        del tree["quality"]  # the tree of every model without a norm bias, older ones included
-    return dict(tree)
+    # Trees of runs without them are those of older versions.
+    return {name: part for name, part in tree.items() if name not in ("quality", "ema") or part}
 
 
 def key_type(key: jax.Array | None = None) -> str:
@@ -378,11 +378,17 @@ def to_host(state: TrainState) -> dict[str, Any]:
 
 def from_host(tree: Mapping[str, Any], like: TrainState) -> TrainState:
     """The state that `to_host` took apart; `like` gives the structure, and may be abstract."""
-    target = like.replace(rolling=like.rolling or (), quality=like.quality or ())
-    state = flax.serialization.from_state_dict(target, {"quality": {}} | dict(tree))
+    target = like.replace(
+        rolling=like.rolling or (), quality=like.quality or (), ema=like.ema or ()
+    )
+    state = flax.serialization.from_state_dict(target, {"quality": {}, "ema": {}} | dict(tree))
     state = jax.tree.map(jax.numpy.asarray, state)
-    rng = jax.random.wrap_key_data(state.rng)
-    return state.replace(rng=rng, rolling=state.rolling or None, quality=state.quality or None)
+    return state.replace(
+        rng=jax.random.wrap_key_data(state.rng),
+        rolling=state.rolling or None,
+        quality=state.quality or None,
+        ema=state.ema or None,
+    )
 
 
 def tree_spec(tree: Any) -> dict[str, str]:

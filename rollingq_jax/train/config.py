@@ -95,6 +95,9 @@ class OptimizerConfig:
         Factor, "of the learning rate from an encoder's block to the one below; 1: none"
     ] = 1.0
     warmup_epochs: Annotated[NotNegative, "epochs of warm-up, fewer than epochs"] = 2.5
+    ema_decay: Annotated[
+        Rate, "of the average of the parameters that is evaluated and kept for use; 0: none"
+    ] = 0.0
     clip_norm: Annotated[NotNegative, "limit of the global gradient's norm; 0: none"] = 0.0
 
 

@@ -171,6 +171,7 @@ class Experiment:
             schedule=self.roll_schedule,
             loss_fn=with_baseline(loss_fn, self.baseline),
             skip_nonfinite=self.config.nonfinite == "skip",
+            ema_decay=self.config.optimizer.ema_decay,
         )
         evaluate = functools.partial(eval_step, model=self.model)
         return WRAPPERS[self.config.parallel](step, evaluate)
@@ -212,7 +213,8 @@ class Experiment:
 
             params, used = load_vit(self.config.vit_weights, state.params)
             report(f"{self.config.vit_weights}: {used}")
-            state = state.replace(params=params, opt_state=self.tx.init(params))
+            ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, params)
+            state = state.replace(params=params, opt_state=self.tx.init(params), ema=ema)
         return state
 
     def abstract_state(self) -> TrainState:
@@ -227,6 +229,7 @@ class Experiment:
             seed=self.config.seed,
             batch=example_batch(self.dataset),
             baseline=self.baseline.init(),
+            ema=self.config.optimizer.ema_decay > 0,
         )
 
     def batches(self, start_step: int, num_steps: int) -> "CheckedBatches":

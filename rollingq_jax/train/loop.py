@@ -380,7 +380,7 @@ class LoadedRun:
 
     Attributes:
       model: from `build_model`.
-      params: of the best checkpoint by validation accuracy.
+      params: of the best checkpoint by validation; their average, where the run has one.
       rotation: `[H, d_h, d_h]`, or None for a fusion without a class query.
       config: the run's configuration, complete.
       inputs: what the model has to know of its data: preprocessing, and a class for each output.

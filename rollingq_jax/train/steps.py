@@ -35,7 +35,7 @@ from rollingq_jax.rolling import (
     scores_and_means,
 )
 from rollingq_jax.rotation import dot, normalize
-from rollingq_jax.train.train_state import TrainState
+from rollingq_jax.train.train_state import TrainState, update_ema
 
 Batch = dict[str, Array]
 Sums = dict[str, Array]
@@ -112,7 +112,7 @@ def supervised_loss(
     loss is CE(z) in any case.
     """
     logits, out = model.apply(
-        state.replace(params=params).variables,
+        quality.model_variables(params, state.quality),
         batch,
         rotation=state.rotation,
         train=True,
@@ -159,6 +159,7 @@ def train_step(
     schedule: RollSchedule | None,
     loss_fn: LossFn = supervised_loss,
     skip_nonfinite: bool = False,
+    ema_decay: float = 0.0,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Sums, RollRecord | None]:
     """One optimizer step; RollingQ observes in the window and may roll at the period's end.
@@ -173,6 +174,7 @@ def train_step(
       loss_fn: `(model, params, state, batch, axis_name) -> (losses [B], ForwardPass)`.
       skip_nonfinite: a step whose loss or gradient is not finite changes only the step number and
         counts, and its sums are 0.
+      ema_decay: of the average of the parameters, where the state has one.
       axis_name: mapped axis over which the batch is divided.
 
     Returns:
@@ -195,10 +197,13 @@ def train_step(
     tx = optax.with_extra_args_support(tx)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, **forward.tx_args)
     params = optax.apply_updates(state.params, updates)
-    params, opt_state, baseline = select_if_finite(
+    ema = state.ema
+    if ema is not None:
+        ema = update_ema(ema, params, state.step + 1, ema_decay)
+    params, opt_state, baseline, ema = select_if_finite(
         finite,
-        (params, opt_state, forward.baseline),
-        (state.params, state.opt_state, state.baseline),
+        (params, opt_state, forward.baseline, ema),
+        (state.params, state.opt_state, state.baseline, state.ema),
     )
     sums = psum(batch_sums(forward.logits, forward.out, batch), axis_name)
     sums = select_if_finite(finite, sums, jax.tree.map(jnp.zeros_like, sums))
@@ -233,6 +238,7 @@ def train_step(
         rolling=rolling,
         baseline=baseline,
         quality=norms,
+        ema=ema,
     )
     return state, sums, record
 

@@ -1,5 +1,6 @@
 """The state that a training run carries from step to step, and the optimizer that moves it."""
 
+import math
 from typing import Any
 
 import flax.struct
@@ -24,6 +25,7 @@ class TrainState(flax.struct.PyTreeNode):
       rng: PRNG key `[]`, the same for the whole run; a step folds its number in.
       baseline: of a method of comparison that has one, such as PMR's prototypes; else `()`.
       quality: sums behind the norm bias's statistics; None for a model without one.
+      ema: average of the parameters, see `update_ema`; None without one.
     """
 
     step: Array
@@ -33,15 +35,24 @@ class TrainState(flax.struct.PyTreeNode):
     rng: Array
     baseline: Any = ()
     quality: QualityState | None = None
+    ema: Any = None
 
     @property
     def variables(self) -> dict[str, Any]:
-        """The model's variables, as `model.apply` takes them."""
-        return quality.model_variables(self.params, self.quality)
+        """The variables that are evaluated, as `model.apply` takes them: the average, if any."""
+        params = self.params if self.ema is None else self.ema
+        return quality.model_variables(params, self.quality)
 
     @property
     def rotation(self) -> Array | None:
-        """`[n H, d_h, d_h]` for n fusion layers, or None for a fusion without a class query."""
+        """`[n H, d_h, d_h]` for n fusion layers, or None for a fusion without a class query.
+
+        It turns the query of the parameters, from which it was made, and that of their average
+        alike: R changes the coordinates of the query, as if folded into every projection in the
+        average, those from before the roll too. An average of rotated queries would instead lag
+        between the directions before and after a roll, and its R would be no rotation. As R keeps
+        distances, the averaged query is as far from the trained one as without a roll.
+        """
         return None if self.rolling is None else self.rolling.rotation
 
 
@@ -53,6 +64,7 @@ def create_state(
     seed: int,
     batch: Any,
     baseline: Any = (),
+    ema: bool = False,
 ) -> TrainState:
     """Initial state: parameters drawn from `seed`, R = I.
 
@@ -63,6 +75,7 @@ def create_state(
       seed: of parameters and dropout.
       batch: one batch, for its shapes.
       baseline: initial state of a method of comparison.
+      ema: whether an average of the parameters is kept.
     """
     init_rng, step_rng = jax.random.split(jax.random.key(seed))
     params = jax.jit(model.init)(init_rng, batch)["params"]
@@ -74,7 +87,19 @@ def create_state(
         rng=step_rng,
         baseline=baseline,
         quality=quality.init(len(model.spec.modalities)) if model.spec.quality_bias else None,
+        ema=jax.tree.map(jnp.copy, params) if ema else None,
     )
+
+
+def update_ema(ema: Any, params: Any, count: Array, decay: float) -> Any:
+    """The average of the parameters after t = `count` updates, without a bias to the first.
+
+        mean_t = (1 - decay) / (1 - decay^t) sum_s decay^(t - s) params_s,    s = 1 .. t
+
+    as `optax.ema` has it with `debias=True`; here for parameters, and from the mean before.
+    """
+    count = jnp.asarray(count, jnp.float32)
+    return optax.incremental_update(params, ema, (1 - decay) / -jnp.expm1(count * math.log(decay)))
 
 
 def init_rolling(model: Any, params: Any, roller: RollingQuery) -> RollingState | None:

@@ -173,6 +173,32 @@ def test_a_wrong_file_of_weights_leaves_the_folder_free(arrays, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_averaged_parameters_resume_and_are_what_is_evaluated_and_read_back(arrays, tmp_path):
+    config = tiny_config(arrays, **{"optimizer.ema_decay": 0.8})
+    whole = train_and_evaluate(config, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train_and_evaluate(config, tmp_path / "cut", max_steps=LAST // 2)
+    train_and_evaluate(config, tmp_path / "cut")
+    assert_same_result(config, tmp_path / "whole", tmp_path / "cut")
+    run = load_run(tmp_path / "whole")
+    state, _ = state_at(config, tmp_path / "whole", run.step)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(run.params):
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_array_equal(leaf, state["['ema']" + name])
+    assert np.abs(run.params["fusion"]["cls"] - state["['params']['fusion']['cls']"]).max() > 1e-4
+    source = run.dataset.splits["test"]
+    rows = [source[i] for i in range(len(source))]
+    logits, _ = run.model.apply(
+        run.variables,
+        {name: np.stack([row[name] for row in rows]) for name in rows[0]},
+        run.rotation,
+    )
+    label = np.array([row["label"] for row in rows])
+    assert whole["test_accuracy"] == np.mean(np.asarray(logits).argmax(-1) == label)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+    assert whole["test_loss"] == pytest.approx(float(losses.mean()), abs=1e-5)
+
+
 def test_a_stop_in_the_middle_of_a_validation(finished, tmp_path):
     class Impatient(Interruption):
         """Stops in the second batch of the second validation."""

@@ -179,6 +179,38 @@ def test_loss_is_the_main_heads_and_each_probes(parts):
         np.testing.assert_allclose(one, two, atol=1e-6)
 
 
+def test_the_rotation_turns_the_average_of_the_parameters_as_a_whole(parts):
+    """Through a roll the averaged query keeps its distance to the trained one, which meets the
+    anchor; and evaluation sees the average."""
+    model, _, state = parts
+    tx, roller = optax.sgd(0.1, momentum=0.9), rolling_query(beta=BETA, rho=RHO, max_rotations=2)
+    step = make_step(model, tx, roller, SCHEDULE, skip_nonfinite=True, ema_decay=0.7)
+    state, trained = state.replace(ema=jax.tree.map(jnp.zeros_like, state.params)), []
+
+    def query(params, rotation=None):
+        return model.apply({"params": params}, rotation, method="class_query")
+
+    for k in range(4):
+        state, _, roll = step(state, batch(k))
+        trained.append(state.params)
+    weights = 0.7 ** np.arange(3, -1, -1)
+    weights /= weights.sum()
+    expected = jax.tree.map(
+        lambda *x: sum(w * v for w, v in zip(weights, x, strict=True)), *trained
+    )
+    for one, two in zip(jax.tree.leaves(state.ema), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-6)
+    assert state.variables["params"] is state.ema and bool(roll.info.rolled.all())
+    np.testing.assert_allclose(query(state.params, state.rotation), roll.info.anchor, atol=1e-5)
+    gap = np.linalg.norm(query(state.ema) - query(state.params), axis=-1)
+    turned = query(state.ema, state.rotation) - query(state.params, state.rotation)
+    assert gap.min() > 1e-4
+    np.testing.assert_allclose(np.linalg.norm(turned, axis=-1), gap, rtol=1e-3)
+    skipped, _, _ = step(state, batch(4) | {"b": np.full([BATCH_SIZE, 3], np.nan, np.float32)})
+    for one, two in zip(jax.tree.leaves(skipped.ema), jax.tree.leaves(state.ema), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_skipped_step_changes_the_step_number_alone(parts, history, value):
     _, step, _ = parts

@@ -11,7 +11,7 @@ import pytest
 
 from rollingq_jax import build_model
 from rollingq_jax.train.config import default_config
-from rollingq_jax.train.train_state import learning_rate_schedule, make_optimizer
+from rollingq_jax.train.train_state import learning_rate_schedule, make_optimizer, update_ema
 
 
 def test_schedule_at_hand_values():
@@ -161,6 +161,19 @@ def test_learning_rates_fall_from_layer_to_layer():
         "encoder_b/project/kernel",
         "encoder_b/project/bias",
     }
+
+
+def test_the_average_of_parameters_is_optax_debiased_ema():
+    values = [jnp.array([2.0, -1.0]), jnp.array([4.0, 0.5]), jnp.array([-3.0, 8.0])]
+    reference = optax.ema(0.9, debias=True)
+    state, ema = reference.init(values[0]), values[0] + 1.0
+    for t, value in enumerate(values, 1):
+        with jax.numpy_dtype_promotion("standard"):
+            expected, state = reference.update(value, state)
+        ema = update_ema(ema, value, jnp.int32(t), 0.9)
+        np.testing.assert_allclose(ema, expected, rtol=2e-6)
+    by_hand = (0.81 * values[0] + 0.9 * values[1] + values[2]) / (0.81 + 0.9 + 1)
+    np.testing.assert_allclose(ema, by_hand, rtol=2e-6)
 
 
 def test_the_clipped_schedule_is_that_of_optax():
