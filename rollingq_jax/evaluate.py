@@ -6,7 +6,7 @@
 
 Writes `evaluation.json`, `evaluation.html`, `figures/evaluation_*.png` and, a line for each
 example, `predictions.csv` into the workdir. With `--path NEW` other data are evaluated.
-The parameters are those of the best checkpoint by validation accuracy.
+The parameters are those of the best checkpoint by validation.
 """
 
 import dataclasses
@@ -210,7 +210,7 @@ class _Levels(flags.ArgumentParser):
 
 EVALUATE = Command(
     "evaluate",
-    "Evaluates a trained run, with the best checkpoint by validation accuracy, and probes what its "
+    "Evaluates a trained run, with the best checkpoint by validation, and probes what its "
     "attention follows. Writes evaluation.json, evaluation.html, predictions.csv and figures into "
     "the run's folder.",
     "--workdir runs/demo --corrupt audio=1.0",

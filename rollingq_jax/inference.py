@@ -212,7 +212,7 @@ def chunks(
 def load(workdir: epath.PathLike, *, max_batch_size: int = 256) -> Predictor:
     """The trained model in a run's folder, to predict with; the run's data need not be there.
 
-    The parameters and the rotation are those of the best checkpoint by validation accuracy, and raw
+    The parameters and the rotation are those of the best checkpoint by validation, and raw
     arrays are preprocessed as the training data were.
 
     Args:

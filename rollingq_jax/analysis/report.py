@@ -517,7 +517,7 @@ def write_evaluation(
         folder / "evaluation.html",
         title=f"Evaluation on {probe.split}: {run.config.data.name}, {run.config.model.fusion}",
         lead=f"{result['num_examples']} examples of split {probe.split}, with the parameters of "
-        f"step {run.step}, the best by validation accuracy.",
+        f"step {run.step}, the best by validation.",
         key_numbers={name.replace("_", " "): result[name] for name in names if name in result},
         figures=figures,
         tables=[*_tables(result), *([] if confusion is None else [confusion])],

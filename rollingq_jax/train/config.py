@@ -69,6 +69,14 @@ class RunConfig:
     vit_weights: Annotated[
         Text, "file of an ImageNet-21k ViT-B/16 from which the encoders start"
     ] = ""
+    best_by: Annotated[
+        str,
+        one_of(("accuracy", "loss", "macro_f1")),
+        "what chooses the best checkpoint, on validation data",
+    ] = "accuracy"
+    patience: Annotated[
+        int, integer(0), "epochs without a better one after which training ends; 0: it does not"
+    ] = 0
     label_smoothing: Annotated[Rate, "part of a label spread evenly over all classes"] = 0.0
     plain_twin: Annotated[Flag, "also train without rotations, in plain/, for the figures"] = False
     nonfinite: Annotated[

@@ -9,7 +9,12 @@ import jax
 import numpy as np
 import optax
 
-from rollingq_jax.analysis.metrics import check_answers
+from rollingq_jax.analysis.metrics import (
+    Predictions,
+    check_answers,
+    confusion_matrix,
+    macro_f1,
+)
 from rollingq_jax.baselines.build import build_baseline
 from rollingq_jax.data.dataset import (
     Dataset,
@@ -281,10 +286,15 @@ class Experiment:
             for name, value in rows.items():
                 columns.setdefault(name, []).append(np.asarray(value)[real])
         row = finish(sums)
+        parts = {name: np.concatenate(values) for name, values in columns.items()}
+        if self.config.best_by == "macro_f1":
+            answers = Predictions(parts["probabilities"], parts["label"], {}, {})
+            counts = confusion_matrix(answers.predicted, answers.label, self.model.spec.num_classes)
+            row["macro_f1"] = macro_f1(counts)
         quiet = jax.process_index() > 0
         weight = int(sums["weight"])
         check_answers(row.get("nonfinite", 0), weight, f"split {split!r}", quiet=quiet)
-        return row, {name: np.concatenate(parts) for name, parts in columns.items()}
+        return row, parts
 
     def _reading(self) -> dict[str, Any]:
         return {

@@ -527,6 +527,10 @@ class Console:
         if self._first:
             tqdm.write(text)
 
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        self._print(text)
+
     def advance(self) -> None:
         """One step is under way."""
         self._bar.update()

@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -61,12 +61,15 @@ log = logging.getLogger(__name__)
 FIRST_TRACED, LAST_TRACED = 4, 8  # calls of the step; the first compile, and fill the pipeline
 
 
-class Best(NamedTuple):
-    """The best checkpoint so far, by validation accuracy; the first of equals."""
+# Before there is a best checkpoint. One has its validation accuracy and what it was chosen by.
+NO_BEST = {"step": -1, "epoch": -1, "accuracy": -1.0}
 
-    step: int = -1
-    epoch: int = -1
-    accuracy: float = -1.0
+
+def improves(row: Mapping[str, Any], best: Mapping[str, Any], metric: str) -> bool:
+    """Tells if a validation row is better than the best so far: of equals, the first stays."""
+    if best["step"] < 0:
+        return True
+    return row[metric] < best[metric] if metric == "loss" else row[metric] > best[metric]
 
 
 def train_and_evaluate(
@@ -103,7 +106,7 @@ def train_and_evaluate(
 
     Returns:
       The summary, as `summary.json` holds it; with `test` False, `{"best": {"step", "epoch",
-      "accuracy"}}` on validation data.
+      "accuracy"}}` on validation data, and there what `config.best_by` names.
 
     Raises:
       ConfigError, DataError, CheckpointError: what the user gave cannot be used, and what was in
@@ -198,7 +201,7 @@ class TrainLoop:
         silent = self.quiet or jax.process_index() > 0
         state, record = found or (experiment.initial_state(_ignore if silent else print), {})
         with with_last_checkpoint(lambda: checkpoints.newest), convert_io_errors(workdir):
-            best = self.train(state, record)._asdict()
+            best, step = self.train(state, record)
             checkpoints.wait()
             self.interruption.unsaved = False
             if not test:
@@ -207,7 +210,7 @@ class TrainLoop:
                 self._train_plain_twin()
             from rollingq_jax.train.report import finish_run
 
-            return finish_run(experiment, workdir, checkpoints, best, self.callbacks)
+            return finish_run(experiment, workdir, checkpoints, best, step, self.callbacks)
 
     def _train_plain_twin(self) -> None:
         """The same run without rotations, in the folder `plain` of the run, for its figures.
@@ -228,8 +231,8 @@ class TrainLoop:
             **self.experiment.given,
         )
 
-    def train(self, state: TrainState, record: Mapping[str, Any]) -> Best:
-        """Steps from the given state to the last; returns the best checkpoint.
+    def train(self, state: TrainState, record: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+        """Steps from the given state to the last; returns the best checkpoint, and the last step.
 
         Args:
           state: on one device.
@@ -238,7 +241,7 @@ class TrainLoop:
         experiment, interruption = self.experiment, self.interruption
         config, parallel, start_step = experiment.config, experiment.parallel, int(state.step)
         epoch_steps, total_steps = experiment.epoch_steps, experiment.total_steps
-        self.best = Best(**record.get("best", {}))
+        self.best = {**NO_BEST, **record.get("best", {})}
         validate_first = record.get("validate", False)
         with contextlib.ExitStack() as stack:
             self.writer = MetricsWriter(
@@ -273,6 +276,13 @@ class TrainLoop:
                 train_step = stack.enter_context(profiled(train_step, self.workdir / "profile"))
             batch = None
             for step in range(start_step + 1, total_steps + 1):
+                if self.is_exhausted(step - 1):
+                    self.console.note(
+                        f"epoch {(step - 1) // epoch_steps}: validation was best in epoch "
+                        f"{self.best['epoch']} ({config.best_by}), config.patience is "
+                        f"{config.patience}: training ends"
+                    )
+                    return self.best, step - 1
                 epoch_ends = step % epoch_steps == 0
                 state, sums, roll = train_step(state, batch or self._next_batch(batches))
                 interruption.unsaved = True
@@ -294,7 +304,18 @@ class TrainLoop:
                 if stop:
                     self.checkpoints.wait()
                     raise Interrupted(step)
-        return self.best
+        return self.best, total_steps
+
+    def is_exhausted(self, step: int) -> bool:
+        """Tells if training ends after this step, before the last: `config.patience` is used up.
+
+        It follows from the step and the best checkpoint so far, and so is the same in a
+        continuation.
+        """
+        patience, epoch_steps = self.experiment.config.patience, self.experiment.epoch_steps
+        if not patience or step == 0 or step % epoch_steps:
+            return False
+        return step // epoch_steps - self.best["epoch"] >= patience
 
     def report(self, rows: list[Row]) -> None:
         """Writes and shows rows."""
@@ -308,7 +329,7 @@ class TrainLoop:
         """
         rows, pending = self.metrics.pending()
         self.report(rows)
-        record = self.experiment.record(self.best._asdict(), validate=validate, **pending)
+        record = self.experiment.record(self.best, validate=validate, **pending)
         self.checkpoints.save(self.experiment.parallel.get(state), record)
         self.saves.mark_saved()
 
@@ -339,10 +360,12 @@ class TrainLoop:
         rotation = self.metrics.pop_last_rotation()
         if rotation is not None and jax.process_index() == 0:
             save_snapshot(self.workdir, step, epoch, rotation, columns)
-        improved = means["accuracy"] > self.best.accuracy
+        metric = experiment.config.best_by
+        improved = improves(means, self.best, metric)
         if improved:
-            self.best = Best(step, epoch, means["accuracy"])
-        last = step == experiment.total_steps
+            self.best = {"step": step, "epoch": epoch, "accuracy": means["accuracy"]}
+            self.best[metric] = means[metric]
+        last = step == experiment.total_steps or self.is_exhausted(step)
         every = experiment.config.checkpoint.every_epochs
         due = epoch % every == 0 or self.saves.is_due(step)
         if improved or last or due:

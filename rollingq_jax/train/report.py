@@ -43,6 +43,7 @@ from rollingq_jax.train.workdir import is_number, json_ready, write_json
 log = logging.getLogger(__name__)
 
 MAX_ROTATIONS_DRAWN = 2
+METRICS = {"accuracy": "accuracy", "loss": "loss", "macro_f1": "macro F1"}  # of `config.best_by`
 
 
 def finish_run(
@@ -50,11 +51,13 @@ def finish_run(
     workdir: epath.Path,
     checkpoints: Checkpoints,
     best: Mapping[str, Any],
+    step: int,
     callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Tests the best checkpoint and leaves the summary, the figures and the report.
 
-    The summary is written last: as long as it is missing, the same command does this again.
+    `step` is the last that was trained, which is not that of the plan where patience ended. The
+    summary is written last: as long as it is missing, the same command does this again.
     """
     state, best = restore_best(experiment, workdir, checkpoints, best)
     means, columns = experiment.evaluate(experiment.parallel.put_state(state), "test")
@@ -77,12 +80,14 @@ def finish_run(
         "data": experiment.dataset.description,
         **experiment.identity(),
     }
+    epoch = step // experiment.epoch_steps
+    if step < experiment.total_steps:
+        found["stopped_early"] = {"step": step, "epoch": epoch}
     summary = json_ready(found)
     if jax.process_index() == 0:
-        writer = MetricsWriter(workdir, experiment.total_steps, callbacks=callbacks)
+        writer = MetricsWriter(workdir, step, callbacks=callbacks)
         writer.remove("test")
-        epoch = experiment.config.epochs
-        writer.write([{"step": experiment.total_steps, "epoch": epoch, "split": "test"} | means])
+        writer.write([{"step": step, "epoch": epoch, "split": "test"} | means])
         spent = used_up(writer.rows)
         if spent is not None:
             summary["rotations_used_up"] = spent
@@ -104,11 +109,17 @@ def print_summary(summary: Mapping[str, Any], workdir: epath.Path) -> None:
         return written(value if is_number(value) else None, form, count)
 
     counts = mapping("modality_examples")  # where some example lacks one
+    metric = chosen_by(best)
+    by = "" if metric == "accuracy" else f" {METRICS[metric]}"
     rows = [
-        ("best epoch by validation", f"{best['epoch']} ({shown(best['accuracy'])})"),
+        (f"best epoch by validation{by}", f"{best['epoch']} ({shown(best[metric])})"),
         ("test accuracy", shown(summary["test_accuracy"])),
         ("test macro F1", shown(summary.get("test_macro_f1"))),
     ]
+    if "stopped_early" in summary:
+        rows.append(
+            ("training ended early, after epoch", f"{mapping('stopped_early').get('epoch')}")
+        )
     if "test_nonfinite" in summary:
         rows.append(("test examples with NaN or infinite logits", str(summary["test_nonfinite"])))
     for words, name in (
@@ -134,6 +145,11 @@ def print_summary(summary: Mapping[str, Any], workdir: epath.Path) -> None:
     if jax.process_index() == 0:
         print(table(rows))
         print(f"figures, report.html and summary.json are in {workdir}")
+
+
+def chosen_by(best: Mapping[str, Any]) -> str:
+    """The metric by which a best checkpoint was chosen: what it has beside its accuracy, if any."""
+    return next((name for name in METRICS if name != "accuracy" and name in best), "accuracy")
 
 
 def predictions_of(experiment: Experiment, columns: Columns) -> Predictions:
@@ -179,9 +195,10 @@ def restore_best(
         log.warning("the best %s; the newest is tested in its place", error)
     state, step = found[0], int(found[0].step)
     rows = read_rows(workdir / "metrics.jsonl")
-    accuracy = [r["accuracy"] for r in rows if (r["split"], r["step"]) == ("valid", step)]
-    epoch = step // experiment.epoch_steps
-    return state, {"step": step, "epoch": epoch, "accuracy": accuracy[0] if accuracy else None}
+    row = next((r for r in rows if (r["split"], r["step"]) == ("valid", step)), {})
+    names = dict.fromkeys(("accuracy", experiment.config.best_by))
+    values = {name: row.get(name) for name in names}
+    return state, {"step": step, "epoch": step // experiment.epoch_steps, **values}
 
 
 def rotation_panels(snapshots: list[Snapshot]) -> list[plots.PolarPanel]:
@@ -303,12 +320,13 @@ def draw(
     for name, figure in figures.items():
         plots.save_png(figure.figure, folder / f"{name}.png")
     best = summary["best"]
-    chosen = "" if best["accuracy"] is None else f" ({best['accuracy']:.3f})"
+    metric = chosen_by(best)
+    chosen = "" if best[metric] is None else f" ({best[metric]:.3f})"
     write_report(
         workdir / "report.html",
         title=f"RollingQ: {experiment.config.data.name}, {experiment.config.model.fusion}",
-        lead=f"The best epoch by validation accuracy is {best['epoch']}{chosen}; the test data "
-        "were read once, with its parameters.",
+        lead=f"The best epoch by validation {METRICS[metric]} is {best['epoch']}{chosen}; the test "
+        "data were read once, with its parameters.",
         key_numbers=key_numbers(summary),
         figures=list(figures.values()),
         tables=report_tables(summary, rows),

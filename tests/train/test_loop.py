@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
+from sklearn.metrics import f1_score
 
 from rollingq_jax.data.dataset import SAMPLED
 from rollingq_jax.data.load import load_dataset
@@ -35,9 +36,9 @@ def state_at(config, workdir, step):
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}, record
 
 
-def assert_same_result(config, first, second):
+def assert_same_result(config, first, second, step=LAST):
     """Two folders hold the same final state, rows and rotations, to the last bit."""
-    (ours, record), (theirs, other) = (state_at(config, w, LAST) for w in (first, second))
+    (ours, record), (theirs, other) = (state_at(config, w, step) for w in (first, second))
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         np.testing.assert_array_equal(value, theirs[name], err_msg=name)
@@ -171,6 +172,51 @@ def test_a_wrong_file_of_weights_leaves_the_folder_free(arrays, tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.npz"):
         train_and_evaluate(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "metric, row, better",
+    [
+        ("accuracy", {"accuracy": 0.6, "loss": 9.0}, True),
+        ("accuracy", {"accuracy": 0.5, "loss": 0.1}, False),  # of equals the first
+        ("loss", {"accuracy": 0.1, "loss": 0.9}, True),
+        ("loss", {"accuracy": 0.9, "loss": 1.0}, False),
+        ("macro_f1", {"accuracy": 0.9, "macro_f1": 0.3}, False),
+    ],
+)
+def test_a_better_row_is_higher_or_of_lower_loss(metric, row, better):
+    best = {"step": 6, "epoch": 1, "accuracy": 0.5, "loss": 1.0, "macro_f1": 0.4}
+    assert loop.improves(row, best, metric) == better
+    assert loop.improves(row, loop.NO_BEST, metric)
+
+
+def test_patience_ends_training_and_a_continuation_at_the_same_step(arrays, tmp_path, capsys):
+    config = tiny_config(arrays, epochs=8, patience=1, best_by="macro_f1")
+    whole = train_and_evaluate(config, tmp_path / "whole")
+    told = capsys.readouterr().out
+    step, epoch = whole["stopped_early"]["step"], whole["stopped_early"]["epoch"]
+    rows = read_metrics(tmp_path / "whole")
+    scores = [row["macro_f1"] for row in rows if row["split"] == "valid"]
+    gains = [b > a for a, b in zip(scores, scores[1:], strict=False)]
+    assert gains[:-1] == [True] * (epoch - 2) and not gains[-1] and epoch < 8 and step == 6 * epoch
+    assert rows[-1]["split"] == "test" and rows[-1]["step"] == step
+    assert whole["best"]["epoch"] == epoch - 1 and whole["best"]["macro_f1"] == scores[-2]
+    assert told.count("config.patience is 1: training ends") == 1
+    assert "best epoch by validation macro F1" in told and "training ended early" in told
+    run = load_run(tmp_path / "whole")
+    source = run.dataset.splits["valid"]
+    batch = {n: np.stack([source[i][n] for i in range(len(source))]) for n in source[0]}
+    predicted = np.asarray(run.model.apply(run.variables, batch, run.rotation)[0]).argmax(-1)
+    assert f1_score(batch["label"], predicted, average="macro") == pytest.approx(scores[-2])
+
+    with pytest.raises(Interrupted):
+        train_and_evaluate(config, tmp_path / "cut", max_steps=step - 3)
+    found = train_and_evaluate(config, tmp_path / "cut", test=False)
+    assert found == {"best": whole["best"]}
+    again = train_and_evaluate(config, tmp_path / "cut")  # reads the test data, trains nothing
+    assert_same_result(config, tmp_path / "whole", tmp_path / "cut", step)
+    assert again["stopped_early"] == whole["stopped_early"]
+    assert again["test_loss"] == whole["test_loss"]
 
 
 def test_averaged_parameters_resume_and_are_what_is_evaluated_and_read_back(arrays, tmp_path):
