@@ -17,8 +17,9 @@ from collections.abc import Callable
 import numpy as np
 from scipy import ndimage
 
-from rollingq_jax.data.speech import VARIANTS, VOICES, Synthesizer, log_mel, trim_silence
-from rollingq_jax.data.splits import stratified_split
+from rollingq_jax.data.audio import log_mel, trim_silence
+from rollingq_jax.data.dataset import stratified_split
+from rollingq_jax.data.sources.av_digits import VARIANTS, VOICES, Synthesizer
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 FRACTIONS = {"train": 0.6, "valid": 0.15, "test": 0.25}

@@ -3,6 +3,9 @@
 Usage: `python -m docs.results [--workdir FOLDER] [--seeds N]`. Interrupted, the same command
 resumes; with a finished comparison in the folder it only writes the page again. What stands between
 the page's two marks is made here; the rest is written by hand.
+
+`--data FILE` compares the same arms with the same settings on other data, as `data.path` of
+`data.name = "arrays"` takes them, and prints the tables; the page stays as it is.
 """
 
 import argparse
@@ -10,6 +13,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from configs.av_digits import get_config
 from rollingq_jax.comparison.results import (
@@ -114,9 +119,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/results"))
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--data", default="", help="an .npz file in place of the demo's data")
     arguments = parser.parse_args()
     config = get_config()
     config.seed = TUNED_FROM
+    if arguments.data:
+        config.data = ConfigDict({"name": "arrays", "path": arguments.data})
     result = compare(
         config,
         arguments.workdir,
@@ -125,6 +133,9 @@ def main() -> None:
         first_seed=TESTED_FROM,
         noise=True,
     )
+    if arguments.data:
+        print(measured(result))
+        return
     copy_figures(arguments.workdir / "figures")
     PAGE.write_text(replace_measured(PAGE.read_text(), measured(result)))
     print(result["conclusion"])
