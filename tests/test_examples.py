@@ -17,6 +17,8 @@ from rollingq_jax.data.load import load_dataset
 from rollingq_jax.examples import plain_jax, toy_data
 from rollingq_jax.models import nnx_fusion
 
+pytestmark = pytest.mark.slow
+
 NAMES = (
     "cross_attention",
     "decoder",

@@ -255,8 +255,7 @@ def test_fused_projection_is_refused():
         rq.fold_rotation(setting()[0], rotation[0])
 
 
-@pytest.mark.parametrize("fusion", ["attention", "mbt"])
-@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize(("heads", "fusion"), [(1, "attention"), (4, "mbt")])
 def test_the_whole_model_answers_alike_without_a_rotation(heads, fusion):
     config = {"num_classes": 5, "dim": 16, "depth": 1, "fusion": fusion, "mbt_layers": 1}
     config |= {"fusion_heads": heads, "fusion_token_scale": 1.0}

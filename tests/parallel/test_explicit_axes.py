@@ -9,6 +9,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import rollingq_jax as rq
 from tests.models.model_cases import batch, config
 
+pytestmark = pytest.mark.slow
+
 KINDS = {"audio": "spectrogram", "text": "tokens", "visual": "image"}
 SIZE = 8
 

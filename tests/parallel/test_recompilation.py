@@ -12,6 +12,8 @@ from rollingq_jax.train.steps import eval_step
 from tests.parallel import small_model
 from tests.train.train_cases import tiny_config, write_arrays
 
+pytestmark = pytest.mark.slow
+
 COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's name for the event
 EPOCHS = 4
 
@@ -49,7 +51,6 @@ def test_steps_that_roll_and_padded_batches_need_no_program_of_their_own(paralle
     assert layout.get(state).rolling.count.sum() > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("parallel", sorted(WRAPPERS))
 def test_a_run_compiles_in_its_first_epoch_alone(parallel, on_compilation, tmp_path):
     write_arrays(tmp_path / "data.npz")

@@ -117,7 +117,7 @@ def test_saving_a_step_twice_keeps_the_first(folder):
 
 
 def flip_a_byte(step_folder):
-    """In the index that every read begins with; the processes' own folders hold what it replaced."""
+    """In the index that a read begins with; the processes' own folders hold what it replaced."""
     (index,) = Path(step_folder).glob("state/d/*")
     content = bytearray(index.read_bytes())
     content[len(content) // 2] ^= 1

@@ -21,6 +21,8 @@ from rollingq_jax.train.steps import RollSchedule, eval_step, train_step
 from rollingq_jax.train.train_state import create_state
 from tests.train.train_cases import read_metrics, tiny_config
 
+pytestmark = pytest.mark.slow
+
 LAYERS, HEADS = 3, 2
 
 
@@ -90,7 +92,6 @@ def small_parts(period=1, **fields):
     return model, functools.partial(train_step, **parts), state
 
 
-@pytest.mark.slow
 def test_replicas_under_pmap_roll_as_under_jit():
     found = {}
     for name, layout in WRAPPERS.items():

