@@ -111,7 +111,7 @@ def _example(dataset: Dataset, source: Any, index: int) -> Any:
         value = np.asarray(example[name])
         if value.shape != tuple(info.shape) or str(value.dtype) != info.dtype:
             raise DataError(
-                f"{name}: {value.dtype}{list(value.shape)}; must be {info.dtype}{list(info.shape)}"
+                f"{name}: {value.dtype}{list(value.shape)}; allowed: {info.dtype}{list(info.shape)}"
             )
     return example
 

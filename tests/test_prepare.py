@@ -57,11 +57,11 @@ def prepared(*arguments):
         ),
         (
             ["crema_d", "--source", "gs://bucket/a", "--data_dir", "b"],
-            ["--source: 'gs://bucket/a'; must be a local path"],
+            ["--source: 'gs://bucket/a'; allowed: a local path"],
         ),
         (
             ["cmu_mosei", "--source", "a", "--data_dir", "gs://bucket/data"],
-            ["--data_dir: 'gs://bucket/data'; must be a local path"],
+            ["--data_dir: 'gs://bucket/data'; allowed: a local path"],
         ),
     ],
 )

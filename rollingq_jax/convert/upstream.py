@@ -645,7 +645,7 @@ def _check_shape(
 
     if len(shape) != len(tensor.shape) or not all(map(fits, tensor.shape, shape)):
         expected = ", ".join(map(shown, tensor.shape)) + ("," if len(tensor.shape) == 1 else "")
-        raise DataError(f"{tensor.name} has shape {shape}; expected ({expected})")
+        raise DataError(f"{tensor.name} has shape {shape}; allowed: ({expected})")
 
 
 def _head(variant: UpstreamVariant) -> str:

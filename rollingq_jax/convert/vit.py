@@ -416,7 +416,7 @@ def _vit(
     """Checks the patch kernel and takes the position table apart."""
     if kernel.ndim != 4 or kernel.shape[2] != 3:
         raise DataError(
-            f"the patch kernel has shape {kernel.shape}; expected 3 channels, [h, w, 3, d]"
+            f"the patch kernel has shape {kernel.shape}; allowed: 3 channels, [h, w, 3, d]"
         )
     dim = kernel.shape[-1]
     rows = position.reshape(-1, dim)
@@ -425,7 +425,7 @@ def _vit(
     side = math.isqrt(len(rows) - has_cls)
     if side**2 + has_cls != len(rows):
         raise DataError(
-            f"the position table has {len(rows)} rows; expected a square grid of patches, "
+            f"the position table has {len(rows)} rows; allowed: a square grid of patches, "
             "with at most one more row for a class token"
         )
     return Vit(
@@ -445,5 +445,5 @@ def _count(names: Collection[str], pattern: str) -> int:
     found = {int(match[1]) for name in names if (match := re.match(pattern, name))}
     depth = max(found, default=-1) + 1
     if len(found) != depth or not depth:
-        raise DataError(f"the file numbers its blocks {sorted(found)[:12]}; expected 0, 1, 2, ...")
+        raise DataError(f"the file numbers its blocks {sorted(found)[:12]}; allowed: 0, 1, 2, ...")
     return depth

@@ -150,10 +150,10 @@ def check_sound_format(rate: int, channels: int, path: str | os.PathLike) -> Non
     """
     if not MIN_RATE <= rate <= MAX_RATE:
         raise DataError(
-            f"audio {path}: sample rate {rate} Hz; must be in [{MIN_RATE}, {MAX_RATE}] Hz"
+            f"audio {path}: sample rate {rate} Hz; allowed: in [{MIN_RATE}, {MAX_RATE}] Hz"
         )
     if not 1 <= channels <= MAX_CHANNELS:
-        raise DataError(f"audio {path}: {channels} channels; must be in [1, {MAX_CHANNELS}]")
+        raise DataError(f"audio {path}: {channels} channels; allowed: in [1, {MAX_CHANNELS}]")
 
 
 class _WavHeader(NamedTuple):
@@ -279,7 +279,7 @@ def resample(waveform: np.ndarray, rate: int, target_rate: int) -> np.ndarray:
       DataError: a rate is not positive.
     """
     if rate <= 0 or target_rate <= 0:
-        raise DataError(f"sample rates: {rate} to {target_rate}; both must be positive")
+        raise DataError(f"sample rates: {rate} to {target_rate}; allowed: both positive")
     if rate == target_rate:
         return waveform.astype(np.float32)
     from scipy.signal import resample_poly

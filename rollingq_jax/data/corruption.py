@@ -33,8 +33,8 @@ from rollingq_jax.errors import ConfigError, DataError
 
 NAMES = ("noise", "snr", "drop", "blank", "timemask", "replace", "misalign")
 FORM = (
-    "must be modality=NUMBER (noise in training-set standard deviations), modality=LOW..HIGH, each "
-    "also with @SHARE of the examples behind it, or modality=NAME:NUMBER with NAME one of "
+    "allowed: modality=NUMBER (noise in training-set standard deviations), modality=LOW..HIGH, "
+    "each also with @SHARE of the examples behind it, or modality=NAME:NUMBER with NAME one of "
     + ", ".join(NAMES)
 )
 UNIT_EXAMPLES = 256
@@ -171,7 +171,7 @@ class GaussianNoise(grain.transforms.RandomMap):
         _check_fraction(f"noise of {self.info.name!r}", self.prob)
         low, high = self.scale if isinstance(self.scale, tuple) else (self.scale, self.scale)
         if not 0 <= low <= high < np.inf:
-            raise ConfigError(f"noise of {self.info.name!r}: {self.scale!r}; must be 0 or more")
+            raise ConfigError(f"noise of {self.info.name!r}: {self.scale!r}; allowed: 0 or more")
 
     def random_map(self, element: Example, rng: np.random.Generator) -> Example:
         """The example with noise."""
@@ -209,7 +209,7 @@ class SignalToNoise(grain.transforms.RandomMap):
     def __post_init__(self) -> None:
         _refuse_tokens(self.info, "noise")
         if not np.isfinite(self.decibels):
-            raise ConfigError(f"noise of {self.info.name!r}: {self.decibels!r} dB; must be finite")
+            raise ConfigError(f"noise of {self.info.name!r}: {self.decibels!r} dB; allowed: finite")
 
     def random_map(self, element: Example, rng: np.random.Generator) -> Example:
         """The example with noise."""
@@ -328,8 +328,8 @@ class FrameBlanking(grain.transforms.RandomMap):
         _check_fraction(f"blank of {self.info.name!r}", self.prob)
         if self.info.kind not in ("video", "sequence", "tokens"):
             raise ConfigError(
-                f"blank of {self.info.name!r}: kind {self.info.kind!r}; must be video, sequence or "
-                "tokens"
+                f"blank of {self.info.name!r}: kind {self.info.kind!r}; allowed: video, sequence "
+                "or tokens"
             )
 
     def random_map(self, element: Example, rng: np.random.Generator) -> Example:
@@ -386,7 +386,7 @@ def _blanked(value: np.ndarray, blank: np.ndarray, axis: int, info: ModalityInfo
 
 def _check_fraction(where: str, value: float) -> None:
     if not 0.0 <= value <= 1.0:
-        raise ConfigError(f"{where}: {value!r}; must be between 0 and 1")
+        raise ConfigError(f"{where}: {value!r}; allowed: between 0 and 1")
 
 
 def _refuse_tokens(info: ModalityInfo, what: str) -> None:

@@ -178,7 +178,7 @@ def infer_kind(shape: tuple[int, ...], dtype: Any, name: str = "modality") -> st
     """
     dtype = np.dtype(dtype)
     if dtype.kind not in "biuf":
-        raise DataError(f"{name}: dtype {dtype}; must be boolean, integer or float")
+        raise DataError(f"{name}: dtype {dtype}; allowed: boolean, integer or float")
     if len(shape) > 4:
         raise DataError(
             f"{name}: shape {list(shape)} of one example; at most 4 axes [T, H, W, C] (video)"
@@ -283,10 +283,10 @@ def check_labels(labels: np.ndarray, where: str) -> np.ndarray:
         hint = ""
         if labels.ndim == 2:
             hint = "; ravel it" if labels.shape[1] == 1 else "; take the argmax of one-hot rows"
-        raise DataError(f"{where}: shape {list(labels.shape)}; must be [N] class numbers{hint}")
+        raise DataError(f"{where}: shape {list(labels.shape)}; allowed: [N] class numbers{hint}")
     if labels.dtype.kind not in "biuf":
         raise DataError(
-            f"{where}: dtype {labels.dtype}; must be integers from 0, or in every split names"
+            f"{where}: dtype {labels.dtype}; allowed: integers from 0, or in every split names"
         )
     if len(labels) == 0:
         raise DataError(f"{where}: no examples; at least 1")
@@ -303,19 +303,20 @@ def _check_task(labels: np.ndarray, where: str) -> None:
     """Refuses the labels of a task that is not the choice of one class."""
     if labels.dtype.kind == "f":
         if not np.isfinite(labels).all():
-            raise DataError(f"{where}: NaN or infinite labels; must be class numbers")
+            raise DataError(f"{where}: NaN or infinite labels; allowed: class numbers")
         if (labels != np.floor(labels)).any():
             several = " or of a distribution over classes" if labels.ndim > 1 else ""
             raise DataError(
-                f"{where}: values such as {labels[labels != np.floor(labels)][0]:g}; regression is "
-                f"not supported, nor is learning of scores{several}; must be class numbers or names"
+                f"{where}: values such as {labels[labels != np.floor(labels)][0]:g}; regression "
+                f"is not supported, nor is learning of scores{several}; allowed: class numbers or "
+                "names"
             )
     if labels.ndim == 2 and labels.shape[1] > 1 and labels.dtype.kind in "biuf":
         ones = (labels == 1).sum(axis=1)
         if not np.isin(labels, (0, 1)).all() or (ones != 1).any():
             raise DataError(
                 f"{where}: shape {list(labels.shape)}, and not one 1 in every row; multi-label "
-                "classification and several targets are not supported; must be [N] class numbers"
+                "classification and several targets are not supported; allowed: [N] class numbers"
             )
 
 
@@ -460,7 +461,7 @@ def check_tags(values: np.ndarray, where: str) -> np.ndarray:
     values = np.asarray(values)
     if values.ndim != 1 or values.dtype.kind not in "iuSUT":
         raise DataError(
-            f"{where}: {values.dtype}{list(values.shape)}; must be [N] integers or strings"
+            f"{where}: {values.dtype}{list(values.shape)}; allowed: [N] integers or strings"
         )
     if values.dtype.kind in "iu":
         if len(values) and values.max() > np.iinfo(np.int64).max:
@@ -501,7 +502,7 @@ def check_name(name: str, where: str) -> str:
     """
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
         raise DataError(
-            f"{where}: modality name {name!r}; must be letters, digits and _, a letter first"
+            f"{where}: modality name {name!r}; allowed: letters, digits and _, a letter first"
         )
     if name in RESERVED_NAMES or name.endswith("_mask") or name.startswith(("quality_", "mask_")):
         raise DataError(f"{where}: modality name {name!r} has a meaning of its own; rename it")

@@ -160,7 +160,7 @@ def _check_value(config_data: Any, name: str, field: Field) -> None:
     else:
         value = option(config_data, name, field.default, minimum=field.minimum)
         if field.maximum is not None and value > field.maximum:
-            raise ConfigError(f"data.{name}: {value!r}; must be {field.allowed}")
+            raise ConfigError(f"data.{name}: {value!r}; allowed: {field.allowed}")
 
 
 def _names(config_data: Any) -> list[str]:
@@ -199,11 +199,11 @@ def option(config_data: Any, name: str, default: T, *, minimum: float | None = N
         value = _split_names(name, (value,) if isinstance(value, str) else value)
     wanted: type[Any] = dict if isinstance(default, Mapping) else type(default)
     if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool):
-        raise ConfigError(f"data.{name}: {value!r}; must be of type {wanted.__name__}")
+        raise ConfigError(f"data.{name}: {value!r}; allowed: of type {wanted.__name__}")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"data.{name}: {value!r}; must be finite")
+        raise ConfigError(f"data.{name}: {value!r}; allowed: finite")
     if minimum is not None and value < minimum:
-        raise ConfigError(f"data.{name}: {value!r}; must be at least {minimum:g}")
+        raise ConfigError(f"data.{name}: {value!r}; allowed: at least {minimum:g}")
     return value
 
 
@@ -212,7 +212,7 @@ def _split_names(name: str, values: Iterable[Any]) -> tuple[str, ...]:
     names = []
     for value in values:
         if not isinstance(value, str):
-            raise ConfigError(f"data.{name}: {value!r}; must be names, as 'a,b' or a tuple")
+            raise ConfigError(f"data.{name}: {value!r}; allowed: names, as 'a,b' or a tuple")
         names += [part.strip() for part in value.split(",") if part.strip()]
     return tuple(dict.fromkeys(names))
 
@@ -225,7 +225,7 @@ def choice(config_data: Any, name: str, allowed: tuple[str, ...]) -> str:
     """
     value = option(config_data, name, allowed[0])
     if value not in allowed:
-        raise ConfigError(f"data.{name}: {value!r}; must be one of {', '.join(allowed)}")
+        raise ConfigError(f"data.{name}: {value!r}; allowed: one of {', '.join(allowed)}")
     return value
 
 
@@ -241,7 +241,7 @@ def mapping_option(config_data: Any, name: str) -> dict[str, str]:
         return {str(key): str(item) for key, item in given.items()}
     pairs = [part.partition("=") for part in value.split(",") if part.strip()]
     if not all(left.strip() and right.strip() for left, _, right in pairs):
-        raise ConfigError(f"data.{name}: {value!r}; must be of the form 'name=value, name=value'")
+        raise ConfigError(f"data.{name}: {value!r}; allowed: of the form 'name=value, name=value'")
     return {left.strip(): right.strip() for left, _, right in pairs}
 
 
@@ -253,7 +253,7 @@ def local_path(text: str, field: str) -> Path:
     """
     if "://" in text:
         raise ConfigError(
-            f"{field}: {text!r}; must be a local path (gs:// is for the workdir, --config_json "
+            f"{field}: {text!r}; allowed: a local path (gs:// is for the workdir, --config_json "
             "and, as data.path, .npz files and folders of .npy files)"
         )
     return Path(text).expanduser()

@@ -293,7 +293,9 @@ def read_object(file: Path) -> dict[str, Any]:
     """
     try:
         if not file.is_file() or file.stat().st_size > _MOST_BYTES:
-            raise DataError(f"{file}: must be a file of at most {_MOST_BYTES >> 20} MiB")
+            raise DataError(
+                f"{file} is no such file; allowed: one of at most {_MOST_BYTES >> 20} MiB"
+            )
         check_lfs_pointer(file)
         content = json.loads(file.read_text(encoding="utf-8"))  # as TFDS does
     except OSError as error:

@@ -142,7 +142,7 @@ def _gray_to_bytes(image: Any, file: Any, name: str | os.PathLike) -> np.ndarray
         low, high = float(values.min()), float(values.max())
         if not 0 <= low <= high <= 1:  # NaN too
             raise DataError(
-                f"image {name}: floats from {low:g} to {high:g}; must be in [0, 1], for black to "
+                f"image {name}: floats from {low:g} to {high:g}; allowed: in [0, 1], for black to "
                 "white. Scale them, or store the image in 8 or 16 bits"
             )
         gray = np.rint(values * 255).astype(np.uint8)
@@ -284,7 +284,7 @@ def evenly_spaced_frames(count: int, num: int) -> np.ndarray:
       DataError: `count` is 0 or `num` below 1.
     """
     if count < 1 or num < 1:
-        raise DataError(f"cannot pick {num} of {count} frames; both must be at least 1")
+        raise DataError(f"cannot pick {num} of {count} frames; allowed: both at least 1")
     return (2 * np.arange(num) + 1) * count // (2 * num)
 
 

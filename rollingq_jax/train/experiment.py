@@ -436,7 +436,7 @@ class CheckedBatches:
             odd = next(n for n in {**forms, **self._first} if forms.get(n) != self._first.get(n))
             raise DataError(
                 f"batch: {odd!r} is {_form(forms, odd)}; "
-                f"expected {_form(self._first, odd)}, as in the batches before"
+                f"allowed: {_form(self._first, odd)}, as in the batches before"
             )
         check_labels(batch["label"], self._dataset.num_classes)
         check_ids(batch, self._vocabularies)
@@ -458,7 +458,7 @@ def check_batch(
     for name in (*modalities, "label", "example_mask"):
         if name not in batch:
             raise DataError(
-                f"batch: {name!r} is missing; expected {', '.join(modalities)}, label and "
+                f"batch: {name!r} is missing; allowed: {', '.join(modalities)}, label and "
                 f"example_mask, found {', '.join(sorted(batch))}"
             )
     expect(batch, "label", [(rows,)], "i")
@@ -469,7 +469,7 @@ def check_batch(
         expect(batch, f"{name}_mask", mask_shapes(info, rows), "b")
         expect(batch, f"quality_{name}", [(rows,)], "f")
         if batch[name].dtype.kind == "f" and not np.isfinite(batch[name]).all():
-            raise DataError(f"batch: {name!r} holds NaN or infinity; expected finite numbers")
+            raise DataError(f"batch: {name!r} holds NaN or infinity; allowed: finite numbers")
 
 
 def mask_shapes(info: ModalityInfo, rows: int) -> list[tuple[int, ...]]:
@@ -491,7 +491,7 @@ def expect(
     words = {"i": "int32", "b": "bool", "f": "float32", "u": "uint8"}[kind]
     if value.shape not in shapes or value.dtype != np.dtype(words):
         wanted = " or ".join(f"{words}{list(shape)}" for shape in shapes)
-        raise DataError(f"batch: {name!r} is {value.dtype}{list(value.shape)}; expected {wanted}")
+        raise DataError(f"batch: {name!r} is {value.dtype}{list(value.shape)}; allowed: {wanted}")
 
 
 def check_labels(label: np.ndarray, num_classes: int) -> None:
@@ -504,7 +504,7 @@ def check_labels(label: np.ndarray, num_classes: int) -> None:
     if low < 0 or high >= num_classes:
         wrong = low if low < 0 else high
         raise DataError(
-            f"batch: 'label' holds {wrong}; expected 0 to {num_classes - 1} ({num_classes} classes)"
+            f"batch: 'label' holds {wrong}; allowed: 0 to {num_classes - 1} ({num_classes} classes)"
         )
 
 
@@ -519,7 +519,7 @@ def check_ids(batch: Mapping[str, np.ndarray], vocabularies: Mapping[str, int]) 
         if low < 0 or high >= size:
             wrong = low if low < 0 else high
             raise DataError(
-                f"batch: {name!r} holds {wrong}; expected 0 to {size - 1} (vocab_size {size})"
+                f"batch: {name!r} holds {wrong}; allowed: 0 to {size - 1} (vocab_size {size})"
             )
 
 

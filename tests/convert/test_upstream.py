@@ -63,7 +63,7 @@ def test_every_shape_is_checked(arm):
         with pytest.raises(DataError) as error:
             convert.from_upstream({**state, name: wrong})
         message, (before, after) = str(error.value), (state[name].shape, wrong.shape)
-        assert message.startswith(f"{name} has shape {after}; expected (")
+        assert message.startswith(f"{name} has shape {after}; allowed: (")
         if "pos_embed" not in name:  # their length is one of several
             assert str(before) in message
 
@@ -71,7 +71,7 @@ def test_every_shape_is_checked(arm):
 @pytest.mark.parametrize("name", ["encoder.pos_embed_audio", "encoder.pos_embed_video"])
 def test_position_tables_have_a_length_of_upstreams(name):
     _, state = golden_state("concat")
-    with pytest.raises(DataError, match=rf"{name} has shape \(1, 100, 24\); expected \(1, 1"):
+    with pytest.raises(DataError, match=rf"{name} has shape \(1, 100, 24\); allowed: \(1, 1"):
         convert.from_upstream({**state, name: np.zeros((1, 100, 24), np.float32)})
 
 

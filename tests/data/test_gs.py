@@ -105,7 +105,7 @@ def fields_of(name):
     """A loader's `config.data` with an address where it wants a local path."""
     path = "gs://bucket/m.csv" if name == "arrays" else "gs://bucket/data"
     field = "cache_dir" if name == "av_digits" else "path"
-    return {"name": name, field: path}, f"^data.{field}: '{path}'; must be a local path"
+    return {"name": name, field: path}, f"^data.{field}: '{path}'; allowed: a local path"
 
 
 @pytest.mark.parametrize("name", [*LOADERS, "mnist"])
@@ -119,9 +119,9 @@ def test_other_data_are_refused_before_anything_is_written(name, tmp_path, monke
 
 
 def test_other_schemes_and_the_environment_are_refused(monkeypatch):
-    refused("s3://bucket/d.npz", "^data.path: 's3://bucket/d.npz'; must be a local path")
+    refused("s3://bucket/d.npz", "^data.path: 's3://bucket/d.npz'; allowed: a local path")
     monkeypatch.setenv("ROLLINGQ_CACHE", "gs://bucket/cache")
-    with pytest.raises(UserError, match="^environment's ROLLINGQ_CACHE: 'gs://bucket/cache'; must"):
+    with pytest.raises(UserError, match="^environment's ROLLINGQ_CACHE: 'gs://bucket/cache'; allowed"):
         cache_root()
 
 

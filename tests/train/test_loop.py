@@ -408,7 +408,7 @@ def gone(example):
     ("change", "line"),
     [
         (gone, "data: /data/clip_17.wav: No such file or directory"),
-        (lambda e: e | {"label": np.int32(7)}, r"batch: 'label' holds 7; expected 0 to 2"),
+        (lambda e: e | {"label": np.int32(7)}, r"batch: 'label' holds 7; allowed: 0 to 2"),
         (lambda e: {n: v for n, v in e.items() if n != "a"}, "field a: some examples have it"),
     ],
 )

@@ -317,7 +317,7 @@ def _sort_keys(
         if key == "class_names":
             if array.dtype.kind not in "SUT" or array.ndim != 1:
                 raise DataError(
-                    f"class_names: {array.dtype}{list(array.shape)}; must be [num_classes] strings"
+                    f"class_names: {array.dtype}{list(array.shape)}; allowed: [num_classes] strings"
                 )
             class_names = tuple(as_text(item) for item in unpacked(array).tolist())
         elif head == "kind" and rest and array.size == 1 and array.dtype.kind in "SUT":
@@ -326,7 +326,7 @@ def _sort_keys(
             if _is_modality(rest):
                 check_name(rest, key if key.isprintable() else repr(key))
             if array.ndim == 0:
-                raise DataError(f"{key}: a single number; must be an array [N, ...]")
+                raise DataError(f"{key}: a single number; allowed: an array [N, ...]")
             splits.setdefault(head, {})[rest] = array
         else:
             raise DataError(
@@ -382,11 +382,11 @@ def _mask(values: Mapping[str, np.ndarray], split: str, name: str) -> np.ndarray
     key, mask, array = f"{split}/mask_{name}", values[f"mask_{name}"], values[name]
     if mask.shape not in (array.shape[:1], array.shape[:2]):
         raise DataError(
-            f"{key}: shape {list(mask.shape)}; must be [N] or [N, L] of {split}/{name}, "
+            f"{key}: shape {list(mask.shape)}; allowed: [N] or [N, L] of {split}/{name}, "
             f"{list(array.shape[:2])}"
         )
     if mask.dtype.kind not in "biu" or (mask.dtype.kind != "b" and not np.isin(mask, (0, 1)).all()):
-        raise DataError(f"{key}: dtype {mask.dtype}; must be boolean, or integers 0 and 1")
+        raise DataError(f"{key}: dtype {mask.dtype}; allowed: boolean, or integers 0 and 1")
     return np.asarray(mask, bool)
 
 
@@ -397,7 +397,10 @@ def _check_mask_use(
     for name, one in modalities.items():
         ranks = {of_split[name].ndim if name in of_split else 0 for of_split in masks.values()}
         if len(ranks) > 1:
-            raise DataError(f"mask_{name}: must be in all splits, with the same axes, or in none")
+            raise DataError(
+                f"mask_{name} is in some splits only, or has other axes there; allowed: in all "
+                "splits, with the same axes, or in none"
+            )
         if 2 in ranks and one.info.kind not in POSITIONS:
             raise DataError(
                 f"mask_{name}: [N, L] marks positions of a sequence or of tokens, but {name!r} is "
@@ -410,7 +413,7 @@ def _quality(values: Mapping[str, np.ndarray], split: str, name: str) -> np.ndar
     key, quality = f"{split}/quality_{name}", values[f"quality_{name}"]
     if quality.shape != values["label"].shape or quality.dtype.kind not in "iuf":
         raise DataError(
-            f"{key}: {quality.dtype}{list(quality.shape)}; must be one number an example, "
+            f"{key}: {quality.dtype}{list(quality.shape)}; allowed: one number an example, "
             f"{list(values['label'].shape)}"
         )
     quality = np.asarray(quality, np.float32)
@@ -509,7 +512,7 @@ def _check_array(key: str, array: np.ndarray, shape: tuple[int, ...], reference:
     dtype = _plain(array[:0]).dtype
     if dtype.kind not in "biuf":
         hint = _NO_NUMBERS.get(dtype.kind, "")
-        raise DataError(f"{key}: dtype {dtype}; must be integer, float or boolean{hint}")
+        raise DataError(f"{key}: dtype {dtype}; allowed: integer, float or boolean{hint}")
     if array.shape[1:] != shape:
         raise DataError(
             f"{key}: examples of shape {list(array.shape[1:])}, but {list(shape)} in {reference}; "
@@ -553,7 +556,7 @@ def _checked_blocks(key: str, array: np.ndarray, mask: np.ndarray | None) -> Ite
 def _largest_token(key: str, array: np.ndarray) -> int:
     """The largest token id, after the range has been checked."""
     if array.dtype.kind not in "iu":
-        raise DataError(f"{key}: dtype {array.dtype}; token ids must be integers")
+        raise DataError(f"{key}: dtype {array.dtype}; allowed for token ids: integers")
     low = min(int(block.min()) for _, block in _blocks(array))
     high = max(int(block.max()) for _, block in _blocks(array))
     if low < 0 or high >= MAX_VOCABULARY:

@@ -211,7 +211,7 @@ def _check_distribution(data: Any, where: str) -> dict[str, dict[str, np.ndarray
                 found = (
                     "nothing" if array is None else getattr(array, "dtype", type(array).__name__)
                 )
-                raise DataError(f"{where}: {split}/{name} must be an array of numbers, is {found}")
+                raise DataError(f"{where}: {split}/{name} is {found}; allowed: an array of numbers")
             arrays[name] = array
         _check_shapes(arrays, f"{where}: {split}")
         arrays["labels"] = arrays["labels"].reshape(-1)
@@ -229,8 +229,8 @@ def _check_shapes(arrays: dict[str, np.ndarray], where: str) -> None:
     for name in MODALITIES:
         if arrays[name].ndim != 3 or 0 in arrays[name].shape[1:]:
             raise DataError(
-                f"{where}/{name}: shape {list(arrays[name].shape)}; must be [sentences, positions, "
-                "features]"
+                f"{where}/{name}: shape {list(arrays[name].shape)}; allowed: [sentences, "
+                "positions, features]"
             )
     counts = {name: len(array) for name, array in arrays.items()}
     if len(set(counts.values())) > 1:
@@ -238,7 +238,7 @@ def _check_shapes(arrays: dict[str, np.ndarray], where: str) -> None:
         raise DataError(f"{where}: different numbers of sentences: {found}")
     if arrays["labels"].size != counts["labels"]:
         raise DataError(
-            f"{where}/labels: shape {list(arrays['labels'].shape)}; must be one number a sentence"
+            f"{where}/labels: shape {list(arrays['labels'].shape)}; allowed: one number a sentence"
         )
 
 
@@ -306,7 +306,7 @@ def _problems(arrays: dict[str, np.ndarray], split: str) -> dict[int, str]:
     for number, label in enumerate(arrays["labels"]):
         where = f"{split}, sentence {arrays['id'][number]}"
         if not -3 <= label <= 3:  # false for NaN too
-            problems[number] = f"{where}: label {label}; must be from -3 to 3"
+            problems[number] = f"{where}: label {label}; allowed: from -3 to 3"
             continue
         for name in MODALITIES:
             values = arrays[name][number]
@@ -358,7 +358,7 @@ def load(config_data: Any, *, seed: int) -> Dataset:
     info = _read_info(folder)
     modalities = tuple(sorted(set(option(config_data, "modalities", ()) or MODALITIES)))
     if unknown := [name for name in modalities if name not in MODALITIES]:
-        raise ConfigError(f"data.modalities: {unknown[0]!r}; must be of {', '.join(MODALITIES)}")
+        raise ConfigError(f"data.modalities: {unknown[0]!r}; allowed: of {', '.join(MODALITIES)}")
     rule = choice(config_data, "label_rule", tuple(LABEL_RULES))
     splits: dict[str, Source] = {}
     for split in SPLITS:

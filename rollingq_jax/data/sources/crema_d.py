@@ -290,7 +290,7 @@ def parse_clip(name: str) -> ClipName:
 
 
 def _unknown(code: str) -> str:
-    return f"emotion code {code!r}; must be one of {', '.join(EMOTIONS)}"
+    return f"emotion code {code!r}; allowed: one of {', '.join(EMOTIONS)}"
 
 
 def list_files(folder: Path) -> dict[str, str]:
@@ -349,7 +349,7 @@ def read_split_list(path: Path) -> list[str]:
         if not clips and [cell.lower() for cell in cells[:2]] == ["name", "label"]:
             continue
         if len(cells) != 2:
-            raise DataError(f"{where}: {len(cells)} cells; must be clip,EMO")
+            raise DataError(f"{where}: {len(cells)} cells; allowed: clip,EMO")
         name, code = cells
         if code not in LABELS:
             raise DataError(f"{where}: {_unknown(code)}")

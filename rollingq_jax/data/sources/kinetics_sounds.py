@@ -148,7 +148,7 @@ def _read_fbank(path: Path) -> np.ndarray:
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path}: damaged or not an array ({str(error)[:100]})") from None
     if fbank.shape != FBANK_SHAPE[:2] or fbank.dtype.kind != "f":
-        raise DataError(f"{path}: {fbank.dtype}{list(fbank.shape)}; must be float32[1024, 128]")
+        raise DataError(f"{path}: {fbank.dtype}{list(fbank.shape)}; allowed: float32[1024, 128]")
     if not np.isfinite(fbank).all():
         raise DataError(f"{path}: holds NaN or infinite values")
     return fbank.astype(np.float32)
@@ -262,13 +262,13 @@ def read_list(path: Path) -> dict[str, int]:
             continue
         where = f"{path}, line {number}"
         if len(cells) not in (2, 3) or not re.fullmatch(r"-?\d+", cells[-1]):
-            raise DataError(f"{where}: {line[:60]!r}; must be `name label` or `name,10,label`")
+            raise DataError(f"{where}: {line[:60]!r}; allowed: `name label` or `name,10,label`")
         name = re.sub(r"\.(wav|avi|flv|mkv|mov|mp4|webm)$", "", cells[0])
         label = int(cells[-1])
         if not re.fullmatch(r"[\w-]+", name):
             raise DataError(f"{where}: {name[:60]!r} is not a clip's name")
         if not 0 <= label < NUM_CLASSES:
-            raise DataError(f"{where}: label {label}; must be from 0 to {NUM_CLASSES - 1}")
+            raise DataError(f"{where}: label {label}; allowed: from 0 to {NUM_CLASSES - 1}")
         if name in clips:
             raise DataError(f"{where}: duplicate clip {name!r}")
         clips[name] = label
@@ -285,7 +285,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     """
     names = tuple(line.strip() for line in _lines(path) if line.strip())
     if len(names) != NUM_CLASSES or len(set(names)) != NUM_CLASSES:
-        raise DataError(f"{path}: {len(set(names))} different names; must be {NUM_CLASSES}")
+        raise DataError(f"{path}: {len(set(names))} different names; allowed: {NUM_CLASSES}")
     return names
 
 

@@ -640,7 +640,7 @@ def _json_records(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: not JSON ({str(error)[:100]!r})") from None
         if not isinstance(record, dict):
-            raise DataError(f"{where}: must be an object with {NEEDED}")
+            raise DataError(f"{where} is no object; allowed: one with {NEEDED}")
         yield where, record
 
 
@@ -812,7 +812,7 @@ def _cell(record: Mapping[str, Any], header: str, where: str) -> str:
         return ""
     if not isinstance(value, str):
         raise DataError(
-            f"{where}: {header}: {str(value)[:60]!r}; must be a string, the path of a file or a "
+            f"{where}: {header}: {str(value)[:60]!r}; allowed: a string, the path of a file or a "
             f"text; {DECLARE}"
         )
     return value.strip()
@@ -876,7 +876,7 @@ def _qualities(
         except (TypeError, ValueError, OverflowError):
             qualities[name] = math.nan
         if not math.isfinite(qualities[name]) or isinstance(value, bool):
-            raise DataError(f"{where}: quality_{name} {str(value)[:60]!r}; must be a number")
+            raise DataError(f"{where}: quality_{name} {str(value)[:60]!r}; allowed: a number")
     return qualities
 
 

@@ -116,7 +116,7 @@ def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None)
     num_classes = getattr(available[features["label"]], "num_classes", None)
     if not num_classes or num_classes > MAX_CLASSES:
         raise DataError(
-            f"data.features: label={features['label']}; must be a ClassLabel with a known number "
+            f"data.features: label={features['label']}; allowed: a ClassLabel with a known number "
             f"of classes, at most {MAX_CLASSES}"
         )
     kind_of = mapping_option(config_data, "kinds") | dict(kinds or {})
@@ -327,7 +327,7 @@ class TfdsSource:
         label = int(value)
         if not 0 <= label < self.num_classes:
             raise DataError(
-                f"TFDS record {index}: {self.features['label']} is {label}; must be from 0 to "
+                f"TFDS record {index}: {self.features['label']} is {label}; allowed: from 0 to "
                 f"{self.num_classes - 1}"
             )
         return label
@@ -358,7 +358,7 @@ class TfdsSource:
             if isinstance(error, DataError):
                 raise
             raise DataError(
-                f"data.features: {name}={self.features[name]}; must be one integer or string"
+                f"data.features: {name}={self.features[name]}; allowed: one integer or string"
             ) from None
 
 
@@ -476,7 +476,7 @@ def _make_adapter(name: str, feature: Any, kind: str | None, config_data: Any) -
 def _image_adapter(name: str, feature: Any, size: int) -> FeatureAdapter:
     """Images of a fixed size stay; others become RGB of `size` squared."""
     if np.dtype(feature.np_dtype) != np.uint8:
-        raise DataError(f"data.features: {name}: images of {feature.np_dtype}; must be uint8")
+        raise DataError(f"data.features: {name}: images of {feature.np_dtype}; allowed: uint8")
     if None not in feature.shape:
         info = ModalityInfo(name, "image", tuple(feature.shape), "uint8")
         return FeatureAdapter(info, lambda value: {name: np.asarray(value)})
@@ -583,5 +583,5 @@ def _default_config(wanted: TfdsName, root: Path) -> str:
     file = root / ".config" / "metadata.json"
     config = read_object(file).get("default_config_name") if file.exists() else None
     if config and not (isinstance(config, str) and re.fullmatch(_CONFIG, config, re.ASCII)):
-        raise DataError(f"{file}: default_config_name {str(config)[:100]!r}; must be a name")
+        raise DataError(f"{file}: default_config_name {str(config)[:100]!r}; allowed: a name")
     return config or ""

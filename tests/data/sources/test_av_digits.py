@@ -248,10 +248,10 @@ def test_mistakes_are_named(tmp_path, av_digits_cache):
         return load_dataset(SimpleNamespace(name="av_digits", **fields), seed=0)
 
     with pytest.raises(
-        ConfigError, match=r"data.regime: 'loud'; must be one of varied_test, noisy_audio, v"
+        ConfigError, match=r"data.regime: 'loud'; allowed: one of varied_test, noisy_audio, v"
     ):
         load(regime="loud", cache_dir=av_digits_cache)
-    with pytest.raises(ConfigError, match=r"data.test_pairings: 0; must be at least 1"):
+    with pytest.raises(ConfigError, match=r"data.test_pairings: 0; allowed: at least 1"):
         load(test_pairings=0, cache_dir=av_digits_cache)
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cache_dir: .* cannot be written"):

@@ -283,8 +283,8 @@ UNUSABLE = {
     "NaN": (("text", (2, 40, 7), np.nan), "1 values of text are nan"),
     "inf": (("audio", (2, 40, 7), np.inf), "1 values of audio are inf"),
     "-inf in vision": (("vision", (2, 40, 7), -np.inf), "1 values of vision are -inf"),
-    "label of 4": (("labels", (2, 0, 0), 4.0), "label 4.0; must be from -3 to 3"),
-    "label of NaN": (("labels", (2, 0, 0), np.nan), "label nan; must be from -3 to 3"),
+    "label of 4": (("labels", (2, 0, 0), 4.0), "label 4.0; allowed: from -3 to 3"),
+    "label of NaN": (("labels", (2, 0, 0), np.nan), "label nan; allowed: from -3 to 3"),
 }
 
 

@@ -356,7 +356,7 @@ def test_frames_folder_without_frames_or_of_mixed_sizes(tmp_path):
 def test_unknown_emotion_code(tmp_path):
     source = tree.make_tree(tmp_path / "CREMA-D", clips=[*CLIPS[:6], "1001_DFA_JOY_XX", "notes"])
     records = crema_d.prepare(source, tmp_path / "data")
-    assert "emotion code 'JOY'; must be one of NEU, HAP" in records.unreadable["1001_DFA_JOY_XX"]
+    assert "emotion code 'JOY'; allowed: one of NEU, HAP" in records.unreadable["1001_DFA_JOY_XX"]
     assert "not a name of CREMA-D" in records.unreadable["notes"]
 
 

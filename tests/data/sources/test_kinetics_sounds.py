@@ -199,11 +199,11 @@ def test_missing_folder_lists_or_media(tmp_path):
 
 
 BAD_LISTS = {
-    "label out of range": ("a 31", "line 1: label 31; must be from 0 to 30"),
+    "label out of range": ("a 31", "line 1: label 31; allowed: from 0 to 30"),
     "negative label": ("a -1", "label -1"),
-    "no label": ("abc", "must be `name label`"),
-    "name as label": ("a drumming", "must be `name label`"),
-    "four cells": ("a,b,10,3", "must be `name label`"),
+    "no label": ("abc", "allowed: `name label`"),
+    "name as label": ("a drumming", "allowed: `name label`"),
+    "four cells": ("a,b,10,3", "allowed: `name label`"),
     "duplicate": ("a 1\na 2", "line 2: duplicate clip 'a'"),
     "path": ("../../etc/passwd 1", "is not a clip's name"),
     "empty": ("\n\n", "lists no clips"),

@@ -264,10 +264,10 @@ def test_mistakes_are_named(tmp_path, case, form):
         ("m.tsv", b"split\tlabel\tp\ntrain\t0\n", "line 2: 2 cells"),
         ("m.csv", b"sep=;\nsplit;label;p\ntrain;0\n", "line 3: 2 cells"),
         ("m.jsonl", b"{\n", "line 1: not JSON"),
-        ("m.jsonl", b"\n[1]\n", "line 2: must be an object"),
+        ("m.jsonl", b"\n[1]\n", "line 2 is no object"),
         ("m.jsonl", b"[" * 100_000, "not JSON"),
         ("m.jsonl", b'{"split": "train", "label": true, "p": "a.png"}', "label 'True'"),
-        ("m.jsonl", b'{"split": "train", "label": 0, "p": 3}', "p: '3'; must be a string"),
+        ("m.jsonl", b'{"split": "train", "label": 0, "p": 3}', "p: '3'; allowed: a string"),
         ("m.jsonl", b'{"split": "train", "label": 0, "p": "a\\u0000.png"}', "refused"),
     ],
 )
