@@ -81,6 +81,8 @@ def cosine_scores(query: Array, mean_keys: Array, weight: Array | None = None) -
 def attention_imbalance_rate(query: Array, keys_first: Array, keys_second: Array) -> Array:
     """AIR = c^1 - c^2 in [-2, 2] (paper section 4): `[B, d]` three times `-> []`.
 
+    The trigger in `roll` compares its size, which `imbalance` is for any number of modalities.
+
     Raises:
       UserError: the shapes are not one `[B, d]`.
 
