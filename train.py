@@ -2,7 +2,7 @@
 
 import sys
 
-from rollingq_jax.train.cli import run_command, train_command
+from rollingq_jax.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(run_command(train_command, sys.argv))
+    sys.exit(run("train", sys.argv))

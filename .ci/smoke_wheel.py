@@ -4,6 +4,7 @@ Usage: ``python smoke_wheel.py`` in a folder that does not hold the source.
 """
 
 import importlib.resources
+import subprocess
 import sys
 
 import jax
@@ -15,7 +16,16 @@ import rollingq_jax as rq
 def main() -> None:
     """Import, roll on keys that lie unevenly around the query, run a model, print the result."""
     assert "site-packages" in rq.__file__, rq.__file__
-    assert importlib.resources.files("rollingq_jax").joinpath("py.typed").is_file()
+    package = importlib.resources.files("rollingq_jax")
+    assert package.joinpath("py.typed").is_file()
+    assert package.joinpath("configs", "av_digits.py").is_file()
+    # A command without its extra, and a name that has to come from one: a line that says so.
+    done = subprocess.run([sys.executable, "-m", "rollingq_jax", "train"], capture_output=True)
+    assert done.returncode == 2 and b"rollingq-jax[train]" in done.stderr, done.stderr
+    try:
+        _ = rq.load
+    except ModuleNotFoundError as error:
+        assert "rollingq-jax[train]" in str(error), error
     roller = rq.rolling_query(beta=0.0, rho=0.0, max_rotations=1)
     state = roller.init(num_modalities=2, dim=8, num_heads=1)
     query = jnp.eye(8)[:1]

@@ -7,6 +7,8 @@ The method of Ni et al., "RollingQ: Reviving the Cooperation Dynamics in Multimo
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from rollingq_jax.errors import import_or_say
+
 if TYPE_CHECKING:  # for type checkers, editors and the documentation
     from rollingq_jax import convert, models, train
     from rollingq_jax.attention import (
@@ -111,7 +113,7 @@ def __getattr__(name: str) -> Any:
         name = "reference_attention"
     if name not in _HOME:
         raise AttributeError(f"module 'rollingq_jax' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"rollingq_jax.{_HOME[name]}"), name)
+    return getattr(import_or_say(f"rollingq_jax.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

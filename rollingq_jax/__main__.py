@@ -3,13 +3,12 @@
 Nothing is imported before a command is chosen, so that the list of commands is there at once.
 """
 
-import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 import rollingq_jax
-from rollingq_jax.errors import did_you_mean, printable
+from rollingq_jax.errors import did_you_mean, import_or_say, printable
 
 # name -> its module, the function in it that takes the command line, and what it does.
 COMMANDS = {
@@ -34,10 +33,12 @@ def help_text(program: str) -> str:
             "",
             *lines,
             "",
-            f"{program} COMMAND --help shows the flags of a command.",
+            f"{program} COMMAND --help shows the flags of a command;",
+            f"{program} --completion prints what completes them in bash and zsh.",
             "",
-            "example:",
-            f"  {program} train --config configs/av_digits.py --workdir runs/demo",
+            "examples:",
+            f"  {program} train --config av_digits --workdir runs/demo",
+            f"  {program} evaluate --workdir runs/demo --corrupt audio=1.0",
         ]
     )
 
@@ -58,21 +59,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == "--version":
         print(rollingq_jax.__version__)
         return 0
+    if name == "--completion":
+        print(completion())
+        return 0
     if name not in COMMANDS:
         meant = did_you_mean(name, COMMANDS)
         return _fail(f"{name!r} is no command{meant}; allowed: {', '.join(COMMANDS)}")
+    return run(name, [f"{program} {name}", *argv[2:]])
+
+
+def run(name: str, argv: Sequence[str]) -> int:
+    """Runs one of the commands; returns its exit code.
+
+    Args:
+      name: of the command.
+      argv: the program, as its help shall name it, and the command's arguments.
+    """
     module, function, _ = COMMANDS[name]
     try:
-        command = getattr(importlib.import_module(f"rollingq_jax.{module}"), function)
-        run_command = importlib.import_module("rollingq_jax.train.cli").run_command
+        command = getattr(import_or_say(f"rollingq_jax.{module}"), function)
+        run_command = import_or_say("rollingq_jax.train.cli").run_command
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] == "rollingq_jax":
-            raise
-        return _fail(
-            f"the package {error.name!r} is not installed; allowed: it is, as after "
-            'pip install "rollingq-jax[train]"'
-        )
-    return run_command(command, [f"{program} {name}", *argv[2:]])
+        return _fail(str(error))
+    return run_command(command, argv)
+
+
+def completion() -> str:
+    """A script that completes the commands of `rollingq` and their flags, for bash and zsh."""
+    cases = []
+    for name, (module, _, _) in COMMANDS.items():
+        parsers = vars(import_or_say(f"rollingq_jax.{module}")).values()
+        command = next(one for one in parsers if getattr(one, "name", None) == name)
+        cases.append(f"    {name}) words='{' '.join(command.names())}' ;;")
+    return "\n".join(
+        [
+            '[ -z "$ZSH_VERSION" ] || { autoload -U +X compinit bashcompinit; '
+            "compinit; bashcompinit; }",
+            "_rollingq() {",
+            f"  local words='{' '.join(COMMANDS)}'",
+            '  [ "$COMP_CWORD" -le 1 ] || case ${COMP_WORDS[1]} in',
+            *cases,
+            "  esac",
+            '  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))',
+            "  case $COMPREPLY in *=) compopt -o nospace 2>/dev/null ;; esac",
+            "}",
+            "complete -o default -F _rollingq rollingq",
+        ]
+    )
 
 
 def _fail(message: str) -> int:

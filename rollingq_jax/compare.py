@@ -192,8 +192,7 @@ COMPARE = Command(
     "compare",
     "Compares arms over seeds: each is tuned on validation data with the same grid "
     "(config.compare.grid) and tested once a seed. Resumes what the folder holds.",
-    "--config configs/av_digits.py --arms concat,attention,rollingq --seeds 10 "
-    "--workdir runs/compare",
+    "--config av_digits --arms concat,attention,rollingq --seeds 10 --workdir runs/compare",
     (
         text("workdir", "FOLDER", "the comparison's folder", required=True),
         text(

@@ -5,8 +5,11 @@ lines print it without a traceback and leave with exit code 2.
 """
 
 import difflib
+import importlib
+import importlib.util
 import re
 from collections.abc import Callable, Iterable
+from types import ModuleType
 
 # Control characters, line separators, what turns the direction of text around, and halves of
 # letters, as undecodable file names have them.
@@ -104,3 +107,50 @@ def did_you_mean(
     """
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.65)
     return f" (did you mean {form(near[0])}?)" if near else ""
+
+
+# The extra that brings a package, where that is not [train].
+_EXTRAS = {
+    "PIL": "datasets",
+    "av": "datasets",
+    "espeakng_loader": "demo",
+    "flatbuffers": "convert",
+    "sklearn": "demo",
+    "soundfile": "datasets",
+    "tensorflow_datasets": "demo",
+}
+
+
+def missing_package(error: ImportError) -> str | None:
+    """The line for a package of one of our extras that is not installed.
+
+    None where it is something else: a module of our own, or a package that is there and fails.
+
+    Example:
+      >>> missing_package(ModuleNotFoundError("No module named 'etils_'", name="etils_.epath"))
+      "the package 'etils_' is not installed; allowed: it is, as after pip install ..."
+    """
+    package = (error.name or "").split(".")[0]
+    if package in ("", "rollingq_jax") or importlib.util.find_spec(package) is not None:
+        return None
+    extra = _EXTRAS.get(package, "train")
+    return (
+        f"the package {package!r} is not installed; allowed: it is, as after "
+        f'pip install "rollingq-jax[{extra}]" where rollingq-jax is installed, and '
+        f'pip install ".[{extra}]" in a clone'
+    )
+
+
+def import_or_say(module: str) -> ModuleType:
+    """Imports a module of ours that needs an extra.
+
+    Raises:
+      ModuleNotFoundError: a package is not installed; in the words of `missing_package`.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        line = missing_package(error)
+        if line is None:
+            raise
+        raise ModuleNotFoundError(line, name=error.name) from None

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import rollingq_jax
 from rollingq_jax import __main__ as main_module
 from rollingq_jax import errors
+from rollingq_jax.train.cli import own_configs, read_python
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = sorted(main_module.COMMANDS)
@@ -47,12 +49,64 @@ def test_a_mistyped_command_suggests_the_nearest(capsys):
 
 def test_a_package_that_is_missing_is_one_line(capsys, monkeypatch):
     def missing(name):
-        raise ModuleNotFoundError("No module named 'grain'", name="grain")
+        raise ModuleNotFoundError("No module named 'grain'", name="grain.sources")
 
     monkeypatch.setattr(importlib, "import_module", missing)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main_module.main(["rollingq", "check"]) == 2
     printed = capsys.readouterr().err
     assert 'pip install "rollingq-jax[train]"' in printed and printed.count("\n") == 1
+    with pytest.raises(ModuleNotFoundError, match=r'grain.*pip install "rollingq-jax\[train\]"'):
+        _ = rollingq_jax.load
+
+
+def test_a_module_that_fails_of_itself_is_not_called_missing():
+    assert errors.missing_package(ImportError("cannot import name x", name="json")) is None
+    assert errors.missing_package(ModuleNotFoundError(name="rollingq_jax.nowhere")) is None
+    assert "rollingq-jax[train]" in errors.missing_package(ModuleNotFoundError(name="nowhere.x"))
+
+
+def test_each_named_extra_brings_its_package():
+    """The packages that an extra other than [train] is named for, by what pip calls them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {"PIL": "pillow", "sklearn": "scikit-learn"}
+    for package, extra in errors._EXTRAS.items():
+        name = names.get(package, package.replace("_", "-"))
+        listed = project["optional-dependencies"][extra]
+        assert any(line.startswith(f"{name}>=") for line in listed), package
+        assert not any(
+            line.startswith(f"{name}>=") for line in project["optional-dependencies"]["train"]
+        )
+
+
+@pytest.mark.parametrize(
+    "typed, completed",
+    [
+        (["rollingq", "ex"], ["export"]),
+        (["rollingq", "predict", "--ba"], ["--batch_size"]),
+        (["rollingq", "compare", "--config.rolling.b"], ["--config.rolling.beta="]),
+    ],
+)
+def test_completion(typed, completed):
+    script = (
+        main_module.completion()
+        + f"\nCOMP_WORDS=({' '.join(typed)}) COMP_CWORD={len(typed) - 1} COMPREPLY=()\n"
+        + '_rollingq; echo "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.split() == completed, done.stderr
+
+
+def test_configurations_by_name(tmp_path, monkeypatch):
+    """From any folder; a file of that name in it comes first."""
+    monkeypatch.chdir(tmp_path)
+    assert sorted(own_configs()) == sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+    assert read_python("av_digits") == read_python(str(ROOT / "configs" / "av_digits.py"))
+    with pytest.raises(errors.ConfigError, match=r"did you mean own_data\?.*: av_digits, "):
+        read_python("own_date")
+    (tmp_path / "av_digits").write_text("raise ValueError('this one')")
+    with pytest.raises(errors.ConfigError, match="this one"):
+        read_python("av_digits")
 
 
 def test_the_list_of_commands_loads_no_jax():

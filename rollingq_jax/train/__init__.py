@@ -8,8 +8,9 @@ Example:
   >>> summary = rq.train.train_and_evaluate(config, "runs/demo")  # doctest: +SKIP
 """
 
-import importlib
 from typing import Any
+
+from rollingq_jax.errors import import_or_say
 
 __all__ = ["default_config", "load_run", "train_and_evaluate"]
 
@@ -22,5 +23,5 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:  # on first use: the loop needs Orbax and Grain, the configuration does not
-        return getattr(importlib.import_module(_HOME[name]), name)
+        return getattr(import_or_say(_HOME[name]), name)
     raise AttributeError(f"module 'rollingq_jax.train' has no attribute {name!r}")

@@ -14,6 +14,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -22,8 +23,15 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from rollingq_jax.errors import ConfigError, UserError, did_you_mean, printable, said
-from rollingq_jax.train.config import allowed_in, fields_help, from_json
+from rollingq_jax.errors import (
+    ConfigError,
+    UserError,
+    did_you_mean,
+    missing_package,
+    printable,
+    said,
+)
+from rollingq_jax.train.config import allowed_in, field_names, fields_help, from_json
 from rollingq_jax.train.distributed import TIMEOUT, join
 from rollingq_jax.train.output import shown
 from rollingq_jax.train.preemption import EXIT_CODE, Interrupted, Interruption
@@ -79,7 +87,11 @@ def switch(name: str, help: str) -> Flag:
 
 WORKDIR = text("workdir", "FOLDER", "the run's folder, local or gs://", required=True)
 CONFIG_FLAGS = (
-    text("config", "FILE", "a Python file with get_config(), as those in configs/"),
+    text(
+        "config",
+        "FILE",
+        "a Python file with get_config(), or the name of one that is installed, as av_digits",
+    ),
     text("config_json", "FILE", "instead of it: a config.json, as a run leaves it"),
 )
 # In the help only: the configuration says which fields there are.
@@ -185,6 +197,11 @@ class Command(NamedTuple):
                 values[name].parser = _Parser(values[name].parser, name, allowed=allowed)
         self._refuse(_read_flags(values, argv))
         return values.config
+
+    def names(self) -> list[str]:
+        """The flags, and the fields of the configuration where it takes them, as typed."""
+        flags = self.flags + (CONFIG_FLAGS if self.reads_config else ())
+        return [f"--{one.name}" for one in flags] + (field_names() if self.reads_config else [])
 
     def usage(self) -> str:
         """The flags in one line: those that are needed, then the others."""
@@ -332,16 +349,30 @@ def _unknown_field(argv: Sequence[str], config: ConfigDict) -> str | None:
     return None
 
 
+def own_configs() -> dict[str, str]:
+    """The files of `configs/` by name: in the installed package, or in the clone around it."""
+    package = Path(__file__).parents[1]
+    inside = package / "configs"
+    folder = inside if inside.is_dir() else package.parent / "configs"
+    return {path.stem: str(path) for path in sorted(folder.glob("*.py"))}
+
+
 def read_python(path: str) -> ConfigDict:
     """What `get_config()` of a file returns; `FILE:TEXT` calls `get_config("TEXT")`.
+
+    A name without a folder and a suffix, as `av_digits`, is that of a file that comes with us.
 
     Raises:
       ConfigError: there is no such file, it fails, or it returns something else.
     """
     path, *argument = path.split(":", 1)
+    ours = own_configs()
+    path = path if os.path.isfile(path) else ours.get(path, path)
     if not os.path.isfile(path):
+        meant = did_you_mean(path, ours)
         raise ConfigError(
-            f"--config {path}: no such file; allowed: a Python file with get_config()"
+            f"--config {path}: no such file{meant}; allowed: a Python file with get_config(), or "
+            f"one of ours by its name: {', '.join(ours)}"
         )
     try:
         get_config = runpy.run_path(path).get("get_config")
@@ -414,8 +445,9 @@ def _run(command: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> int:
         return _fail(f"error: {error}", IO_ERROR)
     except KeyboardInterrupt as stopped:
         return _fail(str(stopped) or "interrupted", KILLED_BY_SIGINT)
-    except Exception:
-        problem = platform_problem()
+    except Exception as error:
+        line = missing_package(error) if isinstance(error, ImportError) else None
+        problem = line or platform_problem()
         if problem is None:
             raise
         return _fail(f"error: {problem}", USER_ERROR)
@@ -457,7 +489,7 @@ def warn(message: str) -> None:
 TRAIN = Command(
     "train",
     "Trains as the configuration says, resumes what the folder holds, and tests once at the end.",
-    "--config configs/av_digits.py --workdir runs/demo --config.optimizer.learning_rate=0.01",
+    "--config av_digits --workdir runs/demo --config.optimizer.learning_rate=0.01",
     (
         WORKDIR,
         switch("profile", "write a trace of some steps into `profile` in the folder"),

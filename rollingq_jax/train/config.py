@@ -399,6 +399,17 @@ def _described(known: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def field_names() -> list[str]:
+    """Every field as it is typed; those of the data, which come with the data set, are left out."""
+    sections = {name: list(section_fields(section)) for name, section in SECTIONS.items()}
+    sections["data"] = list(SHARED_DATA)
+    return [
+        "--" + ".".join(filter(None, ("config", section, name))) + "="
+        for section, names in sections.items()
+        for name in names
+    ]
+
+
 def fields_help(width: int = 80) -> str:
     """Fields, defaults and meanings in columns that fit a terminal."""
     lines = ["fields of the configuration, their defaults and meanings:"]
