@@ -121,7 +121,9 @@ def test_other_data_are_refused_before_anything_is_written(name, tmp_path, monke
 def test_other_schemes_and_the_environment_are_refused(monkeypatch):
     refused("s3://bucket/d.npz", "^data.path: 's3://bucket/d.npz'; allowed: a local path")
     monkeypatch.setenv("ROLLINGQ_CACHE", "gs://bucket/cache")
-    with pytest.raises(UserError, match="^environment's ROLLINGQ_CACHE: 'gs://bucket/cache'; allowed"):
+    with pytest.raises(
+        UserError, match="^environment's ROLLINGQ_CACHE: 'gs://bucket/cache'; allowed"
+    ):
         cache_root()
 
 
