@@ -138,7 +138,10 @@ CHECK = Command(
     "Prints what a data set holds, before anything is trained on it: counts by split and class, "
     "kinds, shapes, quality, and files that cannot be read. Exits with code 2 where something is "
     "wrong.",
-    "--path mine.npz",
+    (
+        "--path mine.npz",
+        "--config own_data --config.data.path=mine.npz --workdir runs/mine",
+    ),
     (
         text("path", "PATH", "an .npz file, a folder of .npy files or a manifest"),
         switch("quick", f"read {QUICK} examples of each split"),

@@ -188,11 +188,36 @@ def summary_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+EXPLAINED = """\
+seeds
+  A seed is that of parameters, order and dropout, and of data that are made.
+  Runs of one seed are compared in pairs, so that what a seed does to all arms
+  alike cancels. A gain counts when the bootstrap 95 % interval of the paired
+  differences excludes 0, with five seeds or more. Settings are chosen on other
+  seeds than those of the table.
+reference
+  Each arm's difference is to this one: attention, where it is among the arms,
+  else the first. `--reference uniform` asks what the look at the sample adds.
+noise
+  Tests every run under noise of 0.25 to 4 standard deviations in one modality
+  at a time: whether attention leaves what has become noise. It costs some
+  passes over the test set and no training.
+sweep
+  There is no command of its own: a sweep over settings is a comparison. Name
+  each setting as an arm (the second example), to have a line of the table and
+  an interval for each, or put values into config.compare.grid, to have each
+  arm tuned over all their combinations on validation data."""
+
+
 COMPARE = Command(
     "compare",
     "Compares arms over seeds: each is tuned on validation data with the same grid "
     "(config.compare.grid) and tested once a seed. Resumes what the folder holds.",
-    "--config av_digits --arms concat,attention,rollingq --seeds 10 --workdir runs/compare",
+    (
+        "--config av_digits --arms concat,attention,rollingq --seeds 10 --workdir runs/compare",
+        "--config av_digits --workdir runs/sweep "
+        "--arms attention,b0=rollingq:rolling.beta=0.0,b2=rollingq:rolling.beta=0.2",
+    ),
     (
         text("workdir", "FOLDER", "the comparison's folder", required=True),
         text(
@@ -214,6 +239,7 @@ COMPARE = Command(
         switch("allow_reuse", "a seed may serve the choice of settings and the comparison, too"),
     ),
     reads_config=True,
+    epilog=lambda: EXPLAINED,
 )
 
 

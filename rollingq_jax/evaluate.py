@@ -213,7 +213,11 @@ EVALUATE = Command(
     "Evaluates a trained run, with the best checkpoint by validation, and probes what its "
     "attention follows. Writes evaluation.json, evaluation.html, predictions.csv and figures into "
     "the run's folder.",
-    "--workdir runs/demo --corrupt audio=1.0",
+    (
+        "--workdir runs/demo --corrupt audio=1.0",
+        "--workdir runs/demo --probes --levels 0,1,4",
+        "--workdir runs/demo --path new.npz --split test",
+    ),
     (
         WORKDIR,
         text(

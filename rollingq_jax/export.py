@@ -411,7 +411,10 @@ def read_variables(path: epath.PathLike) -> tuple[dict[str, Any], jax.Array | No
 EXPORT = Command(
     "export",
     "Exports the best checkpoint of a run, with a model card beside it.",
-    "--workdir runs/demo --out model.safetensors --fold",
+    (
+        "--workdir runs/demo --out model.safetensors --fold",
+        "--workdir runs/demo --out model.safetensors --stablehlo model.bin",
+    ),
     (
         WORKDIR,
         text("out", "FILE", "the weights, a path that ends in .safetensors", required=True),

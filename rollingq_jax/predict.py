@@ -151,7 +151,10 @@ def _lacking(batch: dict[str, np.ndarray], modality: str, rows: int) -> int:
 PREDICT = Command(
     "predict",
     "Predicts on new data with a trained run, and writes a table with a line for each example.",
-    "--workdir runs/demo --path NEW --out predictions.csv",
+    (
+        "--workdir runs/demo --path new.npz --out predictions.csv",
+        "--workdir runs/demo --path table.csv --batch_size 256",
+    ),
     (
         WORKDIR,
         text("path", "PATH", "the new data, in any form for training", required=True),

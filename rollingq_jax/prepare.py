@@ -37,7 +37,10 @@ PREPARE = Command(
     "prepare",
     "Prepares a data set from its original distribution. Afterwards --config.data.path=DIR "
     "trains on it. An interrupted preparation resumes when the same command is given again.",
-    "crema_d --source CREMA-D --data_dir DATA",
+    (
+        "crema_d --source CREMA-D --data_dir DATA",
+        "kinetics_sounds --source CLIPS --data_dir DATA --fps 2",
+    ),
     (
         text("source", "PATH", "the original distribution", required=True),
         text("data_dir", "DIR", "where prepared sets are kept", required=True),

@@ -31,7 +31,7 @@ from rollingq_jax.errors import (
     printable,
     said,
 )
-from rollingq_jax.train.config import allowed_in, field_names, fields_help, from_json
+from rollingq_jax.train.config import allowed_in, field_names, fields_help, flatten, from_json
 from rollingq_jax.train.distributed import TIMEOUT, join
 from rollingq_jax.train.output import shown
 from rollingq_jax.train.preemption import EXIT_CODE, Interrupted, Interruption
@@ -116,7 +116,7 @@ class Command(NamedTuple):
     Attributes:
       name: as in `python -m rollingq_jax NAME`.
       summary: what it does, in a few sentences.
-      example: what may be typed behind its name.
+      examples: what may be typed behind its name.
       flags: in the order of the help.
       positional: an argument without a name, which is required, if there is one.
       reads_config: whether it takes `CONFIG_FLAGS`, and `--config.FIELD=VALUE` for any field.
@@ -125,7 +125,7 @@ class Command(NamedTuple):
 
     name: str
     summary: str
-    example: str
+    examples: tuple[str, ...]
     flags: tuple[Flag, ...]
     positional: Flag | None = None
     reads_config: bool = False
@@ -231,7 +231,7 @@ class Command(NamedTuple):
             _wrapped(usage, "    "),
             _wrapped(self.summary),
             "\n".join(_in_columns(*row) for row in rows),
-            f"example:\n{_as_typed(f'{program} {self.example}')}",
+            "\n".join(["examples:", *(_as_typed(f"{program} {one}") for one in self.examples)]),
             self.epilog(),
         ]
         return "\n\n".join(part for part in parts if part)
@@ -332,17 +332,24 @@ def _as_typed(line: str) -> str:
 
 
 def _unknown_field(argv: Sequence[str], config: ConfigDict) -> str | None:
-    """The line for the first field on the command line that the configuration does not have."""
+    """The line for the first field on the command line that the configuration does not have.
+
+    A near name in the section that was typed is suggested, else a field of that name elsewhere.
+    """
+    elsewhere = {path.rpartition(".")[2]: f"config.{path}" for path in flatten(config)}
     for argument in argv:
         name = argument.lstrip("-").partition("=")[0]
         name = name.removeprefix("no") if name.startswith("noconfig.") else name
         if not argument.startswith("-") or not name.startswith("config."):
             continue
         node: Any = config
-        for part in name.split(".")[1:]:
+        parts = name.split(".")
+        for place, part in enumerate(parts[1:], 1):
             if not hasattr(node, "keys") or part not in node:
                 names = sorted(node.keys()) if hasattr(node, "keys") else []
-                meant = did_you_mean(part, names)
+                near = {n: ".".join([*parts[:place], n, *parts[place + 1 :]]) for n in names}
+                meant = did_you_mean(part, near, near.__getitem__)
+                meant = meant or did_you_mean(parts[-1], elsewhere, elsewhere.__getitem__)
                 allowed = ", ".join(names) or "no fields"
                 return f"{name} is not a field{meant}; allowed there: {allowed}"
             node = node[part]
@@ -489,7 +496,10 @@ def warn(message: str) -> None:
 TRAIN = Command(
     "train",
     "Trains as the configuration says, resumes what the folder holds, and tests once at the end.",
-    "--config av_digits --workdir runs/demo --config.optimizer.learning_rate=0.01",
+    (
+        "--config av_digits --workdir runs/demo --config.optimizer.learning_rate=0.01",
+        "--config own_data --config.data.path=mine.npz --workdir runs/mine",
+    ),
     (
         WORKDIR,
         switch("profile", "write a trace of some steps into `profile` in the folder"),

@@ -91,8 +91,15 @@ ROWS = [
     ([*TINY, "--config.optimizer.lr=1"], "config.optimizer.lr is not a field; allowed there: clip"),
     (
         [*TINY, "--config.optimizer.learning_rat=1"],
-        "learning_rat is not a field (did you mean learning_rate?); allowed there: clip_norm",
+        "learning_rat is not a field (did you mean config.optimizer.learning_rate?); allowed",
     ),
+    (
+        [*TINY, "--config.optimzer.learning_rate=1"],
+        "config.optimzer.learning_rate is not a field "
+        "(did you mean config.optimizer.learning_rate?); allowed there: baseline",
+    ),
+    ([*TINY, "--config.learning_rate=1"], "(did you mean config.optimizer.learning_rate?); allow"),
+    ([*TINY, "--config.rolling.betta=1"], "(did you mean config.rolling.beta?); allowed there: b"),
     ([*TINY, "--config.epochs.x=1"], "config.epochs.x is not a field; allowed there: no fields"),
     (
         [*TINY, "--config.epochs"],
