@@ -393,7 +393,7 @@ def uniform_share(
     length = sum(lengths or ()) if given is None else given.shape[-1]
     ids, count = token_modalities(length, lengths, segment_ids, num_modalities)
     batched = mask is not None or np.ndim(ids) == 2
-    members = _members(ids, count, mask, (getattr(dims, "B", 1), length))
+    members = _members(ids, count, mask, (getattr(dims, "B", 1), length), mask)
     number = jnp.sum(members, axis=1).astype(jnp.float32)
     total = jnp.sum(number, axis=-1, keepdims=True)
     shares = jnp.where(total > 0, number / jnp.maximum(total, 1.0), 1.0 / count)

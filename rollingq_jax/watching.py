@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from rollingq_jax.attention import uniform_share
 from rollingq_jax.errors import UserError
 from rollingq_jax.rolling import rolling_query
 
@@ -86,13 +85,14 @@ def report(
 
     Args:
       see: the model, `batch -> ` a mapping with `query` `[B, H, d]` or `[H, d]` and `mean_keys`
-        `{m: [B, H, d]}`; optionally `attention_share` `{m: [B, H]}` and `present` `{m: [B]}`. The
-        second output of `build_model`'s models is one: `lambda batch: apply(variables, batch)[1]`.
+        `{m: [B, H, d]}`; optionally `attention_share` `{m: [B, H]}`, `uniform_share` and `present`
+        `{m: [B]}`. The second output of `build_model`'s models is one:
+        `lambda batch: apply(variables, batch)[1]`.
       batches: one pass over the data: mappings of arrays. `quality_<m>` `[B]` are correlated with
         the shares; rows whose `example_mask` is False (padding) count nowhere.
       beta: imbalance above which a modality is called favored, and a head would roll.
-      uniform_shares: shares under uniform attention, such as `uniform_share` gives; by default from
-        the numbers of tokens where `see` gives `tokens` `{m: [B, L_m, d]}`, else equal shares.
+      uniform_shares: shares under uniform attention, such as `uniform_share` gives; by default the
+        means of the `uniform_share` that `see` gives, else equal shares.
       noise: whether to pass each batch once more for every modality that it holds under its name,
         with that modality's values drawn anew from the batch's own.
       seed: of that noise.
@@ -116,6 +116,7 @@ def report(
     roller, state, rng = rolling_query(max_rotations=0), None, np.random.default_rng(seed)
     observe = jax.jit(roller.observe)
     shares: list[dict[str, np.ndarray]] = []
+    evens: list[dict[str, np.ndarray]] = []
     noise_shares: list[dict[str, np.ndarray]] = []
     weights: list[dict[str, np.ndarray]] = []
     quality: list[dict[str, np.ndarray]] = []
@@ -135,6 +136,7 @@ def report(
         weights.append(_weights(batch, out, keys))
         state = observe(state, query, keys, weights[-1])
         shares.append(_shares(out))
+        evens.append(_shares(out, "uniform_share"))
         quality.append(
             {m: np.asarray(batch[f"quality_{m}"]) for m in keys if f"quality_{m}" in batch}
         )
@@ -146,9 +148,8 @@ def report(
         raise UserError("batches is empty; allowed: at least one batch")
     _, info = roller.update(state)
     modalities = tuple(weights[0])
-    tokens = out.get("tokens", dict.fromkeys(modalities, np.zeros((1, 1))))
-    even = uniform_share([tokens[m].shape[1] for m in modalities])
-    uniform_shares = uniform_shares or dict(zip(modalities, even.tolist(), strict=True))
+    equal = dict.fromkeys(modalities, 1 / len(modalities))
+    uniform_shares = uniform_shares or _means(evens, weights) or equal
     found = Report(
         modalities=modalities,
         num_examples=sum(int(np.any([w[m] > 0 for m in w], axis=0).sum()) for w in weights),
@@ -177,9 +178,9 @@ def _weights(
     return weights
 
 
-def _shares(out: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _shares(out: Mapping[str, Any], name: str = "attention_share") -> dict[str, np.ndarray]:
     """`{m: [B]}`, means over the heads; empty where the model gives no shares."""
-    shares = out.get("attention_share", {})
+    shares = out.get(name, {})
     return {m: np.asarray(x).reshape(len(x), -1).mean(axis=1) for m, x in sorted(shares.items())}
 
 

@@ -537,3 +537,9 @@ def test_verdicts_say_what_the_intervals_show():
     assert lasted.startswith("Did the rolls last? Yes: rollingq gives a 0.550 [")
     assert followed.startswith("Did accuracy follow? Yes: rollingq +10.0 points [")
     assert results.verdicts({"test_accuracy": table["test_accuracy"]}, made, "attention") == []
+    # Of a modality that has four fifths of the tokens, 0.7 of the attention is little.
+    made = [one | {"uniform_share/a": 0.8, "uniform_share/b": 0.2} for one in made]
+    biased, lasted, _ = results.verdicts(table, made, "attention")
+    assert biased.startswith("Is attention biased? Yes: attention gives b 0.300 [0.2")
+    assert biased.endswith("of its attention; even is 0.200.")
+    assert lasted.startswith("Did the rolls last? No: rollingq gives b 0.450 [")

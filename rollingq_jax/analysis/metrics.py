@@ -27,8 +27,9 @@ log = logging.getLogger(__name__)
 
 Array = np.ndarray
 Batch = Mapping[str, Array]
-# Batch -> {"probabilities": [B, C], "attention_share": {m: [B] or [B, H]}, "present": {m: [B]}}.
-# The shares are empty or absent where there is no attention, `present` where all have everything.
+# Batch -> {"probabilities": [B, C], "attention_share": {m: [B] or [B, H]}, "uniform_share":
+# {m: [B]}, "present": {m: [B]}}. The shares are empty or absent where there is no attention, or it
+# does not say what uniform attention would give; `present` where all have everything.
 PredictFn = Callable[[Batch], Mapping[str, Any]]
 
 
@@ -47,6 +48,7 @@ class Predictions(NamedTuple):
       present: modality -> [N] bool, which examples have it; empty where all have every one.
       kept: modality -> [N] bool, where a corruption left it because it is the example's last;
         empty unless one was to be dropped.
+      uniform_share: modality -> [N], its share under uniform attention; empty where not known.
     """
 
     probabilities: Array
@@ -55,6 +57,7 @@ class Predictions(NamedTuple):
     quality: dict[str, Array]
     present: dict[str, Array] = {}
     kept: dict[str, Array] = {}
+    uniform_share: dict[str, Array] = {}
 
     @property
     def predicted(self) -> Array:
@@ -88,8 +91,15 @@ class Predictions(NamedTuple):
 
     def shares(self) -> dict[str, Array]:
         """`attention_share`, NaN for the examples that lack the modality or have no answer."""
-        known = {m: self.present.get(m, True) & self.finite for m in self.attention_share}
-        return {m: where_present(s, known[m]) for m, s in self.attention_share.items()}
+        return self._of_known(self.attention_share)
+
+    def uniform_shares(self) -> dict[str, Array]:
+        """`uniform_share`, NaN where `shares` are."""
+        return self._of_known(self.uniform_share)
+
+    def _of_known(self, shares: dict[str, Array]) -> dict[str, Array]:
+        known = {m: self.present.get(m, True) & self.finite for m in shares}
+        return {m: where_present(s, known[m]) for m, s in shares.items()}
 
 
 def where_present(values: Array, present: Array | None) -> Array:
@@ -159,6 +169,7 @@ def predict_fn(model: Any, variables: Any, rotation: Any = None) -> PredictFn:
         return {
             "probabilities": probabilities,
             "attention_share": out.get("attention_share", {}),
+            "uniform_share": out.get("uniform_share", {}),
             "present": out["present"],
         }
 
@@ -184,7 +195,8 @@ def collect(predict: PredictFn, batches: Iterable[Batch]) -> Predictions:
         for name, share in result.get("attention_share", {}).items():
             share = np.asarray(share)
             rows[f"share/{name}"] = share.mean(axis=-1) if share.ndim == 2 else share
-        rows |= {f"present/{name}": has for name, has in result.get("present", {}).items()}
+        for kind in ("uniform_share", "present"):
+            rows |= {f"{kind}/{name}": x for name, x in result.get(kind, {}).items()}
         rows |= {k: v for k, v in batch.items() if k.startswith(("quality_", KEPT))}
         real = np.asarray(batch.get("example_mask", np.ones(len(batch["label"]), bool)))
         for name, values in rows.items():
@@ -203,6 +215,7 @@ def collect(predict: PredictFn, batches: Iterable[Batch]) -> Predictions:
         {m: where_present(values, present.get(m)) for m, values in quality.items()},
         present,
         _with_prefix(columns, KEPT),
+        _with_prefix(columns, "uniform_share/"),
     )
 
 
@@ -219,6 +232,11 @@ def mean_shares(predictions: Predictions) -> dict[str, float]:
     return {m: mean_finite(share) for m, share in predictions.shares().items()}
 
 
+def uniform_shares(predictions: Predictions) -> dict[str, float]:
+    """What uniform attention would give in place of `mean_shares`; empty where it is not known."""
+    return {m: mean_finite(share) for m, share in predictions.uniform_shares().items()}
+
+
 def scores(
     predictions: Predictions, num_classes: int, class_names: Sequence[str] = ()
 ) -> dict[str, Any]:
@@ -226,10 +244,10 @@ def scores(
 
     Returns:
       "accuracy", "macro_f1", "weighted_f1", "calibration_error", "per_class" {name: {"accuracy",
-      "f1", "examples"}}, with attention "attention_share" {m: mean}, and with quality as well
-      `share_quality`. A number that the data do not define is NaN. Where some example lacks a
-      modality, "modality_examples" {m: count} says how many have it; where the model gave some no
-      answer, "nonfinite" says how many.
+      "f1", "examples"}}, with attention "attention_share" and "uniform_share" {m: mean}, and with
+      quality as well `share_quality`. A number that the data do not define is NaN. Where some
+      example lacks a modality, "modality_examples" {m: count} says how many have it; where the
+      model gave some no answer, "nonfinite" says how many.
     """
     confusion = confusion_matrix(predictions.predicted, predictions.label, num_classes)
     accuracy = per_class_accuracy(confusion)
@@ -257,6 +275,8 @@ def scores(
         result["modality_examples"] = predictions.lacking
     if predictions.attention_share:
         result["attention_share"] = mean_shares(predictions)
+    if predictions.uniform_share:
+        result["uniform_share"] = uniform_shares(predictions)
     if predictions.attention_share and predictions.quality:
         result |= share_quality(predictions)
     return result

@@ -228,7 +228,8 @@ HOW_TO_READ = {
         "below, the largest minus the smallest cosine score. The score of a modality is the mean "
         "cosine between the class query and its mean keys, so a large imbalance says that the "
         "query leans to one modality whatever the sample shows. A rotation turns the query to the "
-        "rebalance anchor; if the cycle is at work, the share drifts away again afterwards."
+        "rebalance anchor; if the cycle is at work, the share drifts away again afterwards. The "
+        "even share is a modality's part of the tokens, which uniform attention would give it."
     ),
     "accuracy": (
         "The probes are linear classifiers on each modality's own class token, trained beside the "
@@ -536,7 +537,10 @@ def _figures(
             "share_quality",
             ReportFigure(
                 "Does attention follow quality?",
-                plots.share_quality_figure({"": (clean.shares(), {m: quality[m] for m in share})}),
+                plots.share_quality_figure(
+                    {"": (clean.shares(), {m: quality[m] for m in share})},
+                    even=result.get("uniform_share"),
+                ),
                 "Scatter plot of each example's attention share against its quality contrast; "
                 f"their correlation is {signed(result['quality_correlation'])}.",
                 HOW_TO_READ["share_quality"],
@@ -547,7 +551,7 @@ def _figures(
             "noise",
             ReportFigure(
                 "What noise in one modality does",
-                plots.noise_figure({"": [result["noise"]]}),
+                plots.noise_figure({"": [result["noise"]]}, even=result.get("uniform_share")),
                 describe_noise(result["noise"]),
                 HOW_TO_READ["noise"],
             ),

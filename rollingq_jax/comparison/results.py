@@ -54,7 +54,7 @@ def run_record(arm: str, seed: int, setting: Mapping[str, Any], summary: Mapping
     scores = ("accuracy", "macro_f1", "weighted_f1", "calibration_error")
     record |= {f"test_{name}": summary[f"test_{name}"] for name in scores}
     record["quality_correlation"] = summary.get("quality_correlation")
-    for kind in ("attention_share", "probe_accuracy"):
+    for kind in ("attention_share", "uniform_share", "probe_accuracy"):
         record |= {f"{kind}/{m}": value for m, value in summary.get(kind, {}).items()}
     counts = summary.get("modality_examples", {})
     record |= {f"examples/{m}": count for m, count in counts.items()}
@@ -151,11 +151,25 @@ def verdict(metric: str, line: Mapping[str, Any]) -> str:
     return less if line["high"] < 0 else "no difference is shown"
 
 
+def even_shares(runs: Sequence[Run], modalities: Sequence[str]) -> dict[str, float]:
+    """Each modality's share under uniform attention, the mean over the runs that tell it.
+
+    Equal shares where none does, as in comparisons of earlier versions.
+    """
+    found = {}
+    for m in modalities:
+        told = [run.get(f"uniform_share/{m}") for run in runs]
+        known = [float(share) for share in told if share is not None]
+        found[m] = float(np.nanmean(known)) if known else 1 / len(modalities)
+    return found
+
+
 def verdicts(table: Table, runs: Sequence[Run], reference: str) -> list[str]:
     """Is attention biased, did the rolls last, did accuracy follow? A sentence each, with numbers.
 
-    Attention is biased where the 95 % interval of a modality's share excludes the even one; the
-    rolls lasted where that share is nearer to it. Empty where the reference has no attention.
+    Attention is biased where the 95 % interval of a modality's share excludes the even one, that of
+    uniform attention; the rolls lasted where that share is nearer to it. Empty where the reference
+    has no attention.
 
     Args:
       table: from `make_table`, against the reference.
@@ -166,9 +180,14 @@ def verdicts(table: Table, runs: Sequence[Run], reference: str) -> list[str]:
     shares = {name: lines for name, lines in shares.items() if reference in lines}
     if len(shares) < 2:
         return []
-    even = 1 / len(shares)
-    biased = max(shares, key=lambda name: shares[name][reference]["mean"])
+    evens = even_shares(runs, [name.partition("/")[2] for name in shares])
+    excess = {
+        name: lines[reference]["mean"] - evens[name.partition("/")[2]]
+        for name, lines in shares.items()
+    }
+    biased = max(excess, key=excess.__getitem__)
     modality, line = biased.partition("/")[2], shares[biased][reference]
+    even = evens[modality]
     if line["mean_low"] is None or line["runs"] < MIN_PAIRS:
         answer = "Too few seeds to say"
     else:
@@ -181,7 +200,7 @@ def verdicts(table: Table, runs: Sequence[Run], reference: str) -> list[str]:
     for arm, line in shares[biased].items():
         if arm in rolled and "difference" in line:
             nearer = {"lower": "Yes", "higher": "No"}.get(verdict(biased, line), "Not shown")
-            if nearer == "Yes" and even - line["mean"] > shares[biased][reference]["mean"] - even:
+            if nearer == "Yes" and even - line["mean"] > excess[biased]:
                 nearer = "No, they went too far"
             said.append(
                 f"Did the rolls last? {nearer}: {arm} gives {modality} "
@@ -366,15 +385,17 @@ def all_figures(
         alt = "Imbalance and attention share of each arm over training."
         figure = plots.arms_figure(rows)
         yield "dynamics", ReportFigure("Imbalance and share", figure, alt, how["arms"])
+    shares = [name for run in result["runs"] for name in run if name.startswith("attention_share/")]
+    even = even_shares(result["runs"], sorted({name.partition("/")[2] for name in shares}))
     if samples:
         found = {arm: (p.shares(), p.quality) for arm, p in samples.items()}
         alt = "Attention share of each test example against its quality, an arm a panel."
         text = how["share_quality"] + " One run of each arm."
-        figure = plots.share_quality_figure(found)
+        figure = plots.share_quality_figure(found, even=even)
         yield "share_quality", ReportFigure("Does attention follow quality?", figure, alt, text)
     if noise:
         alt = "Accuracy and attention share while one modality turns to noise, an arm a line."
-        figure = plots.noise_figure(noise)
+        figure = plots.noise_figure(noise, even=even)
         yield "noise", ReportFigure("Accuracy against noise", figure, alt, how["noise"])
 
 

@@ -113,8 +113,9 @@ class MultimodalTransformer(nn.Module):
             `present` `{m: [B]}` bool;
           with attention fusion also (float32)
             `query` `[B, n H, d_h]`, rotated; `mean_keys` `{m: [B, n H, d_h]}`;
-            `attention_share` `{m: [B, n H]}`; the last layer's `attention` `[B, H, 1 + sum L]` if
-            asked for; `quality_signal` `{m: [B]}` with a quality bias.
+            `attention_share` `{m: [B, n H]}` and `uniform_share` `{m: [B]}`, what uniform attention
+            would give; the last layer's `attention` `[B, H, 1 + sum L]` if asked for;
+            `quality_signal` `{m: [B]}` with a quality bias.
           An absent modality takes no attention, adds nothing to the bottleneck, and in the static
           fusions its class token counts as zeros; its own probe and mean keys mean nothing.
 

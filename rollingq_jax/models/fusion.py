@@ -8,7 +8,7 @@ modality. In attention fusion a class token of its own attends to all tokens, in
 several (the paper's extension), and RollingQ rotates its query.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ from rollingq_jax.attention import (
     masked_softmax,
     mean_key,
     mean_token,
+    uniform_share,
 )
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.models.layers import (
@@ -427,9 +428,10 @@ class AttentionFusion(nn.Module):
 
         Returns:
           logits, and a dict with `query` `[B, n H, d_h]` (rotated), `mean_keys`
-          `{m: [B, n H, d_h]}`, `attention_share` `{m: [B, n H]}`, and the last layer's `attention`
-          `[B, H, 1 + sum L_m]` before dropout (L_m is 1 where only class tokens are pooled); with a
-          quality bias `quality_signal` `{m: [B]}`.
+          `{m: [B, n H, d_h]}`, `attention_share` `{m: [B, n H]}`, `uniform_share` `{m: [B]}`, what
+          uniform attention would give, and the last layer's `attention` `[B, H, 1 + sum L_m]`
+          before dropout (L_m is 1 where only class tokens are pooled); with a quality bias
+          `quality_signal` `{m: [B]}`.
 
         Raises:
           ConfigError: the rotation does not fit, or the variables lack the statistics of a quality
@@ -493,7 +495,10 @@ class AttentionFusion(nn.Module):
         means = [mean_key(part, *key, mask=real) for part, real in zip(parts, reals, strict=True)]
         share = attention_share(weights, lengths)
         stats.append(ClassTokenStats(broadcast_query(query, sequence), means, share))
-        out = _joined(modalities, stats)
+        even = uniform_shares(sequence, lengths, mask)
+        out = _joined(modalities, stats) | {
+            "uniform_share": dict(zip(modalities, even, strict=True))
+        }
         if return_attention:
             out["attention"] = weights
         if signal is not None:
@@ -543,6 +548,16 @@ def mean_class_token(tokens: list[Array], masks: list[Array | None]) -> Array:
     everyone = jnp.ones_like(firsts[:, 0, 0], jnp.bool_)
     present = [everyone if mask is None else mask[:, 0] for mask in masks]
     return mean_token(firsts, jnp.stack(present, axis=1))
+
+
+def uniform_shares(sequence: Array, lengths: Sequence[int], mask: Array | None) -> list[Array]:
+    """Each modality's share under uniform attention: M x `[B]`, laid out as `sequence` `[B, ...]`.
+
+    `mask` `[B, 1 + L]` has the fusion class token first, which belongs to no modality.
+    """
+    shares = uniform_share(lengths, mask=mask)
+    size = (sequence.shape[0],)
+    return [batch_broadcast(shares[..., i], size, sequence) for i in range(len(lengths))]
 
 
 def _joined(modalities: list[str], stats: list[ClassTokenStats]) -> dict[str, Any]:

@@ -22,7 +22,14 @@ from rollingq_jax.attention import (
     mean_key,
 )
 from rollingq_jax.errors import UserError
-from rollingq_jax.models.fusion import Masks, Output, Tokens, join_tokens, rotated_query
+from rollingq_jax.models.fusion import (
+    Masks,
+    Output,
+    Tokens,
+    join_tokens,
+    rotated_query,
+    uniform_shares,
+)
 from rollingq_jax.models.layers import dropout, example_keys, xavier_normal
 from rollingq_jax.shapes import batch_broadcast, batch_reshape
 
@@ -116,8 +123,9 @@ class AttentionFusion(nnx.Module):
           example_index: `[B]` int32, positions in the global batch, for dropout; default 0, 1, ...
 
         Returns:
-          logits, and a dict with `query` `[B, H, d_h]` (rotated), `mean_keys` `{m: [B, H, d_h]}`
-          and `attention_share` `{m: [B, H]}`, as `observe` of `rolling_query` takes them; and
+          logits, and a dict with `query` `[B, H, d_h]` (rotated) and `mean_keys`
+          `{m: [B, H, d_h]}`, as `observe` of `rolling_query` takes them; `attention_share`
+          `{m: [B, H]}` and `uniform_share` `{m: [B]}`, what uniform attention would give; and
           `attention` `[B, H, 1 + sum L_m]` before dropout if asked for.
         """
         modalities = sorted(tokens)
@@ -144,7 +152,8 @@ class AttentionFusion(nnx.Module):
         )
         output = self.out(batch_reshape(attended, sequence.shape[0], -1))
         logits = self.head(dropout(out_rng, output, self.dropout, example_index))
-        share = attention_share(weights, [part.shape[1] for part in parts])
+        lengths = [part.shape[1] for part in parts]
+        share, even = attention_share(weights, lengths), uniform_shares(sequence, lengths, mask)
         out: dict[str, Any] = {
             "query": broadcast_query(query, sequence),
             "mean_keys": {
@@ -152,6 +161,7 @@ class AttentionFusion(nnx.Module):
                 for m, part, real in zip(modalities, parts, reals, strict=True)
             },
             "attention_share": {m: share[..., i] for i, m in enumerate(modalities)},
+            "uniform_share": dict(zip(modalities, even, strict=True)),
         }
         return logits, out | ({"attention": weights} if return_attention else {})
 

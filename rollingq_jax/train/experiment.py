@@ -260,7 +260,8 @@ class Experiment:
 
         Returns:
           The row for `metrics.jsonl`, and columns `[N, ...]`: `probabilities`, `label`, `present`
-          `[N, M]`, `quality_*` and, with a class query, `attention_share` and `mean_keys/<m>`.
+          `[N, M]`, `quality_*` and, with a class query, `attention_share`, `uniform_share` and
+          `mean_keys/<m>`.
 
         Raises:
           NonFiniteError: the logits of every example are NaN or infinite.
@@ -385,8 +386,8 @@ def resolve_config(config: Any, dataset: Dataset) -> Any:
 
 
 def by_modality(modalities: Sequence[str], columns: Columns, name: str) -> dict[str, np.ndarray]:
-    """Columns of `attention_share`, `present` or `quality` as `{modality: [N]}`, else empty."""
-    if name in ("attention_share", "present"):
+    """Columns of a share, `present` or `quality` as `{modality: [N]}`, else empty."""
+    if name in ("attention_share", "uniform_share", "present"):
         values = columns.get(name)
         return {} if values is None else {m: values[:, i] for i, m in enumerate(modalities)}
     found = {m: columns[f"quality_{m}"] for m in modalities if f"quality_{m}" in columns}

@@ -14,7 +14,13 @@ import numpy as np
 from etils import epath
 
 from rollingq_jax.analysis import plots, report
-from rollingq_jax.analysis.metrics import Predictions, scores, where_present, written
+from rollingq_jax.analysis.metrics import (
+    Predictions,
+    scores,
+    uniform_shares,
+    where_present,
+    written,
+)
 from rollingq_jax.analysis.plots.training import used_up
 from rollingq_jax.analysis.report import (
     ReportFigure,
@@ -163,6 +169,7 @@ def predictions_of(experiment: Experiment, columns: Columns) -> Predictions:
         attention_share=by_modality(modalities, columns, "attention_share"),
         quality={m: where_present(q, present.get(m)) for m, q in quality.items()},
         present=present,
+        uniform_share=by_modality(modalities, columns, "uniform_share"),
     )
 
 
@@ -251,7 +258,9 @@ def report_figures(
     if predictions.quality:
         figures["share_quality"] = ReportFigure(
             "Does attention follow quality?",
-            plots.share_quality_figure({"": (predictions.shares(), predictions.quality)}),
+            plots.share_quality_figure(
+                {"": (predictions.shares(), predictions.quality)}, even=uniform_shares(predictions)
+            ),
             "Scatter plot of attention share against the difference in quality, test data.",
             report.HOW_TO_READ["share_quality"],
         )

@@ -254,17 +254,25 @@ def eval_step(
     """The global batch's sums, and each example's outputs.
 
     Returns:
-      The sums, and row by row `probabilities` `[B, C]` (NaN where a logit is not finite), `present`
-      `[B, M]` and, with a class query, `attention_share` and `mean_keys/<m>` (first head, `[B, M]`
-      and `[B, d_h]`).
+      The sums, also of `uniform_share/<m>`, and row by row `probabilities` `[B, C]` (NaN where a
+      logit is not finite), `present` `[B, M]` and, with a class query, `attention_share`,
+      `uniform_share` and `mean_keys/<m>` (first head; `[B, M]` and `[B, d_h]`).
     """
     logits, out = model.apply(variables, batch, rotation=rotation)
-    sums = psum(batch_sums(logits, out, batch), axis_name)
+    sums = batch_sums(logits, out, batch)
+    if "uniform_share" in out:
+        even = jnp.stack([out["uniform_share"][m] for m in sorted(out["uniform_share"])])
+        answered = finite_rows(logits).astype(even.dtype)
+        totals = jnp.sum(even * modality_weight(out, example_weight(batch) * answered), axis=1)
+        sums |= {f"uniform_share/{m}": totals[i] for i, m in enumerate(sorted(out["present"]))}
+    sums = psum(sums, axis_name)
     present = jnp.stack([out["present"][m] for m in sorted(out["present"])], axis=-1)
     examples = {"probabilities": class_probabilities(logits), "present": present}
     if "attention_share" in out:
         shares = [jnp.mean(out["attention_share"][m], axis=1) for m in sorted(out["mean_keys"])]
         examples["attention_share"] = jnp.stack(shares, axis=-1)
+        if "uniform_share" in out:
+            examples["uniform_share"] = even.T
         examples |= {f"mean_keys/{m}": out["mean_keys"][m][:, 0] for m in out["mean_keys"]}
     return sums, examples
 
@@ -448,7 +456,7 @@ def finish(sums: Mapping[str, Any]) -> dict[str, Any]:
             if kind == "probe_loss":
                 count -= float(sums.get(f"unscored/{modality}", 0.0))
             row[name] = float(value) / (count or math.nan)
-        elif kind == "attention_share":
+        elif kind in ("attention_share", "uniform_share"):
             row[name] = float(value) / (number("attended", modality) or math.nan)
         elif kind == "unscored" and value:
             row[name.replace("unscored", "nonfinite")] = int(value)

@@ -228,6 +228,16 @@ def test_an_absent_modality_takes_no_attention_and_the_others_share_it():
     np.testing.assert_array_equal(attend(module, params, noisy, masks)[0], logits)
 
 
+def test_uniform_share_is_each_modalitys_part_of_the_real_tokens():
+    """That of attention whose logits are all 0, padded tokens left out."""
+    for pooling in ("tokens", "class_tokens"):
+        module, params, tokens = attention(TWO, 2, logit_scale=0.0, pooling=pooling)
+        for masks in (MASKS, dict.fromkeys(TWO)):
+            _, out = attend(module, params, tokens, masks)
+            for m in TWO:
+                close(out["uniform_share"][m], out["attention_share"][m][:, 0], 1e-6)
+
+
 def test_an_example_without_any_modality_stays_finite():
     module, params, tokens = attention()
     masks = {m: jnp.zeros((B, LENGTHS[m]), jnp.bool_) for m in tokens}

@@ -37,15 +37,15 @@ def inputs():
     return made
 
 
-def test_a_model_gives_the_values_and_gradients_of_one_device(inputs):
-    model = rq.build_model(config(kinds=KINDS))
+def check_model(model, inputs):
+    """Values, statistics and gradients are those of one device; results keep the batch's layout."""
     variables = jax.jit(model.init)(jax.random.key(0), inputs)
 
     def loss(params, batch):
         logits, out = model.apply(
             variables | {"params": params}, batch, train=True, rngs={"dropout": jax.random.key(1)}
         )
-        return jnp.sum(logits**2), (logits, out)
+        return jnp.mean(logits**2), (logits, out)
 
     step = jax.value_and_grad(loss, has_aux=True)
     expected = jax.jit(step)(variables["params"], inputs)
@@ -57,6 +57,29 @@ def test_a_model_gives_the_values_and_gradients_of_one_device(inputs):
     assert_close(((value, (logits, out)), grads), expected)
     for leaf in jax.tree.leaves((logits, out)):
         assert leaf.sharding.spec[0] == "data"
+
+
+def test_every_kind_of_encoder(inputs):
+    check_model(rq.build_model(config(kinds=KINDS)), inputs)
+
+
+LAYERS = {"fusion_layers": 2, "depth": 2, "scan_layers": True}
+OPTIONS = {"fusion_pooling": "class_tokens", "fusion_residual": True, "fusion_norm": True}
+BIAS = {"quality_bias": 0.5, "quality_shuffled": True}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [LAYERS, {"fusion": "mbt", "mbt_layers": 1}, BIAS | OPTIONS],
+    ids=["layers", "mbt", "quality_bias_and_options"],
+)
+def test_every_fusion(fields):
+    kinds = {"audio": "vector", "text": "tokens"}
+    inputs = batch(kinds, SIZE)
+    inputs["text"] = inputs["text"].at[:3, 2:].set(0).at[5].set(0)
+    check_model(
+        rq.build_model(config(kinds=kinds, **{"depth": 0, "dropout": 0.1, **fields})), inputs
+    )
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=str)

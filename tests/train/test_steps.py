@@ -356,6 +356,23 @@ def cross_entropy(logits, label):
     return -log_softmax[np.arange(len(label)), label]
 
 
+def test_an_evaluation_says_what_uniform_attention_would_give():
+    """By hand: a vector has its class token and one more, a text that and as many as are real."""
+    encoders = {"a": {"kind": "vector"}, "b": {"kind": "tokens", "vocab_size": 9}}
+    model = build_model({"num_classes": 3, "dim": 8, "depth": 0, "encoders": encoders})
+    text = np.array([[1, 2, 3, 4], [5, 0, 0, 0], [6, 7, 0, 0], [0, 0, 0, 0]])
+    batch = {"a": np.ones((4, 5), np.float32), "b": text, "label": np.zeros(4, np.int32)}
+    batch["example_mask"] = np.array([True, True, False, True])  # the third row is padding
+    variables = jax.jit(model.init)(jax.random.key(0), batch)
+    evaluate = jax.jit(functools.partial(steps.eval_step, model=model))
+    sums, examples = evaluate(variables, None, batch)
+    even = [[2 / 7, 5 / 7], [2 / 4, 2 / 4], [2 / 5, 3 / 5], [1.0, 0.0]]
+    np.testing.assert_allclose(examples["uniform_share"], even, rtol=1e-6)
+    row = finish(sums)
+    np.testing.assert_allclose(row["uniform_share/a"], (2 / 7 + 2 / 4 + 1) / 3, rtol=1e-6)
+    np.testing.assert_allclose(row["uniform_share/b"], (5 / 7 + 2 / 4) / 2, rtol=1e-6)
+
+
 @pytest.mark.parametrize("size", [10, 4, 3])
 def test_means_do_not_depend_on_how_the_data_are_batched(size):
     logits, out, batch = outputs(10)

@@ -46,7 +46,7 @@ def attention_figure(examples: Sequence[AttentionExample]) -> Figure:
     """Attention of the class token over the input of chosen examples, a row each.
 
     Two pictures for each modality: the input, and the input under its token weights. A weight is
-    shown as a multiple of the even one, 1 / (number of tokens of all modalities); the fusion class
+    shown as a multiple of the even one, 1 / (real tokens of all modalities); the fusion class
     token is left out, and the modality's class token, which belongs to no place, is in the share
     above the picture but not in the picture.
     """
@@ -94,9 +94,9 @@ def attention_figure(examples: Sequence[AttentionExample]) -> Figure:
 
 
 def _relative_weights(example: AttentionExample) -> list[Array]:
-    """Weights of each view as multiples of the even weight over all modalities' tokens."""
+    """Weights of each view as multiples of the even weight over all modalities' real tokens."""
     total = sum(float(np.sum(view.weights)) for view in example.views)
-    count = sum(len(view.weights) for view in example.views)
+    count = sum(np.count_nonzero(view.weights) for view in example.views)  # padding has 0 exactly
     return [
         np.asarray(view.weights, np.float64) * count / max(total, 1e-12) for view in example.views
     ]

@@ -16,7 +16,10 @@ Shares = Mapping[str, Array]
 
 
 def share_quality_figure(
-    arms: Mapping[str, tuple[Shares, Shares]], *, modality: str | None = None
+    arms: Mapping[str, tuple[Shares, Shares]],
+    *,
+    modality: str | None = None,
+    even: Mapping[str, float] | None = None,
 ) -> Figure:
     """Attention share of a modality against how much better its quality is, a point a sample.
 
@@ -25,6 +28,7 @@ def share_quality_figure(
         (its name may be empty). NaN is what an example lacks: it is no point.
       modality: the one to show; the first in alphabetical order by default. With two modalities
         the other is the same picture turned by half.
+      even: modality -> its share under uniform attention; equal shares by default.
 
     Returns:
       A figure whose panels give Pearson's and Spearman's correlation and the mean share of each
@@ -42,7 +46,8 @@ def share_quality_figure(
         known = np.isfinite(contrast) & np.isfinite(values)
         _scatter(axes, contrast[known], values[known].astype(np.float64))
         last = axes in grid[:, -1] or axes is list(grid.flat)[len(arms) - 1]
-        style.reference_line(axes, 1 / len(share), "even\nshare" if last else "")
+        uniform = (even or {}).get(shown, 1 / len(share))
+        style.reference_line(axes, uniform, "even\nshare" if last else "")
         label = style.plain(shown)
         other = style.plain(next(m for m in sorted(share) if m != shown))
         minus = other if len(share) == 2 else "mean of the others"
@@ -65,7 +70,10 @@ def share_quality_figure(
 
 
 def noise_figure(
-    arms: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], *, metric: str = "accuracy"
+    arms: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
+    *,
+    metric: str = "accuracy",
+    even: Mapping[str, float] | None = None,
 ) -> Figure:
     """Accuracy, and the noised modality's attention share, while one modality turns to noise.
 
@@ -73,6 +81,7 @@ def noise_figure(
       arms: name -> runs (one for each seed) -> points {"modality", "level", "accuracy",
         "attention_share": {m: mean}} as `probes.corruption_curve` gives them.
       metric: the field of a point for the upper row, a fraction that is shown in percent.
+      even: modality -> its share under uniform attention; equal shares by default.
 
     Returns:
       A column for each modality; lines are means over runs, bands one standard deviation. The row
@@ -99,9 +108,10 @@ def noise_figure(
     if with_share:
         grid[1, 0].set_ylabel("attention share of the\nnoised modality (0 to 1)", fontsize=10.5)
         grid[1, 0].set_ylim(0, 1)
-        even = 1 / max(len(point.get("attention_share", {})) for point in points)
-        for axes in grid[1]:
-            style.reference_line(axes, even, "even\nshare" if axes is grid[1, -1] else "")
+        equal = 1 / max(len(point.get("attention_share", {})) for point in points)
+        for axes, name in zip(grid[1], names, strict=True):
+            uniform = (even or {}).get(name, equal)
+            style.reference_line(axes, uniform, "even\nshare" if axes is grid[1, -1] else "")
     figure.suptitle(
         "What noise in one modality does" + _seeds(arms), fontsize=11.5, x=0.01, ha="left"
     )

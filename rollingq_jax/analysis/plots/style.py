@@ -7,7 +7,7 @@ used, so figures can be made in threads and in a process that has its own pyplot
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +82,18 @@ def shorten(text: Any, limit: int = 28) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def reference_line(axes: Axes, value: float, label: str = "") -> None:
+def even_lines(axes: Axes, even: Mapping[str, float]) -> None:
+    """The share that uniform attention would give: one line, or one for each modality's."""
+    if max(even.values()) - min(even.values()) < 1e-3:
+        reference_line(axes, next(iter(even.values())), "even\nshare")
+        return
+    for i, (name, value) in enumerate(even.items()):
+        reference_line(axes, value, f"even, {plain(name)}", color(i))
+
+
+def reference_line(axes: Axes, value: float, label: str = "", color: str = MUTED) -> None:
     """A thin dotted horizontal line, its name in the margin where it cannot cover any data."""
-    axes.axhline(value, color=MUTED, linewidth=1, linestyle=(0, (1, 2)), zorder=1.2)
+    axes.axhline(value, color=color, linewidth=1, linestyle=(0, (1, 2)), zorder=1.2)
     axes.annotate(
         label,
         (1, value),
@@ -93,7 +102,7 @@ def reference_line(axes: Axes, value: float, label: str = "") -> None:
         textcoords="offset points",
         va="center",
         fontsize=9.5,
-        color=MUTED,
+        color=color,
     )
 
 

@@ -99,10 +99,21 @@ def _mean(values: Any) -> float:
     return float(np.mean(values)) if values else float("nan")
 
 
+def even_shares(rows: Sequence[Row], names: Sequence[str]) -> dict[str, float]:
+    """Each modality's share under uniform attention, from the last validation row.
+
+    Equal shares where the rows do not hold it, as those of earlier versions.
+    """
+    known = {name: curve(rows, "valid", f"uniform_share/{name}").y for name in names}
+    return {name: float(y[-1]) if len(y) else 1 / len(names) for name, y in known.items()}
+
+
 def dynamics_figure(
     rows: Sequence[Row], *, beta: float | None = None, plain: Sequence[Row] = ()
 ) -> Figure:
     """Attention share of each modality and imbalance over training, rotations marked.
+
+    The even share is that of uniform attention, a line for each modality where they differ.
 
     Args:
       rows: of metrics.jsonl: "train" rows give thin lines, "valid" rows thick ones, "roll" rows
@@ -120,7 +131,7 @@ def dynamics_figure(
     for i, name in enumerate(names):
         _train_and_valid(top, rows, f"attention_share/{name}", style.plain(name), i)
     if names:
-        style.reference_line(top, 1 / len(names), "even\nshare")
+        style.even_lines(top, even_shares(rows, names))
         top.set_ylim(-0.02, 1.02)
         _plain_share(top, plain, names)
     else:

@@ -143,6 +143,28 @@ def test_dynamics_shows_the_rows():
         assert vertical == [6.0, 12.0]
 
 
+def reference_lines(axes):
+    """Heights of the lines that cross the whole panel."""
+    return sorted(float(x.get_ydata()[0]) for x in axes.lines if list(x.get_xdata()) == [0, 1])
+
+
+def test_the_even_share_is_that_of_uniform_attention():
+    three, even = ("image", "spectrum", "text"), (64 / 142, 72 / 142, 6 / 142)
+    rows = examples.run_rows(modalities=three, epochs=2)
+    np.testing.assert_allclose(reference_lines(plots.dynamics_figure(rows).axes[0]), [1 / 3])
+    uniform = {f"uniform_share/{m}": e for m, e in zip(three, even, strict=True)}
+    rows = [row | uniform if row["split"] == "valid" else row for row in rows]
+    top = plots.dynamics_figure(rows).axes[0]
+    np.testing.assert_allclose(reference_lines(top), sorted(even), atol=1e-3)
+    assert {f"even, {m}" for m in three} <= {text.get_text() for text in top.texts}
+    share, quality = examples.shares_and_qualities()
+    lean = {"audio": 0.7, "visual": 0.3}
+    (panel,) = plots.share_quality_figure({"": (share, quality)}, even=lean).axes
+    np.testing.assert_allclose(reference_lines(panel), [0.7])
+    noise = plots.noise_figure({"": [examples.noise_points()]}, even=lean)
+    np.testing.assert_allclose([reference_lines(axes) for axes in noise.axes[2:]], [[0.7], [0.3]])
+
+
 def test_accuracy_shows_validation_and_test_values():
     rows = examples.run_rows()
     (axes,) = plots.accuracy_figure(rows).axes
