@@ -610,6 +610,29 @@ class RollingQuery(NamedTuple):
     update: UpdateFn
 
 
+def _check_options(
+    beta: Any, rho: Any, max_rotations: Any, method: Any, layers: Any, roll_layers: Any
+) -> None:
+    """Refuses what is out of range; see `rolling_query`."""
+    _check_number("beta", beta)
+    _check_number("rho", rho, ", and finite", finite=True)
+    if max_rotations is not None:
+        _check_number("max_rotations", max_rotations, ", or None for no limit")
+    if method not in ("geodesic", "svd"):
+        raise UserError(f"method is {method!r}; allowed: geodesic, svd")
+    if not (isinstance(layers, numbers.Integral) and layers >= 1):
+        raise UserError(f"layers is {layers!r}; allowed: an integer >= 1")
+    if isinstance(roll_layers, str):
+        known = roll_layers in ("lowest first", "all")
+    else:
+        known = bool(roll_layers) and all(i in range(layers) for i in roll_layers)
+    if not known:
+        raise UserError(
+            f"roll_layers is {roll_layers!r}; allowed: 'lowest first', 'all', or numbers of layers "
+            f"from 0 to {layers - 1}"
+        )
+
+
 def rolling_query(
     beta: float | Array = 0.0,
     rho: float | Array = 0.0,
@@ -660,23 +683,7 @@ def rolling_query(
       >>> bool(info.rolled[0])
       True
     """
-    _check_number("beta", beta)
-    _check_number("rho", rho, ", and finite", finite=True)
-    if max_rotations is not None:
-        _check_number("max_rotations", max_rotations, ", or None for no limit")
-    if method not in ("geodesic", "svd"):
-        raise UserError(f"method is {method!r}; allowed: geodesic, svd")
-    if not (isinstance(layers, numbers.Integral) and layers >= 1):
-        raise UserError(f"layers is {layers!r}; allowed: an integer >= 1")
-    if isinstance(roll_layers, str):
-        known = roll_layers in ("lowest first", "all")
-    else:
-        known = bool(roll_layers) and all(i in range(layers) for i in roll_layers)
-    if not known:
-        raise UserError(
-            f"roll_layers is {roll_layers!r}; allowed: 'lowest first', 'all', or numbers of layers "
-            f"from 0 to {layers - 1}"
-        )
+    _check_options(beta, rho, max_rotations, method, layers, roll_layers)
     names = _check_names(modalities)
 
     def init(
