@@ -611,7 +611,12 @@ class RollingQuery(NamedTuple):
 
 
 def _check_options(
-    beta: Any, rho: Any, max_rotations: Any, method: Any, layers: Any, roll_layers: Any
+    beta: Any,
+    rho: Any,
+    max_rotations: Any,
+    method: str,
+    layers: int,
+    roll_layers: str | Sequence[int],
 ) -> None:
     """Refuses what is out of range; see `rolling_query`."""
     _check_number("beta", beta)

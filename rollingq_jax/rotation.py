@@ -270,9 +270,9 @@ def _check_projection(projection: Any, rotation: Array, path: Sequence[str]) -> 
     has = math.prod(shape[1:]) // width
     if heads > has and heads % has == 0 and shape[1:] in ((has, width), (has * width,)):
         raise UserError(
-            f"rotation is for {heads} heads, and the kernel at {where!r} makes {has}: those of the "
-            "last of several fusion layers. The layers below make every token's queries with one "
-            "projection, which cannot take the class token's rotation"
+            f"rotation is for {heads} heads, and the kernel at {where!r} makes {has}; allowed: as "
+            "many. Queries that share one projection cannot each fold a rotation into it (latents; "
+            "all tokens' queries in the layers below the last of several fusion layers)"
         )
     if shape[1:] not in ((heads, width), (heads * width,)):
         raise UserError(

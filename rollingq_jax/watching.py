@@ -230,10 +230,12 @@ def _verdict(found: Report) -> str:
     first = max(found.scores, key=found.scores.__getitem__)
     last = min(found.scores, key=found.scores.__getitem__)
     gap = float(np.mean(found.imbalance))
-    if gap > found.beta:
+    cosines = f"cosine {found.scores[first]:.2f} against {found.scores[last]:.2f} of {last}"
+    if gap > found.beta and found.scores[first] - found.scores[last] > found.beta:
+        parts = [f"{first} is favored: {cosines}"]
+    elif gap > found.beta:
         parts = [
-            f"{first} is favored: cosine {found.scores[first]:.2f} against "
-            f"{found.scores[last]:.2f} of {last}"
+            f"the heads favor different modalities: imbalance {gap:.2f}, but {first} {cosines}"
         ]
     else:
         parts = [

@@ -101,6 +101,20 @@ def test_a_balanced_model_is_said_to_be_one():
     )
 
 
+def test_heads_that_favor_different_modalities_are_no_favor_of_one():
+    def against(batch):  # each head's query lies along another modality's keys
+        query = np.tile(np.eye(D, dtype=np.float32)[0], (H, 1))
+        along = np.tile(query[None], (len(batch["audio"]), 1, 1))
+        a, b = along.copy(), along.copy()
+        a[:, 1], b[:, 0] = np.roll(a[:, 1], 1, axis=-1), np.roll(b[:, 0], 1, axis=-1)
+        return {"query": query, "mean_keys": {"a": a, "b": b}}
+
+    got = rq.report(against, made_batches(), quiet=True)
+    assert got.verdict.startswith(
+        "the heads favor different modalities: imbalance 1.00, but a cosine 0.50 against 0.50 of"
+    )
+
+
 def test_our_own_model_is_seen_by_its_second_output():
     encoders = {"audio": {"kind": "vector"}, "text": {"kind": "tokens", "vocab_size": 9}}
     model = rq.build_model({"num_classes": 3, "dim": 8, "depth": 0, "encoders": encoders})
