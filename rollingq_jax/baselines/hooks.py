@@ -44,6 +44,7 @@ class Baseline(NamedTuple):
       update: `(state, context) -> state`, after the forward pass, without a gradient.
       transform: of the gradient, before the optimizer's; None leaves it.
       gradient_args: `(state, context) -> {name: value}`, extra arguments of `transform.update`.
+      whole_batch: whether a function compares over the batch, which then cannot come in parts.
     """
 
     init: Callable[[], Any] = lambda: ()
@@ -52,6 +53,7 @@ class Baseline(NamedTuple):
     update: Callable[[Any, StepContext], Any] = lambda state, context: state
     transform: optax.GradientTransformationExtraArgs | None = None
     gradient_args: Callable[[Any, StepContext], dict[str, Any]] = lambda state, context: {}
+    whole_batch: bool = False
 
 
 NO_BASELINE = Baseline()

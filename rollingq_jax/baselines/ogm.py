@@ -112,4 +112,8 @@ def ogm_baseline(spec: ModelSpec, alpha: float, *, noise: bool, active_steps: in
             "rng": context.rng,
         }
 
-    return Baseline(transform=ogm(alpha, spec.modalities, noise=noise), gradient_args=gradient_args)
+    return Baseline(
+        transform=ogm(alpha, spec.modalities, noise=noise),
+        gradient_args=gradient_args,
+        whole_batch=True,
+    )

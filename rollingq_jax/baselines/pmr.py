@@ -159,4 +159,5 @@ def pmr_baseline(
         init=lambda: init_prototypes(len(names), spec.num_classes, spec.dim),
         loss=loss,
         update=update,
+        whole_batch=True,
     )

@@ -444,7 +444,7 @@ class ModelSpec:
 
 
 def _check_modality(name: Any) -> None:
-    reserved = ("label", "example_mask")
+    reserved = ("label", "example_mask", "example_index")
     if (
         not isinstance(name, str)
         or not name.isidentifier()

@@ -28,6 +28,7 @@ from rollingq_jax.models.spec import (
     as_mapping,
     at_least,
     integer,
+    is_real,
     one_of,
     optional,
     read_fields,
@@ -38,6 +39,7 @@ from rollingq_jax.models.spec import (
 # These may differ between a run and its continuation, since they do not change the result.
 FREE_FIELDS = (
     "log_every",
+    "micro_batches",
     "parallel",
     "nonfinite",
     "plain_twin",
@@ -47,6 +49,7 @@ FREE_FIELDS = (
     "data.path",
     "data.prefetch",
 )
+BALANCED = ("balanced",)
 OPTIMIZERS = ("sgd", "adam", "adamw", "lion", "lamb")
 
 Flag = Annotated[bool, FLAG]
@@ -64,6 +67,9 @@ class RunConfig:
     seed: Annotated[int, integer(0, 2**32 - 1), "of parameters, order, dropout and splits"] = 0
     epochs: Annotated[int, integer(1), "passes over the training data"] = 30
     batch_size: Annotated[int, integer(1), "examples of a step, over all devices"] = 64
+    micro_batches: Annotated[
+        int, integer(1), "parts of a batch that a device takes in turn: less memory, same step"
+    ] = 1
     log_every: Annotated[int, integer(1), "steps between rows of metrics.jsonl"] = 10
     parallel: Annotated[str, one_of(("jit", "pmap")), "how steps are laid over the devices"] = "jit"
     vit_weights: Annotated[
@@ -77,6 +83,18 @@ class RunConfig:
     patience: Annotated[
         int, integer(0), "epochs without a better one after which training ends; 0: it does not"
     ] = 0
+    class_weights: Annotated[
+        tuple[Any, ...],
+        Rule(
+            "numbers > 0, one a class; balanced; or ()",
+            lambda v: (
+                isinstance(v, tuple | list)
+                and (tuple(v) == BALANCED or all(is_real(w) and w > 0 for w in v))
+            ),
+            lambda v: tuple(v),
+        ),
+        "of an example in the training loss, by its label; ('balanced',): 1 / frequency",
+    ] = ()
     label_smoothing: Annotated[Rate, "part of a label spread evenly over all classes"] = 0.0
     plain_twin: Annotated[Flag, "also train without rotations, in plain/, for the figures"] = False
     nonfinite: Annotated[

@@ -22,6 +22,7 @@ from rollingq_jax.data.dataset import (
     fingerprint,
     first_difference,
     infer_model,
+    labels_of,
 )
 from rollingq_jax.data.pipeline import collate, eval_batches, steps_per_epoch, train_batches
 from rollingq_jax.data.preprocessing import input_spec
@@ -29,7 +30,7 @@ from rollingq_jax.errors import CheckpointError, ConfigError, DataError
 from rollingq_jax.models import build_model
 from rollingq_jax.models.spec import INT32_MAX
 from rollingq_jax.rolling import rolling_query
-from rollingq_jax.train.config import default_config, upgraded, with_defaults
+from rollingq_jax.train.config import BALANCED, default_config, upgraded, with_defaults
 from rollingq_jax.train.parallel import WRAPPERS, check_batch_size
 from rollingq_jax.train.steps import (
     RollSchedule,
@@ -121,9 +122,53 @@ class Experiment:
             )
             tx = make_optimizer(config.optimizer, self.learning_rate)
         self.baseline = build_baseline(config.baseline, spec, self.epoch_steps, self.total_steps)
+        self._check_micro_batches()
         transform = self.baseline.transform
         self.tx = tx if transform is None else optax.chain(transform, tx)
         self._make_rolling()
+
+    def _check_micro_batches(self) -> None:
+        config, rows = self.config, self.config.batch_size // jax.device_count()
+        if config.micro_batches == 1:
+            return
+        field = f"config.micro_batches is {config.micro_batches}; allowed"
+        if self.baseline.whole_batch:
+            raise ConfigError(
+                f"{field} with baseline.name {config.baseline.name!r}: 1, since it compares the "
+                "modalities over the whole batch"
+            )
+        if self.model.spec.quality_shuffled:
+            raise ConfigError(
+                f"{field} with model.quality_shuffled True: 1, since a sample gets the bias of "
+                "another one in the batch"
+            )
+        if rows % config.micro_batches:
+            raise ConfigError(
+                f"{field}: a divisor of the examples of a step on each device, which are {rows}"
+            )
+
+    @functools.cached_property
+    def class_weights(self) -> jax.Array | None:
+        """`[C]` float32, of an example in the loss by its label; None where all count alike.
+
+        "balanced" is N / (C n_c) for the n_c of N training examples of class c, and 1 for a class
+        that has none.
+
+        Raises:
+          ConfigError: there are not as many as classes.
+        """
+        given, classes = self.config.class_weights, self.model.spec.num_classes
+        if not given:
+            return None
+        if tuple(given) == BALANCED:
+            counts = np.bincount(labels_of(self.dataset.splits["train"]), minlength=classes)
+            given = np.where(counts > 0, counts.sum() / (classes * np.maximum(counts, 1)), 1.0)
+        if len(given) != classes:
+            raise ConfigError(
+                f"config.class_weights has {len(given)} numbers; allowed: as many as there are "
+                f"classes, which is {classes}, or balanced"
+            )
+        return jax.numpy.asarray(given, jax.numpy.float32)
 
     def _make_rolling(self) -> None:
         rolling, compat, spec = self.config.rolling, self.config.upstream_compat, self.model.spec
@@ -177,6 +222,8 @@ class Experiment:
             loss_fn=with_baseline(loss_fn, self.baseline),
             skip_nonfinite=self.config.nonfinite == "skip",
             ema_decay=self.config.optimizer.ema_decay,
+            class_weights=self.class_weights,
+            micro_batches=self.config.micro_batches,
         )
         evaluate = functools.partial(eval_step, model=self.model)
         return WRAPPERS[self.config.parallel](step, evaluate)

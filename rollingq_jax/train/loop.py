@@ -543,7 +543,7 @@ def within_memory(config: Any) -> Iterator[None]:
         raise ConfigError(
             f"memory is exhausted with config.batch_size {config.batch_size} and config.model.dim "
             f"{config.model.dim}; allowed: what fits: a smaller batch_size, model.dim or "
-            "model.depth, model.remat=True, data.prefetch=0, or more devices "
+            "model.depth, more micro_batches, model.remat=True, data.prefetch=0, or more devices "
             f"({reason[:160] or type(error).__name__})"
         ) from error
 

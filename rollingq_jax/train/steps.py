@@ -39,7 +39,9 @@ from rollingq_jax.train.train_state import TrainState, update_ema
 
 Batch = dict[str, Array]
 Sums = dict[str, Array]
+AxisName = str | None
 NONFINITE = "nonfinite"  # among the sums of a step
+EXAMPLE_INDEX = "example_index"  # among the arrays of a batch: positions in the global batch
 
 
 class RollSchedule(NamedTuple):
@@ -95,6 +97,12 @@ class ForwardPass(NamedTuple):
 
 
 LossFn = Callable[..., tuple[Array, ForwardPass]]
+GradientFn = Callable[..., tuple[tuple[Array, Any], ForwardPass]]
+
+
+def psum(tree: Any, axis_name: AxisName) -> Any:
+    """Sum over the replicas of a mapped axis; the tree itself where there is none."""
+    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
 def supervised_loss(
@@ -102,7 +110,7 @@ def supervised_loss(
     params: Any,
     state: TrainState,
     batch: Batch,
-    axis_name: str | None = None,
+    axis_name: AxisName = None,
     label_smoothing: float = 0.0,
 ) -> tuple[Array, ForwardPass]:
     """Cross-entropy of the main head plus that of each probe, `[B]`, from a forward pass.
@@ -116,7 +124,7 @@ def supervised_loss(
         batch,
         rotation=state.rotation,
         train=True,
-        example_index=example_positions(batch, axis_name),
+        example_index=batch[EXAMPLE_INDEX],
         rngs={"dropout": step_key(state)},
     )
     losses = cross_entropy(logits, batch["label"], label_smoothing)
@@ -134,7 +142,7 @@ def with_baseline(loss_fn: LossFn, baseline: Baseline) -> LossFn:
 
     def wrapped(model, params, state, batch, axis_name=None):
         batch = baseline.change_batch(
-            batch, jax.random.fold_in(step_key(state), 2), example_positions(batch, axis_name)
+            batch, jax.random.fold_in(step_key(state), 2), batch[EXAMPLE_INDEX]
         )
         losses, forward = loss_fn(model, params, state, batch, axis_name)
         context = step_context(params, forward.out, state, batch, axis_name)
@@ -149,6 +157,54 @@ def with_baseline(loss_fn: LossFn, baseline: Baseline) -> LossFn:
     return wrapped
 
 
+def loss_and_gradient(
+    losses_of: Callable[..., tuple[Array, ForwardPass]],
+    state: TrainState,
+    batch: Batch,
+    weight: Array,
+    axis_name: AxisName = None,
+    reduce: Callable[[Any, AxisName], Any] = psum,
+    micro_batches: int = 1,
+) -> tuple[tuple[Array, Any], ForwardPass]:
+    """Mean loss over the global batch and its gradient, and what the forward pass gave.
+
+    Args:
+      losses_of: `(params, state, batch, axis_name) -> (losses [B], ForwardPass)`.
+      state: the state before; the gradient is that in `state.params`.
+      batch: as in `train_step`, with `EXAMPLE_INDEX` `[B]`.
+      weight: `[B]`, 0 for padding.
+      axis_name: mapped axis over which the batch is divided.
+      reduce: sums `(loss, gradient)` over it.
+      micro_batches: n > 1 takes the rows i, i + n, ... for each i < n one after the other and adds
+        up: intermediates need memory for B / n rows. The losses must be of each example alone.
+        `tokens`, which are large, are then left out of `out`.
+    """
+    total_weight = psum(jnp.sum(weight), axis_name)
+
+    def mean_loss(params, batch, weight):
+        losses, forward = losses_of(params, state, batch, axis_name)
+        return jnp.sum(losses * weight) / total_weight, forward
+
+    gradient = jax.value_and_grad(mean_loss, has_aux=True)
+    if micro_batches == 1:
+        (loss, forward), grads = gradient(state.params, batch, weight)
+        return reduce((loss, grads), axis_name), forward
+
+    def add(total, part):
+        (loss, forward), grads = gradient(state.params, *part)
+        out = {name: value for name, value in forward.out.items() if name != "tokens"}
+        return jax.tree.map(jnp.add, total, (loss, grads)), forward._replace(out=out)
+
+    # In strides, so that a device's rows stay with it where one program sees the global batch.
+    parts = jax.tree.map(
+        lambda x: jnp.swapaxes(x.reshape(-1, micro_batches, *x.shape[1:]), 0, 1), (batch, weight)
+    )
+    zero = jax.tree.map(jnp.zeros_like, (total_weight, state.params))
+    total, forward = jax.lax.scan(add, zero, parts)
+    forward = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), forward)
+    return reduce(total, axis_name), forward
+
+
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -160,7 +216,10 @@ def train_step(
     loss_fn: LossFn = supervised_loss,
     skip_nonfinite: bool = False,
     ema_decay: float = 0.0,
-    axis_name: str | None = None,
+    class_weights: Array | None = None,
+    micro_batches: int = 1,
+    axis_name: AxisName = None,
+    gradient_fn: GradientFn = loss_and_gradient,
 ) -> tuple[TrainState, Sums, RollRecord | None]:
     """One optimizer step; RollingQ observes in the window and may roll at the period's end.
 
@@ -175,7 +234,12 @@ def train_step(
       skip_nonfinite: a step whose loss or gradient is not finite changes only the step number and
         counts, and its sums are 0.
       ema_decay: of the average of the parameters, where the state has one.
+      class_weights: `[C]`, all > 0; the loss is then sum_i w_i L_i / sum_i w_i with the weight of
+        each example's label. What is reported is not weighted.
+      micro_batches: parts in which the rows are taken, see `loss_and_gradient`.
       axis_name: mapped axis over which the batch is divided.
+      gradient_fn: `loss_and_gradient`, or a function of the same arguments that lays it out over
+        devices; the rest of the step then sees whole arrays, wherever their parts are.
 
     Returns:
       The state after; the global batch's sums, from the parameters before the update, with
@@ -183,15 +247,14 @@ def train_step(
       a check of the trigger saw, None without a schedule. A state that follows from a step that was
       not finite is never to be saved.
     """
-    weight = example_weight(batch)
-    total_weight = psum(jnp.sum(weight), axis_name)
-
-    def mean_loss(params):
-        losses, forward = loss_fn(model, params, state, batch, axis_name)
-        return jnp.sum(losses * weight) / total_weight, forward
-
-    (loss, forward), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-    loss, grads = psum((loss, grads), axis_name)
+    batch = {**batch, EXAMPLE_INDEX: example_positions(batch, axis_name)}
+    weight = loss_weight = example_weight(batch)
+    if class_weights is not None:
+        loss_weight = weight * class_weights[batch["label"]]
+    losses_of = functools.partial(loss_fn, model)
+    (loss, grads), forward = gradient_fn(
+        losses_of, state, batch, loss_weight, axis_name, micro_batches=micro_batches
+    )
     flags = nonfinite_flags(loss, grads)
     finite = ~jnp.any(flags) if skip_nonfinite else True
     tx = optax.with_extra_args_support(tx)
@@ -249,7 +312,7 @@ def eval_step(
     batch: Batch,
     *,
     model: Any,
-    axis_name: str | None = None,
+    axis_name: AxisName = None,
 ) -> tuple[Sums, dict[str, Array]]:
     """The global batch's sums, and each example's outputs.
 
@@ -277,17 +340,12 @@ def eval_step(
     return sums, examples
 
 
-def psum(tree: Any, axis_name: str | None) -> Any:
-    """Sum over the replicas of a mapped axis; the tree itself where there is none."""
-    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
-
-
 def step_key(state: TrainState) -> Array:
     """The key of one step."""
     return jax.random.fold_in(state.rng, state.step)
 
 
-def example_positions(batch: Batch, axis_name: str | None) -> Array:
+def example_positions(batch: Batch, axis_name: AxisName) -> Array:
     """`[B]` int32, each row's position in the global batch, whatever the layout over devices."""
     size = batch["label"].shape[0]
     positions = jnp.arange(size, dtype=jnp.int32)
@@ -295,7 +353,7 @@ def example_positions(batch: Batch, axis_name: str | None) -> Array:
 
 
 def step_context(
-    params: Any, out: dict[str, Any], state: TrainState, batch: Batch, axis_name: str | None
+    params: Any, out: dict[str, Any], state: TrainState, batch: Batch, axis_name: AxisName
 ) -> StepContext:
     """The forward pass and its surroundings, for a method of comparison."""
     rng = jax.random.fold_in(step_key(state), 1)
@@ -320,9 +378,7 @@ def class_query_after_update(model: Any, params: Any, rolling: RollingState) -> 
     return jnp.concatenate([first, observed[len(first) :]])
 
 
-def imbalance_on_batch(
-    query: Array, mean_keys: Array, weight: Array, axis_name: str | None
-) -> Array:
+def imbalance_on_batch(query: Array, mean_keys: Array, weight: Array, axis_name: AxisName) -> Array:
     """Imbalance of the class query `[H, d_h]` over one global batch -> `[H]`.
 
     `mean_keys` is `[M, B, H, d_h]`, `weight` `[M, B]`. Over the modalities that an example has; NaN

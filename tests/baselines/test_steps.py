@@ -102,6 +102,15 @@ def test_prototypes_come_with_the_first_epochs_end_and_pull_from_then_on():
     assert min(gaps) < 1e-5 < 1e-3 < max(gaps)  # one modality alone, the weak one
 
 
+@pytest.mark.parametrize("name", ["joint", "modality_dropout"])
+def test_a_batch_may_come_in_parts(name):
+    """Of four examples in two parts; what compares over the batch says that it may not."""
+    _, state, step, batch = training(name, drop_rate=0.5)
+    ends = [jax.jit(functools.partial(step, micro_batches=n))(state, batch) for n in (1, 2)]
+    close(ends[0][0].params, ends[1][0].params, tolerance=1e-6)
+    close(ends[0][1], ends[1][1], tolerance=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ogm_ge", "pmr", "modality_dropout"])
 def test_the_layout_over_devices_changes_nothing(name):

@@ -8,7 +8,7 @@ import pytest
 
 from rollingq_jax.data.dataset import ArraySource, Dataset, ModalityInfo
 from rollingq_jax.data.load import load_dataset
-from rollingq_jax.errors import DataError
+from rollingq_jax.errors import ConfigError, DataError
 from rollingq_jax.train.experiment import CheckedBatches, Experiment
 from tests.train.train_cases import make_arrays, tiny_config
 
@@ -134,6 +134,40 @@ def make_run(path, **fields):
     config = tiny_config(path, **fields)
     dataset = load_dataset(config.data, seed=config.seed)
     return Experiment(config, dataset)
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"micro_batches": 2}, "micro_batches is 2; allowed: a divisor of the .* which are 1"),
+        (
+            {"micro_batches": 3, "batch_size": 24, "baseline.name": "pmr"},
+            "micro_batches is 3; allowed with baseline.name 'pmr': 1, since it compares",
+        ),
+        (
+            {
+                "micro_batches": 3,
+                "batch_size": 24,
+                "model.quality_bias": 1.0,
+                "model.quality_shuffled": True,
+            },
+            "micro_batches is 3; allowed with model.quality_shuffled True: 1",
+        ),
+        ({"class_weights": (1.0, 2.0)}, "class_weights has 2 numbers; allowed: .* which is 3, or"),
+    ],
+)
+def test_parts_and_weights_that_do_not_fit_are_refused(path, fields, line):
+    with pytest.raises(ConfigError, match=line):
+        make_run(path, **fields).prepare()
+
+
+def test_balanced_weights_are_inverse_frequencies(path):
+    """44 labels of three classes: 15, 15, 14; of a fourth that the model has, none."""
+    run = make_run(path, class_weights=("balanced",), **{"model.num_classes": 4})
+    np.testing.assert_allclose(run.class_weights, [44 / 60, 44 / 60, 44 / 56, 1.0], rtol=1e-6)
+    assert make_run(path).class_weights is None
+    run = make_run(path, class_weights=(1, 2, 0.5))
+    np.testing.assert_array_equal(run.class_weights, [1, 2, 0.5])
 
 
 class Meeting:

@@ -1,6 +1,7 @@
 """The training step: sums, rolls, NaN; and metrics against NumPy over all examples at once."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 from rollingq_jax import build_model, rolling_query
 from rollingq_jax.train import steps
+from rollingq_jax.train.parallel import WRAPPERS
 from rollingq_jax.train.steps import (
     RollSchedule,
     add_sums,
@@ -23,6 +25,7 @@ from rollingq_jax.train.steps import (
 )
 from rollingq_jax.train.train_state import create_state
 from rollingq_jax.train.upstream import with_last_batch_scores
+from tests.parallel import small_model
 
 BATCH_SIZE, RHO, BETA = 6, 1.5, 0.0
 SCHEDULE = RollSchedule(period=4, window=2)
@@ -209,6 +212,98 @@ def test_the_rotation_turns_the_average_of_the_parameters_as_a_whole(parts):
     skipped, _, _ = step(state, batch(4) | {"b": np.full([BATCH_SIZE, 3], np.nan, np.float32)})
     for one, two in zip(jax.tree.leaves(skipped.ema), jax.tree.leaves(state.ema), strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+def close(first, second, tolerance):
+    """Trees of arrays; PRNG keys are left out."""
+    for one, two in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        if not jax.dtypes.issubdtype(one.dtype, jax.dtypes.prng_key):
+            np.testing.assert_allclose(one, two, atol=tolerance, rtol=tolerance)
+
+
+def test_class_weights_are_of_the_weighted_mean(parts):
+    """In the gradient; with padding, smoothed labels and rows in parts. What is told is plain."""
+    model, step, state = parts
+    given, weights, e = batch(3, last=True), np.array([1.0, 4.0, 0.5], np.float32), 0.1
+    given["label"][:] = [0, 1, 2, 2, 1, 0]
+
+    def loss(params):
+        rngs = {"dropout": jax.random.fold_in(state.rng, state.step)}
+        logits, out = model.apply({"params": params}, given, state.rotation, True, rngs=rngs)
+        soft = (1 - e) * jax.nn.one_hot(given["label"], 3) + e / 3
+        heads = (logits, *out["probe_logits"].values())
+        losses = sum(optax.softmax_cross_entropy(z, soft) for z in heads)[: BATCH_SIZE - 2]
+        return jnp.sum(losses * jnp.array([1.0, 4.0, 0.5, 0.5])) / 6.0
+
+    weighted = make_step(
+        model,
+        optax.sgd(0.1, momentum=0.9),
+        rolling_query(beta=BETA, rho=RHO, max_rotations=2),
+        SCHEDULE,
+        loss_fn=functools.partial(steps.supervised_loss, label_smoothing=e),
+        class_weights=jnp.asarray(weights),
+        micro_batches=3,
+    )
+    after, sums, _ = weighted(state, given)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, jax.grad(loss)(state.params))
+    close(after.params, expected, 1e-6)
+    plain = step(state, given)[1]
+    for name in plain:
+        np.testing.assert_allclose(sums[name], plain[name], rtol=1e-5, err_msg=name)
+
+
+def test_a_batch_in_parts_is_the_same_step():
+    """With dropout, a quality bias, padding, and rolls at the fifth and tenth step."""
+    step, first = small_model.step_and_state()
+    whole, parted = (jax.jit(functools.partial(step, micro_batches=n)) for n in (1, 4))
+    one = two = first
+    for k in range(10):
+        given = {name: jnp.asarray(value) for name, value in small_model.batch(k).items()}
+        (one, sums, _), (two, others, _) = whole(one, given), parted(two, given)
+        bound = 1e-6 if k == 0 else 1e-5
+        assert not sums.pop("nonfinite").any() and not others.pop("nonfinite").any()
+        count = sums["weight"]
+        close(*({name: x / count for name, x in s.items()} for s in (sums, others)), bound)
+        close(one.params, two.params, bound)
+        for ours, theirs in zip(one.quality, two.quality, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    np.testing.assert_array_equal(one.rolling.count, two.rolling.count)
+    np.testing.assert_allclose(one.rolling.rotation, two.rolling.rotation, atol=1e-5)
+    assert int(one.rolling.count.min()) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", sorted(WRAPPERS))
+def test_a_devices_rows_in_parts_are_the_same_step(layout):
+    """Two rows on each of eight devices, one after the other."""
+    step, first = small_model.step_and_state()
+    ends = []
+    for n in (1, 2):
+        over = WRAPPERS[layout](functools.partial(step, micro_batches=n), steps.eval_step)
+        state = over.put_state(jax.tree.map(jnp.copy, first))
+        state, sums, _ = over.train_step(state, over.put_batch(small_model.batch(4)))  # padded
+        ends.append(over.get((state.params, state.opt_state, state.rolling.key_sum, sums)))
+    close(*ends, 1e-6)
+
+
+def test_parts_of_a_batch_need_less_memory():
+    def losses_of(params, state, batch, axis_name):
+        x = batch["x"]
+        for _ in range(6):
+            x = jnp.tanh(x @ params)
+        return x.sum(-1), steps.ForwardPass(x[:, :2], {}, (), {})
+
+    state = SimpleNamespace(params=jnp.ones([64, 64]) / 64)
+    given, weight = {"x": jnp.ones([1024, 64])}, jnp.ones([1024])
+
+    def program(n):
+        gradient = functools.partial(steps.loss_and_gradient, micro_batches=n)
+        return jax.jit(lambda p, b, w: gradient(losses_of, SimpleNamespace(params=p), b, w))
+
+    compiled = [program(n).lower(state.params, given, weight).compile() for n in (1, 8)]
+    one, eight = (c.memory_analysis().temp_size_in_bytes for c in compiled)
+    assert eight < 0.4 * one
+    close(*(c(state.params, given, weight) for c in compiled), 1e-5)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
