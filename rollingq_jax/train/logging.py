@@ -234,9 +234,10 @@ def as_json(row: Mapping[str, Any]) -> str:
 
 
 def scalars_of(row: Mapping[str, Any]) -> dict[str, float]:
-    """The floats of a row, as `<split>/<name>`."""
-    split = row["split"]
-    return {f"{split}/{name}": x for name, x in row.items() if isinstance(x, float)}
+    """The numbers of a row, as `<split>/<name>`, without those that say when and where."""
+    split, labels = row["split"], ("step", "epoch", "head")
+    numbers = {name: x for name, x in row.items() if name not in labels and is_number(x)}
+    return {f"{split}/{name}": float(x) for name, x in numbers.items()}
 
 
 class MetricsWriter:
@@ -250,7 +251,7 @@ class MetricsWriter:
       workdir: the run's folder.
       step: from which the run resumes.
       validate: whether that step's validation row comes anew.
-      callbacks: called with the step and the floats of each row that is added.
+      callbacks: called with the step and the numbers of each row that is added.
     """
 
     def __init__(
@@ -329,7 +330,7 @@ class EventLog:
         self._append({"file_version": "brain.Event:2"}, {"step": step + 1, "session_log": start})
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Adds every float of rows of `metrics.jsonl`, as `<split>/<name>`."""
+        """Adds every number of rows of `metrics.jsonl`, see `scalars_of`."""
         from tensorboardX.proto.summary_pb2 import Summary
 
         events = []

@@ -101,7 +101,7 @@ def train_and_evaluate(
         both have the same parameters.
       tx: instead of the optimizer that `config.optimizer` describes.
       dataset: instead of the data that `config.data` names.
-      callbacks: each is called with a step and the floats of a row of `metrics.jsonl`, named
+      callbacks: each is called with a step and the numbers of a row of `metrics.jsonl`, named
         `<split>/<name>`, in the first process: `lambda step, scalars: wandb.log(scalars, step)`.
 
     Returns:

@@ -1,11 +1,15 @@
 """Rows, events, rotations and their pictures: written, read back, and odd ones refused."""
 
+import contextlib
 import errno
 import io
 import math
 import random
 import re
 import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +20,7 @@ from etils import epath
 from rollingq_jax import rolling_query
 from rollingq_jax.errors import CheckpointError
 from rollingq_jax.rotation import MAX_DRIFT, orthogonality_error
+from rollingq_jax.train.config import default_config
 from rollingq_jax.train.logging import (
     Console,
     EventLog,
@@ -175,7 +180,49 @@ def test_events_are_what_tensorboard_reads(tmp_path):
     assert events[0].file_version == "brain.Event:2"
     assert events[1].session_log.status == 1 and events[1].step == 7  # hides older later steps
     values = [(e.step, v.tag, v.simple_value) for e in events[2:] for v in e.summary.value]
-    assert values == [(8, "train/loss", 0.5), (8, "train/accuracy", 0.25), (9, "train/loss", 0.125)]
+    first = [(8, "train/loss", 0.5), (8, "train/accuracy", 0.25), (8, "train/rotations", 2.0)]
+    assert values == [*first, (9, "train/loss", 0.125)]
+
+
+def test_the_recipes_for_trackers_run(tmp_path, monkeypatch):
+    """The documentation's code, with modules that have the calls of W&B, MLflow and CLU."""
+    told = []
+
+    def module(name, **names):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**names))
+
+    def take(who):
+        return lambda scalars, step: told.append((who, step, scalars))
+
+    def init(project, id, resume, config):
+        assert config["seed"] == 0 and resume == "allow"
+        return SimpleNamespace(log=take("wandb"), finish=lambda: None)
+
+    module("wandb", init=init)
+    module(
+        "mlflow",
+        start_run=lambda run_name: contextlib.nullcontext(),
+        log_params=lambda params: told.append(("params", params["optimizer.name"])),
+        log_metrics=take("mlflow"),
+    )
+    writer = SimpleNamespace(
+        write_scalars=lambda step, scalars: told.append(("clu", step, scalars)),
+        flush=lambda: told.append(("flushed",)),
+    )
+    module("clu", metric_writers=SimpleNamespace(create_default_writer=lambda folder: writer))
+
+    def train_and_evaluate(config, workdir, callbacks):
+        rows = MetricsWriter(tmp_path, 0, callbacks=callbacks)
+        rows.write([{"step": 6, "epoch": 1, "split": "valid", "accuracy": 0.5, "rotations": 2}])
+
+    page = Path(__file__).parents[2] / "docs" / "howto" / "training.md"
+    blocks = re.findall(r"```py\n(.*?)```", page.read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(block, {"config": default_config(), "train_and_evaluate": train_and_evaluate})
+    row = 6, {"valid/accuracy": 0.5, "valid/rotations": 2.0}
+    expected = [("wandb", *row), ("params", "sgd"), ("mlflow", *row), ("clu", *row), ("flushed",)]
+    assert told == expected
 
 
 def test_tensorboards_own_reader_agrees(tmp_path):
