@@ -31,8 +31,9 @@ from rollingq_jax.errors import (
     printable,
     said,
 )
+from rollingq_jax.train.agreement import watched
 from rollingq_jax.train.config import allowed_in, field_names, fields_help, flatten, from_json
-from rollingq_jax.train.distributed import TIMEOUT, join
+from rollingq_jax.train.distributed import TIMEOUT, Ending, join
 from rollingq_jax.train.output import shown
 from rollingq_jax.train.preemption import EXIT_CODE, Interrupted, Interruption
 
@@ -444,21 +445,30 @@ def _run(command: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> int:
         if done.code:
             raise
         return 0  # the help has been shown
-    except Interrupted as stopped:
-        return _fail(str(stopped), EXIT_CODE)
-    except UserError as error:
-        return _fail(f"error: {error}", USER_ERROR)
-    except OSError as error:
-        return _fail(f"error: {error}", IO_ERROR)
-    except KeyboardInterrupt as stopped:
-        return _fail(str(stopped) or "interrupted", KILLED_BY_SIGINT)
-    except Exception as error:
-        line = missing_package(error) if isinstance(error, ImportError) else None
-        problem = line or platform_problem()
-        if problem is None:
+    except (Exception, KeyboardInterrupt) as error:
+        found = outcome(error)
+        if found is None:
             raise
-        return _fail(f"error: {problem}", USER_ERROR)
+        return _fail(*found)
     return 0
+
+
+def outcome(error: BaseException) -> tuple[str, int] | None:
+    """The line and the exit code of what a command raised; None where it wants a traceback."""
+    match error:
+        case Interrupted():
+            return str(error), EXIT_CODE
+        case UserError():
+            return f"error: {error}", USER_ERROR
+        case OSError():
+            return f"error: {error}", IO_ERROR
+        case KeyboardInterrupt():
+            return str(error) or "interrupted", KILLED_BY_SIGINT
+        case ImportError() if line := missing_package(error):
+            return f"error: {line}", USER_ERROR
+    backend = isinstance(error, (RuntimeError, AssertionError))
+    problem = platform_problem() if backend else None
+    return None if problem is None else (f"error: {problem}", USER_ERROR)
 
 
 def platform_problem() -> str | None:
@@ -515,9 +525,9 @@ TRAIN = Command(
 )
 
 
-def join_processes(given: SimpleNamespace) -> None:
+def join_processes(given: SimpleNamespace) -> Ending:
     """Joins the processes that `DISTRIBUTED_FLAGS` speak of; see `distributed.join`."""
-    join(**{flag.name: getattr(given, flag.name) for flag in DISTRIBUTED_FLAGS})
+    return join(**{flag.name: getattr(given, flag.name) for flag in DISTRIBUTED_FLAGS})
 
 
 def default_cache() -> str:
@@ -538,11 +548,18 @@ def keep_compiled(folder: str) -> None:
 def train_command(argv: Sequence[str]) -> None:
     """`train.py`, `python -m rollingq_jax train`; `argv` begins with the program's name."""
     given, fields = TRAIN.parse_flags(argv)
-    join_processes(given)  # before a device is used, and before signals are taken
-    with Interruption(ends_process=True) as interruption:
+    ending = join_processes(given)  # before a device is used, and before signals are taken
+    with watched(ending, outcome), Interruption(ends_process=True) as interruption:
         config = TRAIN.read_config(given, fields)
         cache = given.compilation_cache
         keep_compiled(default_cache() if cache is None else cache)
         from rollingq_jax.train.loop import train_and_evaluate
 
-        train_and_evaluate(config, given.workdir, interruption=interruption, profile=given.profile)
+        timeout = given.initialization_timeout
+        train_and_evaluate(
+            config,
+            given.workdir,
+            interruption=interruption,
+            profile=given.profile,
+            initialization_timeout=TIMEOUT if timeout is None else timeout,
+        )

@@ -13,11 +13,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
 
 import jax
+from jax._src import clusters  # finds the address of process 0, and has no public name
 
-from rollingq_jax.errors import ConfigError, said
+from rollingq_jax.errors import ConfigError, printable, said
+from rollingq_jax.train.preemption import EXIT_CODE
 
 FLAGS = ("coordinator", "num_processes", "process_id")
 TIMEOUT = 300
@@ -26,7 +29,88 @@ AGAIN = 0.2  # seconds between two attempts to reach the coordinator
 USER_ERROR = 2
 GREETING = "rollingq_jax: process {} of {}"
 ALL_HERE = "rollingq_jax: all are here"
+GOES_ON = "what is saved stays, and the same command in all processes goes on from there"
 REFUSED = "rollingq_jax: refused: "
+
+
+class Ending:
+    """The end of this process in one line, for whichever of its threads is the first to know.
+
+    Attributes:
+      expected: whether the run is over, so that the other processes may go.
+    """
+
+    def __init__(self) -> None:
+        self.expected, self._lock = False, threading.RLock()
+
+    def take(self) -> None:
+        """Returns in the first thread that calls it; in others never."""
+        self._lock.acquire()
+
+    def end(self, line: str, code: int) -> NoReturn:
+        """Ends this process, with no word from JAX."""
+        self.take()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            print(printable(" ".join(line.split())), file=sys.stderr, flush=True)
+        os._exit(code)
+
+
+class Gate:
+    """Stands between this process's JAX and process 0, and so is the first to see process 0 end.
+
+    JAX's client aborts its process in many lines when its connection to process 0 breaks. It has a
+    callback for that, which fails in jaxlib itself (`std::bad_cast`) where it is a Python function.
+    So the connection goes through a port of this machine, and is not seen to break.
+
+    Args:
+      address: of process 0.
+      ending: of this process.
+
+    Attributes:
+      address: for JAX, `HOST:PORT`.
+    """
+
+    def __init__(self, address: tuple[str, int], ending: Ending) -> None:
+        self._remote, self._ending = address, ending
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
+        self._start(self._accept)
+
+    @staticmethod
+    def _start(function: Callable[..., None], *args: object) -> None:
+        threading.Thread(target=function, args=args, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            self._start(self._relay, self._server.accept()[0])
+
+    def _relay(self, local: socket.socket) -> None:
+        try:
+            remote = socket.create_connection(self._remote, timeout=EVERY)
+        except OSError:
+            local.close()  # process 0 is not so far; JAX tries again
+            return
+        remote.settimeout(None)
+        closed = threading.Event()  # by this process
+        self._start(self._pump, local, remote, closed.set)
+        self._pump(remote, local, lambda: None if closed.is_set() else self._lost())
+        local.close()
+        remote.close()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, at_end: Callable[[], None]) -> None:
+        with contextlib.suppress(OSError):
+            while content := source.recv(1 << 16):
+                sink.sendall(content)
+        at_end()
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+    def _lost(self) -> None:
+        if not self._ending.expected:
+            self._ending.end(
+                f"error: process 0 has ended, or cannot be reached any more; {GOES_ON}", EXIT_CODE
+            )
 
 
 def join(
@@ -36,7 +120,7 @@ def join(
     num_processes: int | None = None,
     process_id: int | None = None,
     initialization_timeout: int | None = None,
-) -> None:
+) -> Ending:
     """Joins the processes that the command line speaks of, if it speaks of any.
 
     Args:
@@ -48,6 +132,9 @@ def join(
       process_id: with it, which of them this is, from 0.
       initialization_timeout: seconds to wait for the others; standard error says for what.
 
+    Returns:
+      What ends this process in one line, where that is no longer `join`'s to raise.
+
     Raises:
       ConfigError: a value is missing or is out of range, or the processes do not find each other.
     """
@@ -55,21 +142,32 @@ def join(
     missing = [f"--{name}" for name, value in values.items() if value is None]
     if 0 < len(missing) < len(FLAGS):
         raise ConfigError(f"{', '.join(missing)} is missing; allowed: all of {_names()}, or none")
+    ending = Ending()
     timeout = TIMEOUT if initialization_timeout is None else initialization_timeout
     if distributed or not missing:
-        place = "the cluster"
-        if coordinator is not None and num_processes is not None and process_id is not None:
-            if process_id >= num_processes:
-                raise ConfigError(
-                    f"--process_id is {process_id}; allowed: 0 to {num_processes - 1}"
-                )
-            place = coordinator
-            meet(coordinator, num_processes, process_id, timeout)
+        place, devices = "the cluster", None
         try:
-            with _ended_in_time(place, timeout):
+            if missing:
+                coordinator, num_processes, process_id, devices = _in_cluster(timeout)
+            if coordinator is not None and num_processes is not None and process_id is not None:
+                if process_id >= num_processes:
+                    raise ConfigError(
+                        f"--process_id is {process_id}; allowed: 0 to {num_processes - 1}"
+                    )
+                place = coordinator
+                meet(coordinator, num_processes, process_id, timeout)
+                if process_id > 0:
+                    coordinator = Gate(_address(coordinator), ending).address
+            with _ended_in_time(place, timeout, ending):
                 jax.distributed.initialize(
-                    coordinator, num_processes, process_id, initialization_timeout=timeout + 60
+                    coordinator,
+                    num_processes,
+                    process_id,
+                    devices,
+                    initialization_timeout=timeout + 60,
                 )
+        except ConfigError:
+            raise
         except (RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"the run's processes do not find each other ({said(error)}); allowed: "
@@ -80,6 +178,18 @@ def join(
             "--initialization_timeout is given for one process; allowed: with --distributed or "
             f"with {_names()}"
         )
+    return ending
+
+
+def _in_cluster(
+    timeout: int,
+) -> tuple[str | None, int | None, int | None, Sequence[int] | None]:
+    """Address of process 0, number of processes, number of this one and its devices, as JAX finds
+    them; None where it does not."""
+    find = clusters.ClusterEnv.auto_detect_unset_distributed_params
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")  # as `jax.distributed.initialize` has it
+    found = find(address, None, None, None, None, timeout)
+    return found[:3] + (None,) if os.environ.get("JAX_LOCAL_DEVICE_IDS") else found
 
 
 def meet(coordinator: str, num_processes: int, process_id: int, timeout: float) -> None:
@@ -104,19 +214,31 @@ def _address(coordinator: str) -> tuple[str, int]:
     return host, int(port)
 
 
-class _Waiting:
+class Waiting:
     """Says every few seconds what is waited for, and when that has been long enough."""
 
     def __init__(self, timeout: float) -> None:
         self._start = self._said = time.monotonic()
         self._timeout = timeout
 
-    def over(self, what: str) -> bool:
+    def over(self, what: str | Callable[[], str]) -> bool:
+        """Tells if it has been long enough; a function is called only when there is a line due."""
         now = time.monotonic()
         if now - self._said >= EVERY:
             self._said = now
-            print(f"waiting for {what}", file=sys.stderr, flush=True)
+            print(f"waiting for {what() if callable(what) else what}", file=sys.stderr, flush=True)
         return now - self._start >= self._timeout
+
+
+def processes(numbers: Sequence[int]) -> str:
+    """Processes in words, at most eight of them.
+
+    Example:
+      >>> processes([1]), processes([1, 2])
+      ('process 1', 'processes 1, 2')
+    """
+    words = ", ".join(map(str, numbers[:8])) + (" and others" if len(numbers) > 8 else "")
+    return f"process{'' if len(numbers) == 1 else 'es'} {words}"
 
 
 def _did_not_come(who: str, coordinator: str, timeout: float, reason: str = "") -> ConfigError:
@@ -136,7 +258,7 @@ def _await_all(coordinator: str, port: int, num_processes: int, timeout: float) 
             f"--coordinator is {coordinator!r}: port {port} cannot be used ({said(error)}); "
             "allowed: a free port of this machine"
         ) from None
-    waiting, present = _Waiting(timeout), dict[int, socket.socket]()
+    waiting, present = Waiting(timeout), dict[int, socket.socket]()
     with contextlib.ExitStack() as stack:
         stack.enter_context(server)
         selector = stack.enter_context(selectors.DefaultSelector())
@@ -165,13 +287,9 @@ def _await_all(coordinator: str, port: int, num_processes: int, timeout: float) 
                     _send(connection, REFUSED + number)
                 selector.unregister(connection)
                 connection.close()
-            away = num_processes - 1 - len(present)
-            if away and waiting.over(f"{away} of {num_processes} processes at {coordinator}"):
-                who = sorted(set(range(1, num_processes)) - present.keys())
-                words = ", ".join(map(str, who[:8])) + (" and others" if len(who) > 8 else "")
-                raise _did_not_come(
-                    f"process{'' if len(who) == 1 else 'es'} {words}", coordinator, timeout
-                )
+            who = sorted(set(range(1, num_processes)) - present.keys())
+            if who and waiting.over(f"{processes(who)} of {num_processes} at {coordinator}"):
+                raise _did_not_come(processes(who), coordinator, timeout)
         server.close()  # before the others go on: JAX uses the same port
         for connection in present.values():
             _send(connection, ALL_HERE)
@@ -211,7 +329,7 @@ def _report_to(
     timeout: float,
 ) -> None:
     """Another process: tells process 0 of itself, and waits until all are there."""
-    waiting, reason = _Waiting(timeout), ""
+    waiting, reason = Waiting(timeout), ""
     state = f"process 0 at {coordinator}"
     while True:
         try:
@@ -259,17 +377,16 @@ def _read(connection: socket.socket) -> str | None:
 
 
 @contextlib.contextmanager
-def _ended_in_time(place: str, timeout: float) -> Iterator[None]:
+def _ended_in_time(place: str, timeout: float, ending: Ending) -> Iterator[None]:
     """Speaks while JAX waits, and ends the process in one line before JAX would with many."""
     done = threading.Event()
 
     def watch() -> None:
-        waiting = _Waiting(timeout)
+        waiting = Waiting(timeout)
         while not done.wait(AGAIN):
             if waiting.over(f"the run's processes at {place}"):
                 error = _did_not_come("some of the run's processes", place, timeout)
-                print(f"error: {error}", file=sys.stderr, flush=True)
-                os._exit(USER_ERROR)
+                ending.end(f"error: {error}", USER_ERROR)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

@@ -25,8 +25,10 @@ from rollingq_jax.data.preprocessing import InputSpec
 from rollingq_jax.errors import CheckpointError, ConfigError, UserError, said
 from rollingq_jax.models import build_model
 from rollingq_jax.quality import QualityState, model_variables
+from rollingq_jax.train.agreement import agreement, run_facts
 from rollingq_jax.train.checkpoint import Checkpoints, CheckpointSchedule, with_last_checkpoint
 from rollingq_jax.train.config import check_config, from_json
+from rollingq_jax.train.distributed import TIMEOUT
 from rollingq_jax.train.experiment import Experiment
 from rollingq_jax.train.logging import (
     Callback,
@@ -85,6 +87,7 @@ def train_and_evaluate(
     tx: optax.GradientTransformation | None = None,
     dataset: Dataset | None = None,
     callbacks: Sequence[Callback] = (),
+    initialization_timeout: float = TIMEOUT,
 ) -> dict[str, Any]:
     """Trains as the configuration says, resuming from what the folder holds, and tests at the end.
 
@@ -103,15 +106,17 @@ def train_and_evaluate(
       dataset: instead of the data that `config.data` names.
       callbacks: each is called with a step and the numbers of a row of `metrics.jsonl`, named
         `<split>/<name>`, in the first process: `lambda step, scalars: wandb.log(scalars, step)`.
+      initialization_timeout: seconds that one of several processes waits for the others before the
+        first step.
 
     Returns:
       The summary, as `summary.json` holds it; with `test` False, `{"best": {"step", "epoch",
       "accuracy"}}` on validation data, and there what `config.best_by` names.
 
     Raises:
-      ConfigError, DataError, CheckpointError: what the user gave cannot be used, and what was in
-        the folder is as it was; or data or folder failed in the middle, and the last checkpoint is
-        intact.
+      ConfigError, DataError, CheckpointError: what the user gave cannot be used, or differs from
+        one process to another, and what was in the folder is as it was; or data or folder failed in
+        the middle, and the last checkpoint is intact.
       NonFiniteError: a loss or gradient was NaN or infinite; the last checkpoint is from before.
       Interrupted: SIGINT, SIGTERM or `max_steps` ended the run early; its state is saved.
 
@@ -122,15 +127,17 @@ def train_and_evaluate(
     with contextlib.ExitStack() as stack:
         if interruption is None:
             interruption = stack.enter_context(Interruption())
-        check_config(config)
-        workdir = check_workdir(workdir)
-        config = with_absolute_paths(config)
-        stack.enter_context(within_memory(config))
-        stack.enter_context(shown())
-        if dataset is None:
-            encoders = config.model.encoders
-            dataset = load_dataset(config.data, seed=config.seed, encoders=encoders)
-        experiment = Experiment(config, dataset, model=model, tx=tx)
+        with agreement(initialization_timeout) as hand_in:
+            check_config(config)
+            workdir = check_workdir(workdir)
+            config = with_absolute_paths(config)
+            stack.enter_context(within_memory(config))
+            stack.enter_context(shown())
+            if dataset is None:
+                encoders = config.model.encoders
+                dataset = load_dataset(config.data, seed=config.seed, encoders=encoders)
+            experiment = Experiment(config, dataset, model=model, tx=tx)
+            hand_in(workdir, run_facts(experiment.identity()))
         experiment.prepare()
         check_free(workdir, experiment.config)
         summary = read_summary(workdir)

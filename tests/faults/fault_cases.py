@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -68,6 +69,21 @@ class Command:
                 stdout=out,
                 stderr=err,
             )
+
+    def start_two(self, workdir, *arguments, **environment):
+        """Two live processes of one run; the second knows the folder as `second` beside it."""
+        second = workdir.parent / "second"
+        if not second.exists():
+            workdir.mkdir()
+            second.symlink_to(workdir)  # each has its own output files
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        flags = [f"--coordinator={address}", "--num_processes=2", *arguments]
+        return [
+            self.start(path, *flags, f"--process_id={number}", **environment)
+            for number, path in enumerate((workdir, second))
+        ]
 
     def run(self, workdir, *arguments, **options):
         """Exit code and what is on standard error; options as `start` has them."""

@@ -1,29 +1,14 @@
 """A notice of preemption to one of two processes: both save the same step and leave."""
 
 import signal
-import socket
 from pathlib import Path
 
 from tests.faults.fault_cases import end, read_metrics, size, steps_saved, until
 
 
 def test_both_processes_stop_at_one_step(command, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     workdir = tmp_path / "run"
-    workdir.mkdir()
-    (tmp_path / "second").symlink_to(workdir)  # each writes its own output files
-    processes = [
-        command.start(
-            path,
-            f"--coordinator=127.0.0.1:{port}",
-            "--num_processes=2",
-            f"--process_id={number}",
-            STEP_SECONDS="0.5",
-        )
-        for number, path in enumerate((workdir, tmp_path / "second"))
-    ]
+    processes = command.start_two(workdir, STEP_SECONDS="0.5")
     assert until(lambda: size(workdir / "metrics.jsonl") > 900, processes[0])
     processes[1].send_signal(signal.SIGTERM)
     assert [end(process, 60) for process in processes] == [75, 75]

@@ -50,12 +50,32 @@ def test_without_flags_there_is_one_process(joined):
 def test_flags_join_the_processes(joined):
     given, fields = typed("--coordinator=host:1 --num_processes=2 --process_id 1")
     assert given.workdir == "w" and fields == []
-    assert joined == [("host:1", 2, 1, 360)]
+    ((address, *rest),) = joined
+    assert address.startswith("127.0.0.1:") and rest == [2, 1, None, 360]  # through a `Gate`
 
 
-def test_a_cluster_that_jax_knows(joined):
+def test_process_0_is_where_it_is(joined):
+    typed("--coordinator=host:1 --num_processes=2 --process_id 0")
+    assert joined == [("host:1", 2, 0, None, 360)]
+
+
+def test_a_cluster_that_jax_knows(joined, monkeypatch):
+    slurm = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "node[003-004]",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+    }
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
     typed("--distributed")
-    assert joined == [(None, None, None, 360)]
+    assert joined == [("node003:61447", 2, 0, [0], 360)]
+
+
+def test_a_cluster_that_jax_may_know(joined):
+    typed("--distributed")
+    assert joined == [(None, None, None, None, 360)]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +167,7 @@ def test_a_process_that_never_starts(port, impatient, capsys):
     assert processes[1].end().startswith(f"process 0 did not come to localhost:{port} within 3 s")
     assert 1 <= time.monotonic() - began < 4
     told = capsys.readouterr().err
-    assert told.count(f"waiting for 2 of 4 processes at localhost:{port}\n") >= 2
+    assert told.count(f"waiting for processes 1, 3 of 4 at localhost:{port}\n") >= 2
     assert f"waiting for all of 4 processes at localhost:{port}\n" in told
 
 
@@ -236,7 +256,7 @@ def test_real_processes_give_up_in_one_line(port):
     alone = real(f"--coordinator=localhost:{port}", "--process_id=0", "--initialization_timeout=6")
     told = alone.communicate(timeout=120)[1].splitlines()
     assert alone.returncode == 2
-    assert told[0] == f"waiting for 1 of 2 processes at localhost:{port}"
+    assert told[0] == f"waiting for process 1 of 2 at localhost:{port}"
     assert told[-1].startswith(f"error: process 1 did not come to localhost:{port} within 6 s")
     assert len(told) == 2
 
