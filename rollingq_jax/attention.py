@@ -130,8 +130,10 @@ def class_token_attention(
       tokens: `[B, L, D]` T; the two products over L run in its dtype (float32 for integers) and
         accumulate in float32 or wider.
       query: `[B, H, d_h]` or `[H, d_h]`, already rotated.
-      w_key, w_value: `[D, H, d_h]`.
-      b_key, b_value: `[H, d_h]`; the output does not depend on `b_key`.
+      w_key: `[D, H, d_h]`.
+      w_value: `[D, H, d_h]`.
+      b_key: `[H, d_h]`; the output does not depend on it.
+      b_value: `[H, d_h]`.
       mask: `[B, L]`, True where a token is real; others may hold anything, NaN included. A sample
         without any gets weights and output 0.
       dropout_rate: of the weights; applied when `rng` is given. May be traced, and is then not
@@ -147,7 +149,7 @@ def class_token_attention(
     Raises:
       UserError: a shape or dtype does not fit, or the dropout rate is not in [0, 1).
 
-    Example:
+    Examples:
       >>> tokens, query = jnp.eye(2)[None], jnp.array([[10.0, 0.0]])  # [B, L, D], [H, d_h]
       >>> project, bias = jnp.eye(2)[:, None], jnp.zeros((1, 2))  # [D, H, d_h], [H, d_h]
       >>> output, weights = class_token_attention(tokens, query, project, project, bias, bias)
@@ -193,7 +195,7 @@ def reference_attention(
     Raises:
       UserError: as `class_token_attention`.
 
-    Example:
+    Examples:
       >>> tokens, query = jnp.eye(2)[None], jnp.array([[10.0, 0.0]])
       >>> project, bias = jnp.eye(2)[:, None], jnp.zeros((1, 2))
       >>> output, weights = reference_attention(tokens, query, project, project, bias, bias)
@@ -238,7 +240,7 @@ def mean_key(tokens: Array, w_key: Array, b_key: Array, mask: Array | None = Non
     Raises:
       UserError: a shape or dtype does not fit.
 
-    Example:
+    Examples:
       >>> tokens = jnp.array([[[1.0, 0.0], [0.0, 1.0], [9.0, 9.0]]])  # [B, L, D]
       >>> project, bias = jnp.eye(2)[:, None], jnp.zeros((1, 2))
       >>> mean_key(tokens, project, bias, jnp.array([[True, True, False]])).tolist()
@@ -334,7 +336,7 @@ def segment_mean_keys(
     Raises:
       UserError: a shape does not fit.
 
-    Example:
+    Examples:
       >>> keys = jnp.array([[[[1.0, 0.0]], [[9.0, 9.0]], [[3.0, 0.0]], [[0.0, 1.0]]]])
       >>> ids = jnp.array([0, -1, 0, 1])  # the second token is of no modality
       >>> mean_keys, weight = segment_mean_keys(keys, segment_ids=ids, num_modalities=2)
@@ -373,7 +375,8 @@ def uniform_share(
 
     Args:
       lengths: tokens of each modality, its class token included.
-      segment_ids, num_modalities: as in `segment_mean_keys`.
+      segment_ids: as in `segment_mean_keys`.
+      num_modalities: likewise.
       mask: `[B, L]`, True where a token is real.
 
     Returns:
@@ -383,7 +386,7 @@ def uniform_share(
     Raises:
       UserError: the arguments do not fit each other.
 
-    Example:
+    Examples:
       >>> uniform_share((6, 2)).tolist()
       [0.75, 0.25]
     """
@@ -429,7 +432,7 @@ def attention_share(
     Raises:
       UserError: the lengths or ids do not fit the weights.
 
-    Example:
+    Examples:
       >>> weights = jnp.array([[[0.5, 0.125, 0.125, 0.25]]])  # class token, 2 tokens, 1 token
       >>> attention_share(weights, (2, 1)).tolist()
       [[[0.5, 0.5]]]

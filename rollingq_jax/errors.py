@@ -19,7 +19,7 @@ _HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\
 class UserError(ValueError):
     """A mistake on the user's side: the message says what to change.
 
-    Example:
+    Examples:
       >>> import rollingq_jax as rq
       >>> try:
       ...     rq.rolling_query(beta=-1.0)
@@ -32,7 +32,7 @@ class UserError(ValueError):
 class ConfigError(UserError):
     """A configuration field is unknown, has the wrong type or a value out of range.
 
-    Example:
+    Examples:
       >>> import rollingq_jax as rq
       >>> try:
       ...     rq.build_model({"num_classes": 3, "dim": "wide"})
@@ -45,7 +45,7 @@ class ConfigError(UserError):
 class DataError(UserError):
     """A data set, file or array is missing, damaged or not of the expected form.
 
-    Example:
+    Examples:
       >>> import rollingq_jax as rq
       >>> try:
       ...     rq.models.infer_kind((10, 2), complex)
@@ -58,7 +58,7 @@ class DataError(UserError):
 class CheckpointError(UserError):
     """A checkpoint or working directory cannot be used as asked.
 
-    Example:
+    Examples:
       >>> import rollingq_jax as rq
       >>> try:
       ...     rq.load("nowhere")
@@ -84,7 +84,7 @@ def printable(text: str, keep: str = "\n\t") -> str:
       text: any text.
       keep: control characters that stay; the others are written as escapes.
 
-    Example:
+    Examples:
       >>> print(printable("a\x1b[31mb"))
       a\x1b[31mb
     """
@@ -101,7 +101,7 @@ def did_you_mean(
       known: the names that there are.
       form: from such a name to what is shown.
 
-    Example:
+    Examples:
       >>> did_you_mean("wrokdir", ["config", "workdir"], "--{}".format)
       ' (did you mean --workdir?)'
     """
@@ -126,7 +126,7 @@ def missing_package(error: ImportError) -> str | None:
 
     None where it is something else: a module of our own, or a package that is there and fails.
 
-    Example:
+    Examples:
       >>> missing_package(ModuleNotFoundError("No module named 'etils_'", name="etils_.epath"))
       "the package 'etils_' is not installed; allowed: it is, as after pip install ..."
     """

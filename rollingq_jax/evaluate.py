@@ -64,7 +64,8 @@ def evaluate(
       full_probes: whether each modality is noised at every level, shuffled, swapped and replaced,
         and the trained query is scaled.
       levels: of that noise, in training-set standard deviations; the clean split is always there.
-      batch_size, seed: of the passes; the run's own where they are None.
+      batch_size: of the passes; the run's own where it is None.
+      seed: of noise and exchange; likewise.
 
     Returns:
       What `evaluation.json` holds. Each example's answer is in `predictions.csv`.

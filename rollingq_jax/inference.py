@@ -227,7 +227,7 @@ def load(workdir: epath.PathLike, *, max_batch_size: int = 256) -> Predictor:
         version that did not record its preprocessing.
       ConfigError: its configuration cannot be used any more.
 
-    Example:
+    Examples:
       >>> predict = load("runs/demo")  # doctest: +SKIP
       >>> probabilities, attention_share = predict({"audio": audio})  # doctest: +SKIP
     """

@@ -38,7 +38,7 @@ class QualityState(NamedTuple):
 
     M modalities, in alphabetical order; float32.
 
-    Example:
+    Examples:
       >>> state = observe(init(2), jnp.array([[1.0, 3.0], [2.0, 2.0]]))
       >>> center, scale = statistics(state)
       >>> center.tolist(), scale.tolist()

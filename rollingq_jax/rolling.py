@@ -63,7 +63,7 @@ def cosine_scores(query: Array, mean_keys: Array, weight: Array | None = None) -
     Raises:
       UserError: the shapes do not fit each other.
 
-    Example:
+    Examples:
       >>> query = jnp.array([[2.0, 0.0], [1.0, 1.0]])  # [B, d]
       >>> keys = jnp.array([[[1.0, 0.0], [3.0, 3.0]], [[0.0, 1.0], [0.0, 0.0]]])  # [M, B, d]
       >>> cosine_scores(query, keys).tolist()
@@ -86,7 +86,7 @@ def attention_imbalance_rate(query: Array, keys_first: Array, keys_second: Array
     Raises:
       UserError: the shapes are not one `[B, d]`.
 
-    Example:
+    Examples:
       >>> along, across = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0]])
       >>> float(attention_imbalance_rate(2.0 * along, along, across))
       1.0
@@ -104,7 +104,7 @@ def imbalance(scores: Array) -> Array:
     Raises:
       UserError: there is no axis of modalities.
 
-    Example:
+    Examples:
       >>> float(imbalance(jnp.array([0.75, -0.25, 0.5])))
       1.0
     """
@@ -135,7 +135,7 @@ def rebalance_weights(scores: Array, rho: float | Array) -> Array:
     Raises:
       UserError: the scores are not `[M]`, or rho is negative or not finite.
 
-    Example:
+    Examples:
       >>> rebalance_weights(jnp.array([0.5, 0.5, 0.5]), 2.0).round(3).tolist()
       [0.333..., 0.333..., 0.333...]
       >>> bool(rebalance_weights(jnp.array([1.0, 0.0]), 100.0)[1] > 0.99)  # to the neglected one
@@ -178,7 +178,7 @@ def rebalance_anchor(query: Array, mean_keys: Array, weights: Array) -> Array:
     Raises:
       UserError: the shapes do not fit each other.
 
-    Example:
+    Examples:
       >>> keys = jnp.array([[5.0, 0.0], [0.0, 0.1]])  # a key's length does not matter
       >>> rebalance_anchor(jnp.array([2.0, 0.0]), keys, jnp.array([0.5, 0.5])).round(3).tolist()
       [1.414..., 1.414...]
@@ -194,7 +194,7 @@ class RollingState(NamedTuple):
 
     H heads, M modalities, head width d. Everything is float32 but `count`.
 
-    Example:
+    Examples:
       >>> state = init_state(num_modalities=2, dim=4, num_heads=3)
       >>> state.rotation.shape, state.count.tolist(), state.key_sum.shape
       ((3, 4, 4), [0, 0, 0], (2, 3, 4))
@@ -426,7 +426,7 @@ def reset_sums(state: RollingState, when: bool | Array = True) -> RollingState:
 class RollInfo(NamedTuple):
     """Scores, decision and rotation of one `update`.
 
-    Example:
+    Examples:
       >>> roller = rolling_query()
       >>> state, info = roller.update(roller.init(num_modalities=2, dim=4))  # nothing observed
       >>> info.rolled.tolist(), info.imbalance.tolist(), info.weights.tolist()
@@ -449,7 +449,7 @@ class RollInfo(NamedTuple):
         how many heads rolled; with several heads each has `imbalance/head_<h>`, too. A modality
         without a name is called by its number.
 
-        Example:
+        Examples:
           >>> roller = rolling_query(modalities=("audio", "text"))
           >>> _, info = roller.update(roller.init(dim=4))
           >>> sorted(info.scalars())
@@ -599,7 +599,7 @@ class UpdateFn(Protocol):
 class RollingQuery(NamedTuple):
     """The method as three pure functions, in the manner of `optax.GradientTransformation`.
 
-    Example:
+    Examples:
       >>> init, observe, update = rolling_query(beta=0.1)
       >>> init(num_modalities=3, dim=8).rotation.shape
       (1, 8, 8)
@@ -678,7 +678,7 @@ def rolling_query(
     Raises:
       UserError: an argument is out of range.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, rollingq_jax as rq
       >>> roller = rq.rolling_query(beta=0.1, rho=1.0)
       >>> state = roller.init(num_modalities=2, dim=2)

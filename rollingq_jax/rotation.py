@@ -152,7 +152,7 @@ def rotation_between(source: Array, target: Array, method: str = "geodesic") -> 
       UserError: `method` is neither of the two, the widths differ, d < 2, or the leading axes do
         not broadcast.
 
-    Example:
+    Examples:
       >>> quarter_turn = rotation_between(jnp.array([1.0, 0.0]), jnp.array([0.0, 3.0]))
       >>> quarter_turn.round(3).tolist()
       [[0.0, -1.0], [1.0, 0.0]]
@@ -188,7 +188,7 @@ def rotate(rotation: Array, query: Array) -> Array:
     Raises:
       UserError: the shapes do not fit each other.
 
-    Example:
+    Examples:
       >>> quarter_turn = jnp.array([[0.0, -1.0], [1.0, 0.0]])
       >>> rotate(quarter_turn, jnp.array([[1.0, 0.0], [0.0, 2.0]])).tolist()
       [[0.0, 1.0], [-2.0, 0.0]]
@@ -302,7 +302,7 @@ def fold_rotation(
         query-key-value projection, for one, or several fusion layers), so that folding would not
         be exact.
 
-    Example:
+    Examples:
       >>> quarter_turn = jnp.array([[[0.0, -1.0], [1.0, 0.0]]])
       >>> params = {"query": {"kernel": jnp.array([[[3.0, 4.0]]])}}  # [D, H, d_h], no bias
       >>> fold_rotation(params, quarter_turn, ("query",))["query"]["kernel"].tolist()

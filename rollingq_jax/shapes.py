@@ -45,7 +45,7 @@ def check_arrays(
     Raises:
       UserError: names the first argument that does not fit, its shape and those allowed.
 
-    Example:
+    Examples:
       >>> dims = check_arrays(query=(jnp.ones((2, 3)), "Bd"), keys=(jnp.ones((4, 2, 3)), "MBd"))
       >>> dims.M, dims.B
       (4, 2)

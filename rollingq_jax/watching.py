@@ -101,7 +101,7 @@ def report(
     Raises:
       UserError: there is no batch, `see` gives no query or mean keys, or their shapes do not fit.
 
-    Example:
+    Examples:
       >>> along, across = np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])  # [H, d]
       >>> def see(batch):
       ...     keys = {m: np.repeat(k[None], 2, axis=0) for m, k in (("a", along), ("b", across))}

@@ -545,7 +545,7 @@ def weighted_f1(confusion: Array) -> float:
 def written(value: float | None, form: str = ".3f", count: int | None = None) -> str:
     """A measured value for the terminal: "-" where it is not defined, with its count where given.
 
-    Example:
+    Examples:
       >>> written(2 / 3, count=6), written(math.nan), written(None, count=0)
       ('0.667 (n = 6)', '-', '- (n = 0)')
     """

@@ -1,6 +1,6 @@
 """Weights from elsewhere: upstream's PyTorch models, and ImageNet-21k ViTs.
 
-Example:
+Examples:
   >>> import numpy as np, rollingq_jax as rq
   >>> batch = rq.convert.upstream_batch(np.zeros((2, 257, 188)), np.zeros((2, 3, 1, 224, 224)))
   >>> {name: array.shape for name, array in batch.items()}

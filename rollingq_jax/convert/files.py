@@ -28,7 +28,7 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
       DataError: no such file, another suffix, a damaged file, an entry that is no array, or a
         library that is not installed.
 
-    Example:
+    Examples:
       >>> import os, tempfile
       >>> path = os.path.join(tempfile.mkdtemp(), "weights.npz")
       >>> np.savez(path, weight=np.ones((2, 3)))

@@ -98,7 +98,7 @@ def upstream_model(
     Raises:
       ConfigError: an argument has no meaning for upstream.
 
-    Example:
+    Examples:
       >>> upstream_model(fusion_method="concat", edim=24).spec.fusion
       'concat'
     """
@@ -138,7 +138,7 @@ def upstream_shapes(
     Raises:
       ConfigError: an unknown data set.
 
-    Example:
+    Examples:
       >>> upstream_shapes("KineticSound")
       {'audio': (1024, 128, 1), 'visual': (3, 224, 224, 3)}
     """
@@ -161,7 +161,7 @@ def upstream_batch(audio: Any = None, video: Any = None) -> dict[str, Array]:
     Raises:
       DataError: another number of axes, or of channels.
 
-    Example:
+    Examples:
       >>> batch = upstream_batch(jnp.zeros((2, 257, 188)), jnp.zeros((2, 3, 1, 224, 224)))
       >>> {name: array.shape for name, array in batch.items()}
       {'audio': (2, 257, 188, 1), 'visual': (2, 1, 224, 224, 3)}
@@ -209,7 +209,7 @@ def from_upstream(
         names it, with both shapes.
       UserError: `modality` is no modality, or is given for a model that fuses both.
 
-    Example:
+    Examples:
       >>> import jax, rollingq_jax as rq
       >>> model = rq.convert.upstream_model(edim=12, depth=1)
       >>> batch = rq.convert.upstream_batch(np.zeros((1, 257, 188)), np.zeros((1, 3, 3, 224, 224)))
@@ -243,7 +243,7 @@ def dropped_tensors(state_dict: Mapping[str, Any], modality: str | None = None) 
     Raises:
       DataError, UserError: as `from_upstream`.
 
-    Example:
+    Examples:
       >>> dropped_tensors(load_state_dict("model.pth"))  # doctest: +SKIP
     """
     return _select(_names(state_dict), modality)[2]
@@ -264,7 +264,7 @@ def to_upstream(params: Mapping[str, Any], rotation: Any = None) -> dict[str, np
       DataError: the parameters are not those of an architecture of upstream's.
       UserError: a rotation without attention fusion, or of another shape.
 
-    Example:
+    Examples:
       >>> state_dict = to_upstream(params, rotation)  # doctest: +SKIP
     """
     leaves = traverse_util.flatten_dict(params, sep="/")

@@ -41,7 +41,7 @@ Take = Callable[[str], np.ndarray]
 class VitReport(NamedTuple):
     """What became of every parameter; each path is in one of the first three.
 
-    Example:
+    Examples:
       >>> print(VitReport(("a",), {"b": "resized"}, ("c",), ()))
       1 parameters loaded, 1 left as they were
       b: resized
@@ -87,7 +87,7 @@ def load_vit(
       DataError: the file cannot be used, a shape does not fit, or no encoder takes its patches.
       UserError: a grid is ambiguous or does not fit; the message names the encoder.
 
-    Example:
+    Examples:
       >>> params, report = load_vit("vit.npz", params)  # doctest: +SKIP
       >>> print(report)  # doctest: +SKIP
     """
@@ -126,7 +126,7 @@ def patch_grids(config_model: Any, batch: Mapping[str, Any]) -> dict[str, Grid |
       config_model: `config.model`, or a `ModelSpec`.
       batch: arrays `[B, ...]` (or anything with a shape) by modality.
 
-    Example:
+    Examples:
       >>> encoders = {"visual": {"kind": "image", "patch": (16, 16)}}
       >>> config = {"fusion": "concat", "num_classes": 2, "encoders": encoders}
       >>> patch_grids(config, {"visual": np.zeros((1, 224, 224, 3))})

@@ -48,8 +48,9 @@ def train_batches(
       num_steps: the step after the last, counted from 0 whatever `start_step` is.
       transforms: applied to each example in turn. A RandomMap's generator depends on (seed, epoch,
         number of the example, place in `transforms`) and on nothing else.
-      process_index, process_count: this process gets rows
-        `process_index * batch_size / process_count` and so on of each global batch.
+      process_index: this process gets rows `process_index * batch_size / process_count` and so on
+        of each global batch.
+      process_count: how many processes share a batch.
       prefetch: the most batches that are made ahead of the one in use, each by a thread of its own;
         0 makes each batch when it is asked for.
 

@@ -1,6 +1,6 @@
 """Flax modules of the multimodal Transformer, and `build_model`, which composes them.
 
-Example:
+Examples:
   >>> import jax, jax.numpy as jnp, rollingq_jax as rq
   >>> fusion = rq.models.ConcatFusion(num_classes=3)
   >>> tokens = {"audio": jnp.ones((2, 4, 8)), "visual": jnp.ones((2, 9, 8))}  # [B, L_m, d]

@@ -198,7 +198,7 @@ def build_model(config: Any, attention_fn: AttentionFn | None = None) -> Multimo
     Raises:
       ConfigError: a field is unknown, ill-typed or out of range; names field, value and allowed.
 
-    Example:
+    Examples:
       >>> encoders = {"audio": {"kind": "vector"}, "text": {"kind": "tokens", "vocab_size": 9}}
       >>> model = build_model({"num_classes": 3, "dim": 8, "num_heads": 2, "encoders": encoders})
       >>> batch = {"audio": jnp.ones((2, 5)), "text": jnp.array([[3, 1, 0], [2, 0, 0]])}

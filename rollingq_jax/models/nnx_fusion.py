@@ -37,7 +37,7 @@ from rollingq_jax.shapes import batch_broadcast, batch_reshape
 class Rotation(nnx.Variable):
     """The rotation `[H, d_h, d_h]` of the class query: no `nnx.Param`, so no optimizer's business.
 
-    Example:
+    Examples:
       >>> fusion = AttentionFusion(num_classes=3, dim=8, num_heads=2, rngs=nnx.Rngs(0))
       >>> nnx.state(fusion, Rotation)["rotation"].shape
       (2, 4, 4)
@@ -70,7 +70,7 @@ class AttentionFusion(nnx.Module):
     Raises:
       UserError: the heads do not divide the width.
 
-    Example:
+    Examples:
       >>> fusion = AttentionFusion(num_classes=3, dim=8, num_heads=2, rngs=nnx.Rngs(0))
       >>> tokens = {"audio": jnp.ones((2, 4, 8)), "visual": jnp.ones((2, 9, 8))}  # [B, L_m, d]
       >>> logits, out = fusion(tokens)
@@ -206,7 +206,7 @@ def fold_rotation(
     Raises:
       UserError: as `rollingq_jax.fold_rotation`; nothing is changed.
 
-    Example:
+    Examples:
       >>> fusion = AttentionFusion(num_classes=3, dim=4, rngs=nnx.Rngs(0))
       >>> fusion.rotation[...] = -jnp.eye(4)[None]
       >>> query = fusion.class_query()

@@ -128,7 +128,7 @@ class Field(NamedTuple):
 def section_fields(section: type) -> dict[str, Field]:
     """The fields of a section, as its dataclass declares them.
 
-    Example:
+    Examples:
       >>> section_fields(ModelSpec)["depth"].meaning
       'default number of Transformer blocks of an encoder'
     """

@@ -1,6 +1,6 @@
 """Training: pure steps, their layout over devices, checkpoints and the loop.
 
-Example:
+Examples:
   >>> import rollingq_jax as rq
   >>> config = rq.train.default_config()
   >>> config.rolling.max_rotations

@@ -217,7 +217,7 @@ SHARED_DATA = ("name", "path", "cache_dir", "corruptions", "prefetch")
 def default_config() -> ConfigDict:
     """Every field with its default; a file in `configs/` changes what its experiment needs.
 
-    Example:
+    Examples:
       >>> config = default_config()
       >>> config.rolling.beta = 0.2
       >>> config.optimizer.name, config.parallel

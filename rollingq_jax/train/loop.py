@@ -120,7 +120,7 @@ def train_and_evaluate(
       NonFiniteError: a loss or gradient was NaN or infinite; the last checkpoint is from before.
       Interrupted: SIGINT, SIGTERM or `max_steps` ended the run early; its state is saved.
 
-    Example:
+    Examples:
       >>> config.data.name, config.data.path = "arrays", "mine.npz"  # doctest: +SKIP
       >>> summary = train_and_evaluate(config, "runs/mine")  # doctest: +SKIP
     """
@@ -453,7 +453,7 @@ def load_run(workdir: epath.PathLike) -> LoadedRun:
         version that did not record how the data became the model's input.
       ConfigError: its configuration cannot be used any more.
 
-    Example:
+    Examples:
       >>> run = load_run("runs/demo")  # doctest: +SKIP
       >>> query = run.model.apply(
       ...     run.variables, run.rotation, method="class_query"

@@ -204,7 +204,7 @@ def layer_scales(params: Any, decay: float) -> Any:
     blocks, has 1: final norms, projections, fusion, probes. (Layer-wise decay as ELECTRA and BEiT
     fine-tune pretrained Transformers.)
 
-    Example:
+    Examples:
       >>> params = {"encoder_a": {"block_0": 0, "block_1": 0, "cls": 0}, "fusion": 0}
       >>> layer_scales(params, 0.5)
       {'encoder_a': {'block_0': 0.25, 'block_1': 0.5, 'cls': 0.125}, 'fusion': 1.0}
