@@ -220,7 +220,15 @@ def test_patience_ends_training_and_a_continuation_at_the_same_step(arrays, tmp_
     assert again["test_loss"] == whole["test_loss"]
 
 
+@pytest.fixture
+def standard_promotion():
+    """Optax's AdamW raises a float to an int32 power."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
 def test_averaged_parameters_resume_and_are_what_is_evaluated_and_read_back(arrays, tmp_path):
     """With batches in parts, weighted classes and layers, decay on kernels: 3 epochs of 3 steps."""
     optimizer = {
