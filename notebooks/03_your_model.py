@@ -130,7 +130,20 @@ def train(roller, num_epochs=8):
 # First without a rotation, to see where the imbalance settles; then with, and a `beta` below that.
 
 # %%
-_, _, plain = train(rq.rolling_query(max_rotations=0))
+before, still, plain = train(rq.rolling_query(max_rotations=0))
+
+
+# %% [markdown]
+# `report` measures a model over any data, before anything rolls, and says in words what it saw.
+
+
+# %%
+def see(batch):
+    _, seen = model.apply({"params": before}, batch, still.rotation)  # which is the identity
+    return seen | {"mean_keys": dict(zip(modalities, seen["mean_keys"], strict=True))}
+
+
+found = rq.report(see, batches(data, 128, epoch=0), beta=0.1)
 
 # %%
 params, rolling, rolled = train(rq.rolling_query(beta=0.1, max_rotations=None))
