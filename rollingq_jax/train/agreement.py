@@ -368,7 +368,7 @@ class _Watch(threading.Thread):
         self._silent = set[int]()
 
     def run(self) -> None:
-        beat = 0
+        self._ending.guarded, beat = True, 0
         while not self._stop_asked.wait(BEAT):
             beat += 1
             # Where the store does not answer, process 0 is gone, which `Gate` notices.
@@ -402,7 +402,7 @@ class _Watch(threading.Thread):
             time.sleep(AGAIN)
         self._stop_asked.set()
         self.join()
-        self._ending.expected = True
+        self._ending.guarded = False
 
     def fail(self, line: str, code: int) -> NoReturn:
         """Tells the others, then ends this process."""

@@ -37,11 +37,11 @@ class Ending:
     """The end of this process in one line, for whichever of its threads is the first to know.
 
     Attributes:
-      expected: whether the run is over, so that the other processes may go.
+      guarded: whether the end of process 0 is one of this process too; after the run, it may go.
     """
 
     def __init__(self) -> None:
-        self.expected, self._lock = False, threading.RLock()
+        self.guarded, self._lock = False, threading.RLock()
 
     def take(self) -> None:
         """Returns in the first thread that calls it; in others never."""
@@ -107,7 +107,7 @@ class Gate:
             sink.shutdown(socket.SHUT_WR)
 
     def _lost(self) -> None:
-        if not self._ending.expected:
+        if self._ending.guarded:
             self._ending.end(
                 f"error: process 0 has ended, or cannot be reached any more; {GOES_ON}", EXIT_CODE
             )
