@@ -3,10 +3,19 @@
 from collections.abc import Callable
 from typing import Any
 
+from rollingq_jax.baselines.agm import agm_baseline
+from rollingq_jax.baselines.arl import arl_baseline
+from rollingq_jax.baselines.cggm import cggm_baseline
+from rollingq_jax.baselines.dgl import dgl_baseline
+from rollingq_jax.baselines.gblend import gblend_baseline
 from rollingq_jax.baselines.hooks import NO_BASELINE, Baseline
+from rollingq_jax.baselines.inforeg import inforeg_baseline
 from rollingq_jax.baselines.joint import joint_baseline
+from rollingq_jax.baselines.lfm import lfm_baseline
+from rollingq_jax.baselines.mmpareto import mmpareto_baseline
 from rollingq_jax.baselines.modality_dropout import modality_dropout_baseline
 from rollingq_jax.baselines.ogm import ogm_baseline
+from rollingq_jax.baselines.opm import opm_baseline
 from rollingq_jax.baselines.pmr import pmr_baseline
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.models.spec import ModelSpec
@@ -44,6 +53,36 @@ BUILDERS: dict[str, Callable[..., Baseline]] = {
         spec.modalities, config.drop_rate
     ),
     "joint": lambda config, spec, *_: joint_baseline(spec.modalities, config.joint_weight),
+    "mmpareto": lambda config, spec, _, active_steps: mmpareto_baseline(
+        spec.modalities, config.mmpareto_gamma, active_steps
+    ),
+    "agm": lambda config, spec, _, active_steps: agm_baseline(
+        spec.modalities, config.agm_alpha, active_steps
+    ),
+    "gblend": lambda config, spec, *_: gblend_baseline(spec.modalities, config.gblend_weights),
+    "dgl": lambda config, spec, *_: dgl_baseline(spec.modalities, config.dgl_weight),
+    "lfm": lambda config, spec, _, active_steps: lfm_baseline(spec.modalities, active_steps),
+    "arl": lambda config, spec, epoch_steps, active_steps: arl_baseline(
+        spec.modalities,
+        config.arl_gamma,
+        config.arl_temperature,
+        start_step=config.start_epoch * epoch_steps,
+        active_steps=active_steps,
+    ),
+    "opm": lambda config, spec, epoch_steps, active_steps: opm_baseline(
+        spec,
+        config.opm_base,
+        config.opm_strength,
+        config.opm_chance,
+        start_step=config.start_epoch * epoch_steps,
+        active_steps=active_steps,
+    ),
+    "inforeg": lambda config, spec, epoch_steps, active_steps: inforeg_baseline(
+        spec, config.inforeg_beta, epoch_steps=epoch_steps, active_steps=active_steps
+    ),
+    "cggm": lambda config, spec, _, active_steps: cggm_baseline(
+        spec.modalities, config.cggm_rho, config.cggm_decay, active_steps
+    ),
 }
 
 

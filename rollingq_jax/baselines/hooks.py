@@ -1,6 +1,6 @@
 """Functions that a method of comparison may add to a training step."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,20 +17,27 @@ class StepContext(NamedTuple):
     Attributes:
       params: the model's, before the update.
       out: the model's second output.
+      logits: `[B, C]`, the model's first output.
+      losses: `[B]`, the main head's, as they are trained on.
       batch: the batch as the model saw it.
       weight: `[B]` float32, 0 for padding.
       step: `[]` int32, updates done before this one.
       rng: a key of this step's own, the same on every device.
       reduce: sums a tree over the devices (under pmap; under jit sums are global already).
+      apply: `(params, *args, **kwargs)`, the model on this batch without dropout, under the step's
+        rotation: another forward pass, or one of the model's methods.
     """
 
     params: Any
     out: Mapping[str, Any]
+    logits: Array
+    losses: Array
     batch: Batch
     weight: Array
     step: Array
     rng: Array
     reduce: Callable[[Any], Any]
+    apply: Callable[..., Any]
 
 
 class Baseline(NamedTuple):
@@ -38,9 +45,10 @@ class Baseline(NamedTuple):
 
     Attributes:
       init: `() -> state`, a pytree that is checkpointed with the run.
-      change_batch: `(batch, rng, example_index) -> batch`, before the forward pass.
-      loss: `(state, context) -> [B]`, added to each example's loss; differentiated in
-        `context.params` and `context.out`.
+      change_batch: `(state, batch, rng, example_index) -> batch`, before the forward pass.
+      loss: `(state, context) -> [B]`, added to each example's loss; differentiated in the context.
+      apart: `(state, context) -> [B]`, a loss that is not added: the gradient of its mean comes to
+        `transform.update` as the argument `apart`. It takes a backward pass of its own.
       update: `(state, context) -> state`, after the forward pass, without a gradient.
       transform: of the gradient, before the optimizer's; None leaves it.
       gradient_args: `(state, context) -> {name: value}`, extra arguments of `transform.update`.
@@ -48,8 +56,9 @@ class Baseline(NamedTuple):
     """
 
     init: Callable[[], Any] = lambda: ()
-    change_batch: Callable[[Batch, Array, Array], Batch] = lambda batch, rng, index: batch
+    change_batch: Callable[[Any, Batch, Array, Array], Batch] = lambda state, batch, *_: batch
     loss: Callable[[Any, StepContext], Array | float] = lambda state, context: 0.0
+    apart: Callable[[Any, StepContext], Array] | None = None
     update: Callable[[Any, StepContext], Any] = lambda state, context: state
     transform: optax.GradientTransformationExtraArgs | None = None
     gradient_args: Callable[[Any, StepContext], dict[str, Any]] = lambda state, context: {}
@@ -67,6 +76,35 @@ def presence(out: Mapping[str, Any], modalities: tuple[str, ...]) -> Array:
 def class_tokens(out: Mapping[str, Any], modalities: tuple[str, ...]) -> dict[str, Array]:
     """Each modality's class token after its final norm: `{m: [B, d]}` float32."""
     return {m: out["tokens"][m][:, 0].astype(jnp.float32) for m in modalities}
+
+
+def fused(context: StepContext, modalities: Sequence[str]) -> Array:
+    """Logits of the fusion that sees the tokens of some modalities only, without dropout: `[B, C]`.
+
+    The encoders do not run again. Under attention the others' tokens take no attention; in a static
+    fusion their class tokens count as zeros, and the whole bias stays.
+    """
+    return context.apply(context.params, context.out["tokens"], tuple(modalities), method="fuse")
+
+
+def encoder_part(tree: Mapping[str, Any], modality: str) -> dict[str, Any]:
+    """The parameters that only this modality's tokens pass: its encoder and its final norm."""
+    return {name: tree[name] for name in (f"encoder_{modality}", f"norm_{modality}")}
+
+
+def scale_encoders(modalities: Sequence[str]) -> optax.GradientTransformationExtraArgs:
+    """Multiplies the gradient of each encoder; its `update` takes `factors` `[M]`."""
+
+    def update(
+        updates: Mapping[str, Any], state: Any, params: Any = None, *, factors: Array, **_: Any
+    ) -> tuple[Any, Any]:
+        scaled = dict(updates)
+        for factor, m in zip(factors, modalities, strict=True):
+            part = encoder_part(updates, m)
+            scaled |= jax.tree.map(lambda g, f=factor: f.astype(g.dtype) * g, part)
+        return scaled, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def probability_of_label(logits: Array, label: Array) -> Array:

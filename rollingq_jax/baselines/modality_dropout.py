@@ -5,6 +5,8 @@ would lose all keeps all. What is dropped is marked in `"<m>_mask"`, as a modali
 lacks: its tokens take no attention, and in a static fusion its class token counts as zeros.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -13,7 +15,12 @@ from rollingq_jax.baselines.hooks import Baseline, Batch
 
 
 def drop_modalities(
-    batch: Batch, rng: Array, example_index: Array, *, rate: float, modalities: tuple[str, ...]
+    batch: Batch,
+    rng: Array,
+    example_index: Array,
+    *,
+    rate: float | Array,
+    modalities: tuple[str, ...],
 ) -> Batch:
     """The batch with the masks of what is left.
 
@@ -22,7 +29,7 @@ def drop_modalities(
       rng: the step's key.
       example_index: `[B]` int32, each example's number in the global batch: what an example loses
         depends on it and not on the layout over devices.
-      rate: probability that a modality is dropped.
+      rate: probability that a modality is dropped, one or `[M]`.
       modalities: names.
     """
     keys = jax.vmap(lambda index: jax.random.fold_in(rng, index))(example_index)
@@ -39,7 +46,7 @@ def drop_modalities(
 def modality_dropout_baseline(modalities: tuple[str, ...], rate: float) -> Baseline:
     """Modality dropout in a training step."""
 
-    def change_batch(batch: Batch, rng: Array, example_index: Array) -> Batch:
+    def change_batch(state: Any, batch: Batch, rng: Array, example_index: Array) -> Batch:
         return drop_modalities(batch, rng, example_index, rate=rate, modalities=modalities)
 
     return Baseline(change_batch=change_batch)

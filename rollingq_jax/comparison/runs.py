@@ -95,6 +95,15 @@ ARMS: dict[str, Overrides] = {
     "pmr": CONCAT | {"baseline.name": "pmr"},
     "modality_dropout": CONCAT | {"baseline.name": "modality_dropout"},
     "joint": CONCAT | {"baseline.name": "joint"},
+    "mmpareto": CONCAT | {"baseline.name": "mmpareto"},
+    "agm": CONCAT | {"baseline.name": "agm"},
+    "gblend": CONCAT | {"baseline.name": "gblend"},
+    "dgl": CONCAT | {"baseline.name": "dgl"},
+    "lfm": CONCAT | {"baseline.name": "lfm"},
+    "arl": CONCAT | {"baseline.name": "arl"},
+    "opm": CONCAT | {"baseline.name": "opm"},
+    "inforeg": CONCAT | {"baseline.name": "inforeg"},
+    "cggm": CONCAT | {"baseline.name": "cggm"},
     "config": {},  # the configuration as it is, to build own arms on
 }
 FRESH_BASES = ("concat", "attention", "uniform", "rollingq")

@@ -139,23 +139,8 @@ class MultimodalTransformer(nn.Module):
         if self.spec.fusion == "mbt":
             tokens = self.bottleneck(tokens, presences, **randomness)
         tokens = {m: self.norm[m](tokens[m]) for m in tokens}
-        masks = {m: _fusion_mask(presences[m], tokens[m]) for m in tokens}
-        if self.spec.uses_class_query:
-            signal = None  # of the tokens' norms, which the fusion takes itself
-            if self.spec.quality_bias and self.spec.quality_signal == "energy":
-                has = {m: p.present for m, p in presences.items()}
-                signal = quality.probe_energy(self._probe(tokens), has)
-            logits, out = self.fusion(
-                tokens,
-                masks,
-                rotation,
-                return_attention=return_attention,
-                signal=signal,
-                **randomness,
-            )
-        else:
-            self._require_query(rotation is None)
-            logits, out = self.fusion(tokens, masks)
+        randomness["return_attention"] = return_attention
+        logits, out = self._fuse(tokens, presences, rotation, **randomness)
         ones = batch_broadcast(jnp.ones(1, jnp.bool_), (batch_size,), logits)
         out["present"] = {m: ones if p.present is None else p.present for m, p in presences.items()}
         out["tokens"] = tokens
@@ -164,6 +149,52 @@ class MultimodalTransformer(nn.Module):
         else:
             out["probe_logits"] = self._probe(tokens)
         return logits, out
+
+    def fuse(
+        self,
+        batch: Mapping[str, Array],
+        tokens: Mapping[str, Array],
+        modalities: tuple[str, ...],
+        rotation: Array | None = None,
+    ) -> Array:
+        """Logits `[B, C]` float32 of the fusion that sees some modalities only, without dropout.
+
+        Args:
+          batch: that the tokens are of, for its masks.
+          tokens: `{m: [B, 1 + L_m, d]}` of a forward pass.
+          modalities: those that are seen; the others count as absent from every example.
+          rotation: as in a forward pass.
+
+        Raises:
+          DataError, ConfigError: as a forward pass.
+        """
+        inputs = read_inputs(batch, self.spec.modalities)
+        absent = jnp.zeros_like(tokens[self.spec.modalities[0]][:, 0, 0], jnp.bool_)
+        presences = {
+            e.name: read_mask(e, inputs[e.name], batch.get(f"{e.name}_mask"))
+            if e.name in modalities
+            else Presence(None, absent)
+            for e in self.spec.encoders
+        }
+        index = jnp.arange(absent.shape[0], dtype=jnp.int32)
+        return self._fuse(tokens, presences, rotation, example_index=index)[0]
+
+    def _fuse(
+        self,
+        tokens: Mapping[str, Array],
+        presences: Mapping[str, Presence],
+        rotation: Array | None,
+        **how: Any,
+    ) -> tuple[Array, dict[str, Any]]:
+        masks = {m: _fusion_mask(presences[m], tokens[m]) for m in tokens}
+        if not self.spec.uses_class_query:
+            self._require_query(rotation is None)
+            return self.fusion(tokens, masks)
+        signal = None  # of the tokens' norms, which the fusion takes itself
+        if self.spec.quality_bias and self.spec.quality_signal == "energy":
+            has = {m: p.present for m, p in presences.items()}
+            signal = quality.probe_energy(self._probe(tokens), has)
+        return self.fusion(tokens, masks, rotation, signal=signal, **how)
 
     def class_query(self, rotation: Array | None = None) -> Array:
         """The class query R (cls W_q + b_q), `[H, d_h]` float32, from the parameters alone.

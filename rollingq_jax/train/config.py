@@ -57,6 +57,7 @@ Text = Annotated[str, TEXT]
 Positive = Annotated[float, real("a number > 0", lambda v: v > 0)]
 NotNegative = Annotated[float, at_least(0)]
 Rate = Annotated[float, real("a number in [0, 1)", lambda v: 0 <= v < 1)]
+Share = Annotated[float, real("a number in [0, 1]", lambda v: 0 <= v <= 1)]
 Factor = Annotated[float, real("a number in (0, 1]", lambda v: 0 < v <= 1)]
 
 
@@ -159,12 +160,35 @@ class BaselineConfig:
         ),
         "the method; empty: none",
     ] = ""
-    epochs: Annotated[int, integer(0), "the first, in which OGM and PMR are active; 0: all"] = 0
+    epochs: Annotated[
+        int, integer(0), "the first, in which a method with such a phase acts; 0: all"
+    ] = 0
     ogm_alpha: Annotated[NotNegative, "how strongly OGM damps the gradient"] = 0.8
     pmr_alpha: Annotated[NotNegative, "weight of PMR's loss"] = 1.0
     pmr_momentum: Annotated[Rate, "of PMR's prototypes from epoch to epoch"] = 0.2
     drop_rate: Annotated[Rate, "of modality_dropout"] = 0.2
     joint_weight: Annotated[NotNegative, "weight of each modality's own loss in joint"] = 1.0
+    mmpareto_gamma: Annotated[NotNegative, "factor of MMPareto on the encoders' gradients"] = 1.5
+    agm_alpha: Annotated[NotNegative, "how strongly AGM scales the gradients of the parts"] = 1.0
+    gblend_weights: Annotated[
+        tuple[float, ...],
+        Rule(
+            "numbers >= 0, one a modality and the joint loss's last, or () for equal ones",
+            lambda v: isinstance(v, (tuple, list)) and all(is_real(x) and x >= 0 for x in v),
+            tuple,
+        ),
+        "weights of the losses in G-Blending",
+    ] = ()
+    dgl_weight: Annotated[NotNegative, "weight of each modality's own loss in DGL"] = 4.0
+    start_epoch: Annotated[int, integer(0), "the first in which ARL or OPM acts"] = 0
+    arl_gamma: Annotated[NotNegative, "weight of each modality's own loss in ARL"] = 4.0
+    arl_temperature: Annotated[NotNegative, "sharpness of ARL's factors"] = 8.0
+    opm_base: Annotated[Share, "rate at which OPM drops a modality that is just ahead"] = 0.5
+    opm_strength: Annotated[NotNegative, "how much that grows with its lead"] = 0.5
+    opm_chance: Annotated[Share, "that OPM changes a batch"] = 0.7
+    inforeg_beta: Annotated[NotNegative, "how strongly InfoReg holds an encoder"] = 0.95
+    cggm_rho: Annotated[NotNegative, "factor of CGGM on all encoders' gradients"] = 1.3
+    cggm_decay: Annotated[Rate, "of the mean of the accuracies in CGGM"] = 0.9
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,6 +42,7 @@ Sums = dict[str, Array]
 AxisName = str | None
 NONFINITE = "nonfinite"  # among the sums of a step
 EXAMPLE_INDEX = "example_index"  # among the arrays of a batch: positions in the global batch
+LOSS_WEIGHT = "loss_weight"  # likewise: of each example in the mean loss
 
 
 class RollSchedule(NamedTuple):
@@ -86,12 +87,14 @@ class ForwardPass(NamedTuple):
     Attributes:
       logits: `[B, C]`.
       out: the model's second output.
+      main: `[B]`, the main head's part of the losses.
       baseline: next state of a method of comparison.
       tx_args: extra arguments of `tx.update`.
     """
 
     logits: Array
     out: dict[str, Any]
+    main: Array
     baseline: Any
     tx_args: dict[str, Any]
 
@@ -127,31 +130,45 @@ def supervised_loss(
         example_index=batch[EXAMPLE_INDEX],
         rngs={"dropout": step_key(state)},
     )
-    losses = cross_entropy(logits, batch["label"], label_smoothing)
+    main = losses = cross_entropy(logits, batch["label"], label_smoothing)
     if model.spec.fusion != "unimodal":  # there the probe is the main head
         for probe in out["probe_logits"].values():
             losses = losses + cross_entropy(probe, batch["label"], label_smoothing)
-    return losses, ForwardPass(logits, out, state.baseline, {})
+    return losses, ForwardPass(logits, out, main, state.baseline, {})
 
 
 def with_baseline(loss_fn: LossFn, baseline: Baseline) -> LossFn:
     """The loss function with the batch, the losses and the state of a method of comparison.
 
-    Its gradient transformation, if it has one, is chained before `tx` where that is made.
+    Its gradient transformation, if it has one, is chained before `tx` where that is made. A
+    gradient apart that is not finite makes the losses so: then the step counts as any such step.
     """
 
     def wrapped(model, params, state, batch, axis_name=None):
-        batch = baseline.change_batch(
-            batch, jax.random.fold_in(step_key(state), 2), batch[EXAMPLE_INDEX]
-        )
-        losses, forward = loss_fn(model, params, state, batch, axis_name)
-        context = step_context(params, forward.out, state, batch, axis_name)
+        rng = jax.random.fold_in(step_key(state), 2)
+        batch = baseline.change_batch(state.baseline, batch, rng, batch[EXAMPLE_INDEX])
+
+        def run(params):
+            losses, forward = loss_fn(model, params, state, batch, axis_name)
+            return losses, forward, step_context(model, params, forward, state, batch, axis_name)
+
+        losses, forward, context = run(params)
         losses = losses + baseline.loss(state.baseline, context)
-        still = jax.lax.stop_gradient((params, forward.out))
-        context = step_context(*still, state, batch, axis_name)
+        still = jax.lax.stop_gradient((params, forward))
+        context = step_context(model, *still, state, batch, axis_name)
+        tx_args = baseline.gradient_args(state.baseline, context)
+        if baseline.apart is not None:
+
+            def mean_apart(params):
+                context, weight = run(params)[2], batch[LOSS_WEIGHT]
+                total = context.reduce(jnp.sum(weight))
+                return jnp.sum(baseline.apart(state.baseline, context) * weight) / total
+
+            apart = context.reduce(jax.grad(mean_apart)(context.params))
+            finite = ~jnp.any(nonfinite_flags(jnp.zeros([]), apart))
+            losses, tx_args = jnp.where(finite, losses, jnp.nan), tx_args | {"apart": apart}
         return losses, forward._replace(
-            baseline=baseline.update(state.baseline, context),
-            tx_args=baseline.gradient_args(state.baseline, context),
+            baseline=baseline.update(state.baseline, context), tx_args=tx_args
         )
 
     return wrapped
@@ -251,6 +268,7 @@ def train_step(
     weight = loss_weight = example_weight(batch)
     if class_weights is not None:
         loss_weight = weight * class_weights[batch["label"]]
+    batch[LOSS_WEIGHT] = loss_weight
     losses_of = functools.partial(loss_fn, model)
     (loss, grads), forward = gradient_fn(
         losses_of, state, batch, loss_weight, axis_name, micro_batches=micro_batches
@@ -353,12 +371,31 @@ def example_positions(batch: Batch, axis_name: AxisName) -> Array:
 
 
 def step_context(
-    params: Any, out: dict[str, Any], state: TrainState, batch: Batch, axis_name: AxisName
+    model: Any,
+    params: Any,
+    forward: ForwardPass,
+    state: TrainState,
+    batch: Batch,
+    axis_name: AxisName,
 ) -> StepContext:
     """The forward pass and its surroundings, for a method of comparison."""
-    rng = jax.random.fold_in(step_key(state), 1)
-    reduce = functools.partial(psum, axis_name=axis_name)
-    return StepContext(params, out, batch, example_weight(batch), state.step, rng, reduce)
+
+    def apply(params: Any, *args: Any, **kwargs: Any) -> Any:
+        variables = quality.model_variables(params, state.quality)
+        return model.apply(variables, batch, *args, rotation=state.rotation, **kwargs)
+
+    return StepContext(
+        params=params,
+        out=forward.out,
+        logits=forward.logits,
+        losses=forward.main,
+        batch=batch,
+        weight=example_weight(batch),
+        step=state.step,
+        rng=jax.random.fold_in(step_key(state), 1),
+        reduce=functools.partial(psum, axis_name=axis_name),
+        apply=apply,
+    )
 
 
 def stack_mean_keys(out: dict[str, Any]) -> Array:

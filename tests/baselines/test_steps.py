@@ -5,13 +5,16 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from rollingq_jax.baselines.build import build_baseline
+from rollingq_jax.baselines.build import BUILDERS, build_baseline
+from rollingq_jax.baselines.hooks import encoder_part
+from rollingq_jax.baselines.mmpareto import pareto_gradient
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.train.config import default_config
 from rollingq_jax.train.parallel import WRAPPERS
-from rollingq_jax.train.steps import eval_step
+from rollingq_jax.train.steps import RollSchedule, eval_step, supervised_loss, with_baseline
 from tests.baselines.baseline_cases import NAMES, small_model, training
 
 
@@ -109,6 +112,43 @@ def test_a_batch_may_come_in_parts(name):
     ends = [jax.jit(functools.partial(step, micro_batches=n))(state, batch) for n in (1, 2)]
     close(ends[0][0].params, ends[1][0].params, tolerance=1e-6)
     close(ends[0][1], ends[1][1], tolerance=1e-5)
+
+
+def test_mmpareto_gets_the_unimodal_gradient_apart():
+    model, state, step, batch = training("mmpareto", mmpareto_gamma=1.5)
+
+    def gradient(joint):
+        return jax.grad(lambda p: losses(model, p, batch, joint=joint))(state.params)
+
+    joint, both = jax.jit(lambda: (gradient(0.0), gradient(1.0)))()
+    alone = difference(both, joint)
+    after, sums, _ = jax.jit(step)(state, batch)
+    got = difference(state.params, after.params)
+    assert not np.any(sums["nonfinite"])
+    for m in NAMES:
+        both |= pareto_gradient(encoder_part(joint, m), encoder_part(alone, m), 1.5)
+    close(got, both)
+
+
+@pytest.fixture(scope="module")
+def rolled():
+    """A model with attention fusion, its state, step and batch."""
+    return training("", "attention")
+
+
+@pytest.mark.parametrize("name", sorted(set(BUILDERS) - {"", "ogm", "ogm_ge"}))
+def test_a_step_under_attention_that_rolls_keeps_the_form_of_the_state(rolled, name):
+    model, state, step, batch = rolled
+    config = default_config().baseline
+    config.name = name
+    baseline = build_baseline(config, model.spec, 2, 20)
+    tx = optax.chain(baseline.transform or optax.identity(), optax.sgd(1.0))
+    state = state.replace(opt_state=tx.init(state.params), baseline=baseline.init())
+    loss_fn = with_baseline(supervised_loss, baseline)
+    step = functools.partial(step, tx=tx, loss_fn=loss_fn, schedule=RollSchedule(1, 1))
+    after, _, record = jax.eval_shape(step, state, batch)
+    form = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+    assert form(after) == form(state) and record is not None
 
 
 @pytest.mark.slow
