@@ -114,7 +114,7 @@ def differences(facts: Mapping[int, Facts]) -> list[str]:
     Args:
       facts: by process, from `run_facts`.
 
-    Example:
+    Examples:
       >>> differences({0: {"values": {"config.seed": 0}}, 1: {"values": {"config.seed": 1}}})
       ['config.seed is 0 in process 0 and 1 in process 1']
     """

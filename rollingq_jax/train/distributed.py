@@ -233,7 +233,7 @@ class Waiting:
 def processes(numbers: Sequence[int]) -> str:
     """Processes in words, at most eight of them.
 
-    Example:
+    Examples:
       >>> processes([1]), processes([1, 2])
       ('process 1', 'processes 1, 2')
     """

@@ -233,7 +233,11 @@ def report_figures(
     figures = {
         "accuracy": ReportFigure(
             "Accuracy of the model and of its probes",
-            plots.accuracy_figure(rows, chance=1 / experiment.config.model.num_classes),
+            plots.accuracy_figure(
+                rows,
+                chance=1 / experiment.config.model.num_classes,
+                majority=float(np.bincount(predictions.label).max() / len(predictions.label)),
+            ),
             report.describe_accuracy(rows),
             report.HOW_TO_READ["accuracy"],
         )

@@ -1,5 +1,6 @@
 """The class query and the keys around it, as in the paper's overview."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -124,9 +125,12 @@ def polar_panels(panels: Sequence[PolarPanel], *, head: int | None = None) -> Fi
     views = [view(panel.keys, panel.query, panel.anchor, head=head) for panel in panels]
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
-    figure = style.new_figure(4.5 * columns, 5.0 * rows + 0.8)
-    plots = figure.subplots(rows, columns, squeeze=False, subplot_kw={"projection": "polar"}).flat
     names = sorted({m for shown in views for m in shown.points})
+    # A line of scores under a panel's title for two modalities, and of the legend for about four.
+    height = 4.9 + 0.19 * (len(names) // 2)
+    figure = style.new_figure(4.5 * columns, height * rows + 0.8 + 0.12 * len(names))
+    figure.set_layout_engine("constrained", wspace=0.08)  # room for the labels of angles
+    plots = figure.subplots(rows, columns, squeeze=False, subplot_kw={"projection": "polar"}).flat
     for panel, shown, axes in zip(panels, views, plots, strict=False):
         _draw(axes, shown, names, panel.title)
     for axes in list(plots):
@@ -134,7 +138,7 @@ def polar_panels(panels: Sequence[PolarPanel], *, head: int | None = None) -> Fi
     which = "" if head is None else f" (head {head})"
     figure.suptitle(
         f"Mean keys of the samples around the class query{which}: unit vectors, projected on one\n"
-        "plane that contains the query. The height of a point is its cosine to the query.",
+        "plane that contains the query; large: their means. The height is the cosine to the query.",
         fontsize=11.5,
         x=0.01,
         ha="left",
@@ -159,15 +163,15 @@ def _draw(axes: PolarAxes, shown: PlaneView, names: Sequence[str], title: str) -
         theta, radius = _to_polar(shown.points[name])
         axes.scatter(
             theta, radius, s=9, color=colour, marker=marker, alpha=0.35, linewidths=0,
-            label=f"{style.plain(name)} (a sample)", rasterized=True,
+            rasterized=True,
         )  # fmt: skip
         theta, radius = _to_polar(shown.means[name])
         axes.plot([theta, theta], [0, radius], color=colour, linewidth=2.2, solid_capstyle="butt")
         axes.plot(
             [theta], [radius], color=colour, marker=marker, markersize=9, linestyle="none",
-            markeredgecolor="white", markeredgewidth=1.2, label=f"{style.plain(name)} (mean)",
+            markeredgecolor="white", markeredgewidth=1.2, label=style.named(name),
         )  # fmt: skip
-        scores.append(f"{style.plain(name)} {style.signed(shown.cosines[name])}")
+        scores.append(f"{style.named(name)}\N{NO-BREAK SPACE}{style.signed(shown.cosines[name])}")
     if shown.anchor is not None:
         theta, _ = _to_polar(shown.anchor)
         axes.plot(
@@ -187,11 +191,8 @@ def _draw(axes: PolarAxes, shown: PlaneView, names: Sequence[str], title: str) -
     axes.set_xticks(np.deg2rad(np.arange(0, 360, 45)))
     axes.set_xticklabels(["0°", "45°", "90°", "135°", "180°", "−135°", "−90°", "−45°"])
     axes.spines["polar"].set_color(style.MUTED)
-    axes.set_title(title, fontsize=11.5, fontweight="bold", color=style.INK, pad=38)
-    axes.annotate(
-        f"cosine score: {', '.join(scores)}", (0.5, 1), xycoords="axes fraction", xytext=(0, 24),
-        textcoords="offset points", ha="center", fontsize=10.5, color=style.INK,
-    )  # fmt: skip
+    heading = textwrap.fill(f"cosine score: {', '.join(scores)}", 46)  # as wide as a panel
+    axes.set_title(f"{title}\n{heading}", fontsize=10.5, color=style.INK, pad=18)
 
 
 def _to_polar(points: Array) -> tuple[Any, Any]:

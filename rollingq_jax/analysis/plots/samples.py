@@ -48,15 +48,15 @@ def share_quality_figure(
         last = axes in grid[:, -1] or axes is list(grid.flat)[len(arms) - 1]
         uniform = (even or {}).get(shown, 1 / len(share))
         style.reference_line(axes, uniform, "even\nshare" if last else "")
-        label = style.plain(shown)
-        other = style.plain(next(m for m in sorted(share) if m != shown))
+        label = style.named(shown)
+        other = style.named(next(m for m in sorted(share) if m != shown))
         minus = other if len(share) == 2 else "mean of the others"
         heading = _correlations(contrast, share[shown])
         style.style_axes(
             axes,
             title=f"{style.plain(style.shorten(name))}\n{heading}" if name else heading,
-            xlabel=f"quality of {label} minus that of {minus}\n(training-set standard deviations)",
-            ylabel=f"attention share of {label} (0 to 1)" if axes in grid[:, 0] else "",
+            xlabel=f"quality of {label}\nminus that of {minus} (training-set std)",
+            ylabel=f"attention share of\n{label} (0 to 1)" if axes in grid[:, 0] else "",
         )
     for axes in list(panels):
         axes.set_visible(False)
@@ -90,12 +90,13 @@ def noise_figure(
     points = [point for runs in arms.values() for run in runs for point in run]
     names = sorted({point["modality"] for point in points})
     with_share = any(point.get("attention_share") for point in points)
-    figure = style.new_figure(4.4 * len(names) + 0.2, 3.2 * (1 + with_share) + 0.7)
+    width = min(4.4 * len(names), 11.6)
+    figure = style.new_figure(width + 0.2, 3.2 * (1 + with_share) + 0.7)
     grid = figure.subplots(
         1 + with_share, len(names), squeeze=False, sharex="col", sharey="row"
     )  # fmt: skip
     for column, name in enumerate(names):
-        label = style.plain(name)
+        label = style.named(name, int(11 * width / len(names)) - 8)
         for i, runs in enumerate(arms.values()):
             _noise_line(grid[0, column], runs, name, i, lambda p: 100 * p[metric])
             if with_share:
@@ -103,7 +104,7 @@ def noise_figure(
                 _noise_line(grid[1, column], runs, name, i, share)
         style.style_axes(grid[0, column], title=f"{label} noised")
         style.style_axes(grid[-1, column])
-        grid[-1, column].set_xlabel(f"noise in {label} (training-set std)", fontsize=10.5)
+        grid[-1, column].set_xlabel(f"noise in {label}\n(training-set std)", fontsize=10.5)
     grid[0, 0].set_ylabel(f"{metric.replace('_', ' ')} (%)", fontsize=10.5)
     if with_share:
         grid[1, 0].set_ylabel("attention share of the\nnoised modality (0 to 1)", fontsize=10.5)
@@ -137,7 +138,7 @@ def attention_scale_figure(points: Sequence[Mapping[str, Any]]) -> Figure:
     for i, name in enumerate(names):
         shares = [point["attention_share"].get(name) for point in points]
         known = [np.nan if share is None else share for share in shares]
-        bottom.plot(places, known, label=style.plain(name), linewidth=2, **style.line_style(i))
+        bottom.plot(places, known, label=style.named(name), linewidth=2, **style.line_style(i))
     style.style_axes(top, ylabel="accuracy (%)")
     style.style_axes(bottom, xlabel="the trained query times", ylabel="attention share")
     bottom.set_ylim(0, 1)

@@ -91,6 +91,11 @@ def even_lines(axes: Axes, even: Mapping[str, float]) -> None:
         reference_line(axes, value, f"even, {plain(name)}", color(i))
 
 
+def named(modality: str, limit: int = 24) -> str:
+    """A modality's name as a figure has room for."""
+    return plain(shorten(modality, limit))
+
+
 def reference_line(axes: Axes, value: float, label: str = "", color: str = MUTED) -> None:
     """A thin dotted horizontal line, its name in the margin where it cannot cover any data."""
     axes.axhline(value, color=color, linewidth=1, linestyle=(0, (1, 2)), zorder=1.2)

@@ -129,7 +129,7 @@ def dynamics_figure(
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1.25, 1))
     names = modalities(rows, "attention_share")
     for i, name in enumerate(names):
-        _train_and_valid(top, rows, f"attention_share/{name}", style.plain(name), i)
+        _train_and_valid(top, rows, f"attention_share/{name}", style.named(name), i)
     if names:
         style.even_lines(top, even_shares(rows, names))
         top.set_ylim(-0.02, 1.02)
@@ -148,18 +148,21 @@ def dynamics_figure(
     style.style_axes(
         bottom, xlabel="training (epochs)", ylabel="imbalance of cosine\nscores (0 to 2)"
     )
-    _title_over_legend(
+    _title_and_legend(
         top, "Attention share and imbalance over training (thick: validation, thin: training)"
     )
     return figure
 
 
-def accuracy_figure(rows: Sequence[Row], *, chance: float | None = None) -> Figure:
+def accuracy_figure(
+    rows: Sequence[Row], *, chance: float | None = None, majority: float | None = None
+) -> Figure:
     """Validation accuracy of the model and of each modality's probe, test values at the right.
 
     Args:
       rows: of metrics.jsonl, splits "valid" and "test".
       chance: accuracy of guessing, drawn as a line where given.
+      majority: accuracy of always naming the most frequent class, likewise.
     """
     figure = style.new_figure(8.0, 4.2)
     axes = figure.subplots()
@@ -167,7 +170,7 @@ def accuracy_figure(rows: Sequence[Row], *, chance: float | None = None) -> Figu
         ("accuracy", "whole model", style.INK, "-", "o")
     ]
     for i, name in enumerate(modalities(rows, "probe_accuracy")):
-        label = f"probe on {style.plain(name)} alone"
+        label = f"probe on {style.named(name)} alone"
         series.append(
             (
                 f"probe_accuracy/{name}",
@@ -192,12 +195,11 @@ def accuracy_figure(rows: Sequence[Row], *, chance: float | None = None) -> Figu
             ends.append((100 * test.y[-1], colour, marker))
     if not axes.lines:
         style.empty_note(axes, "no epoch has been evaluated yet")
-    if chance is not None:
-        style.reference_line(axes, 100 * chance, "chance")
     style.style_axes(axes, xlabel="training (epochs)", ylabel="accuracy (%)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _mark_test_values(axes, ends)
-    _title_over_legend(axes, "Accuracy on validation data, and on test data at the end")
+    _guesses(axes, {"chance": chance, "majority\nclass": majority})
+    _title_and_legend(axes, "Accuracy on validation data, and on test data at the end")
     return figure
 
 
@@ -223,7 +225,7 @@ def arms_figure(
     figure = style.new_figure(width, 3.6 * lines + 0.5)
     panels = figure.subplots(lines, columns, squeeze=False).flat
     handles: dict[str, Line2D] = {}  # by the arm's whole name: cut short, two may look alike
-    for axes, (field, label) in zip(panels, fields.items(), strict=False):
+    for (field, label), axes in zip(fields.items(), panels, strict=False):
         for i, (name, runs) in enumerate(arms.items()):
             line = _band(axes, [curve(rows, "valid", field) for rows in runs], i)
             if line is not None:
@@ -255,7 +257,7 @@ def _default_fields(rows: Sequence[Row]) -> dict[str, str]:
     shown = names[:1] if len(names) == 2 else names
     fields = {"imbalance": "imbalance of cosine scores (0 to 2)"}
     return fields | {
-        f"attention_share/{m}": f"attention share of {style.plain(m)} (0 to 1)" for m in shown
+        f"attention_share/{m}": f"attention share of\n{style.named(m)} (0 to 1)" for m in shown
     }
 
 
@@ -335,8 +337,9 @@ def _mark_rolls(top: Axes, bottom: Axes, rolls: Sequence[Roll]) -> None:
                 f"{roll.angle_degrees:.0f}°",
                 (roll.epoch, 1),
                 xycoords=("data", "axes fraction"),
-                xytext=(3, -11),
+                xytext=(0, 2),  # over the panel, where no curve and no name can be
                 textcoords="offset points",
+                ha="center",
                 fontsize=9.5,
                 color=style.TURN,
             )
@@ -374,6 +377,20 @@ def _mark_test_values(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> Non
     axes.set_ylim(low, high)
 
 
+def _guesses(axes: Axes, guesses: Mapping[str, float | None]) -> None:
+    """A line for each accuracy that needs no model; lines too near for two names share one."""
+    given = {name: 100 * value for name, value in guesses.items() if value is not None}
+    for value in given.values():
+        style.reference_line(axes, value)
+    low, high = axes.get_ylim()
+    low, high = min([low, *(v - 2 for v in given.values())]), max([high, *given.values()])
+    axes.set_ylim(low, high)
+    apart = np.ptp(list(given.values())) > 0.12 * (high - low) if given else False
+    named = given if apart else {",\n".join(given): next(iter(given.values()))} if given else {}
+    for name, value in named.items():
+        style.reference_line(axes, value, name)
+
+
 def _spread(values: np.ndarray, gap: float) -> np.ndarray:
     """Positions near the values, in the same order, at least `gap` apart."""
     order = np.argsort(values, kind="stable")
@@ -391,14 +408,9 @@ def _spread(values: np.ndarray, gap: float) -> np.ndarray:
     return result
 
 
-def _title_over_legend(axes: Axes, title: str) -> None:
-    """Title in a line of its own, the legend below it and above the axes."""
-    style.legend(
-        axes,
-        loc="lower left",
-        bbox_to_anchor=(0, 1.0),
-        ncols=4,
-        borderaxespad=0.2,
-        columnspacing=1.6,
-    )
-    axes.set_title(title, fontsize=11.5, color=style.INK, loc="left", pad=25)
+def _title_and_legend(axes: Axes, title: str) -> None:
+    """The title over the figure, and the legend under it in as many rows as it takes."""
+    figure = axes.figure.get_figure(root=True)
+    assert figure is not None
+    figure.suptitle(title, fontsize=11.5, color=style.INK, x=0.01, ha="left")
+    style.legend_below(figure, *axes.get_legend_handles_labels())

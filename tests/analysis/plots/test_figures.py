@@ -1,5 +1,6 @@
 """Figures show the numbers, every label can be read, and pyplot stays out of it."""
 
+import functools
 import io
 import subprocess
 import sys
@@ -53,6 +54,39 @@ def wide_examples():
 
 
 three = ("audio", "text", "visual")
+six = ("audio", "depth", "imu", "text", "thermal", "visual")
+long = ("audio_of_the_front_microphone", "text_transcribed_by_a_machine", "visual_of_the_rear")
+
+
+def run_of(names):
+    rows = examples.run_rows(modalities=names)
+    probes = {f"probe_accuracy/{m}": 0.3 + 0.02 * i for i, m in enumerate(names)}
+    plain = [{k: v for k, v in row.items() if not k.startswith("probe")} for row in rows]
+    return [row | probes if row["split"] != "roll" else row for row in plain]
+
+
+def keys_of(names):
+    query, keys = examples.cloud()
+    clouds = {m: keys["audio" if i % 2 else "visual"] for i, m in enumerate(names)}
+    return plots.polar_figure(clouds, query, clouds, keys["audio"].mean(0))
+
+
+def noise_of(names):
+    even = {m: 1 / len(names) for m in names}
+    points = [
+        {"modality": m, "level": level, "accuracy": 0.6, "attention_share": even}
+        for m in names
+        for level in (0.0, 1.0, 4.0)
+    ]
+    return plots.noise_figure({"attention": [points], "rollingq": [points]})
+
+
+OF_NAMES = {
+    "dynamics": lambda names: plots.dynamics_figure(run_of(names), plain=run_of(names)),
+    "accuracy": lambda names: plots.accuracy_figure(run_of(names), chance=0.1, majority=0.2),
+    "polar": keys_of,
+    "noise": noise_of,
+}
 FIGURES = {
     "dynamics": lambda: plots.dynamics_figure(examples.run_rows(), beta=0.3),
     "dynamics beside a twin": lambda: plots.dynamics_figure(
@@ -65,6 +99,9 @@ FIGURES = {
     "dynamics of concat": lambda: plots.dynamics_figure(without_attention(examples.run_rows())),
     "dynamics of nothing": lambda: plots.dynamics_figure([]),
     "accuracy": lambda: plots.accuracy_figure(examples.run_rows(), chance=0.1),
+    "accuracy, two guesses": lambda: plots.accuracy_figure(
+        examples.run_rows(), chance=0.1, majority=0.3
+    ),
     "accuracy of nothing": lambda: plots.accuracy_figure([]),
     "accuracy, one epoch": lambda: plots.accuracy_figure(examples.run_rows(epochs=1, rolls=())),
     "polar": polar,
@@ -83,6 +120,10 @@ FIGURES = {
     "many arms": lambda: plots.arms_figure(arms(11, 1)),
     "attention": lambda: plots.attention_figure(examples.looking_examples()),
     "attention, other kinds": lambda: plots.attention_figure(wide_examples()),
+} | {
+    f"{kind} of {count}": functools.partial(draw, names)
+    for kind, draw in OF_NAMES.items()
+    for count, names in (("six", six), ("long names", long))
 }
 
 
@@ -165,6 +206,22 @@ def test_the_even_share_is_that_of_uniform_attention():
     np.testing.assert_allclose([reference_lines(axes) for axes in noise.axes[2:]], [[0.7], [0.3]])
 
 
+def test_guesses_are_lines_and_share_a_name_where_they_are_near():
+    rows = examples.run_rows()
+    (apart,) = plots.accuracy_figure(rows, chance=0.1, majority=0.4).axes
+    np.testing.assert_allclose(reference_lines(apart), [10, 10, 40, 40])
+    assert apart.get_ylim()[0] < 10 < apart.get_ylim()[1]
+    assert {"chance", "majority\nclass"} <= {text.get_text() for text in apart.texts}
+    (near,) = plots.accuracy_figure(rows, chance=0.1, majority=0.11).axes
+    assert sorted(set(reference_lines(near))) == [10, 11]
+    assert "chance,\nmajority\nclass" in {text.get_text() for text in near.texts}
+
+
+def test_arms_leave_no_empty_panel():
+    figure = plots.arms_figure({"a": [examples.run_rows(modalities=six)]})
+    assert sum(axes.get_visible() for axes in figure.axes) == 1 + len(six)
+
+
 def test_accuracy_shows_validation_and_test_values():
     rows = examples.run_rows()
     (axes,) = plots.accuracy_figure(rows).axes
@@ -239,7 +296,7 @@ def test_hostile_names_are_shown_as_they_are():
     rows = [{k.replace("audio", HOSTILE): v for k, v in row.items()} for row in examples.run_rows()]
     figure = plots.dynamics_figure(rows)
     assert plots.png_bytes(figure)
-    assert any("<b>" in text.get_text() for text in figure.axes[0].get_legend().texts)
+    assert any("<b>" in text.get_text() for text in figure.legends[0].texts)
     assert plots.png_bytes(plots.arms_figure({HOSTILE: [rows], "数字": [rows]}))
 
 
