@@ -43,6 +43,7 @@ BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "memory": steps.memory,
     "rolling_cost": steps.rolling_cost,
     "devices": steps.devices,
+    "fsdp": steps.fsdp,
     "input_pipeline": input_pipeline,
     "gpu_train_step": gpu_train_step,
 }
@@ -60,6 +61,8 @@ def line(row: Row) -> str:
             "flops_ratio",
             "examples_per_core_second",
             "temporary_bytes",
+            "state_bytes",
+            "state_ratio",
             "model_flops_utilisation",
         )
         if name in row

@@ -1,6 +1,7 @@
 """Training steps at the paper's scale: PyTorch, RollingQ on and off, memory, devices."""
 
 import functools
+import json
 import os
 import statistics
 import subprocess
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import paper_scale
 from benchmarks.paper_scale import Scale, Stepper, compiled_alone, compiled_step, model_flops
@@ -107,6 +109,7 @@ def rolling_counts(scale: Scale = PAPER) -> list[Row]:
     ]
 
 
+LAYOUT = Scale(batch_size=16, dim=192, depth=2, num_heads=4)
 ONE_LAYOUT = "import sys; from benchmarks import steps; print(steps.one_layout(sys.argv[1]))"
 
 
@@ -115,12 +118,11 @@ def one_layout(parallel: str) -> float:
     from rollingq_jax.train.parallel import WRAPPERS
     from rollingq_jax.train.steps import eval_step
 
-    scale = Scale(batch_size=16, dim=192, depth=2, num_heads=4)
-    step, state = paper_scale.step_of(scale)
-    evaluate = functools.partial(eval_step, model=paper_scale.model_of(scale))
+    step, state = paper_scale.step_of(LAYOUT)
+    evaluate = functools.partial(eval_step, model=paper_scale.model_of(LAYOUT))
     layout = WRAPPERS[parallel](step, evaluate)
     state = layout.put_state(state)
-    batch = layout.put_batch({k: np.asarray(v) for k, v in paper_scale.batch_of(scale).items()})
+    batch = layout.put_batch({k: np.asarray(v) for k, v in paper_scale.batch_of(LAYOUT).items()})
     times = []
     for _ in range(5):
         began = time.perf_counter()
@@ -143,3 +145,54 @@ def devices() -> list[Row]:
             )
             found[f"{count} device(s), {parallel}"] = [float(done.stdout.splitlines()[-1])]
     return rows("devices on one processor, B 16, d 192", found, "1 device(s), jit")
+
+
+THREE_LAYOUTS = "import json; from benchmarks import steps; print(json.dumps(steps.sharding()))"
+
+
+def sharding(rounds: int = 7) -> list[Row]:
+    """The state whole on each of 8 devices, in parts by `with_fsdp`, and in parts by XLA alone."""
+    from rollingq_jax.train.parallel import make_mesh, state_specs, with_fsdp, with_jit
+    from rollingq_jax.train.steps import eval_step
+
+    step, state = paper_scale.step_of(LAYOUT)
+    evaluate = functools.partial(eval_step, model=paper_scale.model_of(LAYOUT))
+    mesh, min_size = make_mesh((2, 4), ("data", "fsdp")), 2**14
+    specs = state_specs(state, 4, min_size=min_size)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    parts = with_fsdp(step, evaluate, state, (2, 4), min_size=min_size)
+    by_xla = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated, replicated))
+    layouts = {
+        "replicated": with_jit(step, evaluate),
+        "2 x 4": parts,
+        "2 x 4, XLA's own": parts._replace(train_step=by_xla),
+    }
+    batch = {name: np.asarray(value) for name, value in paper_scale.batch_of(LAYOUT).items()}
+    steppers, counts = {}, {}
+    for name, layout in layouts.items():
+        placed, rows_of_batch = layout.put_state(state), layout.put_batch(batch)
+        state_bytes = sum(
+            shard.data.nbytes
+            for leaf in jax.tree.leaves((placed.params, placed.opt_state, placed.rolling))
+            for shard in leaf.addressable_shards
+            if shard.device == jax.devices()[0]
+        )
+        compiled = layout.train_step.lower(placed, rows_of_batch).compile()
+        counts[name] = {"state_bytes": state_bytes}
+        counts[name] |= {"temporary_bytes": cost(compiled)["temporary_bytes"]}
+        steppers[name] = Stepper(compiled, jax.tree.map(jax.numpy.copy, placed), rows_of_batch)
+    table = rows("state over 8 devices, B 16, d 192", interleaved(steppers, rounds), "replicated")
+    for row in table:
+        row |= counts[row["case"]]
+        row["state_ratio"] = row["state_bytes"] / counts["replicated"]["state_bytes"]
+    return table
+
+
+def fsdp() -> list[Row]:
+    """`sharding` in a process that sees eight devices."""
+    flag = "--xla_force_host_platform_device_count=8"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag}
+    command = [sys.executable, "-c", THREE_LAYOUTS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return list(json.loads(done.stdout.splitlines()[-1]))

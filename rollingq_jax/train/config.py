@@ -8,6 +8,7 @@ made from them: `python -m rollingq_jax.train.config > docs/config.md`.
 
 import contextlib
 import dataclasses
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
@@ -41,6 +42,7 @@ FREE_FIELDS = (
     "log_every",
     "micro_batches",
     "parallel",
+    "mesh.",
     "nonfinite",
     "plain_twin",
     "compare",
@@ -101,6 +103,43 @@ class RunConfig:
     nonfinite: Annotated[
         str, one_of(("stop", "skip")), "at a NaN or infinite loss or gradient; skip: no update"
     ] = "stop"
+
+
+def _is_rule(value: Any) -> bool:
+    """A regular expression, and None or "fsdp" for each axis of the arrays that it names."""
+    if not (isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[0], str)):
+        return False
+    axes = value[1]
+    if not isinstance(axes, list | tuple) or any(axis not in (None, "fsdp") for axis in axes):
+        return False
+    try:
+        re.compile(value[0])
+    except re.error:
+        return False
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How devices share the work; with fsdp > 1 they share parameters and optimizer state too."""
+
+    data: Annotated[
+        int, integer(0), "devices along which the batch alone is divided; 0: all that fsdp leaves"
+    ] = 0
+    fsdp: Annotated[
+        int, integer(1), "devices that divide the batch and the state; 1: each has the state whole"
+    ] = 1
+    min_size: Annotated[int, integer(0), "arrays of fewer elements stay whole"] = 2**14
+    rules: Annotated[
+        tuple[Any, ...],
+        Rule(
+            "pairs of a regular expression and a tuple of None or 'fsdp', one an axis, as in "
+            "(('kernel', (None, 'fsdp')),)",
+            lambda v: isinstance(v, list | tuple) and all(map(_is_rule, v)),
+            tuple,
+        ),
+        "which axis of which array is divided; without a rule the largest that can be",
+    ] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +265,7 @@ class UpstreamCompat:
 DATA = {"prefetch": Field(integer(0, 1024), "batches made ahead", 2)}  # read here, not by a loader
 SECTIONS = {
     "": RunConfig,
+    "mesh": MeshConfig,
     "optimizer": OptimizerConfig,
     "rolling": RollingConfig,
     "baseline": BaselineConfig,
@@ -295,6 +335,12 @@ def check_config(config: Any) -> None:
             "optimizer.name adam, which has none: 0; optimizer.name adamw decays"
         )
     warmup = optimizer["warmup_epochs"]
+    fsdp = as_mapping(fields["mesh"], "config.mesh")["fsdp"]
+    if fields["parallel"] == "pmap" and fsdp > 1:
+        raise ConfigError(
+            f"config.parallel is 'pmap' and config.mesh.fsdp is {fsdp}; "
+            "allowed: 'jit', or with 'pmap' a config.mesh.fsdp of 1"
+        )
     if warmup >= epochs:
         raise ConfigError(
             f"config.optimizer.warmup_epochs is {warmup}; "

@@ -31,7 +31,7 @@ from rollingq_jax.models import build_model
 from rollingq_jax.models.spec import INT32_MAX
 from rollingq_jax.rolling import rolling_query
 from rollingq_jax.train.config import BALANCED, default_config, upgraded, with_defaults
-from rollingq_jax.train.parallel import WRAPPERS, check_batch_size
+from rollingq_jax.train.parallel import lay_out
 from rollingq_jax.train.steps import (
     RollSchedule,
     add_sums,
@@ -208,9 +208,8 @@ class Experiment:
         """The steps over all devices.
 
         Raises:
-          ConfigError: the batch does not divide by the devices.
+          ConfigError: the batch or the mesh does not fit the devices, or a rule the state.
         """
-        check_batch_size(self.config.batch_size)
         smoothing = self.config.label_smoothing
         loss_fn = functools.partial(supervised_loss, label_smoothing=smoothing)
         step = functools.partial(
@@ -226,13 +225,13 @@ class Experiment:
             micro_batches=self.config.micro_batches,
         )
         evaluate = functools.partial(eval_step, model=self.model)
-        return WRAPPERS[self.config.parallel](step, evaluate)
+        return lay_out(step, evaluate, self.config, self._shapes)
 
     def prepare(self) -> None:
         """Lays the steps out over the devices and reads what tells the data from others.
 
         Raises:
-          ConfigError: the batch does not divide by the devices.
+          ConfigError: as `parallel`.
           DataError: an example cannot be read.
         """
         _ = self.parallel, self.inputs, self.signature
@@ -270,7 +269,10 @@ class Experiment:
         return state
 
     def abstract_state(self) -> TrainState:
-        """Shapes and dtypes of every state of the run."""
+        """Shapes and dtypes of every state of the run, laid out as a checkpoint is read."""
+        return self.parallel.like(self._shapes())
+
+    def _shapes(self) -> TrainState:
         return jax.eval_shape(self._drawn_state)
 
     def _drawn_state(self) -> TrainState:

@@ -90,6 +90,7 @@ def finish_run(
     if step < experiment.total_steps:
         found["stopped_early"] = {"step": step, "epoch": epoch}
     summary = json_ready(found)
+    state = experiment.parallel.get_learned(state)
     if jax.process_index() == 0:
         writer = MetricsWriter(workdir, step, callbacks=callbacks)
         writer.remove("test")

@@ -39,7 +39,7 @@ from rollingq_jax.train.train_state import TrainState, update_ema
 
 Batch = dict[str, Array]
 Sums = dict[str, Array]
-AxisName = str | None
+AxisName = str | tuple[str, ...] | None
 NONFINITE = "nonfinite"  # among the sums of a step
 EXAMPLE_INDEX = "example_index"  # among the arrays of a batch: positions in the global batch
 LOSS_WEIGHT = "loss_weight"  # likewise: of each example in the mean loss
@@ -235,7 +235,7 @@ def train_step(
     ema_decay: float = 0.0,
     class_weights: Array | None = None,
     micro_batches: int = 1,
-    axis_name: AxisName = None,
+    axis_name: str | None = None,
     gradient_fn: GradientFn = loss_and_gradient,
 ) -> tuple[TrainState, Sums, RollRecord | None]:
     """One optimizer step; RollingQ observes in the window and may roll at the period's end.

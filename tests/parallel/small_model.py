@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from rollingq_jax import build_model, rolling_query
+from rollingq_jax.train.parallel import WRAPPERS, with_fsdp
 from rollingq_jax.train.steps import RollSchedule, eval_step, train_step
 from rollingq_jax.train.train_state import create_state
 
@@ -44,14 +45,24 @@ def batch(step):
     return arrays
 
 
-def step_and_state(**fields):
+def step_and_state(tx=None, **fields):
     """A training step that checks the trigger after every fifth, and the state at step 0."""
     net = model(**fields)
-    tx = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, momentum=0.9))
+    tx = tx or optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, momentum=0.9))
     roller = rolling_query(beta=0.0, rho=2.0, max_rotations=3)
     state = create_state(net, tx, roller, seed=0, batch=batch(0))
     parts = {"model": net, "tx": tx, "roller": roller, "schedule": RollSchedule(5, 2)}
     return functools.partial(train_step, **parts), state
+
+
+def sharded(train_step, eval_step, data=2):
+    """The state over all devices but for `data` groups of them; arrays of 16 elements and more."""
+    like = jax.eval_shape(lambda: step_and_state(train_step.keywords["tx"])[1])
+    sizes = (data, jax.device_count() // data)
+    return with_fsdp(train_step, eval_step, like, sizes, min_size=16)
+
+
+LAYOUTS = WRAPPERS | {"fsdp": sharded}
 
 
 def record(sums):
@@ -59,24 +70,24 @@ def record(sums):
     return {n: np.asarray(v, np.float64) for n, v in sums.items() if n != "nonfinite"}
 
 
-def run_plain(**fields):
+def run_plain(steps=STEPS, **fields):
     """20 steps under plain jit, on one device: losses, the final state."""
     step, state = step_and_state(**fields)
     step = jax.jit(step, donate_argnums=0)
     records = []
-    for i in range(STEPS):
+    for i in range(steps):
         state, sums, _ = step(state, {n: jnp.asarray(v) for n, v in batch(i).items()})
         records.append(record(sums))
     return records, state
 
 
-def run_layout(layout_of, rows=slice(None), **fields):
-    """The same through one of `parallel.WRAPPERS`; `rows` are this process's in the batch."""
+def run_layout(layout_of, rows=slice(None), steps=STEPS, **fields):
+    """The same through one of `LAYOUTS`; `rows` are this process's in the batch."""
     step, state = step_and_state(**fields)
-    layout = layout_of(step, functools.partial(eval_step, model=model(**fields)))
+    layout = layout_of(step, functools.partial(eval_step, model=step.keywords["model"]))
     state = layout.put_state(state)
     records = []
-    for i in range(STEPS):
+    for i in range(steps):
         placed = layout.put_batch({n: v[rows] for n, v in batch(i).items()})
         state, sums, _ = layout.train_step(state, placed)
         records.append(record(layout.get(sums)))

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rollingq_jax.train.parallel import WRAPPERS
 from tests.parallel import small_model
 
 HERE = Path(__file__).parent
@@ -23,11 +22,11 @@ def plain():
     return small_model.run_plain()
 
 
-@pytest.fixture(scope="module", params=sorted(WRAPPERS))
+@pytest.fixture(scope="module", params=sorted(small_model.LAYOUTS))
 def over_eight(request):
     """The same on eight devices."""
     assert jax.device_count() == 8
-    return small_model.run_layout(WRAPPERS[request.param])
+    return small_model.run_layout(small_model.LAYOUTS[request.param])
 
 
 def assert_same(records, expected):
@@ -67,7 +66,7 @@ def test_eight_devices_give_the_norms_of_one(plain, over_eight):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", sorted(WRAPPERS))
+@pytest.mark.parametrize("parallel", sorted(small_model.LAYOUTS))
 def test_two_processes_of_two_devices_give_the_same(plain, parallel, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -36,10 +36,12 @@ def on_compilation():
         jax.monitoring.unregister_event_duration_listener(listener)
 
 
-@pytest.mark.parametrize("parallel", sorted(WRAPPERS))
+@pytest.mark.parametrize("parallel", sorted(small_model.LAYOUTS))
 def test_steps_that_roll_and_padded_batches_need_no_program_of_their_own(parallel, on_compilation):
     step, state = small_model.step_and_state()
-    layout = WRAPPERS[parallel](step, functools.partial(eval_step, model=small_model.model()))
+    layout = small_model.LAYOUTS[parallel](
+        step, functools.partial(eval_step, model=small_model.model())
+    )
     state = layout.put_state(state)
     number, compiled_at = 0, []
     on_compilation(lambda: compiled_at.append(number))
