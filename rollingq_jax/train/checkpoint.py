@@ -2,15 +2,21 @@
 
 Orbax writes to a temporary folder and renames it, so a checkpoint exists completely or not at all.
 It does not notice a byte that changed later (of the arrays, zarr3 checks only the index of a
-shard); the checksum stored in the record does.
+shard); the checksums stored in the record do.
+
+An array that is divided over devices is written, checked and read in its parts, by the process that
+has them, so no host holds it whole. Its checksum is a sum over its elements, the same for every
+layout, and a checkpoint is read into any other.
 """
 
 import contextlib
 import errno
 import fnmatch
+import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -20,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import flax.serialization
+import flax.traverse_util
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -31,8 +38,11 @@ from rollingq_jax.quality import QualityState
 from rollingq_jax.train.train_state import TrainState
 from rollingq_jax.train.workdir import check_path, reason_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had one SHA-256 over all arrays, which takes a host that holds them whole
+READABLE = (1, FORMAT_VERSION)
+BLOCK = 1 << 16  # elements of which a checksum is taken at a time
 ROOM = 1 << 20  # bytes on top of the arrays: their metadata, one block at least a file, metrics
+LEARNED = ("params/", "ema/", "rolling/rotation", "quality/")  # the arrays that inference reads
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -126,7 +136,7 @@ class Checkpoints:
         is told of now, and not when the run has ended.
 
         Args:
-          state: one copy of it, on any device.
+          state: one copy of it, whole or in parts, on any devices.
           record: what else a continuation needs; `record["best"]["step"]` is kept.
 
         Raises:
@@ -139,11 +149,12 @@ class Checkpoints:
         self._preserve.best = record["best"]["step"]
         if step in self._manager.all_steps():
             return
-        check_finite(tree, step)
+        sums = checksums(tree)
+        check_finite(sums, step)
         record = {
             **record,
             "format_version": FORMAT_VERSION,
-            "checksum": checksum(tree),
+            "arrays": {name: one.told for name, one in sums.items()},
             "key_type": key_type(state.rng),
         }
         with convert_save_errors(self._directory):
@@ -152,17 +163,17 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(tree),
+                    state=ocp.args.PyTreeSave(tree),
                     record=ocp.args.JsonSave({"record": record, "sha256": record_digest(record)}),
                 ),
             )
             if not self._read_back:
                 self.wait()
-                self._verify(step)
+                self._verify(step, tree)
 
-    def _verify(self, step: int) -> None:
+    def _verify(self, step: int, tree: Any) -> None:
         try:
-            self._read_tree(step, self._read_record(step))
+            self._read_arrays(step, self._read_record(step), tree)
         except DamagedError as error:
             self._set_aside([step])
             raise CheckpointError(
@@ -181,7 +192,8 @@ class Checkpoints:
 
         Args:
           step: one of `steps()`.
-          like: a state of the same structure, shapes and dtypes; may be abstract.
+          like: a state of the same structure, shapes and dtypes; may be abstract. Arrays that are
+            divided over devices in it are read that way, the others to the host.
           check: raises `CheckpointError` for the record of a checkpoint that is not the run's.
 
         Raises:
@@ -190,9 +202,16 @@ class Checkpoints:
         """
         record = self._read_record(step)
         check(record)
-        tree = self._read_tree(step, record)
-        _check_key_type(step, record, tree)
-        _check_structure(step, tree, jax.eval_shape(as_tree, like))
+        target = as_tree(like)
+        if record["format_version"] == 1:
+            tree = self._read_format_1(step, record)
+            found = tree_spec(tree)
+        else:
+            found = {name: told.rpartition(" ")[0] for name, told in record["arrays"].items()}
+        _check_key_type(step, record, found.get("rng"))
+        _check_structure(step, found, tree_spec(target))
+        if record["format_version"] != 1:
+            tree = self._read_arrays(step, record, target)
         try:
             return from_host(tree, like), record
         except Exception as error:  # the arrays are right, and the empty nodes between are not
@@ -214,10 +233,16 @@ class Checkpoints:
           DamagedError, CheckpointError: as `restore`.
         """
         record = self._read_record(step)
-        expected = like(record)
-        tree = self._read_tree(step, record)
+        expected = tree_spec({"params": like(record)})
+        if record["format_version"] == 1:
+            tree = self._read_format_1(step, record)
+        else:
+            names = [name for name in record["arrays"] if name.startswith(LEARNED)]
+            if any(name.startswith("ema/") for name in names):
+                names = [name for name in names if not name.startswith("params/")]
+            tree = self._read_arrays(step, record, nested(dict.fromkeys(names, 0)))
         try:
-            params, rolling = tree.get("ema", tree["params"]), tree.get("rolling") or {}
+            params, rolling = tree["ema" if "ema" in tree else "params"], tree.get("rolling") or {}
             rotation = rolling.get("rotation")
             sums = tree.get("quality")
             quality = None if sums is None else QualityState(**sums)
@@ -225,21 +250,47 @@ class Checkpoints:
             raise DamagedError(
                 f"checkpoint {step} is damaged: its structure is not as it was saved"
             ) from error
-        _check_structure(step, {"params": params}, {"params": expected})
+        _check_structure(step, tree_spec({"params": params}), expected)
         params, quality = jax.tree.map(jax.numpy.asarray, (params, quality))
         rotation = None if rotation is None else jax.numpy.asarray(rotation)
         return Learned(step, params, rotation, quality), record
 
-    def _read_tree(self, step: int, record: Mapping[str, Any]) -> Any:
-        """The arrays of a checkpoint, on the host; their checksum is the record's."""
-        tree = self._read(step, "state", ocp.args.StandardRestore())
+    def _read_format_1(self, step: int, record: Mapping[str, Any]) -> Any:
+        """All arrays of a checkpoint of format 1, on the host."""
+        tree = self._read(step, "state", ocp.args.PyTreeRestore())
         try:
             tree = jax.tree.map(np.asarray, tree)
-            fits = checksum(tree) == record["checksum"]
+            fits = checksum_1(tree) == record["checksum"]
         except Exception as error:  # whatever stands in a damaged tree in the place of arrays
             raise DamagedError(f"checkpoint {step} is damaged: {said(error)}") from error
         if not fits:
             raise DamagedError(f"checkpoint {step} is damaged: its checksum does not fit")
+        return tree
+
+    def _read_arrays(self, step: int, record: Mapping[str, Any], target: Any) -> Any:
+        """The arrays whose names `target` has, in its structure; their checksums are the record's.
+
+        An array that is divided over devices in `target` is read that way, the others to the host.
+        """
+
+        def how(leaf: Any) -> ocp.RestoreArgs:
+            if not is_divided(leaf):
+                return ocp.RestoreArgs(restore_type=np.ndarray)
+            return ocp.ArrayRestoreArgs(
+                sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype
+            )
+
+        how_each = jax.tree.map(how, target)
+        args = ocp.args.PyTreeRestore(item=target, restore_args=how_each, partial_restore=True)
+        tree = self._read(step, "state", args)
+        try:
+            sums = checksums(tree)
+            tree = jax.tree.unflatten(jax.tree.structure(target), jax.tree.leaves(tree))
+        except Exception as error:  # whatever stands in a damaged tree in the place of arrays
+            raise DamagedError(f"checkpoint {step} is damaged: {said(error)}") from error
+        for name in tree_names(target):
+            if name not in sums or sums[name].told != record["arrays"][name]:
+                raise DamagedError(f"checkpoint {step} is damaged: its checksum of {name} is wrong")
         return tree
 
     def restore_newest(
@@ -302,10 +353,10 @@ class Checkpoints:
             intact = False
         if not intact:
             raise DamagedError(f"checkpoint {step} is damaged: its record is not as it was saved")
-        if record["format_version"] != FORMAT_VERSION:
+        if record["format_version"] not in READABLE:
             raise CheckpointError(
                 f"checkpoint {step} has format version {record['format_version']!r}; "
-                f"allowed: {FORMAT_VERSION}"
+                f"allowed: {', '.join(map(str, READABLE))}"
             )
         return record
 
@@ -353,10 +404,15 @@ class CheckpointSchedule:
 
 
 def as_tree(state: TrainState) -> dict[str, Any]:
-    """Nested dict of arrays, a PRNG key as its bits; states of None are left out."""
+    """Nested dict of arrays, a PRNG key as its bits; states of None are left out.
+
+    The state may be abstract; arrays keep their shardings.
+    """
+    abstract = isinstance(state.rng, jax.ShapeDtypeStruct)
+    bits_of = functools.partial(jax.eval_shape, jax.random.key_data)
     tree = flax.serialization.to_state_dict(
         state.replace(
-            rng=jax.random.key_data(state.rng),
+            rng=bits_of(state.rng) if abstract else jax.random.key_data(state.rng),
             rolling=state.rolling or (),
             quality=state.quality or (),
             ema=state.ema or (),
@@ -371,9 +427,18 @@ def key_type(key: jax.Array | None = None) -> str:
     return str(jax.random.key_impl(jax.random.key(0) if key is None else key))
 
 
+def is_divided(leaf: Any) -> bool:
+    """Tells if an array, which may be abstract, lies in parts on several devices."""
+    sharding = getattr(leaf, "sharding", None)
+    return sharding is not None and not sharding.is_fully_replicated
+
+
 def to_host(state: TrainState) -> dict[str, Any]:
-    """`as_tree` in host memory."""
-    return jax.tree.map(np.asarray, jax.device_get(as_tree(state)))
+    """`as_tree` in host memory, but for arrays that are divided over devices, which stay there."""
+    leaves, structure = jax.tree.flatten(as_tree(state))
+    whole = iter(jax.device_get([leaf for leaf in leaves if not is_divided(leaf)]))
+    leaves = [leaf if is_divided(leaf) else np.asarray(next(whole)) for leaf in leaves]
+    return jax.tree.unflatten(structure, leaves)
 
 
 def from_host(tree: Mapping[str, Any], like: TrainState) -> TrainState:
@@ -382,7 +447,7 @@ def from_host(tree: Mapping[str, Any], like: TrainState) -> TrainState:
         rolling=like.rolling or (), quality=like.quality or (), ema=like.ema or ()
     )
     state = flax.serialization.from_state_dict(target, {"quality": {}, "ema": {}} | dict(tree))
-    state = jax.tree.map(jax.numpy.asarray, state)
+    state = jax.tree.map(lambda x: x if is_divided(x) else jax.numpy.asarray(x), state)
     return state.replace(
         rng=jax.random.wrap_key_data(state.rng),
         rolling=state.rolling or None,
@@ -391,16 +456,100 @@ def from_host(tree: Mapping[str, Any], like: TrainState) -> TrainState:
     )
 
 
+def tree_names(tree: Any) -> list[str]:
+    """The name of each leaf, as `params/fusion/cls`."""
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return ["/".join(str(key.key) for key in path) for path, _ in paths]
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"a/b": 1} -> {"a": {"b": 1}}`: the tree whose names are given."""
+    return flax.traverse_util.unflatten_dict(dict(leaves), sep="/")
+
+
 def tree_spec(tree: Any) -> dict[str, str]:
     """`{"params/fusion/cls": "float32[64]", ...}`."""
-    return {
-        "/".join(str(key.key) for key in path): f"{leaf.dtype}{list(np.shape(leaf))}"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    specs = [f"{leaf.dtype}{list(np.shape(leaf))}" for leaf in jax.tree.leaves(tree)]
+    return dict(zip(tree_names(tree), specs, strict=True))
 
 
-def checksum(tree: Any) -> str:
-    """SHA-256 over paths, dtypes, shapes and bytes of every leaf, in a fixed order."""
+class Checksum(NamedTuple):
+    """What is known of an array without holding it whole.
+
+    Attributes:
+      told: dtype, shape and checksum, as a record has them.
+      finite: whether all elements are; True of integers.
+    """
+
+    told: str
+    finite: bool
+
+
+def checksums(tree: Any) -> dict[str, Checksum]:
+    """The checksum of each array, the same for every layout over devices and processes.
+
+    With b_i the bits of element i as an integer and k_i an odd 64-bit number that follows from i,
+    it is the sum of b_i k_i modulo 2^64: a multilinear hash (Carter and Wegman, 1979). Addition has
+    no order, so each process adds what it holds. A change of one element always changes the sum;
+    changes of several would have to cancel by chance.
+
+    Where arrays are divided over processes, all of them have to call this.
+    """
+    leaves = jax.tree.leaves(tree)
+    sums, finite = [], []
+    for leaf in leaves:
+        parts = [(leaf, (0,) * np.ndim(leaf))]
+        if is_divided(leaf):
+            parts = [
+                (shard.data, tuple(axis.start or 0 for axis in shard.index))
+                for shard in leaf.addressable_shards
+                if shard.replica_id == 0
+            ]
+        arrays = [(np.asarray(data), start) for data, start in parts]
+        sums.append(sum(_sum_of_part(*part, np.shape(leaf)) for part in arrays) % 2**64)
+        finite.append(all(a.dtype.kind != "f" or np.isfinite(a).all() for a, _ in arrays))
+    if any(is_divided(leaf) and not leaf.is_fully_addressable for leaf in leaves):
+        mine = [(s >> 32, s % 2**32, ok) for s, ok in zip(sums, finite, strict=True)]
+        found = multihost_utils.process_allgather(np.array(mine, np.uint32))
+        for i, leaf in enumerate(leaves):
+            if is_divided(leaf):
+                sums[i] = sum(int(p[i, 0]) * 2**32 + int(p[i, 1]) for p in found) % 2**64
+                finite[i] = bool(found[:, i, 2].all())
+    told = [f"{spec} {s:016x}" for spec, s in zip(tree_spec(tree).values(), sums, strict=True)]
+    return dict(zip(tree_names(tree), map(Checksum, told, finite), strict=True))
+
+
+def _sum_of_part(part: np.ndarray, start: tuple[int, ...], shape: tuple[int, ...]) -> int:
+    """The sum of `checksums` over a part of an array that begins at `start` in it."""
+    if not part.size:
+        return 0
+    part, start, shape = np.atleast_1d(part), start or (0,), shape or (1,)
+    *outer, length = part.shape
+    bits = np.ascontiguousarray(part).reshape(-1, length).view(f"u{part.dtype.itemsize}")
+    first = np.zeros((), np.uint64)  # position of each row's first element in the whole array
+    for axis, size in enumerate(outer):
+        rows = np.arange(start[axis], start[axis] + size, dtype=np.uint64)
+        first = np.add.outer(first, rows * np.uint64(math.prod(shape[axis + 1 :])))
+    first = first.reshape(-1, 1) + np.uint64(start[-1])
+    column, total = np.arange(length, dtype=np.uint64)[None], 0
+    rows_at_once = max(1, BLOCK // length)
+    for row in range(0, len(bits), rows_at_once):
+        block = slice(row, row + rows_at_once)
+        products = bits[block].astype(np.uint64) * _odd_number(first[block] + column)
+        total += int(np.sum(products))
+    return total
+
+
+def _odd_number(position: np.ndarray) -> np.ndarray:
+    """An odd pseudo-random 64-bit number for each position (splitmix64; Steele et al., 2014)."""
+    z = (position + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (z ^ (z >> np.uint64(31))) | np.uint64(1)
+
+
+def checksum_1(tree: Any) -> str:
+    """Format 1's: SHA-256 over paths, dtypes, shapes and bytes of every leaf, in a fixed order."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         array = np.ascontiguousarray(leaf)
@@ -420,24 +569,23 @@ def record_digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def check_finite(tree: Any, step: int) -> None:
+def check_finite(sums: Mapping[str, Checksum], step: int) -> None:
     """Raises NonFiniteError where an array of the state is NaN or infinite somewhere."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if leaf.dtype.kind == "f" and not np.isfinite(leaf).all():
-            name = "/".join(str(key.key) for key in path)
+    for name, one in sums.items():
+        if not one.finite:
             raise NonFiniteError(f"step {step}: {name} is not finite, and is not saved")
 
 
-def _check_key_type(step: int, record: Mapping[str, Any], tree: Any) -> None:
+def _check_key_type(step: int, record: Mapping[str, Any], rng: str | None) -> None:
     """The run goes on with the kind of random numbers with which it began.
 
     Raises:
       CheckpointError: names the setting of JAX that differs.
     """
     ours = key_type()
-    size = np.shape(tree["rng"]) if isinstance(tree, dict) and "rng" in tree else ()
     # A record of an older version does not have the name; the width of the key tells it.
-    theirs = record.get("key_type", {(2,): "threefry2x32", (4,): "rbg"}.get(size, ours))
+    older = {"uint32[2]": "threefry2x32", "uint32[4]": "rbg"}.get(rng or "", ours)
+    theirs = record.get("key_type", older)
     if theirs != ours:
         raise CheckpointError(
             f"checkpoint {step} was made with other random numbers: JAX_DEFAULT_PRNG_IMPL is "
@@ -445,13 +593,12 @@ def _check_key_type(step: int, record: Mapping[str, Any], tree: Any) -> None:
         )
 
 
-def _check_structure(step: int, tree: Any, like: Any) -> None:
-    """The arrays of a checkpoint are those of the model that they are for.
+def _check_structure(step: int, theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:
+    """The arrays of a checkpoint, as `tree_spec` tells them, are those of the model they are for.
 
     Raises:
       CheckpointError: names the first array that is not.
     """
-    theirs, ours = tree_spec(tree), tree_spec(like)
     for name in sorted(theirs.keys() | ours.keys()):
         if theirs.get(name) != ours.get(name):
             raise CheckpointError(

@@ -121,7 +121,8 @@ def two_layers(_, params, state, batch, axis_name):
     logits = hidden @ params["head"] + params["bias"][None]
     out = {"present": {"a": jnp.ones(logits.shape[0], bool)}, "probe_logits": {}}
     tx_args = {"scores": jnp.ones(1), "rng": jax.random.fold_in(state.rng, state.step)}
-    return cross_entropy(logits, batch["label"]), ForwardPass(logits, out, (), tx_args)
+    tx_args = tx_args if state.baseline else {}  # OGM's, the gradient of a batch as a whole
+    return cross_entropy(logits, batch["label"]), ForwardPass(logits, out, state.baseline, tx_args)
 
 
 @pytest.fixture(scope="module")
@@ -136,20 +137,20 @@ def two_layer_state():
 
 
 @pytest.mark.parametrize(
-    "tx",
+    "tx, micro_batches",
     [
-        optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(1.0, momentum=0.9)),
-        optax.lamb(0.1, weight_decay=0.1),
-        optax.chain(ogm(0.8, ("a",), noise=True), optax.adamw(0.1)),
-        optax.adafactor(0.1, min_dim_size_to_factor=8),
+        (optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(1.0, momentum=0.9)), 2),
+        (optax.lamb(0.1, weight_decay=0.1), 1),
+        (optax.chain(ogm(0.8, ("a",), noise=True), optax.adamw(0.1)), 1),
+        (optax.adafactor(0.1, min_dim_size_to_factor=8), 1),
     ],
     ids=["global norm", "trust ratio", "noise", "factors"],
 )
-def test_optimizers_that_look_across_arrays_see_whole_ones(tx, two_layer_state):
-    state = two_layer_state.replace(opt_state=tx.init(two_layer_state.params))
-    step = functools.partial(
-        train_step, model=None, tx=tx, roller=None, schedule=None, loss_fn=two_layers
-    )
+def test_optimizers_that_look_across_arrays_see_whole_ones(tx, micro_batches, two_layer_state):
+    baseline = {"ogm": jnp.ones(())} if micro_batches == 1 else ()
+    state = two_layer_state.replace(opt_state=tx.init(two_layer_state.params), baseline=baseline)
+    fixed = {"model": None, "tx": tx, "roller": None, "schedule": None, "loss_fn": two_layers}
+    step = functools.partial(train_step, **fixed, micro_batches=micro_batches)
     plain_step, layout = jax.jit(step), with_fsdp(step, lambda: None, state, SIZES)
     plain, parts = state, layout.put_state(jax.tree.map(jnp.copy, state))
     for x in X:

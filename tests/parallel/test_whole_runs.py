@@ -54,11 +54,13 @@ def config(tmp_path_factory):
     return path
 
 
-def start(config, workdir, devices, max_steps=0, flags=()):
+def start(config, workdir, devices, max_steps=0, flags=(), **fields):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
     if devices:
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    command = [sys.executable, HERE / "run_worker.py", config, workdir, str(max_steps), *flags]
+    settings = json.dumps(fields)
+    command = [sys.executable, HERE / "run_worker.py", config, settings, workdir, str(max_steps)]
+    command += flags
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -105,13 +107,48 @@ def test_a_checkpoint_resumes_on_another_number_of_devices(config, on_one, tmp_p
     assert_same_run(tmp_path, on_one)
 
 
-def test_two_processes_write_the_run_of_one(config, on_one, tmp_path):
+IN_PARTS = {"mesh.fsdp": 4, "mesh.min_size": 16}
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)], ids=["parts first", "parts last"])
+def test_a_checkpoint_goes_from_parts_to_pmap_to_one_device_and_back(
+    config, on_one, tmp_path, order
+):
+    layouts = [(8, IN_PARTS), (8, {"parallel": "pmap"}), (1, {})]
+    for number, max_steps in zip(order, (5, 11, 0), strict=True):
+        devices, fields = layouts[number]
+        finish(start(config, tmp_path, devices, max_steps, **fields))
+    assert_same_run(tmp_path, on_one)
+
+
+def saved(workdir):
+    """Name, shape and checksum of every array that the last checkpoint holds."""
+    last = max(p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdecimal())
+    record = json.loads((workdir / "checkpoints" / last / "record" / "metadata").read_text())
+    return last, record["record"]["arrays"]
+
+
+def test_in_parts_a_run_resumes_to_the_last_bit(config, on_one, tmp_path):
+    finish(start(config, tmp_path / "through", 8, **IN_PARTS))
+    finish(start(config, tmp_path / "stopped", 8, max_steps=9, **IN_PARTS))
+    finish(start(config, tmp_path / "stopped", 8, **IN_PARTS))
+    assert saved(tmp_path / "through") == saved(tmp_path / "stopped")
+    assert_same_run(tmp_path / "through", on_one)
+
+
+@pytest.mark.parametrize("fields", [{}, IN_PARTS | {"mesh.fsdp": 2}, IN_PARTS], ids=str)
+def test_two_processes_write_the_run_of_one(config, on_one, tmp_path, fields):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
-    stopped = [start(config, tmp_path, 0, 9, [*flags, f"--process_id={i}"]) for i in range(2)]
-    finish(*stopped)
+
+    def both(max_steps):
+        processes = [[*flags, f"--process_id={i}"] for i in range(2)]
+        finish(*(start(config, tmp_path, 0, max_steps, joined, **fields) for joined in processes))
+
+    both(9)
     assert max(row["step"] for row in rows(tmp_path)) == 9
-    finish(start(config, tmp_path, 1))  # what both have saved, one goes on with
+    finish(start(config, tmp_path, 1, 12))  # what both have saved, one goes on with
+    both(0)
     assert_same_run(tmp_path, on_one)
