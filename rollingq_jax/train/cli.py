@@ -512,6 +512,7 @@ TRAIN = Command(
     ),
     (
         WORKDIR,
+        switch("quiet", "print nothing but warnings and errors; the files are as ever"),
         switch("profile", "write a trace of some steps into `profile` in the folder"),
         text(
             "compilation_cache",
@@ -561,5 +562,6 @@ def train_command(argv: Sequence[str]) -> None:
             given.workdir,
             interruption=interruption,
             profile=given.profile,
+            quiet=given.quiet,
             initialization_timeout=TIMEOUT if timeout is None else timeout,
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from rollingq_jax.train import loop
 from rollingq_jax.train.cli import TRAIN, run_command, train_command
 from tests.train.train_cases import files, tiny_config, write_arrays
 
@@ -208,6 +209,14 @@ def test_one_line_and_nothing_written(here, capsys, arguments, line):
 def test_workdir_is_needed(here, capsys):
     assert run_command(train_command, ["train.py", *TINY]) == 2
     assert "--workdir is missing; allowed: --config FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, quiet", [([], False), (["--quiet"], True)])
+def test_quiet_is_handed_on(here, monkeypatch, flags, quiet):
+    given = {}
+    monkeypatch.setattr(loop, "train_and_evaluate", lambda *_, **options: given.update(options))
+    assert run_command(train_command, ["train.py", *TINY, "--workdir", "new", *flags]) == 0
+    assert given["quiet"] is quiet
 
 
 def test_help_is_no_mistake(capsys):
