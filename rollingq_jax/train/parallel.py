@@ -246,7 +246,9 @@ def with_fsdp(
             in_specs=(seen, split, split),
             out_specs=(
                 (EVERYWHERE, specs.params),
-                ForwardPass(logits=split, out=split, baseline=EVERYWHERE, tx_args=EVERYWHERE),
+                ForwardPass(
+                    logits=split, out=split, main=split, baseline=EVERYWHERE, tx_args=EVERYWHERE
+                ),
             ),
             check_vma=False,
         )
