@@ -23,6 +23,7 @@ from rollingq_jax.comparison.results import (
     written_difference,
     written_mean,
 )
+from rollingq_jax.train.config import default_config
 
 PAGE = Path(__file__).parent / "results.md"
 IMAGES = Path(__file__).parent / "images"
@@ -124,7 +125,8 @@ def main() -> None:
     config = get_config()
     config.seed = TUNED_FROM
     if arguments.data:
-        config.data = ConfigDict({"name": "arrays", "path": arguments.data})
+        general = default_config().data
+        config.data = ConfigDict({**general, "name": "arrays", "path": arguments.data})
     result = compare(
         config,
         arguments.workdir,
