@@ -9,20 +9,25 @@ the page's two marks is made here; the rest is written by hand.
 """
 
 import argparse
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from configs.av_digits import get_config
 from rollingq_jax.comparison.results import (
+    difference,
+    make_table,
     metrics_of,
     written,
     written_difference,
     written_mean,
 )
+from rollingq_jax.comparison.runs import setting_name
 from rollingq_jax.train.config import default_config
 
 PAGE = Path(__file__).parent / "results.md"
@@ -37,6 +42,7 @@ FIGURES = {
 LARGEST = 300_000  # bytes of a picture
 
 ARMS = ("concat", "attention", "uniform", "rollingq")
+LEVELS = (4.0, 8.0)  # of the noise in the probes, in standard deviations of the training data
 TUNED_FROM, TESTED_FROM = 60, 62  # seeds; the demo's regime was looked for on 11 to 59
 
 
@@ -72,8 +78,59 @@ def settings_table(selection: Mapping[str, Any]) -> str:
     return markdown(["arm", "setting", "validation accuracy, a seed each"], rows)
 
 
-def measured(result: Mapping[str, Any]) -> str:
-    """The page's part that is made from `results.json`."""
+def probe_runs(workdir: Path, result: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Probes of every tested run that has a class query, by arm; made where they are missing."""
+    from rollingq_jax.evaluate import evaluate
+
+    found: dict[str, list[dict[str, Any]]] = {}
+    for arm in set(ARMS) & {"attention", "rollingq"}:
+        chosen = result["selection"][arm]["chosen"]
+        setting = setting_name(chosen, result["selection"][arm]["tried"][chosen]["setting"])
+        for seed in result["seeds"]:
+            run = workdir / "runs" / arm / setting / f"seed_{seed}"
+            if not (run / "evaluation.json").exists():
+                evaluate(run, full_probes=True, levels=LEVELS)
+            found.setdefault(arm, []).append(json.loads((run / "evaluation.json").read_text()))
+    return found
+
+
+def query_table(probes: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Accuracy with the trained query times tau, an arm a row."""
+    scales = [point["scale"] for point in next(iter(probes.values()))[0]["attention_scale"]]
+    rows = []
+    for arm, runs in sorted(probes.items()):
+        accuracy = np.array([[p["accuracy"] for p in run["attention_scale"]] for run in runs])
+        even = difference(accuracy[:, scales.index(0.0)], accuracy[:, scales.index(1.0)])
+        means = [written("test_accuracy", mean) for mean in accuracy.mean(axis=0)]
+        rows.append([arm, *means, written_difference("test_accuracy", even)])
+    return markdown(["arm", *(f"tau {scale:g}" for scale in scales), "tau 0 against 1"], rows)
+
+
+def share_table(probes: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """The audio's mean share of attention while one modality gets worse, an arm a row."""
+    rows = []
+    for arm, runs in sorted(probes.items()):
+        noise = [
+            np.mean([_share_at(run, "audio", level) for run in runs]) for level in (0.0, *LEVELS)
+        ]
+        replaced = [
+            np.mean([run["reliance"][m]["replaced"]["attention_share"]["audio"] for run in runs])
+            for m in ("audio", "visual")
+        ]
+        rows.append([arm, *(f"{share:.3f}" for share in (*noise, *replaced))])
+    head = ["clean", *(f"audio + {level:g} sd" for level in LEVELS), "noise for audio"]
+    return markdown(["arm", *head, "noise for image"], rows)
+
+
+def _share_at(run: Mapping[str, Any], modality: str, level: float) -> float:
+    points = (p for p in run["noise"] if (p["modality"], p["level"]) == (modality, level))
+    return float(next(points)["attention_share"]["audio"])
+
+
+def measured(
+    result: Mapping[str, Any], probes: Mapping[str, Sequence[Mapping[str, Any]]] | None = None
+) -> str:
+    """The page's part that is made from `results.json` and, where given, the runs' probes."""
     words = metrics_of(result["runs"])
     against, second = result["reference"], result["second_reference"]
     parts = [result["conclusion"], result["search"]]
@@ -84,6 +141,19 @@ def measured(result: Mapping[str, Any]) -> str:
         parts += [
             f"### Test accuracy against {second}",
             metric_table("test_accuracy", lines, second),
+        ]
+    if "uniform" in result["selection"]:
+        lines = make_table(result["runs"], list(result["selection"]), "uniform")["test_accuracy"]
+        parts += [
+            "### Test accuracy against attention held even",
+            metric_table("test_accuracy", lines, "uniform"),
+        ]
+    if probes:
+        parts += [
+            "### Test accuracy with the trained query times tau",
+            query_table(probes),
+            "### Attention share of audio while a modality gets worse",
+            share_table(probes),
         ]
     parts += ["### Settings", settings_table(result["selection"])]
     parts += [f"![{alt}](images/results_{name}.png)" for name, alt in FIGURES.items()]
@@ -138,8 +208,9 @@ def main() -> None:
     if arguments.data:
         print(measured(result))
         return
+    probes = probe_runs(arguments.workdir, result)
     copy_figures(arguments.workdir / "figures")
-    PAGE.write_text(replace_measured(PAGE.read_text(), measured(result)))
+    PAGE.write_text(replace_measured(PAGE.read_text(), measured(result, probes)))
     print(result["conclusion"])
 
 

@@ -70,3 +70,34 @@ def test_a_picture_that_is_too_large_is_refused(tmp_path, monkeypatch):
         (tmp_path / f"{name}.png").write_bytes(json.dumps(name).encode())
     with pytest.raises(ValueError, match="allowed: 3"):
         results.copy_figures(tmp_path)
+
+
+def probed(accuracies, shares):
+    """A run's probes: accuracy at tau 0 and 1; audio's share, clean, at both levels, replaced."""
+    clean, noisy, noisier, audio, visual = shares
+    levels = zip((0.0, *results.LEVELS), (clean, noisy, noisier), strict=True)
+    return {
+        "attention_scale": [
+            {"scale": scale, "accuracy": a} for scale, a in zip((0.0, 1.0), accuracies, strict=True)
+        ],
+        "noise": [
+            {"modality": "audio", "level": level, "attention_share": {"audio": share}}
+            for level, share in levels
+        ],
+        "reliance": {
+            m: {"replaced": {"attention_share": {"audio": share}}}
+            for m, share in (("audio", audio), ("visual", visual))
+        },
+    }
+
+
+def test_probes_are_means_over_runs_and_pairs_of_the_same_run():
+    runs = [
+        probed((0.5, 0.4), (0.6, 0.5, 0.4, 0.3, 0.7)),
+        probed((0.7, 0.75), (0.8, 0.7, 0.6, 0.5, 0.9)),
+    ]
+    table = results.query_table({"attention": runs})
+    assert "| attention | 60.0 % | 57.5 % | +2.5 points [" in table
+    assert "1 won and 1 lost" in table
+    shares = results.share_table({"attention": runs})
+    assert "| attention | 0.700 | 0.600 | 0.500 | 0.400 | 0.800 |" in shares
