@@ -82,7 +82,7 @@ ROWS = [
     (["--config_json", "section.json"], "config.optimizer is 3; allowed: a mapping of fields"),
     (
         ["--config_json", "extra.json"],
-        "config.epoch is not a field (did you mean epochs?); allowed: batch_size, epochs",
+        "config.epoch is not a field (did you mean epochs?); allowed: batch_size, ",
     ),
     ([*TINY, "--config_json", "config.json"], "one of --config and --config_json"),
     # flags and fields
