@@ -122,7 +122,8 @@ def two_layers(_, params, state, batch, axis_name):
     out = {"present": {"a": jnp.ones(logits.shape[0], bool)}, "probe_logits": {}}
     tx_args = {"scores": jnp.ones(1), "rng": jax.random.fold_in(state.rng, state.step)}
     tx_args = tx_args if state.baseline else {}  # OGM's, the gradient of a batch as a whole
-    return cross_entropy(logits, batch["label"]), ForwardPass(logits, out, state.baseline, tx_args)
+    losses = cross_entropy(logits, batch["label"])
+    return losses, ForwardPass(logits, out, losses, state.baseline, tx_args)
 
 
 @pytest.fixture(scope="module")
