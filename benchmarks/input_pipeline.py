@@ -5,7 +5,7 @@ python -m benchmarks.input_pipeline [--out FILE]
 Makes clips of CREMA-D's form (sound of 2.5 s at 16 kHz, frames of 480 x 360), prepares them as
 ``python -m rollingq_jax.prepare crema_d`` does, and reads batches of 64 for training: three JPEG
 frames of short side 256 decoded, one random crop to 224 x 224 and one flip for all three. The
-pixels stay uint8; the model normalises on the device. The process is held to one core.
+pixels stay uint8; the model normalizes on the device. The process is held to one core.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def natural_image(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray
     frequency[0, 0] = np.inf
     noise = np.fft.rfft2(rng.standard_normal((3, height, width))) / frequency**1.2
     channels = np.fft.irfft2(noise, (height, width))
-    channels[1:] = 0.9 * channels[:1] + 0.3 * channels[1:]  # colours of one object go together
+    channels[1:] = 0.9 * channels[:1] + 0.3 * channels[1:]  # colors of one object go together
     channels -= channels.mean(axis=(1, 2), keepdims=True)
     scaled = 128 + 45 * channels / channels.std(axis=(1, 2), keepdims=True)
     return np.moveaxis(np.clip(scaled, 0, 255), 0, -1).astype(np.uint8)

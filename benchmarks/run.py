@@ -63,7 +63,7 @@ def line(row: Row) -> str:
             "temporary_bytes",
             "state_bytes",
             "state_ratio",
-            "model_flops_utilisation",
+            "model_flops_utilization",
         )
         if name in row
     )

@@ -48,7 +48,7 @@ def train_step(scale: Scale = PAPER, rounds: int = 5) -> list[Row]:
         rate = flops / (row["median_ms"] / 1e3)
         row |= {"model_flops": flops, "model_flops_per_second": rate}
         if peak and scale.dtype == "bfloat16":
-            row["model_flops_utilisation"] = rate / peak
+            row["model_flops_utilization"] = rate / peak
     return table + rows(f"encoders alone, {size}", interleaved(alone, rounds), baseline)
 
 

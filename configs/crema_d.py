@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     config.model.dim = 768
     config.model.depth = 4
     config.model.num_heads = 12
-    # Upstream normalises with ImageNet's mean and deviation. The AugReg weights were trained with
+    # Upstream normalizes with ImageNet's mean and deviation. The AugReg weights were trained with
     # 0.5 for both: set "mean" and "std" of visual to (0.5, 0.5, 0.5) to follow them instead.
     config.model.encoders = ConfigDict(
         {

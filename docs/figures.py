@@ -57,10 +57,10 @@ def panel(axis: plt.Axes, title: str, query: jax.Array, keys: dict[str, jax.Arra
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, -0.16), frameon=False, fontsize=9)
 
 
-def arrow(axis: plt.Axes, vector: jax.Array, colour: str, width: float = 2) -> None:
+def arrow(axis: plt.Axes, vector: jax.Array, color: str, width: float = 2) -> None:
     """An arrow from the origin to a vector `[2]`."""
     x, y = (float(value) for value in vector)
-    style = {"arrowstyle": "-|>", "color": colour, "linewidth": width, "shrinkA": 0, "shrinkB": 0}
+    style = {"arrowstyle": "-|>", "color": color, "linewidth": width, "shrinkA": 0, "shrinkB": 0}
     axis.annotate("", xy=(np.arctan2(y, x), np.hypot(x, y)), xytext=(0, 0), arrowprops=style)
 
 

@@ -175,12 +175,12 @@ def test_a_browser_shows_the_report(tmp_path, dark):
     ground = pixels[5, 5].mean()
     assert ground < 40 if dark else ground > 250
     # Both pictures are there: their lines in the palette's blue and vermilion.
-    for colour in (style_colour(0), style_colour(1)):
-        where = np.flatnonzero((np.abs(pixels - colour).max(axis=-1) < 12).any(axis=1))
+    for color in (style_color(0), style_color(1)):
+        where = np.flatnonzero((np.abs(pixels - color).max(axis=-1) < 12).any(axis=1))
         assert np.ptp(where) > 600
 
 
-def style_colour(index):
+def style_color(index):
     text = plots.style.color(index).lstrip("#")
     return np.array([int(text[i : i + 2], 16) for i in (0, 2, 4)])
 

@@ -149,7 +149,7 @@ def test_a_video_of_one_frame_is_the_image(tmp_path):
 
 
 def test_a_spectrogram_is_a_grey_image(tmp_path):
-    """The summed kernel gives what three equal colours give, rows being time."""
+    """The summed kernel gives what three equal colors give, rows being time."""
     model, _ = build(("sound",), fusion="unimodal", modality="sound")
     grey = example_batch()["image"][..., :1]
     sound = np.swapaxes(grey, 1, 2)  # stored as [F, T]; rows of patches follow T

@@ -78,7 +78,7 @@ BAD = [
     ("encoders.audio.vocab_size", 9, "audio.vocab_size is 9; .* 'spectrogram': None"),
     ("encoders.audio.std", (0.5, 0.0), r"audio.std is \(0.5, 0.0\); allowed: numbers > 0"),
     ("encoders.audio.mean", ("a",), "audio.mean is .*; allowed: numbers"),
-    ("encoders.audio.colour", 1, "model.encoders.audio.colour is not a field; allowed: .*patch"),
+    ("encoders.audio.color", 1, "model.encoders.audio.color is not a field; allowed: .*patch"),
     ("encoders.label", {"kind": "vector"}, "has a modality 'label'"),
     ("encoders.a_mask", {"kind": "vector"}, "has a modality 'a_mask'"),
     ("encoders.quality_a", {"kind": "vector"}, "has a modality 'quality_a'"),

@@ -113,11 +113,11 @@ def _draw_input(axes: Axes, view: ModalityView) -> None:
 def _draw_weights(axes: Axes, view: ModalityView, weights: Array, norm: Normalize) -> None:
     heat = weights_on_input(weights[1:], view.kind, np.shape(view.values), view.patch)
     if view.kind in ("sequence", "tokens", "vector"):
-        colours = ScalarMappable(norm, _HEAT).to_rgba(heat)
-        axes.bar(np.arange(len(heat)), heat, color=colours, width=1.0)
+        colors = ScalarMappable(norm, _HEAT).to_rgba(heat)
+        axes.bar(np.arange(len(heat)), heat, color=colors, width=1.0)
         axes.set_ylim(0, max(float(norm.vmax or 0), float(np.nanmax(heat))))
         return
-    # The input in low contrast: it shows through, and colours still match the bar.
+    # The input in low contrast: it shows through, and colors still match the bar.
     faint = 0.25 + 0.5 * _picture(view)
     axes.imshow(faint, cmap="gray", vmin=0, vmax=1, **_placing(view))
     heat = _tile(heat) if view.kind == "video" else heat

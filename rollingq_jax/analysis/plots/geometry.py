@@ -159,16 +159,16 @@ def _draw(axes: PolarAxes, shown: PlaneView, names: Sequence[str], title: str) -
     for i, name in enumerate(names):
         if name not in shown.points:
             continue
-        colour, marker = style.color(i), style.MARKERS[i % len(style.MARKERS)]
+        color, marker = style.color(i), style.MARKERS[i % len(style.MARKERS)]
         theta, radius = _to_polar(shown.points[name])
         axes.scatter(
-            theta, radius, s=9, color=colour, marker=marker, alpha=0.35, linewidths=0,
+            theta, radius, s=9, color=color, marker=marker, alpha=0.35, linewidths=0,
             rasterized=True,
         )  # fmt: skip
         theta, radius = _to_polar(shown.means[name])
-        axes.plot([theta, theta], [0, radius], color=colour, linewidth=2.2, solid_capstyle="butt")
+        axes.plot([theta, theta], [0, radius], color=color, linewidth=2.2, solid_capstyle="butt")
         axes.plot(
-            [theta], [radius], color=colour, marker=marker, markersize=9, linestyle="none",
+            [theta], [radius], color=color, marker=marker, markersize=9, linestyle="none",
             markeredgecolor="white", markeredgewidth=1.2, label=style.named(name),
         )  # fmt: skip
         scores.append(f"{style.named(name)}\N{NO-BREAK SPACE}{style.signed(shown.cosines[name])}")

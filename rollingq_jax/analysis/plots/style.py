@@ -1,4 +1,4 @@
-"""One look for all figures: colours that colour-blind readers can tell apart, quiet axes.
+"""One look for all figures: colors that color-blind readers can tell apart, quiet axes.
 
 Figures are matplotlib `Figure` objects drawn with Agg; pyplot and its global state are never
 used, so figures can be made in threads and in a process that has its own pyplot session.
@@ -29,7 +29,7 @@ INK, MUTED, GRID = "#1a1a1a", "#5c5c5c", "#e3e3e3"
 # Of rotations and their anchor: the palette's reddish purple, darker so that text can be read.
 TURN = "#9C4F78"
 DPI = 140
-# Above this a picture is stored with a palette of 256 colours.
+# Above this a picture is stored with a palette of 256 colors.
 MAX_BYTES = 140_000
 
 
@@ -55,12 +55,12 @@ def style_axes(axes: Axes, *, title: str = "", xlabel: str = "", ylabel: str = "
 
 
 def color(index: int) -> str:
-    """The palette's colour of that number, again from the start when it is used up."""
+    """The palette's color of that number, again from the start when it is used up."""
     return PALETTE[index % len(PALETTE)]
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Colour, dashes and marker of curve number `index`: 12 differ before any repeats."""
+    """Color, dashes and marker of curve number `index`: 12 differ before any repeats."""
     return {
         "color": color(index),
         "linestyle": DASHES[(index + index // len(PALETTE)) % len(DASHES)],
@@ -129,7 +129,7 @@ def legend(axes: Axes, **kwargs: Any) -> None:
 
 
 def png_bytes(figure: Figure) -> bytes:
-    """The figure as a PNG, the same bytes for the same content; 256 colours where it is large."""
+    """The figure as a PNG, the same bytes for the same content; 256 colors where it is large."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         # A name in a script that the font lacks shows as boxes; that is no reason to fail.

@@ -181,10 +181,10 @@ def accuracy_figure(
             )
         )
     ends = []
-    for field, label, colour, dashes, marker in series:
+    for field, label, color, dashes, marker in series:
         x, y = curve(rows, "valid", field)
         options: dict[str, Any] = {
-            "color": colour,
+            "color": color,
             "linestyle": dashes,
             "marker": marker,
             "markersize": 4,
@@ -192,7 +192,7 @@ def accuracy_figure(
         axes.plot(x, 100 * y, label=label, linewidth=2, **options)
         test = curve(rows, "test", field)
         if len(test.y):
-            ends.append((100 * test.y[-1], colour, marker))
+            ends.append((100 * test.y[-1], color, marker))
     if not axes.lines:
         style.empty_note(axes, "no epoch has been evaluated yet")
     style.style_axes(axes, xlabel="training (epochs)", ylabel="accuracy (%)")
@@ -359,13 +359,13 @@ def _mark_test_values(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> Non
     # Room for the numbers where they were pushed beyond the curves' range.
     margin = 0.05 * (high - low)
     low, high = min(low, texts.min() - margin), max(high, texts.max() + margin)
-    for (value, colour, marker), text in zip(ends, texts, strict=True):
+    for (value, color, marker), text in zip(ends, texts, strict=True):
         axes.plot(
-            [at], [value], marker=marker, markersize=9, color=colour, markerfacecolor="none",
+            [at], [value], marker=marker, markersize=9, color=color, markerfacecolor="none",
             markeredgewidth=2, linestyle="none", clip_on=False,
         )  # fmt: skip
         axes.text(
-            at + 0.022 * (right - left), text, f"{value:.1f} %", color=colour, fontsize=10,
+            at + 0.022 * (right - left), text, f"{value:.1f} %", color=color, fontsize=10,
             va="center", fontweight="bold",
         )  # fmt: skip
     axes.text(

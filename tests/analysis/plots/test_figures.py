@@ -306,7 +306,7 @@ def test_plain_text_keeps_dollars_and_shows_leading_underscores():
     assert style.plain("two\nlines\x00") == "two\nlines\N{REPLACEMENT CHARACTER}"
 
 
-def test_curves_differ_in_more_than_colour():
+def test_curves_differ_in_more_than_color():
     styles = [style.line_style(i) for i in range(12)]
     assert len({(s["color"], str(s["linestyle"]), s["marker"]) for s in styles}) == 12
     # For print in grey: neighbours differ in dashes and marker too.
