@@ -22,7 +22,10 @@ def plain():
     return small_model.run_plain()
 
 
-@pytest.fixture(scope="module", params=sorted(small_model.LAYOUTS))
+@pytest.fixture(
+    scope="module",
+    params=["fsdp", "jit", pytest.param("pmap", marks=pytest.mark.slow)],
+)
 def over_eight(request):
     """The same on eight devices."""
     assert jax.device_count() == 8

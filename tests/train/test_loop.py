@@ -80,6 +80,7 @@ def test_n_steps_a_restart_and_n_more_are_2n_steps(finished, tmp_path):
         assert again[name] == summary[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, None])
 def test_rotations_used_up_are_told_once(arrays, tmp_path, capsys, limit):
     """One rotation after epoch 1 of 3, none after; with beta 0 every imbalance stands above it."""
@@ -112,6 +113,7 @@ def test_a_restart_between_a_roll_and_its_row(often, tmp_path):
     assert_same_result(config, undisturbed, tmp_path)
 
 
+@pytest.mark.slow
 def test_saves_by_steps_and_by_minutes_change_nothing(often, tmp_path):
     config, undisturbed = often
     config = config.copy_and_resolve_references()
@@ -131,6 +133,7 @@ def test_saves_by_steps_and_by_minutes_change_nothing(often, tmp_path):
     assert_same_result(config, undisturbed, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [9, None])
 def test_a_run_does_not_go_on_with_other_data(tmp_path, stop):
     """Whether it was stopped or has ended: the same shapes, moved or changed in place."""
@@ -263,6 +266,7 @@ def test_averaged_parameters_resume_and_are_what_is_evaluated_and_read_back(arra
     assert whole["test_loss"] == pytest.approx(float(losses.mean()), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_stop_in_the_middle_of_a_validation(finished, tmp_path):
     class Impatient(Interruption):
         """Stops in the second batch of the second validation."""
@@ -422,6 +426,7 @@ def gone(example):
     raise FileNotFoundError(2, "No such file or directory", "/data/clip_17.wav")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "line"),
     [
@@ -450,6 +455,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(arrays, tmp_path):
     assert all(np.isfinite(leaf).all() for leaf in state.values() if leaf.dtype.kind == "f")
 
 
+@pytest.mark.slow
 def test_updates_that_are_not_finite_can_be_skipped(arrays, tmp_path, monkeypatch, capsys):
     """One example of the second epoch is infinite: its batch is skipped, in the middle of it."""
     at = SAMPLED + 70
@@ -466,6 +472,7 @@ def test_updates_that_are_not_finite_can_be_skipped(arrays, tmp_path, monkeypatc
     assert "step 12: skipped 1 updates" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_model_optimizer_data_and_callbacks_may_come_from_outside(arrays, tmp_path):
     config = tiny_config(arrays, epochs=1, **{"optimizer.warmup_epochs": 0.5})
     dataset = load_dataset(config.data, seed=config.seed)
@@ -527,6 +534,7 @@ class Exhausted:
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory allocating 9876543210 bytes."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
@@ -567,6 +575,7 @@ def test_an_error_that_is_not_of_the_memory_stays_what_it_is(arrays, tmp_path, m
         train_and_evaluate(tiny_config(arrays), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_before_its_first_checkpoint_does_not_own_its_folder(arrays, tmp_path):
     first, second = tiny_config(arrays), tiny_config(arrays, seed=5)
     with pytest.MonkeyPatch.context() as patch:
@@ -601,6 +610,7 @@ def test_a_finished_run_asked_for_other_epochs_says_what_can_be_done(finished, e
     assert files(workdir) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [9, None])
 def test_data_given_by_a_relative_path_are_found_from_another_folder(tmp_path, monkeypatch, stop):
     """And the place to which they were moved is remembered, if they are the same there."""
@@ -646,6 +656,7 @@ def test_data_given_by_a_relative_path_are_found_from_another_folder(tmp_path, m
         assert again["test_accuracy"] == made["test_accuracy"]
 
 
+@pytest.mark.slow
 def test_a_workdir_whose_name_reads_as_a_pattern(finished, tmp_path):
     config, undisturbed, summary = finished
     workdir = tmp_path / "[lr=0.1]" / "a*" / "b?"
@@ -655,6 +666,7 @@ def test_a_workdir_whose_name_reads_as_a_pattern(finished, tmp_path):
     assert_same_result(config, undisturbed, workdir)
 
 
+@pytest.mark.slow
 def test_a_plain_twin_is_the_same_run_without_rotations(finished, tmp_path):
     config, undisturbed, summary = finished
     beside = tiny_config(config.data.path, plain_twin=True)

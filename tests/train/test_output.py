@@ -52,6 +52,7 @@ def run(here, command, *, pipe=None, **environment):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_names_in_other_scripts_in_whatever_encoding(here, encoding):
     done = run(here, "-m rollingq_jax.check --path data.npz", PYTHONIOENCODING=encoding)
@@ -85,6 +86,7 @@ def test_an_output_that_takes_nothing(here, target, code):
     assert done.stderr.startswith(line if code else b"") and done.stderr.count(b"\n") == (code > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cuda", "gpuu"])
 def test_a_platform_that_the_machine_lacks_is_one_line(here, platform):
     command = f"{ROOT / 'train.py'} --config config.py --workdir lacking"
@@ -118,6 +120,7 @@ class Closed(io.StringIO):
         return super().write(text)
 
 
+@pytest.mark.slow
 def test_a_run_from_python_goes_on_without_its_output(tmp_path, monkeypatch, capsys):
     write_arrays(tmp_path / "data.npz")
     stream = Closed(4)
