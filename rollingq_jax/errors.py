@@ -127,8 +127,8 @@ def missing_package(error: ImportError) -> str | None:
     None where it is something else: a module of our own, or a package that is there and fails.
 
     Examples:
-      >>> print(missing_package(ModuleNotFoundError("No module named 'etils_'", name="etils_.epath")))
-      the package 'etils_' is not installed; allowed: it is, as after pip install ...
+      >>> print(missing_package(ModuleNotFoundError("No module named 'e_'", name="e_.path")))
+      the package 'e_' is not installed; allowed: it is, as after pip install ...
     """
     package = (error.name or "").split(".")[0]
     if package in ("", "rollingq_jax") or importlib.util.find_spec(package) is not None:
