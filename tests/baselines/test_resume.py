@@ -42,7 +42,7 @@ def config(tmp_path):
     return config
 
 
-@pytest.mark.parametrize("name", ["pmr", "ogm_ge"])
+@pytest.mark.parametrize("name", ["pmr", "ogm_ge", "agm", "cggm", "inforeg", "opm"])
 def test_a_stopped_run_goes_on_to_the_same_end(config, tmp_path, name):
     config.baseline.name = name
     train_and_evaluate(config, tmp_path / "whole", quiet=True)

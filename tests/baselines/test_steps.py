@@ -152,7 +152,9 @@ def test_a_step_under_attention_that_rolls_keeps_the_form_of_the_state(rolled, n
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ogm_ge", "pmr", "modality_dropout"])
+@pytest.mark.parametrize(
+    "name", ["ogm_ge", "pmr", "modality_dropout", "mmpareto", "agm", "arl", "inforeg"]
+)
 def test_the_layout_over_devices_changes_nothing(name):
     ends = []
     for layout in ("jit", "pmap"):
