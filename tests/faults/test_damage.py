@@ -124,7 +124,6 @@ KINDS = [
     folder_emptied,
     replaced_by_a_file,
     without_its_manifest,
-    without_its_metadata,
     without_its_state,
     without_its_record,
     with_a_record_cut_short,
@@ -154,6 +153,16 @@ def test_damage(config, expected, stopped, tmp_path, monkeypatch, caplog, damage
     assert content_of(workdir / "checkpoints" / f"{NEWEST}.damaged") == content
     rows = (workdir / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows][-1] == BEFORE + 1  # it went on from before
+    train_and_evaluate(config, workdir)
+    assert result(workdir) == expected
+
+
+def test_metadata_that_are_gone_are_not_missed(config, expected, stopped, tmp_path, monkeypatch):
+    """The record says what arrays there are, and their checksums tell that they are right."""
+    monkeypatch.setattr(report, "draw", lambda *args, **kwargs: None)
+    workdir = tmp_path / "run"
+    shutil.copytree(stopped, workdir)
+    without_its_metadata(workdir / "checkpoints" / str(NEWEST))
     train_and_evaluate(config, workdir)
     assert result(workdir) == expected
 
