@@ -473,7 +473,7 @@ def _caption(batch: dict[str, Array], row: int, predicted: int, names: Sequence[
         if name.startswith("quality_"):
             modality, noise = name.removeprefix("quality_"), -float(batch[name][row])
             if np.isfinite(noise) and has_modality(example, modality):
-                lines.append(f"{modality} noise {max(noise, 0.0):.1f}")
+                lines.append(f"{modality} noise {max(0.0, noise):.1f}")
     return "\n".join(lines)
 
 
