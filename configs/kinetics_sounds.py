@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
             "split_seed": 0,
             "num_frames": 3,
             "frame_size": 224,
+            "crop_per": "clip",  # what is cropped and flipped alike; upstream: each frame by itself
             "corruptions": "",
         }
     )

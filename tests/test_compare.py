@@ -150,6 +150,14 @@ def test_settings_are_chosen_on_validation_before_any_test_is_read(
     assert words in told and words in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_settings_are_not_chosen_where_no_validation_part_is_left(
+    config_file, tmp_path, fake, capsys
+):
+    arguments = (config_file, tmp_path / "out", "--seeds", "1", "--config.data.validation=False")
+    assert run(*arguments) == 2 and not fake.calls
+    assert "config.data.validation is False; allowed with several" in capsys.readouterr().err
+
+
 def test_seeds_used_to_choose_confirm_nothing_unless_that_is_asked_for(
     config_file, tmp_path, fake, capsys
 ):

@@ -461,6 +461,11 @@ def make_plan(
                 check_config(changed)
                 seen = dataset_of(changed) if own else dataset
                 Experiment(changed, seen)
+                if tune and "valid" not in seen.splits:
+                    raise ConfigError(
+                        "config.data.validation is False; allowed with several settings in "
+                        "config.compare.grid: True, since validation data choose among them"
+                    )
             except ConfigError as error:
                 raise ConfigError(f"arm {arm!r}: {error}") from None
     return plan

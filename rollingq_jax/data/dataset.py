@@ -158,6 +158,21 @@ class Subset:
         return self.source[int(self.indices[index])]
 
 
+class Joined:
+    """The examples of several sources, one source after the other."""
+
+    def __init__(self, *sources: Source) -> None:
+        self.sources = sources
+        self._ends = np.cumsum([len(source) for source in sources])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Example:
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        return self.sources[part][index - int(self._ends[part - 1] if part else 0)]
+
+
 def infer_kind(shape: tuple[int, ...], dtype: Any, name: str = "modality") -> str:
     """Infers the kind of a modality whose examples have this shape and stored dtype.
 
@@ -238,6 +253,8 @@ def _known_labels(source: Source) -> np.ndarray | None:
     if isinstance(source, Subset):
         known = _known_labels(source.source)
         return None if known is None else known[source.indices]
+    if isinstance(source, Joined):
+        return _joined([_known_labels(one) for one in source.sources])
     if isinstance(source, ArraySource):
         return np.asarray(source.columns["label"], np.int32)
     if hasattr(source, "labels"):
@@ -261,10 +278,18 @@ def _tags_of(source: Any, name: str) -> np.ndarray | None:
     tags = getattr(source, name, None)
     if tags is not None:
         return np.asarray(tags)
+    if isinstance(source, Joined):
+        return _joined([_tags_of(one, name) for one in source.sources])
     if not hasattr(source, "source"):
         return None
     tags = _tags_of(source.source, name)
     return tags[source.indices] if isinstance(source, Subset) and tags is not None else tags
+
+
+def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """What is known of all parts, one after the other; None where one of them does not know it."""
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known) if len(known) == len(parts) else None
 
 
 MAX_CLASSES = 100_000
@@ -549,6 +574,14 @@ def with_valid(splits: Mapping[str, Source], *, seed: int) -> dict[str, Source]:
         labels_of(train), VALID_FRACTION, seed, groups_of(train), "validation; give valid/*"
     )
     return _divided(splits, valid, "valid")
+
+
+def without_valid(dataset: Dataset) -> Dataset:
+    """The data set, its validation examples behind those of train."""
+    splits = dict(dataset.splits)
+    splits["train"] = Joined(splits["train"], splits.pop("valid"))
+    description = f"{dataset.description}; the validation part is trained on"
+    return dataclasses.replace(dataset, splits=splits, description=description)
 
 
 def with_test(splits: Mapping[str, Source]) -> dict[str, Source]:

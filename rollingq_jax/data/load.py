@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rollingq_jax.data.corruption import corrupt
-from rollingq_jax.data.dataset import Dataset
+from rollingq_jax.data.dataset import Dataset, without_valid
 from rollingq_jax.data.options import check_fields, option
 
 # Each module has load(config_data, *, seed) -> Dataset, and is imported when its name is asked for:
@@ -30,8 +30,9 @@ def load_dataset(
 
     Args:
       config_data: `config.data`: `name` ("av_digits") is a key of `LOADERS` or any TFDS name;
-        `path`, `cache_dir` and the data set's own fields are its loader's to read. `corruptions`
-        (see `rollingq_jax.data.corruption`) are put onto the training split.
+        `path`, `cache_dir` and the data set's own fields are its loader's to read. Without
+        `validation` there is no such split. `corruptions` (see `rollingq_jax.data.corruption`) are
+        put onto the training split.
       seed: of whatever the loader draws (generated data, a validation split).
       encoders: `config.model.encoders`, whose `kind`, `mean` and `std` say how own data are meant.
 
@@ -48,5 +49,7 @@ def load_dataset(
         specs = dict(encoders.items())
         fields["kinds"] = {m: spec["kind"] for m, spec in specs.items() if spec.get("kind")}
     dataset = importlib.import_module(place).load(config_data, **fields)
+    if not option(config_data, "validation", True):
+        dataset = without_valid(dataset)
     corruptions = option(config_data, "corruptions", "")
     return corrupt(dataset, corruptions, train=True, seed=seed, encoders=encoders)

@@ -49,6 +49,9 @@ COMMON_FIELDS = {
     "path": Field("", "where the data are"),
     "cache_dir": Field("", "where what is made of data is kept"),
     "prefetch": Field(2, "batches made ahead", minimum=0, maximum=1_024),
+    "validation": Field(
+        True, "a part of the data chooses the checkpoint; False: it is trained on, as upstream does"
+    ),
     "corruptions": Field("", "of the training split: 'audio=0..2, visual=drop:0.2'"),
 }
 _MODALITIES = Field((), "those to use; empty: all")
@@ -61,6 +64,9 @@ _FRAMES = {
     "split_seed": Field(0, "of the split where it is drawn", minimum=0, maximum=4_294_967_295),
     "num_frames": Field(3, "frames of a clip", minimum=1, maximum=1_000),
     "frame_size": Field(224, "pixels of a frame's sides", minimum=1, maximum=4_096),
+    "crop_per": Field(
+        "clip", "what training draws a crop and a flip for", choices=("clip", "frame")
+    ),
 }
 _MEDIA = {
     "modalities": _MODALITIES,

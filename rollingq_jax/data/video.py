@@ -827,31 +827,37 @@ def decode_frames(
 
 @dataclasses.dataclass(frozen=True)
 class TrainFrames(grain.transforms.RandomMap):
-    """Replaces a clip's JPEG frames by `num` drawn ones with one random crop and flip for all.
+    """Replaces a clip's JPEG frames by `num` drawn ones, randomly cropped and flipped.
 
     Attributes:
       name: the modality, a sequence of JPEG bytes in the example; all of one size.
       num: frames wanted.
       size: height and width of the result, uint8 [num, size, size, 3].
       pick: which frames.
+      crop_per: whether one crop and flip serve the "clip", so that its motion stays, or each
+        "frame" has its own, as upstream's.
     """
 
     name: str
     num: int
     size: int
     pick: Pick = random_frames
+    crop_per: str = "clip"
 
     def random_map(self, element: Example, rng: np.random.Generator) -> Example:
         """One example."""
         frames: Any = element[self.name]
         indices = self.pick(len(frames), self.num, rng)
-        flip = bool(rng.random() < 0.5)
 
         def choose_box(width: int, height: int) -> Box:
             return random_crop_box(width, height, rng)
 
-        video = decode_frames(frames, indices, self.size, choose_box, flip)
-        return {**element, self.name: video}
+        def decoded(chosen: np.ndarray) -> np.ndarray:
+            flip = bool(rng.random() < 0.5)
+            return decode_frames(frames, chosen, self.size, choose_box, flip)
+
+        parts = [indices] if self.crop_per == "clip" else np.split(indices, len(indices))
+        return {**element, self.name: np.concatenate([decoded(part) for part in parts])}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,7 +32,14 @@ from rollingq_jax.errors import (
     said,
 )
 from rollingq_jax.train.agreement import watched
-from rollingq_jax.train.config import allowed_in, field_names, fields_help, flatten, from_json
+from rollingq_jax.train.config import (
+    allowed_in,
+    field_names,
+    fields_help,
+    flatten,
+    from_json,
+    with_preset,
+)
 from rollingq_jax.train.distributed import TIMEOUT, Ending, join
 from rollingq_jax.train.output import shown
 from rollingq_jax.train.preemption import EXIT_CODE, Interrupted, Interruption
@@ -94,6 +101,11 @@ CONFIG_FLAGS = (
         "a Python file with get_config(), or the name of one that is installed, as av_digits",
     ),
     text("config_json", "FILE", "instead of it: a config.json, as a run leaves it"),
+    text(
+        "preset",
+        "NAME",
+        "upstream: rolls, schedule and data as in the authors' code; what is typed comes after it",
+    ),
 )
 # In the help only: the configuration says which fields there are.
 CONFIG_FIELD = switch("config.FIELD=VALUE", "sets a field, as --config.seed=1")
@@ -185,6 +197,8 @@ class Command(NamedTuple):
         if (given.config is None) == (given.config_json is None):
             raise ConfigError(f"wanted one of --config and --config_json; allowed: {self.usage()}")
         config = read_json(given.config_json) if given.config is None else read_python(given.config)
+        if given.preset is not None:
+            config = with_preset(config, given.preset)
         values, argv = flags.FlagValues(), [self.name, *rest]
         try:
             config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)

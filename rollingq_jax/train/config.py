@@ -7,6 +7,7 @@ made from them: `python -m rollingq_jax.train.config > docs/config.md`.
 """
 
 import contextlib
+import copy
 import dataclasses
 import re
 import textwrap
@@ -275,7 +276,8 @@ SECTIONS = {
     "model": ModelSpec,
 }
 # Fields of `config.data` that the default has; others come with the data set.
-SHARED_DATA = ("name", "path", "cache_dir", "corruptions", "prefetch")
+SHARED_DATA = ("name", "path", "cache_dir", "corruptions", "prefetch", "validation")
+PRESETS = ("upstream",)
 
 
 def default_config() -> ConfigDict:
@@ -303,6 +305,30 @@ def default_config() -> ConfigDict:
     sections["compare"]["grid"] = {}
     sections["data"] = {name: COMMON_FIELDS[name].default for name in SHARED_DATA}
     return ConfigDict(top | sections)
+
+
+def with_preset(config: ConfigDict, preset: str) -> ConfigDict:
+    """A copy of the configuration with the fields of a preset set; other fields stay.
+
+    "upstream" is the method, the schedule and the data as the authors' code has them, see
+    docs/upstream.md: equal weights, the SVD, a check at each epoch's end, all of
+    `upstream_compat`, the whole training split, and a crop for each frame where there are frames.
+    Settings are not searched, since nothing is left to choose them by.
+
+    Raises:
+      ConfigError: there is no such preset.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(f"--preset is {preset!r}; allowed: {', '.join(PRESETS)}")
+    changed = copy.deepcopy(config)
+    changed.rolling.update(rho=0.0, method="svd", check_every=0)
+    changed.upstream_compat.update(dict.fromkeys(changed.upstream_compat, True))
+    changed.data.validation = False
+    if "crop_per" in fields_of(changed.data.name):
+        with changed.data.unlocked():
+            changed.data.crop_per = "frame"
+    changed.compare.grid = ConfigDict()
+    return changed
 
 
 def check_config(config: Any) -> None:

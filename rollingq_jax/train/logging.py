@@ -590,7 +590,8 @@ class Console:
 
 def epoch_line(row: Row) -> str:
     """An epoch's validation in one line; says so where the run waits for its input."""
-    parts = [f"epoch {row['epoch']}: validation loss {written(row['loss'])}"]
+    words = "training data," if "evaluated_on" in row else "validation"
+    parts = [f"epoch {row['epoch']}: {words} loss {written(row['loss'])}"]
     parts.append(f"accuracy {written(row['accuracy'])}")
     if "imbalance" in row:
         parts.append(f"imbalance {written(row['imbalance'])}")

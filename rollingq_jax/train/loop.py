@@ -359,7 +359,9 @@ class TrainLoop:
             self.checkpoints.wait()
             raise Interrupted(step) from None
         counts = {} if one.rolling is None else {"rotations": int(np.sum(one.rolling.count))}
-        labels = {"step": step, "epoch": epoch, "split": "valid"}
+        labels: dict[str, Any] = {"step": step, "epoch": epoch, "split": "valid"}
+        if experiment.selection_split != "valid":
+            labels["evaluated_on"] = experiment.selection_split
         row = labels | means | counts | self.metrics.timing()
         if one.rolling is not None and self._used_up(one.rolling.count, means):
             row["rotations_used_up"] = True

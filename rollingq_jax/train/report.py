@@ -30,6 +30,7 @@ from rollingq_jax.analysis.report import (
     write_report,
 )
 from rollingq_jax.train.checkpoint import Checkpoints, DamagedError
+from rollingq_jax.train.config import flatten
 from rollingq_jax.train.experiment import Columns, Experiment, by_modality
 from rollingq_jax.train.logging import (
     Callback,
@@ -103,6 +104,12 @@ def finish_run(
     return summary
 
 
+def selected_on(summary: Mapping[str, Any]) -> str:
+    """What chose the best checkpoint: the training data where they have no validation part."""
+    validation = flatten(summary.get("config") or {}).get("data.validation", True)
+    return "validation" if validation else "training"
+
+
 def print_summary(summary: Mapping[str, Any], workdir: epath.Path) -> None:
     """The table at the end of a run; of a summary that lacks something, what it has."""
     best = summary["best"]
@@ -119,7 +126,7 @@ def print_summary(summary: Mapping[str, Any], workdir: epath.Path) -> None:
     metric = chosen_by(best)
     by = "" if metric == "accuracy" else f" {METRICS[metric]}"
     rows = [
-        (f"best epoch by validation{by}", f"{best['epoch']} ({shown(best[metric])})"),
+        (f"best epoch by {selected_on(summary)}{by}", f"{best['epoch']} ({shown(best[metric])})"),
         ("test accuracy", shown(summary["test_accuracy"])),
         ("test macro F1", shown(summary.get("test_macro_f1"))),
     ]
@@ -339,8 +346,8 @@ def draw(
     write_report(
         workdir / "report.html",
         title=f"RollingQ: {experiment.config.data.name}, {experiment.config.model.fusion}",
-        lead=f"The best epoch by validation {METRICS[metric]} is {best['epoch']}{chosen}; the test "
-        "data were read once, with its parameters.",
+        lead=f"The best epoch by {selected_on(summary)} {METRICS[metric]} is "
+        f"{best['epoch']}{chosen}; the test data were read once, with its parameters.",
         key_numbers=key_numbers(summary),
         figures=list(figures.values()),
         tables=report_tables(summary, rows),

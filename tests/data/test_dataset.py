@@ -34,6 +34,7 @@ from rollingq_jax.data.dataset import (
     warn_of_shared_groups,
     with_test,
     with_valid,
+    without_valid,
 )
 from rollingq_jax.data.pipeline import eval_batches
 from rollingq_jax.data.preprocessing import Preprocessed
@@ -206,6 +207,17 @@ def test_tags_are_found_behind_subsets_and_wrappers():
     inner = Subset(Preprocessed(Subset(source, [2, 0, 1]), {}), [2, 0])
     assert groups_of(inner).tolist() == ["b", "c"] and ids_of(inner).tolist() == [8, 9]
     assert groups_of(Subset(make_source([0]), [0])) is None and ids_of([{}]) is None
+
+
+def test_the_validation_part_can_be_trained_on():
+    train = make_source([0, 1, 2], np.array(["a", "b", "c"]), np.array([7, 8, 9]))
+    parts = {"train": Subset(train, [2, 0]), "valid": Subset(train, [1]), "test": train}
+    info = ModalityInfo("a", "vector", (5,))
+    joined = without_valid(Dataset(parts, {"a": info}, 3))
+    whole = joined.splits["train"]
+    assert list(joined.splits) == ["train", "test"] and len(whole) == 3
+    assert [whole[i]["label"] for i in range(3)] == labels_of(whole).tolist() == [2, 0, 1]
+    assert groups_of(whole).tolist() == ["c", "a", "b"] and ids_of(whole).tolist() == [9, 7, 8]
 
 
 @pytest.mark.parametrize(

@@ -662,6 +662,13 @@ def test_training_crops_all_frames_of_a_clip_alike():
     assert len({image.tobytes() for image in seen}) == 30
 
 
+def test_training_crops_each_frame_by_itself_where_asked():
+    transform = video.TrainFrames("visual", 3, 16, crop_per="frame")
+    same = {"visual": [jpeg(gradient())] * 4}
+    frames = transform.random_map(same, rng(0))["visual"]
+    assert frames.shape == (3, 16, 16, 3) and len({frame.tobytes() for frame in frames}) == 3
+
+
 def test_training_crop_is_the_box_that_was_drawn():
     image = gradient()
     data = jpeg(image)

@@ -18,6 +18,7 @@ from rollingq_jax.train.config import (
     fields_help,
     flatten,
     from_json,
+    with_preset,
 )
 
 
@@ -101,3 +102,26 @@ def test_every_section_is_checked_and_the_nearest_name_suggested(field, value, l
         config.update_from_flattened_dict({field: value})
     with pytest.raises(ConfigError, match=line):
         check_config(config)
+
+
+def test_the_preset_sets_upstreams_choices_and_typed_fields_come_after_it():
+    arguments = ["train", "--config", "crema_d", "--workdir=w", "--preset", "upstream"]
+    config = TRAIN.parse([*arguments, "--config.rolling.rho=0.5"]).config
+    check_config(config)
+    plain = TRAIN.parse(arguments[:4]).config
+    assert {name: ours for name, (ours, _) in differing_fields(config, plain).items()} == {
+        "rolling.rho": 0.5,
+        "rolling.method": "svd",
+        "data.validation": False,
+        "data.crop_per": "frame",
+        **{f"upstream_compat.{name}": True for name in config.upstream_compat},
+    }
+    assert not config.compare.grid
+    with pytest.raises(ConfigError, match="--preset is 'paper'; allowed: upstream"):
+        TRAIN.parse([*arguments[:4], "--preset=paper"])
+
+
+def test_the_preset_leaves_out_what_the_data_do_not_have():
+    config = with_preset(default_config(), "upstream")
+    check_config(config)
+    assert "crop_per" not in config.data and not config.data.validation

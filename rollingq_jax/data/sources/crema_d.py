@@ -20,7 +20,7 @@ import numpy as np
 
 from rollingq_jax.data.audio import log_stft, read_audio, resample, tile
 from rollingq_jax.data.dataset import SPLITS, Dataset, Source, Subset, with_valid
-from rollingq_jax.data.options import local_path, option
+from rollingq_jax.data.options import choice, local_path, option
 from rollingq_jax.data.records import (
     ClipSource,
     Recipe,
@@ -211,7 +211,8 @@ def load(config_data: Any, *, seed: int) -> Dataset:
     Args:
       config_data: `path`, the --data_dir of the preparation; optional `splits`, a folder with
         published lists (default: those kept by the preparation, else a split by speaker),
-        `split_seed` (0) of what is drawn, `num_frames` (3), `frame_size` (224).
+        `split_seed` (0) of what is drawn, `num_frames` (3), `frame_size` (224),
+        `crop_per` ("clip").
       seed: not used: the splits are the same for every run, so that runs can be compared.
 
     Raises:
@@ -246,6 +247,7 @@ def load(config_data: Any, *, seed: int) -> Dataset:
         rule += f", valid a tenth of train, seed {split_seed}"
     num_frames = option(config_data, "num_frames", 3, minimum=1)
     size = option(config_data, "frame_size", 224, minimum=1)
+    crop_per = choice(config_data, "crop_per", ("clip", "frame"))
     counts = ", ".join(f"{len(splits[split])} {split}" for split in SPLITS)
     return Dataset(
         splits=splits,
@@ -256,7 +258,7 @@ def load(config_data: Any, *, seed: int) -> Dataset:
             f"CREMA-D, {counts}; split: {rule}; {left_out} listed clips unreadable; {num_frames} "
             f"frames of those at {records.settings['fps']} a second{note}"
         ),
-        train_transforms=(TrainFrames("visual", num_frames, size),),
+        train_transforms=(TrainFrames("visual", num_frames, size, crop_per=crop_per),),
         eval_transforms=(EvalFrames("visual", num_frames, size),),
     )
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from rollingq_jax.data.audio import kaldi_fbank, resample
 from rollingq_jax.data.dataset import SPLITS, Dataset, Source, Subset, with_valid
-from rollingq_jax.data.options import local_path, option
+from rollingq_jax.data.options import choice, local_path, option
 from rollingq_jax.data.records import (
     ClipSource,
     Recipe,
@@ -196,7 +196,8 @@ def load(config_data: Any, *, seed: int) -> Dataset:
 
     Args:
       config_data: `path`, the --data_dir of the preparation; optional `split_seed` (0) of the
-        tenth of train that becomes "valid", `num_frames` (3), `frame_size` (224).
+        tenth of train that becomes "valid", `num_frames` (3), `frame_size` (224),
+        `crop_per` ("clip").
       seed: not used: the splits are the same for every run, so that runs can be compared.
 
     Raises:
@@ -225,6 +226,7 @@ def load(config_data: Any, *, seed: int) -> Dataset:
     splits = with_valid(splits, seed=split_seed)
     num_frames = option(config_data, "num_frames", 3, minimum=1)
     size = option(config_data, "frame_size", 224, minimum=1)
+    crop_per = choice(config_data, "crop_per", ("clip", "frame"))
     counts = ", ".join(f"{len(splits[split])} {split}" for split in SPLITS)
     names = records.folder / CLASS_FILE
     return Dataset(
@@ -237,7 +239,9 @@ def load(config_data: Any, *, seed: int) -> Dataset:
             f"{', '.join(records.settings['lists'])}, valid a tenth of train, seed {split_seed}; "
             f"{len(records.unreadable)} listed clips missing or unreadable"
         ),
-        train_transforms=(TrainFrames("visual", num_frames, size, segment_frames),),
+        train_transforms=(
+            TrainFrames("visual", num_frames, size, segment_frames, crop_per=crop_per),
+        ),
         eval_transforms=(EvalFrames("visual", num_frames, size, segment_frames),),
     )
 
