@@ -23,6 +23,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
+from rollingq_jax.data.options import fields_of
 from rollingq_jax.errors import (
     ConfigError,
     UserError,
@@ -39,6 +40,7 @@ from rollingq_jax.train.config import (
     flatten,
     from_json,
     with_preset,
+    with_typed_data_fields,
 )
 from rollingq_jax.train.distributed import TIMEOUT, Ending, join
 from rollingq_jax.train.output import shown
@@ -199,6 +201,7 @@ class Command(NamedTuple):
         config = read_json(given.config_json) if given.config is None else read_python(given.config)
         if given.preset is not None:
             config = with_preset(config, given.preset)
+        config = with_typed_data_fields(config, rest)
         values, argv = flags.FlagValues(), [self.name, *rest]
         try:
             config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
@@ -362,6 +365,8 @@ def _unknown_field(argv: Sequence[str], config: ConfigDict) -> str | None:
         for place, part in enumerate(parts[1:], 1):
             if not hasattr(node, "keys") or part not in node:
                 names = sorted(node.keys()) if hasattr(node, "keys") else []
+                if node is config.get("data"):  # those that are typed would be there
+                    names = sorted({*names, *fields_of(str(node.get("name", "")))})
                 near = {n: ".".join([*parts[:place], n, *parts[place + 1 :]]) for n in names}
                 meant = did_you_mean(part, near, near.__getitem__)
                 meant = meant or did_you_mean(parts[-1], elsewhere, elsewhere.__getitem__)

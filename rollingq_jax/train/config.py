@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
 from ml_collections import ConfigDict, config_dict
@@ -331,6 +331,34 @@ def with_preset(config: ConfigDict, preset: str) -> ConfigDict:
     return changed
 
 
+def with_typed_data_fields(config: ConfigDict, arguments: Iterable[str]) -> ConfigDict:
+    """A copy that has, with their defaults, the fields of its data set that are typed.
+
+    A configuration need not list the fields of the data set that `data.name` on the command line
+    makes of it.
+
+    Args:
+      config: a whole configuration.
+      arguments: of the command line, as `--config.data.image_size=32`.
+    """
+    typed = dict(
+        argument.lstrip("-").removeprefix("config.data.").partition("=")[::2]
+        for argument in arguments
+        if argument.lstrip("-").startswith("config.data.")
+    )
+    changed = copy.deepcopy(config)
+    known = fields_of(str(typed.get("name") or changed.data.get("name", "")))
+    with changed.data.unlocked():
+        for name in typed.keys() & known.keys() - changed.data.keys():
+            changed.data[name] = as_typed(known[name].default)
+    return changed
+
+
+def as_typed(default: Any) -> Any:
+    """A field's default in the form of which a flag can be made: a mapping is a string there."""
+    return "" if isinstance(default, Mapping) else default
+
+
 def check_config(config: Any) -> None:
     """Checks every section, so that nothing is read or written for a configuration that is wrong.
 
@@ -459,13 +487,21 @@ def _tuples(value: Any) -> Any:
 
 
 def differing_fields(ours: Any, theirs: Any) -> dict[str, tuple[Any, Any]]:
-    """Fields that make two configurations different runs: `{field: (ours, theirs)}`."""
-    first, second = flatten(ours), flatten(theirs)
+    """Fields that make two configurations different runs: `{field: (ours, theirs)}`.
+
+    A field of the data set that one of them lacks has its default there.
+    """
+    first, second = (_with_data_defaults(flatten(config)) for config in (ours, theirs))
     return {
         name: (first.get(name), second.get(name))
         for name in sorted(first.keys() | second.keys())
         if first.get(name) != second.get(name) and not name.startswith(FREE_FIELDS)
     }
+
+
+def _with_data_defaults(flat: dict[str, Any]) -> dict[str, Any]:
+    fields = fields_of(str(flat.get("data.name", "")))
+    return {f"data.{name}": as_typed(field.default) for name, field in fields.items()} | flat
 
 
 def allowed_in(field: str, config: Any) -> str:

@@ -125,3 +125,31 @@ def test_the_preset_leaves_out_what_the_data_do_not_have():
     config = with_preset(default_config(), "upstream")
     check_config(config)
     assert "crop_per" not in config.data and not config.data.validation
+
+
+def test_every_field_of_the_data_set_can_be_typed_and_no_other():
+    own = ["train", "--config", "own_data", "--workdir=w", "--config.data.path=x.csv"]
+    plain = TRAIN.parse(own).config
+    config = TRAIN.parse(
+        [*own, "--config.data.image_size=32", "--config.data.audio_rate=8000"]
+    ).config
+    check_config(config)
+    assert (config.data.image_size, config.data.audio_rate) == (32, 8000)
+    assert differing_fields(config, plain) == {
+        "data.image_size": (32, 64),
+        "data.audio_rate": (8000, 16000),
+    }
+    named = TRAIN.parse([*own, "--config.data.name=my_set", "--config.data.features=a=b,label=c"])
+    check_config(named.config)
+    assert named.config.data.features == "a=b,label=c"
+    with pytest.raises(ConfigError, match="did you mean config.data.image_size"):
+        TRAIN.parse([*own, "--config.data.imge_size=32"])
+
+
+def test_a_field_that_a_configuration_did_not_list_yet_is_its_default():
+    older = TRAIN.parse(["train", "--config", "crema_d", "--workdir=w"]).config
+    with older.data.unlocked():
+        del older.data["crop_per"]
+    assert not differing_fields(
+        older, TRAIN.parse(["train", "--config", "crema_d", "--workdir=w"]).config
+    )

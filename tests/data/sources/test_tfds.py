@@ -22,6 +22,7 @@ from rollingq_jax.data.records import RecordSource
 from rollingq_jax.data.sources.av_digits import AvDigits, av_digits_config
 from rollingq_jax.data.sources.tfds import open_tfds
 from rollingq_jax.errors import ConfigError, DataError
+from rollingq_jax.train.cli import run_command, train_command
 
 
 class RqToySet(tfds.core.GeneratorBasedBuilder):
@@ -503,3 +504,21 @@ def test_new_data_for_a_trained_model(prepared):
     config.features = "steps=nested/table"
     with pytest.raises(DataError, match="data.features: steps"):
         open_tfds(config, modalities, path=prepared, split="test")
+
+
+@pytest.mark.slow
+def test_a_set_trains_with_nothing_but_flags(prepared, tmp_path):
+    fields = {
+        "name": "rq_toy_set",
+        "path": prepared,
+        "features": "gray=gray, steps=steps, words=text, label=label",
+        "sequence_length": 4,
+        "text_length": 6,
+    }
+    flags = [f"--config.data.{name}={value}" for name, value in fields.items()]
+    small = ["--config.epochs=3", "--config.batch_size=8", "--config.model.dim=8"]
+    small += ["--config.optimizer.name=sgd"]  # optax adds an integer in adam: strict here
+    flags += [*small, "--config.model.depth=1", "--workdir", str(tmp_path), "--quiet"]
+    assert run_command(train_command, ["train", "--config", "tfds", *flags]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["test_accuracy"] >= 0 and summary["config"]["data"]["text_length"] == 6
