@@ -58,6 +58,16 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     return {str(name): _as_array(path, name, value) for name, value in tensors.items()}
 
 
+def load_tensor(path: Path) -> np.ndarray:
+    """The one tensor in a `.pt` file, through `torch.load(weights_only=True)`.
+
+    Raises:
+      DataError: PyTorch is missing or too old, or the file holds something else.
+    """
+    value = _read_torch(path, _library(".pt"))
+    return _as_array(path, "a tensor", value)
+
+
 def _library(suffix: str) -> Any:
     """The module that reads a suffix; imported here, because each is an optional dependency."""
     if suffix == ".npz":

@@ -848,7 +848,7 @@ def _close(first: Any, second: Any) -> bool:
 
 def _size(value: Any) -> float:
     """Mean absolute value; of encoded frames, of their bytes."""
-    if isinstance(value, list):
+    if isinstance(value, Sequence):
         value = np.frombuffer(b"".join(value), np.uint8)
     size = np.mean(np.abs(np.asarray(value, np.float64))) if np.size(value) else 0.0
     return float(np.nan_to_num(size))

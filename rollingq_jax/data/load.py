@@ -13,6 +13,10 @@ from rollingq_jax.data.options import check_fields, option
 LOADERS = {
     "arrays": "rollingq_jax.data.sources.arrays",
     "av_digits": "rollingq_jax.data.sources.av_digits",
+    "av_mnist": "rollingq_jax.data.sources.av_mnist",
+    **dict.fromkeys(
+        ("ave", "balance_benchmark", "food_101", "ucf_101"), "rollingq_jax.data.sources.layouts"
+    ),
     "cmu_mosei": "rollingq_jax.data.sources.cmu_mosei",
     "crema_d": "rollingq_jax.data.sources.crema_d",
     "folder": "rollingq_jax.data.sources.media_folder",

@@ -60,18 +60,16 @@ _KINDS = Field({}, "kinds of modalities, where the shape does not tell")
 _STATS_EXAMPLES = Field(
     256, "training examples that statistics are taken from", minimum=1, maximum=1_000_000_000
 )
+_CROP_PER = Field("clip", "what training draws a crop and a flip for", choices=("clip", "frame"))
 _FRAMES = {
     "split_seed": Field(0, "of the split where it is drawn", minimum=0, maximum=4_294_967_295),
     "num_frames": Field(3, "frames of a clip", minimum=1, maximum=1_000),
     "frame_size": Field(224, "pixels of a frame's sides", minimum=1, maximum=4_096),
-    "crop_per": Field(
-        "clip", "what training draws a crop and a flip for", choices=("clip", "frame")
-    ),
+    "crop_per": _CROP_PER,
 }
-_MEDIA = {
+_LAYOUT = {  # of sets of media files
     "modalities": _MODALITIES,
     "standardize": _STANDARDIZE,
-    "columns": Field({}, "which column of a manifest is what"),
     "audio_features": Field("mel", "the kind of spectrogram", choices=("mel", "stft")),
     "audio_rate": Field(16000, "samples a second", minimum=1000, maximum=1_000_000),
     "audio_seconds": Field(0.0, "of a clip; 0: the longest", minimum=0, maximum=100_000),
@@ -81,12 +79,19 @@ _MEDIA = {
     "video_frames": Field(4, "frames of a video", minimum=1, maximum=1_000),
     "text_length": Field(0, "bytes of a text; 0: the longest", minimum=0, maximum=1_000_000),
     "stats_examples": _STATS_EXAMPLES,
+    "crop_per": _CROP_PER,
 }
+_MEDIA = _LAYOUT | {"columns": Field({}, "which column of a manifest is what")}
 # The fields of each loader besides the common ones, by `data.name`; ANY_TFDS stands for all others.
 # Loaders are imported when they are needed; a test holds that they read these fields and no others.
 ANY_TFDS = "any TFDS name"
 FIELDS: dict[str, dict[str, Field]] = {
     "arrays": {"kinds": _KINDS, **_MEDIA},  # its path may be of a manifest
+    "av_mnist": {"modalities": _MODALITIES, "standardize": _STANDARDIZE},
+    "ave": _LAYOUT,
+    "balance_benchmark": _LAYOUT,
+    "food_101": _LAYOUT,
+    "ucf_101": _LAYOUT,
     "av_digits": {
         "regime": Field(
             "varied_test",

@@ -695,7 +695,17 @@ def clip_from_folder(folder: Path, short_side: int = SHORT_SIDE) -> list[bytes]:
     """The extracted frames of a clip, in the order of their numbers, as the JPEGs to store.
 
     Raises:
-      DataError: the folder is missing or holds no JPEG, or as in `stored_clip`.
+      DataError: as in `frame_paths` and `stored_clip`.
+    """
+    paths = frame_paths(folder)
+    return stored_clip([(str(path), path.read_bytes()) for path in paths], short_side)
+
+
+def frame_paths(folder: Path) -> list[Path]:
+    """The JPEGs in a folder, in the order of their numbers.
+
+    Raises:
+      DataError: the folder is missing or holds none.
     """
     if not folder.is_dir():
         raise DataError(f"frames {folder}: no such folder")
@@ -703,7 +713,7 @@ def clip_from_folder(folder: Path, short_side: int = SHORT_SIDE) -> list[bytes]:
     paths.sort(key=lambda path: ([int(n) for n in re.findall(r"\d+", path.stem)], path.name))
     if not paths:
         raise DataError(f"frames {folder}: holds no .jpg file")
-    return stored_clip([(str(path), path.read_bytes()) for path in paths], short_side)
+    return paths
 
 
 def clip_from_video(path: Path, fps: float, short_side: int = SHORT_SIDE) -> list[bytes]:
@@ -812,7 +822,11 @@ def decode_frames(
             video[place] = video[done[index]]
             continue
         done[index] = place
-        with Image.open(io.BytesIO(frames[index]), formats=("JPEG",)) as file:
+        data = frames[index]
+        with (
+            reading(f"{index} of a clip", "frame"),
+            Image.open(io.BytesIO(data), formats=("JPEG",)) as file,
+        ):
             if choose_box is not None and box is None:
                 box = choose_box(*file.size)
             # Gray frames are scaled first and become RGB after: the same for a third of the work.

@@ -7,8 +7,9 @@ A manifest is a CSV, TSV or JSONL file, one row an example, with the columns
 - `label`: a class number from 0 in every row, or a name in every row;
 - one column for each modality: a path relative to the manifest's folder. The name may be followed
   by a colon and the type, `sound:audio`; else the suffix tells the type. Types: audio (.wav,
-  .flac; of a video file, its sound), image, video, text (.txt, bytes), and string (the cell itself
-  is the text). An empty cell (null in JSONL) means that the example lacks the modality;
+  .flac; of a video file, its sound), image, video, text (.txt, bytes), string (the cell itself
+  is the text), frames, flow and stored. An empty cell (null in JSONL) means that the example lacks
+  the modality;
 - optional `quality_<modality>`: a number, minus the noise in standard deviations;
 - optional `group`: a speaker, a video, a patient, never on both sides of an automatic split;
 - optional `id`: what predictions call the example.
@@ -30,7 +31,15 @@ audio    spectrogram float32 [audio_bins, audio_frames, 1]: resampled to `audio_
 image    image       uint8 [image_size, image_size, 3]
 video    video       uint8 [video_frames, image_size, image_size, 3], frames evenly spaced
 text     tokens      int32 [text_length]: 1 + the value of each byte, 0 pads; 257 ids
+frames   video       as video, from a folder of JPEGs in the order of their numbers (or the list
+                     `video` of an .hdf5 file). Training draws one frame of each part of the clip,
+                     and crops and flips them (`crop_per`)
+flow     video       uint8 [video_frames, image_size, image_size, 2], from a folder u/NAME of gray
+                     frames and the folder v/NAME next to u
+stored   spectrogram float32 [rows, columns, 1]: a 2-D array in an .npy, .pkl or .pt file
 ======== =========== ==============================================================================
+
+Of the last three the column says the type.
 
 `audio_seconds` 0 stands for the longest clip, at most 10 s; `text_length` 0 for the longest text,
 at most 512 bytes. These lengths, means and standard deviations come from at most `stats_examples`
@@ -52,6 +61,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rollingq_jax.convert.files import load_tensor
 from rollingq_jax.data.audio import (
     decibel_stft,
     log_mel,
@@ -74,12 +84,21 @@ from rollingq_jax.data.dataset import (
 )
 from rollingq_jax.data.options import choice, local_path, mapping_option, option
 from rollingq_jax.data.preprocessing import Preprocessing, evenly_spaced, standardize
-from rollingq_jax.data.reading import HEAD, check_lfs_pointer
+from rollingq_jax.data.reading import HEAD, check_lfs_pointer, reading
+from rollingq_jax.data.restricted_pickle import load_pickle
 from rollingq_jax.data.video import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    EvalFrames,
+    TrainFrames,
+    decode_frames,
+    encode_jpeg,
+    frame_paths,
     read_image,
     read_video_audio,
     read_video_frames,
     resize_image,
+    segment_frames,
     video_seconds,
 )
 from rollingq_jax.errors import DataError, said
@@ -92,6 +111,9 @@ KIND_OF_TYPE = {
     "video": "video",
     "text": "tokens",
     "string": "tokens",
+    "frames": "video",
+    "flow": "video",
+    "stored": "spectrogram",
 }
 BYTE_VOCABULARY = 257
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -101,7 +123,7 @@ SUFFIXES = {
     "video": (".mp4", ".flv", ".avi", ".mkv", ".mov", ".webm", ".m4v"),
     "text": (".txt",),
 }
-TYPES = (*SUFFIXES, "string")
+TYPES = tuple(KIND_OF_TYPE)
 SPLIT_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(
     ("valid", "val", "validation"), "valid"
 )
@@ -168,8 +190,13 @@ class Manifest:
 
     def missing_of(self, rows: Sequence[Row]) -> tuple[str, ...]:
         """As `missing`, of some of the rows."""
-        files = [cell for row in rows for cell in row.values.values() if isinstance(cell, Path)]
-        return tuple(str(file.relative_to(self.path.parent)) for file in files if not is_file(file))
+        cells = [(n, cell) for row in rows for n, cell in row.values.items()]
+        files = [
+            cell
+            for name, cell in cells
+            if isinstance(cell, Path) and not is_there(cell, self.types[name])
+        ]
+        return tuple(str(file.relative_to(self.path.parent)) for file in files)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,10 +215,32 @@ class MediaSizes:
 
 
 class FileForm(NamedTuple):
-    """The type of a modality's cells, and the sizes to which they are brought."""
+    """The type of a modality's cells, and the sizes to which they are brought.
+
+    Attributes:
+      type: one of TYPES.
+      sizes: to which files are brought.
+      stored: of type "stored", the shape of its arrays.
+    """
 
     type: str
     sizes: MediaSizes
+    stored: tuple[int, ...] = ()
+
+    @property
+    def example(self) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype of an example."""
+        sizes, side = self.sizes, self.sizes.image_size
+        return {
+            "audio": ((sizes.audio_bins, sizes.audio_frames, 1), "float32"),
+            "image": ((side, side, 3), "uint8"),
+            "video": ((sizes.video_frames, side, side, 3), "uint8"),
+            "text": ((sizes.text_length,), "int32"),
+            "string": ((sizes.text_length,), "int32"),
+            "frames": ((sizes.video_frames, side, side, 3), "uint8"),
+            "flow": ((sizes.video_frames, side, side, 2), "uint8"),
+            "stored": (self.stored, "float32"),
+        }[self.type]
 
 
 def load(config_data: Any, *, seed: int) -> Dataset:
@@ -215,6 +264,11 @@ def load(config_data: Any, *, seed: int) -> Dataset:
         columns=mapping_option(config_data, "columns"),
         modalities=option(config_data, "modalities", ()),
     )
+    return from_manifest(manifest, config_data, seed=seed)
+
+
+def from_manifest(manifest: Manifest, config_data: Any, *, seed: int) -> Dataset:
+    """The data set that a manifest describes; see `load` for the fields and the errors."""
     if manifest.missing:
         raise DataError(_describe_missing(manifest))
     rows = _rows_of_splits(manifest)
@@ -224,7 +278,10 @@ def load(config_data: Any, *, seed: int) -> Dataset:
     )
     num_classes = count_classes(labels, class_names)
     sizes = _read_sizes(config_data, manifest.types, rows["train"])
-    files = {name: FileForm(type_, sizes) for name, type_ in manifest.types.items()}
+    files = {
+        name: FileForm(type_, sizes, _stored_shape(name, type_, rows["train"]))
+        for name, type_ in manifest.types.items()
+    }
     optional = {name for name in files if any(row.values[name] is None for row in manifest.rows)}
 
     def tags(found: Sequence[Row], name: str) -> np.ndarray | None:
@@ -239,22 +296,29 @@ def load(config_data: Any, *, seed: int) -> Dataset:
             labels[split],
             groups=tags(found, "group"),
             ids=tags(found, "id"),
+            encoded=True,
         )
         for split, found in rows.items()
     }
-    floats = option(config_data, "standardize", True)
-    splits, modalities = standardize(
+    modalities = _modalities(files)
+    clips = [name for name, form in files.items() if form.type == "frames"]
+    splits, measured = standardize(
         complete_splits(sources, seed=seed),
-        _modalities(files),
+        {name: one for name, one in modalities.items() if name not in clips},
         most=sizes.stats_examples,
-        floats=floats,
+        floats=option(config_data, "standardize", True),
     )
+    modalities |= measured
+    crop_per = choice(config_data, "crop_per", ("clip", "frame"))
+    shown = (sizes.video_frames, sizes.image_size, segment_frames)
     return Dataset(
         splits,
         {name: one.info for name, one in modalities.items()},
         num_classes,
         class_names,
         f"files of {manifest.path.name}",
+        train_transforms=tuple(TrainFrames(name, *shown, crop_per) for name in clips),
+        eval_transforms=tuple(EvalFrames(name, *shown) for name in clips),
         preprocessing=modalities,
     )
 
@@ -307,11 +371,14 @@ def _text_bytes(cell: Path | str) -> int:
 def _modalities(files: Mapping[str, FileForm]) -> dict[str, Preprocessing]:
     """The way from files to arrays, before anything is measured."""
     modalities = {}
-    for name, (type_, sizes) in files.items():
-        vocab_size = BYTE_VOCABULARY if KIND_OF_TYPE[type_] == "tokens" else None
-        shape, dtype = _example_form(type_, sizes)
-        info = ModalityInfo(name, KIND_OF_TYPE[type_], shape, dtype, vocab_size)
-        media = {"type": type_, **dataclasses.asdict(sizes)}
+    for name, form in files.items():
+        kind = KIND_OF_TYPE[form.type]
+        vocab_size = BYTE_VOCABULARY if kind == "tokens" else None
+        shape, dtype = form.example
+        info = ModalityInfo(name, kind, shape, dtype, vocab_size)
+        if form.type == "frames":  # drawn and cropped anew each time, so nothing is measured
+            info = dataclasses.replace(info, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        media = {"type": form.type, **dataclasses.asdict(form.sizes)}
         modalities[name] = Preprocessing(info, shape, dtype, media=media)
     return modalities
 
@@ -325,6 +392,7 @@ class FolderSource:
       optional: modalities that have a mask, as some example lacks them.
       labels: int32 [N], or None for examples without them.
       groups, ids: strings [N], held apart from the examples; None where there are none.
+      encoded: whether clips of type frames come as their JPEGs, for `TrainFrames` and `EvalFrames`.
     """
 
     def __init__(
@@ -336,8 +404,10 @@ class FolderSource:
         *,
         groups: np.ndarray | None = None,
         ids: np.ndarray | None = None,
+        encoded: bool = False,
     ) -> None:
         self.rows, self.files, self.optional = tuple(rows), dict(files), optional
+        self.encoded = encoded
         self.groups, self.ids = groups, ids
         if labels is not None:
             self.labels = labels
@@ -350,12 +420,21 @@ class FolderSource:
     def __getitem__(self, index: int) -> Example:
         row = self.rows[index]
         example: Example = {"label": self.labels[index]} if hasattr(self, "labels") else {}
-        for name, (type_, sizes) in self.files.items():
+        for name, form in self.files.items():
             cell = row.values[name]
-            if cell is None:
-                example[name] = np.zeros(*_example_form(type_, sizes))
+            if form.type == "frames" and self.encoded:
+                black = np.zeros((form.sizes.image_size, form.sizes.image_size, 3), np.uint8)
+                frames: Any = [encode_jpeg(black)] if cell is None else clip_frames(Path(cell))
+                example[name] = frames
+            elif cell is None:
+                example[name] = np.zeros(*form.example)
             else:
-                example[name] = read_value(cell, type_, sizes)
+                example[name] = read_value(cell, form.type, form.sizes)
+                if example[name].shape != form.example[0]:
+                    raise DataError(
+                        f"{name}: {cell}: {list(example[name].shape[:2])}; allowed: "
+                        f"{list(form.stored[:2])}, as in the first training example"
+                    )
             if name in self.optional:
                 example[f"{name}_mask"] = np.asarray(cell is not None)
         for name in self.rated:
@@ -402,7 +481,7 @@ def open_manifest(
     saved = {name: _saved_form(one) for name, one in modalities.items()}
     types = {name: form.type for name, form in saved.items()}
     manifest = read_manifest(path, columns=columns, types=types)
-    files = {name: FileForm(type_, saved[name].sizes) for name, type_ in manifest.types.items()}
+    files = {name: saved[name]._replace(type=type_) for name, type_ in manifest.types.items()}
     rows: Sequence[Row] = manifest.rows
     if "split" in manifest.special:
         there = {row.split for row in rows}
@@ -431,8 +510,9 @@ def _saved_form(one: Preprocessing) -> FileForm:
         )
     try:
         sizes = dict(one.media)
-        form = FileForm(str(sizes.pop("type")), MediaSizes(**sizes))
-        fits = _example_form(*form) == (tuple(one.raw_shape), one.raw_dtype)
+        type_ = str(sizes.pop("type"))
+        form = FileForm(type_, MediaSizes(**sizes), tuple(one.raw_shape))
+        fits = form.example == (tuple(one.raw_shape), one.raw_dtype)
     except (KeyError, TypeError, ValueError):
         fits = False
     if not fits:
@@ -443,25 +523,13 @@ def _saved_form(one: Preprocessing) -> FileForm:
     return form
 
 
-def _example_form(type_: str, sizes: MediaSizes) -> tuple[tuple[int, ...], str]:
-    """Shape and dtype of an example of the type."""
-    side = sizes.image_size
-    return {
-        "audio": ((sizes.audio_bins, sizes.audio_frames, 1), "float32"),
-        "image": ((side, side, 3), "uint8"),
-        "video": ((sizes.video_frames, side, side, 3), "uint8"),
-        "text": ((sizes.text_length,), "int32"),
-        "string": ((sizes.text_length,), "int32"),
-    }[type_]
-
-
 def _is_video(path: Path | str) -> bool:
     """Tells a video file by its name."""
     return Path(path).suffix.lower() in SUFFIXES["video"]
 
 
 def read_value(value: Path | str, type_: str, sizes: MediaSizes) -> np.ndarray:
-    """A manifest's cell as the array that `_example_form` describes.
+    """A manifest's cell as the array that `FileForm.example` describes.
 
     Raises:
       DataError: the file is missing or damaged; the message names it.
@@ -475,6 +543,13 @@ def read_value(value: Path | str, type_: str, sizes: MediaSizes) -> np.ndarray:
     if type_ == "video":
         frames = read_video_frames(value, sizes.video_frames)
         return np.stack([resize_image(frame, size) for frame in frames])
+    if type_ == "frames":
+        clip = clip_frames(Path(value))
+        return decode_frames(clip, segment_frames(len(clip), sizes.video_frames), sizes.image_size)
+    if type_ == "flow":
+        return _read_flow(Path(value), sizes)
+    if type_ == "stored":
+        return read_stored(Path(value))
     if isinstance(value, Path):
         try:
             with value.open("rb") as file:
@@ -485,6 +560,81 @@ def read_value(value: Path | str, type_: str, sizes: MediaSizes) -> np.ndarray:
     else:
         data = value.encode("utf-8", "replace")
     return byte_tokens(data, sizes.text_length)
+
+
+class FrameFiles(Sequence[bytes]):
+    """The frames of a clip as JPEG bytes, each read when it is asked for."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = tuple(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: Any) -> Any:
+        with reading(self.paths[index], "frame"):
+            return self.paths[index].read_bytes()
+
+
+def clip_frames(place: Path) -> Sequence[bytes]:
+    """The JPEGs of a clip, from a folder of them or from `video` in an .hdf5 file.
+
+    Raises:
+      DataError: there are none, or the file cannot be read.
+    """
+    if place.is_dir():
+        return FrameFiles(frame_paths(place))
+    with reading(place, "frames"):
+        import h5py
+
+        with h5py.File(place) as file:
+            return [bytes(frame) for frame in file["video"]]
+
+
+def _read_flow(horizontal: Path, sizes: MediaSizes) -> np.ndarray:
+    """uint8 [video_frames, image_size, image_size, 2] from u/NAME, and v/NAME next to u."""
+    vertical = horizontal.parent.with_name("v") / horizontal.name
+    parts = []
+    for place in (horizontal, vertical):
+        clip = clip_frames(place)
+        picked = segment_frames(len(clip), sizes.video_frames)
+        parts.append(decode_frames(clip, picked, sizes.image_size)[..., :1])  # gray: all alike
+    return np.concatenate(parts, axis=-1)
+
+
+def read_stored(path: Path) -> np.ndarray:
+    """A two-dimensional array in an .npy, .pkl or .pt file as float32 [rows, columns, 1].
+
+    A pickle is read without running what it brings along, a .pt file through PyTorch's own safe
+    reader.
+
+    Raises:
+      DataError: the file is missing or damaged, or holds something else.
+    """
+    with reading(path, "array"):
+        if path.suffix == ".npy":
+            array = np.load(path, allow_pickle=False)
+        elif path.suffix == ".pkl":
+            array = load_pickle(path)
+        else:
+            array = load_tensor(path)
+    array = np.asarray(array)
+    if array.ndim == 3 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim != 2 or array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+        form = f"{array.dtype}{list(array.shape)}"
+        raise DataError(f"array {path}: {form}; allowed: finite numbers [rows, columns]")
+    return array.astype(np.float32)[:, :, None]
+
+
+def _stored_shape(name: str, type_: str, rows: Sequence[Row]) -> tuple[int, ...]:
+    """Of the first training example that has the modality; () where it is no stored array."""
+    if type_ != "stored":
+        return ()
+    first = next((row.values[name] for row in rows if row.values[name] is not None), None)
+    if first is None:
+        raise DataError(f"modality {name!r}: no training example has it")
+    return read_stored(Path(first)).shape
 
 
 def byte_tokens(data: bytes, length: int) -> np.ndarray:
@@ -928,6 +1078,13 @@ def _resolve_inside(folder: Path, root: Path, text: str, where: str) -> Path:
             f"{where}: path {text!r} refused; a link leads out of the manifest's folder"
         )
     return folder / text
+
+
+def is_there(path: Path, type_: str) -> bool:
+    """Tells if a cell's file, or folder of frames, is there."""
+    if type_ == "flow":
+        return path.is_dir() and (path.parent.with_name("v") / path.name).is_dir()
+    return is_file(path) or (type_ == "frames" and path.is_dir())
 
 
 def is_file(path: Path) -> bool:
