@@ -209,6 +209,12 @@ def folded(run: LoadedRun) -> dict[str, Any]:
             f"--fold is given and model.fusion is {spec.fusion!r} with head {spec.head!r}, which "
             "has no class query; allowed: attention"
         )
+    if run.model.spec.fusion in ("mult", "mmml"):
+        raise UserError(
+            f"--fold is given and model.fusion is {run.model.spec.fusion!r}; allowed: attention or "
+            "jmt, since one projection makes the class token's query and those of the other "
+            "tokens; without --fold the rotation is stored beside it"
+        )
     if run.model.spec.fusion_layers > 1:
         raise UserError(
             f"--fold is given and model.fusion_layers is {run.model.spec.fusion_layers}; allowed: "
@@ -221,7 +227,13 @@ def folded(run: LoadedRun) -> dict[str, Any]:
             "0, since an ordinary Transformer has no such bias; without --fold its statistics and "
             "the rotation are stored beside the weights"
         )
-    return fold_rotation(run.params, run.rotation)
+    if run.model.spec.fusion != "jmt":
+        return fold_rotation(run.params, run.rotation)
+    params = run.params
+    streams = [*(f"stream_{m}" for m in run.model.spec.modalities), "joint_stream"]
+    for name, rotation in zip(streams, jnp.split(run.rotation, len(streams)), strict=True):
+        params = fold_rotation(params, rotation, ("fusion", f"{name}_attention", "query"))
+    return params
 
 
 def is_upstream(run: LoadedRun) -> bool:

@@ -301,6 +301,7 @@ def test_another_comparison_in_the_folder_is_refused(config_file, tmp_path, fake
 
 
 FUSIONS = ("concat", "attention", "rollingq", "sum", "film", "gated", "mbt", "mbt+rollingq")
+FUSIONS += ("mbt-paper", *runs.CROSS)
 
 
 def test_arms_keep_what_the_configuration_sets(config_file, tmp_path, fake, capsys):

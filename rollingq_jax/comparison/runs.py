@@ -27,6 +27,7 @@ from rollingq_jax.comparison.results import Run, run_record
 from rollingq_jax.data.dataset import Dataset, fingerprint, first_difference
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.errors import CheckpointError, ConfigError, NonFiniteError
+from rollingq_jax.models.spec import CROSS_FUSIONS
 from rollingq_jax.train.config import (
     allowed_in,
     check_config,
@@ -65,6 +66,12 @@ QUALITY = {
     "model.quality_signal": "norm",
     "model.quality_shuffled": False,
 }
+# Fusion models that the paper compares with, in which modalities attend to each other.
+CROSS = {
+    f"{name}{more}": STATIC | {"model.fusion": name, "rolling.enabled": bool(more)}
+    for name in CROSS_FUSIONS
+    for more in ("", "+rollingq")
+}
 ENERGY = QUALITY | {"model.quality_bias": 0.5, "model.quality_signal": "energy"}
 
 # The methods of comparison stand on concat, as the paper has them; on another fusion they are
@@ -90,6 +97,10 @@ ARMS: dict[str, Overrides] = {
     "mbt": PLAIN | {"model.fusion": "mbt"},
     "mbt+rollingq": PLAIN
     | {"model.fusion": "mbt", "model.mbt_head": "attention", "rolling.enabled": True},
+    # As the paper counts its parameters: four layers, and a head on the class tokens.
+    "mbt-paper": STATIC
+    | {"model.fusion": "mbt", "model.mbt_layers": 4, "model.mbt_head": "concat"},
+    **CROSS,
     "ogm": CONCAT | {"baseline.name": "ogm"},
     "ogm-ge": CONCAT | {"baseline.name": "ogm_ge"},
     "pmr": CONCAT | {"baseline.name": "pmr"},

@@ -17,6 +17,9 @@ from rollingq_jax.models.fusion import (
     ConcatFusion,
     FilmFusion,
     GatedFusion,
+    JmtFusion,
+    MmmlFusion,
+    MultFusion,
     SumFusion,
 )
 from rollingq_jax.models.layers import (
@@ -40,7 +43,10 @@ __all__ = [
     "EncoderSpec",
     "FilmFusion",
     "GatedFusion",
+    "JmtFusion",
+    "MmmlFusion",
     "ModelSpec",
+    "MultFusion",
     "MultimodalTransformer",
     "SumFusion",
     "build_model",

@@ -12,7 +12,7 @@ from jax import Array
 from rollingq_jax import quality
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.models.encoders import Bottleneck, Encoder, Presence, read_inputs, read_mask
-from rollingq_jax.models.fusion import STATIC_FUSIONS, AttentionFusion
+from rollingq_jax.models.fusion import CROSS_FUSIONS, STATIC_FUSIONS, AttentionFusion
 from rollingq_jax.models.layers import AttentionFn, Dense, LayerNorm
 from rollingq_jax.models.spec import DTYPES, ModelSpec
 from rollingq_jax.shapes import batch_broadcast
@@ -65,7 +65,17 @@ class MultimodalTransformer(nn.Module):
         if spec.fusion != "unimodal":
             self.probe = {m: Dense(spec.num_classes) for m in spec.modalities}
         self.fusion: Any
-        if spec.uses_class_query:
+        if spec.fusion in CROSS_FUSIONS:
+            self.fusion = CROSS_FUSIONS[spec.fusion](
+                spec.num_classes,
+                spec.dim,
+                spec.fusion_heads,
+                spec.dropout,
+                spec.fusion_layers,
+                DTYPES[spec.dtype],
+                spec.attention_scale,
+            )
+        elif spec.uses_class_query:
             self.fusion = AttentionFusion(
                 spec.num_classes,
                 spec.dim,
@@ -111,7 +121,7 @@ class MultimodalTransformer(nn.Module):
             `probe_logits` `{m: [B, C]}` float32, no gradient to the encoders;
             `tokens` `{m: [B, 1 + L_m, d]}` after the final LayerNorm, class token first;
             `present` `{m: [B]}` bool;
-          with attention fusion also (float32)
+          with a class query also (float32), H being `spec.rolling_heads`,
             `query` `[B, n H, d_h]`, rotated; `mean_keys` `{m: [B, n H, d_h]}`;
             `attention_share` `{m: [B, n H]}` and `uniform_share` `{m: [B]}`, what uniform attention
             would give; the last layer's `attention` `[B, H, 1 + sum L]` if asked for;
@@ -190,6 +200,8 @@ class MultimodalTransformer(nn.Module):
         if not self.spec.uses_class_query:
             self._require_query(rotation is None)
             return self.fusion(tokens, masks)
+        if not self.spec.has_fixed_query:
+            return self.fusion(tokens, masks, rotation, **how)
         signal = None  # of the tokens' norms, which the fusion takes itself
         if self.spec.quality_bias and self.spec.quality_signal == "energy":
             has = {m: p.present for m, p in presences.items()}
@@ -202,9 +214,10 @@ class MultimodalTransformer(nn.Module):
         With several fusion layers it is the first one's. `rotation` is `[n H, d_h, d_h]` or None.
 
         Raises:
-          ConfigError: the fusion has no class query, or the rotation does not fit it.
+          ConfigError: the fusion has no class query, or one that depends on the sample; or the
+            rotation does not fit it.
         """
-        self._require_query(self.spec.uses_class_query)
+        self._require_query(self.spec.has_fixed_query)
         return self.fusion.class_query(rotation)
 
     def _probe(self, tokens: Mapping[str, Array]) -> dict[str, Array]:

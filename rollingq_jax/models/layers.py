@@ -258,7 +258,12 @@ def gelu_exact(x: Array) -> Array:
     return 0.5 * x * (1.0 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
 
 
-GELUS: dict[str, Callable[[Array], Array]] = {"exact": gelu_exact, "tanh": jax.nn.gelu}
+# Upstream's blocks have a GELU, those of other fusion models a ReLU.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "exact": gelu_exact,
+    "tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+}
 
 
 @jax.checkpoint
@@ -310,7 +315,7 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """gelu(x W_1 + b_1) W_2 + b_2."""
+    """gelu(x W_1 + b_1) W_2 + b_2, or with relu."""
 
     hidden: int
     gelu: str = "exact"
@@ -319,7 +324,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """`[..., d] -> [..., d]`."""
-        h = GELUS[self.gelu](Dense(self.hidden, dtype=self.dtype, name="fc1")(x))
+        h = ACTIVATIONS[self.gelu](Dense(self.hidden, dtype=self.dtype, name="fc1")(x))
         return Dense(x.shape[-1], dtype=self.dtype, name="fc2")(h)
 
 
@@ -330,7 +335,7 @@ class Block(nn.Module):
       num_heads: attention heads; they divide d.
       mlp_ratio: hidden width of the MLP in widths d.
       dropout: rate for what each branch adds.
-      gelu: "exact" or "tanh".
+      gelu: "exact", "tanh", or "relu" in its place.
       dtype: of the computation.
       attention_fn: self-attention, see above; None chooses by backend and length.
     """

@@ -27,7 +27,8 @@ KINDS = {
 }
 #: The number of axes that a patch of each kind cuts (0: the kind has no patches).
 PATCH_AXES = {kind: len(axes) - 1 if "channel" in axes else 0 for kind, axes in KINDS.items()}
-FUSIONS = ("unimodal", "sum", "concat", "film", "gated", "attention", "mbt")
+CROSS_FUSIONS = ("mult", "mmml", "jmt")
+FUSIONS = ("unimodal", "sum", "concat", "film", "gated", "attention", "mbt", *CROSS_FUSIONS)
 MBT_HEADS = ("attention", "concat", "sum")
 POOLINGS = ("tokens", "class_tokens")
 MOST_FUSION_LAYERS = 8
@@ -274,7 +275,8 @@ class ModelSpec:
       num_classes: C.
       encoders: one `EncoderSpec` a modality, in alphabetical order.
       fusion_layers: the first n - 1 are Transformer blocks with `fusion_heads` heads, in which a
-        class token attends to all modalities' tokens, as in the last.
+        class token attends to all modalities' tokens, as in the last. Of mult and mmml, the layers
+        in which modalities attend to each other.
       attention_scale: at 0 every token has the same weight, whatever the sample.
       quality_bias: gamma of the quality bias, see `rollingq_jax.quality`.
       quality_signal: n there: the norm of the mean token, or the energy of the probe.
@@ -403,7 +405,16 @@ class ModelSpec:
                 f"model.fusion is {self.fusion!r}, which takes two modalities; "
                 f"model.encoders has {len(encoders)}: {names}"
             )
-        if self.quality_bias and not (self.uses_class_query and self.fusion_layers == 1):
+        if self.fusion in CROSS_FUSIONS and len(encoders) < 2:
+            raise ConfigError(
+                f"model.fusion is {self.fusion!r}, in which modalities attend to each other; "
+                f"model.encoders has one: {names}"
+            )
+        if self.fusion == "jmt" and self.fusion_layers > 1:
+            raise ConfigError(
+                f"model.fusion_layers is {self.fusion_layers}; allowed for fusion 'jmt': 1"
+            )
+        if self.quality_bias and not (self.has_fixed_query and self.fusion_layers == 1):
             raise ConfigError(
                 f"model.quality_bias is {self.quality_bias:g}; allowed with head {self.head!r} and "
                 f"model.fusion_layers {self.fusion_layers}: 0; other values need head 'attention' "
@@ -440,7 +451,19 @@ class ModelSpec:
     @property
     def uses_class_query(self) -> bool:
         """True if a class query attends to the tokens, and so can be rotated."""
+        return self.head == "attention" or self.fusion in CROSS_FUSIONS
+
+    @property
+    def has_fixed_query(self) -> bool:
+        """True if the first layer's class query follows from the parameters, without a sample."""
         return self.head == "attention"
+
+    @property
+    def rolling_heads(self) -> int:
+        """Heads of one fusion layer whose class query can be rotated, over all its attentions."""
+        count = len(self.encoders)
+        attentions = {"mult": count * (count - 1), "mmml": count, "jmt": count + 1}
+        return attentions.get(self.fusion, 1) * self.fusion_heads
 
 
 def _check_modality(name: Any) -> None:

@@ -407,9 +407,12 @@ def class_query_after_update(model: Any, params: Any, rolling: RollingState) -> 
     """The class queries of all fusion layers at the moment of a roll, `[n H, d_h]`, rotated.
 
     The first layer's follows from the parameters only, so that R_new q = q_b holds for every
-    sample. Those above depend on the sample: for them it is the mean query of the window, from
-    before the last updates, and R_new q = q_b holds for that mean.
+    sample. Those above depend on the sample, as all do where the class tokens are the modalities':
+    for them it is the mean query of the window, from before the last updates, and R_new q = q_b
+    holds for that mean.
     """
+    if not model.spec.has_fixed_query:
+        return scores_and_means(rolling)[2]
     first = model.apply({"params": params}, rolling.rotation, method="class_query")
     observed = scores_and_means(rolling)[2]
     return jnp.concatenate([first, observed[len(first) :]])

@@ -83,7 +83,7 @@ def create_state(
         step=jnp.zeros([], jnp.int32),
         params=params,
         opt_state=tx.init(params),
-        rolling=init_rolling(model, params, roller),
+        rolling=init_rolling(model, roller),
         rng=step_rng,
         baseline=baseline,
         quality=quality.init(len(model.spec.modalities)) if model.spec.quality_bias else None,
@@ -102,12 +102,11 @@ def update_ema(ema: Any, params: Any, count: Array, decay: float) -> Any:
     return optax.incremental_update(params, ema, (1 - decay) / -jnp.expm1(count * math.log(decay)))
 
 
-def init_rolling(model: Any, params: Any, roller: RollingQuery) -> RollingState | None:
+def init_rolling(model: Any, roller: RollingQuery) -> RollingState | None:
     """The rolling state that fits the model's class queries; None where it has none."""
     if not model.spec.uses_class_query or len(model.spec.modalities) < 2:
         return None
-    query = jax.eval_shape(lambda p: model.apply({"params": p}, None, method="class_query"), params)
-    heads, head_dim = query.shape  # of the first fusion layer; all layers have as many
+    heads, head_dim = model.spec.rolling_heads, model.spec.dim // model.spec.fusion_heads
     return roller.init(len(model.spec.modalities), head_dim, model.spec.fusion_layers * heads)
 
 

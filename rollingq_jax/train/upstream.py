@@ -165,6 +165,11 @@ def check_upstream_choices(compat: Any, spec: ModelSpec) -> None:
             f"config.upstream_compat.{chosen[0]} is True; allowed with model.fusion_layers "
             f"{spec.fusion_layers}: False, since upstream has one layer"
         )
+    if spec.uses_class_query and not spec.has_fixed_query and chosen:
+        raise ConfigError(
+            f"config.upstream_compat.{chosen[0]} is True; allowed with model.fusion "
+            f"{spec.fusion!r}: False, since upstream has no such model"
+        )
     if spec.quality_bias and chosen:
         raise ConfigError(
             f"config.upstream_compat.{chosen[0]} is True; allowed with model.quality_bias "

@@ -21,6 +21,7 @@ KINDS = {
 }
 AUDIO_VISUAL = {"audio": "spectrogram", "visual": "image"}
 STATIC = ("concat", "sum", "film", "gated")
+CROSS = ("mult", "mmml", "jmt")
 
 
 def config(fusion="attention", kinds=None, **fields):

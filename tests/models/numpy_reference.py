@@ -29,7 +29,7 @@ def attention(q, k, v, mask=None):
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros_like(q)
     for b in range(q.shape[0]):
-        real = np.ones(q.shape[1], bool) if mask is None else np.asarray(mask[b])
+        real = np.ones(k.shape[1], bool) if mask is None else np.asarray(mask[b])
         for h in range(q.shape[2]):
             for i in range(q.shape[1]):
                 scores = k[b, real, h] @ q[b, i, h] / math.sqrt(q.shape[-1])
@@ -79,6 +79,100 @@ def bottleneck(p, streams, num_layers, num_tokens, present=None):
             shared[b] = sum(copies) / len(copies)
         streams = {m: updated[m][:, num_tokens:] for m in streams}
     return streams
+
+
+def cross_attention(p, x, source, rotation):
+    """Queries of x `[B, L, d]` over the source's keys; the first is turned by `[H, d_h, d_h]`."""
+    q, k, v = (
+        np.einsum("bld,dhk->blhk", t, np.asarray(p[n]["kernel"], np.float64))
+        + np.asarray(p[n]["bias"])
+        for n, t in (("query", x), ("key", source), ("value", source))
+    )
+    q[:, 0] = np.einsum("hij,bhj->bhi", rotation, q[:, 0])
+    return linear(p["out"], attention(q, k, v).reshape(x.shape))
+
+
+def relu_mlp(p, x):
+    return linear(p["fc2"], np.maximum(linear(p["fc1"], x), 0))
+
+
+def mult(p, x, rotations, layers, heads):
+    """Logits `[B, C]` of tokens `{m: [B, L_m, d]}`; a rotation for each attention of each layer."""
+    names, last = sorted(x), []
+    pairs = [(t, s) for t in names for s in names if s != t]
+    for m in names:
+        streams = []
+        for number, (target, source) in enumerate(pairs):
+            if target != m:
+                continue
+            h, name = x[target], f"{target}_from_{source}"
+            for i in range(layers):
+                norm0, at, norm1, mlp = (
+                    p[f"{name}_{i}_{part}"] for part in ("norm0", "attention", "norm1", "mlp")
+                )
+                turn = rotations[i * len(pairs) + number]
+                h = h + cross_attention(
+                    at, layer_norm(norm0, h), layer_norm(norm0, x[source]), turn
+                )
+                h = h + relu_mlp(mlp, layer_norm(norm1, h))
+            streams.append(layer_norm(p[f"{name}_norm"], h))
+        h = np.concatenate(streams, axis=-1)
+        for i in range(max(layers, 3)):
+            block = p[f"{m}_block_{i}"]
+            h = h + self_attention(block["attention"], layer_norm(block["norm1"], h), heads)
+            h = h + relu_mlp(block["mlp"], layer_norm(block["norm2"], h))
+        last.append(layer_norm(p[f"{m}_norm"], h)[:, 0])
+    c = np.concatenate(last, axis=-1)
+    return linear(p["head"], c + relu_mlp(p, c))
+
+
+def post_norm_block(p, x, heads):
+    x = layer_norm(p["norm1"], x + self_attention(p["attention"], x, heads))
+    return layer_norm(p["norm2"], x + relu_mlp(p["mlp"], x))
+
+
+def mmml(p, x, rotations, layers, heads):
+    """As `mult`."""
+    names = sorted(x)
+    for i in range(layers):
+        new = {}
+        for number, m in enumerate(names):
+            others = np.concatenate([x[other] for other in names if other != m], axis=1)
+            turn = rotations[i * len(names) + number]
+            h = x[m] + cross_attention(p[f"{m}_attention_{i}"], x[m], others, turn)
+            new[m] = post_norm_block(p[f"{m}_block_{i}"], layer_norm(p[f"{m}_norm_{i}"], h), heads)
+        x = new
+    h = np.concatenate([x[m][:, 0] for m in names], axis=-1)
+    for name in ("fc1", "fc2"):
+        h = np.maximum(linear(p[name], h), 0)
+    return linear(p["head"], h)
+
+
+def jmt(p, x, rotations, layers, heads):
+    """As `mult`; there is one layer."""
+    names = sorted(x)
+    steps = min(len(x[m][0]) for m in names) - 1
+    streams = []
+    for m in names:
+        cls, rest = x[m][:, :1], x[m][:, 1:]
+        length, parts = rest.shape[1], [cls]
+        for t in range(steps):
+            start, stop = t * length // steps, math.ceil((t + 1) * length / steps)
+            parts.append(rest[:, start:stop].mean(1, keepdims=True))
+        stream = np.concatenate(parts, axis=1)
+        streams.append(stream / np.linalg.norm(stream, axis=-1, keepdims=True))
+    streams.append(linear(p["joint"], np.concatenate(streams, axis=-1)))
+    names = [f"stream_{m}" for m in names] + ["joint_stream"]
+    blocks = [p[f"{name}_block"] for name in names]
+    streams = [post_norm_block(b, s, heads) for b, s in zip(blocks, streams, strict=True)]
+    answers = [
+        cross_attention(p[f"{name}_attention"], streams[i][:, :1], source, rotations[i])[:, 0]
+        for i, name in enumerate(names)
+        for j, source in enumerate(streams)
+        if j != i
+    ]
+    c = linear(p["merge"], np.concatenate(answers, axis=-1))
+    return linear(p["head"], np.maximum(linear(p["fc"], c), 0))
 
 
 def fusion_attention(p, tokens, query, num_heads):

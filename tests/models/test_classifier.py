@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 import rollingq_jax as rq
+from rollingq_jax.comparison.runs import ARMS
 from rollingq_jax.errors import ConfigError, DataError
 from rollingq_jax.models import build_model, dense_attention
 from tests.models.model_cases import (
     AUDIO_VISUAL,
     BATCH,
     CLASSES,
+    CROSS,
     DIM,
     KINDS,
     STATIC,
@@ -35,7 +37,8 @@ def shapes(model, inputs, **fields):
 
 @pytest.mark.parametrize(
     ("kind", "fusion"),
-    [(kind, "attention") for kind in sorted(KINDS)] + [("image", f) for f in (*STATIC, "mbt")],
+    [(kind, "attention") for kind in sorted(KINDS)]
+    + [("image", f) for f in (*STATIC, "mbt", *CROSS)],
 )
 def test_shapes_for_every_kind_and_fusion(kind, fusion):
     kinds = {"audio": "sequence", "other": kind}
@@ -47,17 +50,19 @@ def test_shapes_for_every_kind_and_fusion(kind, fusion):
         assert out["probe_logits"][m].shape == (BATCH, CLASSES)
         assert out["tokens"][m].shape == (BATCH, lengths[m], DIM)
         assert out["present"][m].shape == (BATCH,) and out["present"][m].dtype == jnp.bool_
-    if fusion not in ("attention", "mbt"):
+    if fusion in STATIC:
         assert set(out) == {"probe_logits", "tokens", "present"}
         return
-    assert out["query"].shape == (BATCH, 2, DIM // 2)
+    heads = {"mult": 4, "mmml": 4, "jmt": 6}.get(fusion, 2)
+    assert model.spec.rolling_heads == heads
+    assert out["query"].shape == (BATCH, heads, DIM // 2)
     assert out["attention"].shape == (BATCH, 2, 1 + sum(lengths.values()))
     for m in kinds:
-        assert out["mean_keys"][m].shape == (BATCH, 2, DIM // 2)
-        assert out["attention_share"][m].shape == (BATCH, 2)
+        assert out["mean_keys"][m].shape == (BATCH, heads, DIM // 2)
+        assert out["attention_share"][m].shape == (BATCH, heads)
 
 
-@pytest.mark.parametrize("fusion", ["concat", "sum", "attention", "mbt"])
+@pytest.mark.parametrize("fusion", ["concat", "sum", "attention", "mbt", *CROSS])
 def test_three_modalities(fusion):
     model, inputs = build_model(config(fusion, THREE)), batch(THREE)
     logits, out = shapes(model, inputs)
@@ -118,24 +123,51 @@ def test_parameter_tree():
     assert got == expected
 
 
-@pytest.mark.parametrize(("layers", "millions"), [(1, 72.28), (2, 86.46), (3, 100.63), (4, 114.81)])
-def test_parameters_of_upstreams_bottleneck_model_on_crema_d(layers, millions):
+def parameters_on_crema_d(frames=3, **fields):
+    """Sizes of the parameters of a model of the paper's width and depth, in millions, by name."""
     encoders = {
         "audio": {"kind": "spectrogram", "patch": (16, 16)},
         "visual": {"kind": "video", "patch": (1, 16, 16)},
     }
     paper = {"num_classes": 6, "dim": 768, "depth": 4, "num_heads": 12, "encoders": encoders}
-    model = build_model({**paper, "fusion": "mbt", "mbt_head": "concat", "mbt_layers": layers})
+    model = build_model(paper | fields)
     inputs = {
         "audio": jax.ShapeDtypeStruct((1, 257, 188, 1), jnp.float32),
-        "visual": jax.ShapeDtypeStruct((1, 3, 224, 224, 3), jnp.float32),
+        "visual": jax.ShapeDtypeStruct((1, frames, 224, 224, 3), jnp.float32),
     }
-    params = jax.eval_shape(model.init, jax.random.key(0), inputs)
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    assert abs(count / 1e6 - millions) < 0.006
+    params = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): math.prod(leaf.shape) / 1e6
+        for path, leaf in leaves
+    }
 
 
-@pytest.mark.parametrize("fusion", ["concat", "attention", "mbt"])
+@pytest.mark.parametrize(("layers", "millions"), [(1, 72.28), (2, 86.46), (3, 100.63), (4, 114.81)])
+def test_parameters_of_upstreams_bottleneck_model_on_crema_d(layers, millions):
+    sizes = parameters_on_crema_d(fusion="mbt", mbt_head="concat", mbt_layers=layers)
+    assert abs(sum(sizes.values()) - millions) < 0.006
+
+
+@pytest.mark.parametrize(
+    ("arm", "millions"),
+    [
+        ("attention", 59.87),
+        ("mbt-paper", 114.21),
+        ("mmml", 77.88),
+        ("jmt", 80.10),  # 38.25 d^2 over the encoders; the paper's 62.23 leaves two attentions
+        ("mult", 118.94),  # 104 d^2; not in the table
+    ],
+)
+def test_parameters_of_the_papers_table_4(arm, millions):
+    """One frame of a video; class tokens and positions, which are no layer's, are left out."""
+    fields = {n.removeprefix("model."): v for n, v in ARMS[arm].items() if n.startswith("model.")}
+    sizes = parameters_on_crema_d(1, **fields)
+    counted = [v for n, v in sizes.items() if not n.endswith(("/cls", "/position", "/tokens"))]
+    assert abs(sum(counted) - millions) < 0.006
+
+
+@pytest.mark.parametrize("fusion", ["concat", "attention", "mbt", *CROSS])
 def test_the_content_of_an_absent_modality_does_not_matter(fusion):
     model, params, inputs = made_model(fusion)
     present = jnp.array([True, False, True, False])
@@ -148,7 +180,7 @@ def test_the_content_of_an_absent_modality_does_not_matter(fusion):
     np.testing.assert_array_equal(out["present"]["audio"], present)
     np.testing.assert_array_equal(out["present"]["visual"], np.ones(BATCH, bool))
     if fusion != "concat":
-        share = {m: np.asarray(x[:, 0]) for m, x in out["attention_share"].items()}
+        share = {m: np.asarray(x).mean(1) for m, x in out["attention_share"].items()}
         close(share["audio"] + share["visual"], np.ones(BATCH), 1e-6)
         np.testing.assert_array_equal(share["audio"] > 0, present)
 

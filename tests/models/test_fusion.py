@@ -14,6 +14,7 @@ from scipy.special import expit
 
 import rollingq_jax as rq
 from rollingq_jax.errors import ConfigError
+from rollingq_jax.export import folded
 from rollingq_jax.models import (
     AttentionFusion,
     ConcatFusion,
@@ -21,6 +22,8 @@ from rollingq_jax.models import (
     GatedFusion,
     SumFusion,
 )
+from rollingq_jax.models.fusion import CROSS_FUSIONS
+from rollingq_jax.train.loop import LoadedRun
 from tests.models import numpy_reference as reference
 from tests.models.model_cases import (
     BATCH,
@@ -462,6 +465,7 @@ def test_where_several_layers_are_not_allowed():
         ({"fusion": "concat"}, "model.fusion_layers is 2; allowed for fusion 'concat': 1, since"),
         ({"fusion": "mbt", "mbt_head": "sum"}, "for fusion 'mbt' with mbt_head 'sum': 1"),
         ({"fusion": "unimodal", "modality": "audio"}, "for fusion 'unimodal': 1"),
+        ({"fusion": "jmt"}, "for fusion 'jmt': 1"),
     ):
         with pytest.raises(ConfigError, match=says):
             rq.build_model(config(**fields, fusion_layers=2))
@@ -593,3 +597,86 @@ def test_the_whole_model_takes_the_options_in_bfloat16():
     assert logits.dtype == jnp.float32
     assert set(out["mean_keys"]) == {"audio", "visual"}
     close(logits, exact, 0.1)
+
+
+def cross(fusion, modalities, heads=2, layers=1):
+    """A fusion in which modalities attend to each other, its parameters and tokens."""
+    layers = 1 if fusion == "jmt" else layers
+    module = CROSS_FUSIONS[fusion](CLASSES, DIM, heads, dropout=0.3, num_layers=layers)
+    tokens = made_tokens(modalities)
+    params = filled(module, tokens, everything(tokens), example_index=INDEX)
+    return module, params, tokens
+
+
+@pytest.mark.parametrize("modalities", [TWO, THREE], ids=len)
+@pytest.mark.parametrize("fusion", sorted(CROSS_FUSIONS))
+def test_fusions_between_modalities_are_their_equations(fusion, modalities):
+    module, params, tokens = cross(fusion, modalities, layers=2)
+    count = len(modalities)
+    attentions = {"mult": 2 * count * (count - 1), "mmml": 2 * count, "jmt": count + 1}[fusion]
+    turns = rotations(2 * attentions, 2)
+    logits, out = attend(module, params, tokens, rotation=turns)
+    wide = {m: np.asarray(x, np.float64) for m, x in tokens.items()}
+    turned = np.asarray(turns, np.float64).reshape(attentions, 2, DIM // 2, DIM // 2)
+    close(logits, getattr(reference, fusion)(params, wide, turned, module.num_layers, 2), 1e-4)
+    assert out["query"].shape == (B, 2 * attentions, DIM // 2)
+    _, quiet = attend(module, params, tokens)
+    first = slice(0, 2)  # an attention whose inputs no rotation reaches
+    close(out["query"][:, first], rq.rotate(turns[None, first], quiet["query"][:, first]), 1e-5)
+    close(out["mean_keys"]["audio"][:, first], quiet["mean_keys"]["audio"][:, first], 1e-5)
+    for share in (out["attention_share"], out["uniform_share"]):
+        close(sum(share.values()), jnp.ones_like(share["audio"]), 1e-6)
+
+
+@pytest.mark.parametrize("fusion", sorted(CROSS_FUSIONS))
+def test_fusions_between_modalities_read_real_tokens_only(fusion):
+    module, params, tokens = cross(fusion, TWO)
+
+    def loss(params, tokens):
+        logits, out = attend(module, params, tokens, MASKS)
+        return jnp.sum(logits**2) + sum(jnp.sum(x) for x in out["attention_share"].values()), out
+
+    (value, out), grads = jax.value_and_grad(loss, has_aux=True)(params, tokens)
+    noisy = {m: jnp.where(MASKS[m][..., None], x, 100 * x + 1) for m, x in tokens.items()}
+    close(loss(params, noisy)[0], value, 1e-5)
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(grads))
+    share = {m: np.asarray(x).mean(1) for m, x in out["attention_share"].items()}
+    np.testing.assert_array_equal(share["audio"] > 0, [True, False, True])
+    np.testing.assert_array_equal(share["visual"] > 0, [True, True, False])
+    quiet = np.zeros(out["attention"].shape[-1], bool)
+    quiet[0] = True
+    for m, place in (("audio", 1), ("visual", 1 + LENGTHS["audio"])):
+        padded = ~np.asarray(MASKS[m][0])
+        quiet[place : place + LENGTHS[m]] = padded
+    np.testing.assert_array_equal(np.asarray(out["attention"][0]).sum(0) == 0, quiet)
+
+
+@pytest.mark.parametrize("fusion", sorted(CROSS_FUSIONS))
+def test_dropout_between_modalities_follows_the_example(fusion):
+    module, params, tokens = cross(fusion, TWO)
+    options = {"train": True, "rngs": {"dropout": jax.random.key(4)}}
+    whole, _ = attend(module, params, tokens, **options)
+    assert not np.allclose(whole, attend(module, params, tokens)[0])
+    order = jnp.array([2, 0])
+    part = {m: x[order] for m, x in tokens.items()}
+    again, _ = attend(module, params, part, example_index=INDEX[order], **options)
+    close(again, whole[order], 1e-5)
+
+
+def test_the_rotation_of_jmt_folds_and_that_of_the_others_does_not():
+    encoders = {m: {"kind": "vector"} for m in TWO}
+    for fusion in sorted(CROSS_FUSIONS):
+        fields = {"fusion": fusion, "fusion_heads": 2, "dim": DIM, "depth": 0, "num_classes": 3}
+        model = rq.build_model(fields | {"encoders": encoders})
+        inputs = {m: jnp.ones((B, 4)) * i for i, m in enumerate(TWO, 1)}
+        params = filled(model, inputs)
+        turns = rotations(model.spec.rolling_heads, 2)
+        trained = LoadedRun(model, params, turns, None, None, 0)
+        if fusion != "jmt":
+            with pytest.raises(rq.UserError, match=f"model.fusion is {fusion!r}; allowed: attenti"):
+                folded(trained)
+            continue
+        plain = model.apply({"params": folded(trained)}, inputs)[0]
+        close(plain, model.apply({"params": params}, inputs, turns)[0], 1e-4)
+        with pytest.raises(ConfigError, match="a class query or its rotation is asked for"):
+            model.apply({"params": params}, method="class_query")

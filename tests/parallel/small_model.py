@@ -57,7 +57,8 @@ def step_and_state(tx=None, **fields):
 
 def sharded(train_step, eval_step, data=2):
     """The state over all devices but for `data` groups of them; arrays of 16 elements and more."""
-    like = jax.eval_shape(lambda: step_and_state(train_step.keywords["tx"])[1])
+    parts = [train_step.keywords[name] for name in ("model", "tx", "roller")]
+    like = jax.eval_shape(lambda: create_state(*parts, seed=0, batch=batch(0)))
     sizes = (data, jax.device_count() // data)
     return with_fsdp(train_step, eval_step, like, sizes, min_size=16)
 

@@ -65,13 +65,14 @@ def test_every_kind_of_encoder(inputs):
 
 LAYERS = {"fusion_layers": 2, "depth": 2, "scan_layers": True}
 OPTIONS = {"fusion_pooling": "class_tokens", "fusion_residual": True, "fusion_norm": True}
+CROSS = [{"fusion": "mult"}, {"fusion": "mmml", "fusion_layers": 2}, {"fusion": "jmt"}]
 BIAS = {"quality_bias": 0.5, "quality_shuffled": True}
 
 
 @pytest.mark.parametrize(
     "fields",
-    [LAYERS, {"fusion": "mbt", "mbt_layers": 1}, BIAS | OPTIONS],
-    ids=["layers", "mbt", "quality_bias_and_options"],
+    [LAYERS, {"fusion": "mbt", "mbt_layers": 1}, BIAS | OPTIONS, *CROSS],
+    ids=["layers", "mbt", "quality_bias_and_options", "mult", "mmml", "jmt"],
 )
 def test_every_fusion(fields):
     kinds = {"audio": "vector", "text": "tokens"}

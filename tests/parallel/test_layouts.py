@@ -59,6 +59,19 @@ def test_eight_devices_give_the_rotations_of_one(plain, over_eight):
     assert np.abs(np.asarray(theirs.rotation) - np.eye(4)).max() > 0.1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", sorted(small_model.LAYOUTS))
+@pytest.mark.parametrize("fusion", ["mult", "mmml", "jmt"])
+def test_modalities_that_attend_to_each_other_roll_as_on_one_device(fusion, parallel):
+    fields = {"fusion": fusion, "quality_bias": 0.0, "steps": 10}
+    records, state = small_model.run_plain(**fields)
+    ours, found, _ = small_model.run_layout(small_model.LAYOUTS[parallel], **fields)
+    assert_same(ours, records)
+    assert np.asarray(state.rolling.count).min() == 2
+    np.testing.assert_array_equal(found.rolling.count, state.rolling.count)
+    np.testing.assert_allclose(found.rolling.rotation, state.rolling.rotation, atol=1e-4, rtol=0)
+
+
 def test_eight_devices_give_the_norms_of_one(plain, over_eight):
     ours, theirs = over_eight[1].quality, plain[1].quality
     for one, other in zip(ours, theirs, strict=True):

@@ -63,7 +63,7 @@ def test_follows_upstreams_trajectory(path):
         step=jnp.zeros([], jnp.int32),
         params=params,
         opt_state=tx.init(params),
-        rolling=init_rolling(model, params, roller),
+        rolling=init_rolling(model, roller),
         rng=jax.random.key(0),
     )
     batches, evaluation = batches_of(golden)
