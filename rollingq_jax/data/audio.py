@@ -36,19 +36,22 @@ def samples_in(seconds: float, rate: int) -> int:
     return round(seconds * rate) + 1
 
 
-def read_audio(path: str | os.PathLike, seconds: float | None = None) -> tuple[np.ndarray, int]:
+def read_audio(
+    path: str | os.PathLike, seconds: float | None = None, *, data: bytes | None = None
+) -> tuple[np.ndarray, int]:
     """A WAV or FLAC file as float32 [samples] in [-1, 1], channels averaged, and its sample rate.
 
     Args:
       path: the file. Where its header leaves the length open, as encoders do that write to a pipe,
         it is read to its end.
       seconds: only the beginning is decoded, `samples_in` of it; None decodes all.
+      data: the file's bytes, where they are at hand; `path` is for the error message then.
 
     Raises:
       DataError: the file is missing, damaged, empty, shorter than its header says, or has a sample
         rate or a number of channels out of range.
     """
-    with _open_sound(path, seconds) as sound:
+    with _open_sound(path, seconds, data) as sound:
         most = None if seconds is None else samples_in(seconds, sound.samplerate)
         parts = list(_blocks(sound, most))
         count = sum(map(len, parts))
@@ -57,17 +60,20 @@ def read_audio(path: str | os.PathLike, seconds: float | None = None) -> tuple[n
         return check_waveform(np.concatenate(parts), path), int(sound.samplerate)
 
 
-def sound_seconds(path: str | os.PathLike, at_most: float | None = None) -> float:
+def sound_seconds(
+    path: str | os.PathLike, at_most: float | None = None, *, data: bytes | None = None
+) -> float:
     """The length of a WAV or FLAC file from its header; by decoding where the header is silent.
 
     Args:
       path: the file.
       at_most: decoding ends there, so that a longer file may count as this long.
+      data: as in `read_audio`.
 
     Raises:
       DataError: as in `read_audio`.
     """
-    with _open_sound(path, at_most) as sound:
+    with _open_sound(path, at_most, data) as sound:
         frames, rate = sound.frames, sound.samplerate
         if frames >= _UNKNOWN_FRAMES:
             most = None if at_most is None else samples_in(at_most, rate)
@@ -76,12 +82,14 @@ def sound_seconds(path: str | os.PathLike, at_most: float | None = None) -> floa
 
 
 @contextlib.contextmanager
-def _open_sound(path: str | os.PathLike, seconds: float | None) -> Iterator[Any]:
+def _open_sound(
+    path: str | os.PathLike, seconds: float | None, data: bytes | None = None
+) -> Iterator[Any]:
     """An open `soundfile.SoundFile` whose header has been checked."""
     with reading(path, "audio"):
         import soundfile
 
-        with open(path, "rb") as file:
+        with open(path, "rb") if data is None else io.BytesIO(data) as file:
             check_impostor(file.read(HEAD), path, "audio")
             source: Any = file
             if wav := _read_wav_header(file, path):
@@ -186,7 +194,8 @@ def _read_wav_header(file: Any, path: str | os.PathLike) -> _WavHeader | None:
         file.seek(0)
         return None
     order = ">" if magic == b"RIFX" else "<"
-    size = os.fstat(file.fileno()).st_size
+    size = file.seek(0, os.SEEK_END)
+    file.seek(len(header))
     (riff_length,) = struct.unpack(f"{order}I", header[4:8])
     format_, long_length, found = b"", None, None
     while len(chunk := file.read(8)) == 8:

@@ -19,12 +19,13 @@ LOADERS = {
     ),
     "cmu_mosei": "rollingq_jax.data.sources.cmu_mosei",
     "crema_d": "rollingq_jax.data.sources.crema_d",
+    "huggingface": "rollingq_jax.data.sources.huggingface",
     "folder": "rollingq_jax.data.sources.media_folder",
     "kinetics_sounds": "rollingq_jax.data.sources.kinetics_sounds",
 }
 ANY_TFDS_NAME = "rollingq_jax.data.sources.tfds"
 # Loaders of data whose kinds of modality the user may state.
-OPEN_KINDS = ("rollingq_jax.data.sources.arrays", ANY_TFDS_NAME)
+OPEN_KINDS = (LOADERS["arrays"], LOADERS["huggingface"], ANY_TFDS_NAME)
 
 
 def load_dataset(

@@ -60,6 +60,11 @@ _KINDS = Field({}, "kinds of modalities, where the shape does not tell")
 _STATS_EXAMPLES = Field(
     256, "training examples that statistics are taken from", minimum=1, maximum=1_000_000_000
 )
+_FEATURES = Field({}, "which feature is the label and which is a modality")
+_SEQUENCE_LENGTH = Field(
+    128, "positions of a sequence of varying length", minimum=1, maximum=1_000_000
+)
+_VOCAB_SIZE = Field(0, "of token ids", minimum=0, maximum=10_000_000)
 _CROP_PER = Field("clip", "what training draws a crop and a flip for", choices=("clip", "frame"))
 _FRAMES = {
     "split_seed": Field(0, "of the split where it is drawn", minimum=0, maximum=4_294_967_295),
@@ -113,18 +118,23 @@ FIELDS: dict[str, dict[str, Field]] = {
     },
     "crema_d": {"splits": Field("", "the folder of the published lists"), **_FRAMES},
     "folder": _MEDIA,
+    "huggingface": {
+        "features": _FEATURES,
+        "kinds": _KINDS,
+        **{n: f for n, f in _LAYOUT.items() if n not in ("modalities", "video_frames", "crop_per")},
+        "sequence_length": _SEQUENCE_LENGTH,
+        "vocab_size": _VOCAB_SIZE,
+    },
     "kinetics_sounds": _FRAMES,
     ANY_TFDS: {
-        "features": Field({}, "which feature is the label and which is a modality"),
+        "features": _FEATURES,
         "tfds_splits": Field({}, "which TFDS splits are train, valid and test"),
         "kinds": _KINDS,
         "standardize": _STANDARDIZE,
         "image_size": Field(64, "pixels of an image's sides", minimum=1, maximum=4_096),
         "text_length": Field(128, "bytes of a text", minimum=1, maximum=1_000_000),
-        "sequence_length": Field(
-            128, "positions of a sequence of varying length", minimum=1, maximum=1_000_000
-        ),
-        "vocab_size": Field(0, "of token ids", minimum=0, maximum=10_000_000),
+        "sequence_length": _SEQUENCE_LENGTH,
+        "vocab_size": _VOCAB_SIZE,
         "stats_examples": _STATS_EXAMPLES,
     },
 }

@@ -55,7 +55,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
@@ -277,7 +277,7 @@ def from_manifest(manifest: Manifest, config_data: Any, *, seed: int) -> Dataset
         {split: np.array([row.label for row in found], str) for split, found in rows.items()}
     )
     num_classes = count_classes(labels, class_names)
-    sizes = _read_sizes(config_data, manifest.types, rows["train"])
+    sizes = read_sizes(config_data, functools.partial(_longest, rows["train"], manifest.types))
     files = {
         name: FileForm(type_, sizes, _stored_shape(name, type_, rows["train"]))
         for name, type_ in manifest.types.items()
@@ -335,8 +335,17 @@ def _rows_of_splits(manifest: Manifest) -> dict[str, list[Row]]:
     return rows
 
 
-def _read_sizes(config_data: Any, types: Mapping[str, str], train: Sequence[Row]) -> MediaSizes:
-    """The configuration's sizes, with the lengths that it leaves open measured."""
+def read_sizes(config_data: Any, longest: Callable[[str, int], float]) -> MediaSizes:
+    """The configuration's sizes, with the lengths that it leaves open measured.
+
+    Args:
+      config_data: with the fields of `MediaSizes`.
+      longest: ("audio" or "text", number of training examples to look at) -> the seconds or bytes
+        of the longest; 0 where there is none.
+
+    Raises:
+      ConfigError: a field has the wrong type or value.
+    """
     least = {"audio_rate": 1000, "audio_seconds": 0, "audio_bins": 2, "text_length": 0}
     fields: dict[str, Any] = {
         field.name: option(config_data, field.name, field.default, minimum=least.get(field.name, 1))
@@ -344,19 +353,22 @@ def _read_sizes(config_data: Any, types: Mapping[str, str], train: Sequence[Row]
         if field.name != "audio_features"
     }
     sizes = MediaSizes(choice(config_data, "audio_features", ("mel", "stft")), **fields)
-    sample = [train[i] for i in evenly_spaced(len(train), sizes.stats_examples)]
-
-    def longest(kinds: tuple[str, ...], length: Any) -> float:
-        cells = [row.values[n] for row in sample for n, type_ in types.items() if type_ in kinds]
-        return max((length(cell) for cell in cells if cell is not None), default=0)
-
     if not sizes.audio_seconds:
-        seconds = min(longest(("audio",), _sound_seconds), MAX_SECONDS)
+        seconds = min(longest("audio", sizes.stats_examples), MAX_SECONDS)
         sizes = dataclasses.replace(sizes, audio_seconds=max(seconds, 0.05))
     if not sizes.text_length:
-        length = min(longest(("text", "string"), _text_bytes), MAX_TEXT)
+        length = min(longest("text", sizes.stats_examples), MAX_TEXT)
         sizes = dataclasses.replace(sizes, text_length=max(int(length), 1))
     return sizes
+
+
+def _longest(train: Sequence[Row], types: Mapping[str, str], what: str, most: int) -> float:
+    """Of the files and texts of at most so many rows, for `read_sizes`."""
+    length: Any = _sound_seconds if what == "audio" else _text_bytes
+    kinds = ("audio",) if what == "audio" else ("text", "string")
+    names = [name for name, type_ in types.items() if type_ in kinds]
+    cells = [train[i].values[name] for i in evenly_spaced(len(train), most) for name in names]
+    return max((length(cell) for cell in cells if cell is not None), default=0)
 
 
 def _sound_seconds(file: Path) -> float:

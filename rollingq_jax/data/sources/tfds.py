@@ -436,6 +436,24 @@ def _make_adapter(name: str, feature: Any, kind: str | None, config_data: Any) -
     shape, dtype = feature.shape, feature.np_dtype
     if isinstance(shape, dict) or np.dtype(dtype).kind not in "biuf":
         raise DataError(f"data.features: {name}: {feature!r} cannot be used as a modality")
+    return tensor_adapter(name, shape, dtype, kind, config_data)
+
+
+def tensor_adapter(
+    name: str, shape: tuple[int | None, ...], dtype: Any, kind: str | None, config_data: Any
+) -> FeatureAdapter:
+    """Makes a modality of arrays of one shape, of which the first axis may vary (None).
+
+    Args:
+      name: of the modality.
+      shape, dtype: of an example.
+      kind: what the user says it is, or None to go by shape.
+      config_data: with `sequence_length` and `vocab_size`.
+
+    Raises:
+      DataError: another axis varies.
+      ConfigError: it holds token ids, and `vocab_size` is not set.
+    """
     length = option(config_data, "sequence_length", 128, minimum=1)
     if None in shape[1:] or (shape[:1] == (None,) and len(shape) > 2):
         raise DataError(
@@ -443,7 +461,7 @@ def _make_adapter(name: str, feature: Any, kind: str | None, config_data: Any) -
             "[None, D] or of tokens [None] may vary"
         )
     varies = shape[:1] == (None,)
-    fixed = (length, *shape[1:]) if varies else tuple(shape)
+    fixed = tuple(length if size is None else size for size in shape)
     kind = kind or infer_kind(fixed, dtype, name)
     vocab_size = None
     if kind == "tokens":
