@@ -23,6 +23,7 @@ from rollingq_jax.comparison.results import (
     difference,
     make_table,
     metrics_of,
+    verdicts,
     written,
     written_difference,
     written_mean,
@@ -133,7 +134,9 @@ def measured(
     """The page's part that is made from `results.json` and, where given, the runs' probes."""
     words = metrics_of(result["runs"])
     against, second = result["reference"], result["second_reference"]
-    parts = [result["conclusion"], result["search"]]
+    found = verdicts(result["table"], result["runs"], against)
+    parts = ["\n".join(f"- {line}" for line in found)] if found else []
+    parts += [result["conclusion"], result["search"]]
     for metric, lines in result["table"].items():
         parts += [f"### {words[metric].capitalize()}", metric_table(metric, lines, against)]
     if second:

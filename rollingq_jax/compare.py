@@ -8,8 +8,14 @@ Leaves `selection.json` (before any test set is read), `results.json`, `results.
 the same table. More seeds or arms can be added by naming them in another call.
 """
 
-import contextlib
 import sys
+
+if __name__ == "__main__":  # before the imports that need an extra, so that it can be named
+    from rollingq_jax.__main__ import run
+
+    sys.exit(run("compare", sys.argv))
+
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,9 +46,10 @@ from rollingq_jax.comparison.runs import (
 )
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.files import write_whole
-from rollingq_jax.train.cli import Command, integer, run_command, switch, text
+from rollingq_jax.train.cli import Command, integer, switch, text
 from rollingq_jax.train.config import check_config
 from rollingq_jax.train.logging import device_line, read_rows, table, versions
+from rollingq_jax.train.output import wrapped
 from rollingq_jax.train.preemption import Interruption
 from rollingq_jax.train.workdir import check_workdir, locked, write_json
 
@@ -174,18 +181,20 @@ def show(plan: Plan, result: dict[str, Any], noise: bool) -> None:
     numbers.write_pictures(plan.folder, result, rows, samples, points)
 
 
-def summary_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The table that the command prints."""
+def summary_lines(result: Mapping[str, Any]) -> Iterator[str]:
+    """What the command prints: verdicts, a table for each metric, and what may be concluded."""
+    yield from map(wrapped, result["verdicts"])
     words = numbers.metrics_of(result["runs"])
-    rows = []
     for metric, lines in result["table"].items():
-        rows.append((words[metric], f"difference to {result['reference']}"))
+        yield f"{words[metric]}, and its difference to {result['reference']}:"
+        rows = []
         for arm, line in lines.items():
-            text = numbers.written_mean(metric, line)
+            rows.append((arm, numbers.written_mean(metric, line)))
             if "difference" in line:
-                text += f"  {numbers.written_difference(metric, line)}"
-            rows.append((f"  {arm}", text))
-    return rows
+                rows.append(("", numbers.written_difference(metric, line)))
+        yield table(rows)
+    yield wrapped(result["search"])
+    yield wrapped(result["conclusion"])
 
 
 EXPLAINED = """\
@@ -258,13 +267,6 @@ def command(argv: Sequence[str]) -> None:
             allow_reuse=given.allow_reuse,
             interruption=interruption,
         )
-    print(table(summary_rows(result)))
-    for line in result["verdicts"]:
+    for line in summary_lines(result):
         print(line)
-    print(result["search"])
-    print(result["conclusion"])
     print(f"results.json, results.csv, figures and report.html are in {given.workdir}")
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(command, sys.argv))

@@ -75,9 +75,14 @@ class Predictions(NamedTuple):
         return int((~self.finite).sum())
 
     @property
+    def correct(self) -> Array:
+        """Whether the most probable class is the label, [N] bool; no answer is a wrong one."""
+        return self.predicted == self.label
+
+    @property
     def accuracy(self) -> float:
-        """Share of examples whose most probable class is the label; no answer is a wrong one."""
-        return float((self.predicted == self.label).mean())
+        """Share of `correct` examples."""
+        return float(self.correct.mean())
 
     def unchanged(self, other: "Predictions") -> float:
         """Share of examples whose most probable class is that of `other`."""
@@ -389,12 +394,17 @@ def quality_contrast_correlation(share: Mapping[str, Array], quality: Mapping[st
 
 
 class Interval(NamedTuple):
-    """Mean of `size` values with its bootstrap interval; NaN for fewer than two of them."""
+    """Mean of `size` values with its 95 % interval; NaN for fewer than two of them."""
 
     mean: float
     low: float
     high: float
     size: int
+
+    def written(self, form: str = ".3f", scale: float = 1.0) -> str:
+        """As text: `0.590 [0.577, 0.602]`; without the interval where it is not defined."""
+        mean, low, high = (written(scale * x, form) for x in self[:3])
+        return f"{mean} [{low}, {high}]" if math.isfinite(self.low) else mean
 
 
 class PairedDifference(NamedTuple):
@@ -411,6 +421,21 @@ class PairedDifference(NamedTuple):
     def excludes_zero(self) -> bool:
         """Whether the whole interval lies on one side of zero (False where it is undefined)."""
         return bool(self.low > 0 or self.high < 0)
+
+
+def mean_over_examples(values: Array) -> Interval:
+    """Mean of values [N] with the 95 % interval of Student's t; what is not finite is left out.
+
+    For the examples of a split, which are many: `bootstrap_mean` is for the few runs of a table.
+    """
+    values = np.asarray(values, np.float64)
+    values = values[np.isfinite(values)]
+    count = len(values)
+    mean = float(values.mean()) if count else math.nan
+    if count < 2:
+        return Interval(mean, math.nan, math.nan, count)
+    half = special.stdtrit(count - 1, 0.975) * values.std(ddof=1) / math.sqrt(count)
+    return Interval(mean, float(mean - half), float(mean + half), count)
 
 
 def bootstrap_mean(

@@ -20,7 +20,7 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from rollingq_jax.analysis import metrics, plots
-from rollingq_jax.analysis.metrics import Predictions, written
+from rollingq_jax.analysis.metrics import Predictions, mean_over_examples, written
 from rollingq_jax.analysis.plots import AttentionExample, ModalityView
 from rollingq_jax.analysis.plots import training as curves
 from rollingq_jax.analysis.plots.attention import num_tokens, split_attention
@@ -76,6 +76,7 @@ def write_report(
     path: str | Path | epath.Path,
     *,
     title: str,
+    verdicts: Sequence[str] = (),
     lead: str = "",
     key_numbers: Mapping[str, Any] | None = None,
     figures: Sequence[ReportFigure] = (),
@@ -89,6 +90,7 @@ def write_report(
     Args:
       path: of the HTML file, local or gs://; its folder is made if there is none.
       title: of the page.
+      verdicts: what was found, a sentence each; the page opens with them.
       lead: what happened, in a few sentences.
       key_numbers: name -> value, shown large at the top.
       figures: in the order they are shown.
@@ -100,6 +102,7 @@ def write_report(
     path = epath.Path(path)
     parts = {
         "title": escape(title),
+        "verdicts": _verdicts(verdicts),
         "lead": f'<p class="lead">{escape(lead)}</p>' if lead else "",
         "numbers": _pairs("numbers", key_numbers or {}, shown),
         "figures": "\n".join(map(_figure, figures)),
@@ -165,6 +168,16 @@ def escape(value: Any) -> str:
         for c in str(value)
     )
     return html.escape(text, quote=True)
+
+
+def _verdicts(verdicts: Sequence[str]) -> str:
+    """A list in which a question, or a sentence without one, stands out before the answer."""
+    parts = [verdict.partition("? ") for verdict in verdicts]
+    lines = (
+        f"<li><strong>{escape(asked + mark)}</strong>{escape(answer)}</li>"
+        for asked, mark, answer in parts
+    )
+    return f'<ul class="lead">{"".join(lines)}</ul>' if parts else ""
 
 
 def _section(heading: str, content: str) -> str:
@@ -335,6 +348,92 @@ def describe_rolls(rows: Sequence[Row]) -> str:
             f"{used_up['imbalance']:.2f}, stood above beta."
         )
     return text
+
+
+def run_verdicts(
+    found: Predictions,
+    rows: Sequence[Row],
+    rolling: Any,
+    *,
+    rotations: int = 0,
+    plain: Predictions | None = None,
+) -> list[str]:
+    """Is attention biased, did the rolls last, did accuracy follow? A sentence each, of one run.
+
+    Attention is biased where a modality's share lies above that of uniform attention with its
+    whole 95 % interval, over the test examples. The rolls lasted where the imbalance ends at beta
+    or below, and in part where it ends below that before the first roll.
+
+    Args:
+      found: the answers on the test split.
+      rows: of metrics.jsonl.
+      rolling: `config.rolling`.
+      rotations: of the parameters that gave the answers.
+      plain: the answers of the same run without rotations, where there is one.
+    """
+    accuracy = mean_over_examples(found.correct).written(".1f", 100)
+    favored = _favored(plain or found)
+    if favored is None:
+        return [
+            "Is attention biased? There is none between modalities: the test accuracy is "
+            f"{accuracy} %."
+        ]
+    modality, excess, even = favored
+    share = mean_over_examples((plain or found).shares()[modality]).written()
+    when = "without rotations " if plain else f"after {rotations} rotations " if rotations else ""
+    verdicts = [
+        f"Is attention biased? {'Yes' if excess.low > 0 else 'Not shown'}: {when}{modality} gets "
+        f"{share} of the attention in the best checkpoint; even is {even:.3f}."
+    ]
+    imbalance, rolls = curves.curve(rows, "valid", "imbalance").y, curves.rolls(rows)
+    if not rolls:
+        why = f"imbalance stayed within config.rolling.beta, {rolling.beta:g}"
+        if not rolling.enabled:
+            why = "config.rolling.enabled is False"
+        elif rolling.max_rotations == 0:
+            why = "config.rolling.max_rotations is 0"
+        verdicts.append(f"Did the rolls last? There were none: {why}.")
+    else:
+        first, last = rolls[0].imbalance_before, imbalance[-1] if len(imbalance) else math.nan
+        answer = "Yes" if last <= rolling.beta else "In part" if last < first else "No"
+        answer = answer if math.isfinite(first + last) else "Not known"
+        share = mean_over_examples(found.shares()[modality]).written()
+        verdicts.append(
+            f"Did the rolls last? {answer}: the imbalance was {written(first)} before the first of "
+            f"{sum(roll.heads for roll in rolls)} rolls and ends at {written(last)}, with beta "
+            f"{rolling.beta:g}; after {rotations} {modality} gets {share} of the attention."
+        )
+        if any(row.get("rotations_used_up") for row in rows if row["step"] == rows[-1]["step"]):
+            verdicts.append(
+                f"No rotations are left, and the imbalance stands above beta: "
+                f"config.rolling.max_rotations is {rolling.max_rotations}; None sets no limit."
+            )
+    if plain:
+        gain = mean_over_examples(found.correct.astype(int) - plain.correct.astype(int))
+        answer = "Yes" if gain.low > 0 else "No" if gain.high < 0 else "Not shown"
+        verdicts.append(
+            f"Did accuracy follow? {answer}: {gain.written('+.1f', 100)} points, from "
+            f"{100 * plain.accuracy:.1f} % without rotations to {accuracy} %, with this seed."
+        )
+    else:
+        verdicts.append(
+            f"Did accuracy follow? One run does not tell: it has {accuracy} % of the test data "
+            "right; `compare` sets it beside plain attention."
+        )
+    return verdicts
+
+
+def _favored(found: Predictions) -> tuple[str, metrics.Interval, float] | None:
+    """The modality furthest above its share under uniform attention: its name, by how much, that
+    share. None where there is no attention between modalities."""
+    shares, uniform = found.shares(), found.uniform_shares()
+    even = {m: uniform.get(m, np.full(len(s), 1 / len(shares))) for m, s in shares.items()}
+    excess = {m: mean_over_examples(shares[m] - even[m]) for m in shares}
+    known = [m for m, found in excess.items() if found.size]
+    if len(known) < 2:
+        return None
+    modality = max(known, key=lambda m: excess[m].mean)
+    return modality, excess[modality], metrics.mean_finite(even[modality])
 
 
 def describe_accuracy(rows: Sequence[Row]) -> str:

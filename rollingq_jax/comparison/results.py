@@ -447,7 +447,8 @@ def write_pictures(
     write_report(
         folder / "report.html",
         title=f"Comparison: {result['config']['data']['name']}, {len(result['seeds'])} seeds",
-        lead="\n".join([*result["verdicts"], result["conclusion"]]),
+        verdicts=result["verdicts"],
+        lead=result["conclusion"],
         key_numbers={f"test accuracy, {arm}": line["mean"] for arm, line in accuracy.items()},
         figures=figures,
         tables=report_tables(result),

@@ -43,14 +43,14 @@ from rollingq_jax.train.config import (
     with_typed_data_fields,
 )
 from rollingq_jax.train.distributed import TIMEOUT, Ending, join
-from rollingq_jax.train.output import shown
+from rollingq_jax.train.output import WIDTH, shown, wrapped
 from rollingq_jax.train.preemption import EXIT_CODE, Interrupted, Interruption
 
 USER_ERROR = 2
 IO_ERROR = 74  # EX_IOERR of sysexits.h
 KILLED_BY_SIGINT = 130
 MOST_AT_ONCE = 2**20  # examples in a batch that a command line may ask for
-WIDTH, COLUMN = 80, 26  # of the help: the terminal that it fits, and where its second column begins
+COLUMN = 26  # where the second column of the help begins
 
 
 class Flag(NamedTuple):
@@ -246,8 +246,8 @@ class Command(NamedTuple):
         rows = [(one.metavar, one.help) for one in named]
         rows += [(one.shown, one.help) for one in (*config, *self.flags)]
         parts = [
-            _wrapped(usage, "    "),
-            _wrapped(self.summary),
+            wrapped(usage, "    "),
+            wrapped(self.summary, ""),
             "\n".join(_in_columns(*row) for row in rows),
             "\n".join(["examples:", *(_as_typed(f"{program} {one}") for one in self.examples)]),
             self.epilog(),
@@ -325,10 +325,6 @@ def _allowed(parser: flags.ArgumentParser) -> str:
     if isinstance(parser, flags.BooleanParser):
         return "true or false"
     return parser.syntactic_help or "a text"
-
-
-def _wrapped(line: str, indent: str = "") -> str:
-    return textwrap.fill(line, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _in_columns(left: str, right: str) -> str:

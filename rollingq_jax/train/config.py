@@ -100,7 +100,7 @@ class RunConfig:
         "of an example in the training loss, by its label; ('balanced',): 1 / frequency",
     ] = ()
     label_smoothing: Annotated[Rate, "part of a label spread evenly over all classes"] = 0.0
-    plain_twin: Annotated[Flag, "also train without rotations, in plain/, for the figures"] = False
+    plain_twin: Annotated[Flag, "also train without rotations, in plain/, to compare with"] = False
     nonfinite: Annotated[
         str, one_of(("stop", "skip")), "at a NaN or infinite loss or gradient; skip: no update"
     ] = "stop"

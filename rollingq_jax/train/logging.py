@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import socket
 import struct
 import time
@@ -30,6 +31,7 @@ from rollingq_jax.analysis.metrics import written
 from rollingq_jax.data.dataset import KEPT, Dataset
 from rollingq_jax.errors import CheckpointError, NonFiniteError, printable, said
 from rollingq_jax.files import write_whole
+from rollingq_jax.train.output import wrapped
 from rollingq_jax.train.steps import (
     NONFINITE,
     RollRecord,
@@ -511,6 +513,8 @@ class Console:
         self._print(parameter_table(self._state.params))
         if step:
             self._print(f"continuing from step {step} of {self._total_steps}")
+        if step < self._total_steps:
+            self._print("compiling the first step ...")
         self._bar = tqdm(
             total=self._total_steps,
             initial=step,
@@ -526,7 +530,7 @@ class Console:
 
     def _print(self, text: str) -> None:
         if self._first:
-            tqdm.write(text)
+            tqdm.write("\n".join(map(wrapped, text.split("\n"))))
 
     def note(self, text: str) -> None:
         """A line of its own."""
@@ -556,8 +560,8 @@ class Console:
         """Puts training rows on the bar; prints validation and rotations on lines of their own."""
         for row in rows:
             if row["split"] == "train":
-                names = ("loss", "accuracy", "imbalance")
-                self._bar.set_postfix({n: written(row[n]) for n in names if n in row})
+                shown = (f"{n} {written(row[n])}" for n in ("loss", "accuracy") if n in row)
+                self._bar.set_postfix_str(", ".join(shown))
                 self._count_kept(row)
                 if row.get("skipped"):
                     self._print(
@@ -589,21 +593,28 @@ class Console:
 
 
 def epoch_line(row: Row) -> str:
-    """An epoch's validation in one line; says so where the run waits for its input."""
-    words = "training data," if "evaluated_on" in row else "validation"
-    parts = [f"epoch {row['epoch']}: {words} loss {written(row['loss'])}"]
-    parts.append(f"accuracy {written(row['accuracy'])}")
+    """An epoch's validation in one line, of what a terminal has room for: what matters most first.
+
+    A run that waits for its input says so.
+    """
+    where = "training data, " if "evaluated_on" in row else ""
+    parts = [f"{where}accuracy {written(row['accuracy'])}"]
+    if row["input_wait"] > 0.5:
+        parts.append(f"{row['input_wait']:.0%} of the time waiting for input")
     if "imbalance" in row:
         parts.append(f"imbalance {written(row['imbalance'])}")
     shares = [
         f"{n[16:]} {written(v, '.2f')}" for n, v in row.items() if n.startswith("attention_share/")
     ]
     if shares:
-        parts.append("attention " + " ".join(shares))
+        parts.append(" ".join(shares))
     if row.get("rotations"):
-        parts.append(f"rotations {row['rotations']}")
-    parts.append(f"{row['seconds']:.1f} s, {row['examples_per_second']:,.0f} examples/s")
-    parts.append(f"{row['input_wait']:.0%} waiting for input")
-    if row["input_wait"] > 0.5:
-        parts.append("(input-bound)")
-    return ", ".join(parts)
+        parts.append(f"{row['rotations']} rotations")
+    parts.append(f"loss {written(row['loss'])}")
+    parts.append(f"{row['seconds']:.1f} s")
+    parts.append(f"{row['examples_per_second']:,.0f} examples/s")
+    line, room = f"epoch {row['epoch']}: {parts[0]}", shutil.get_terminal_size().columns
+    for part in parts[1:]:
+        if len(line) + len(part) + 2 <= room:
+            line += f", {part}"
+    return line

@@ -213,22 +213,23 @@ class TrainLoop:
             self.interruption.unsaved = False
             if not test:
                 return {"best": best}
+            plain = None
             if experiment.config.plain_twin and experiment.roll_schedule is not None:
-                self._train_plain_twin()
+                plain = self._train_plain_twin()
             from rollingq_jax.train.report import finish_run
 
-            return finish_run(experiment, workdir, checkpoints, best, step, self.callbacks)
+            return finish_run(experiment, workdir, checkpoints, best, step, self.callbacks, plain)
 
-    def _train_plain_twin(self) -> None:
-        """The same run without rotations, in the folder `plain` of the run, for its figures.
+    def _train_plain_twin(self) -> dict[str, Any]:
+        """The same run without rotations, in the folder `plain` of the run, to compare with.
 
-        The test data are not read. Interrupted, the run that it belongs to resumes it.
+        Returns its best checkpoint. Interrupted, the run that it belongs to resumes it.
         """
         config = copy.deepcopy(self.experiment.config)
         config.rolling.enabled, config.plain_twin = False, False
         if not self.quiet and jax.process_index() == 0:
-            print("The same without rotations, for the figures ...")
-        train_and_evaluate(
+            print("The same without rotations, to compare with ...")
+        found = train_and_evaluate(
             config,
             self.workdir / "plain",
             interruption=self.interruption,
@@ -237,6 +238,7 @@ class TrainLoop:
             dataset=self.experiment.dataset,
             **self.experiment.given,
         )
+        return found["best"]
 
     def train(self, state: TrainState, record: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
         """Steps from the given state to the last; returns the best checkpoint, and the last step.

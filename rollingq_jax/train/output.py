@@ -3,10 +3,24 @@
 import contextlib
 import os
 import sys
+import textwrap
 from collections.abc import Iterator
 from typing import Any, TextIO
 
 from rollingq_jax.errors import printable, said
+
+WIDTH = 80  # of the terminal that everything fits
+
+
+def wrapped(line: str, indent: str = "  ") -> str:
+    """A line as several that fit the terminal; those after the first are indented."""
+    return textwrap.fill(
+        printable(line),
+        WIDTH,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
 
 
 class Output:

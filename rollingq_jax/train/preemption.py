@@ -119,6 +119,8 @@ class Interruption:
                 os._exit(128 + number[0])
             self.requested = True
             if not self.unsaved:
+                # A terminal has echoed ^C behind the progress bar.
+                start = "\n" if sys.stderr.isatty() else ""
                 with contextlib.suppress(OSError):  # nobody reads it any more
-                    print(Interrupted(), file=sys.stderr, flush=True)
+                    print(f"{start}{Interrupted()}", file=sys.stderr, flush=True)
                 os._exit(EXIT_CODE)

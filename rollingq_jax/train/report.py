@@ -44,6 +44,7 @@ from rollingq_jax.train.logging import (
     table,
     versions,
 )
+from rollingq_jax.train.output import wrapped
 from rollingq_jax.train.train_state import TrainState
 from rollingq_jax.train.workdir import is_number, json_ready, write_json
 
@@ -60,16 +61,19 @@ def finish_run(
     best: Mapping[str, Any],
     step: int,
     callbacks: Sequence[Callback] = (),
+    plain: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Tests the best checkpoint and leaves the summary, the figures and the report.
 
     `step` is the last that was trained, which is not that of the plan where patience ended. The
-    summary is written last: as long as it is missing, the same command does this again.
+    summary is written last: as long as it is missing, the same command does this again. `plain` is
+    the best checkpoint of the same run without rotations, where there is one; it is tested too.
     """
     state, best = restore_best(experiment, workdir, checkpoints, best)
     means, columns = experiment.evaluate(experiment.parallel.put_state(state), "test")
     rotations = None if state.rolling is None else np.asarray(state.rolling.count).tolist()
     predictions = predictions_of(experiment, columns)
+    without = None if plain is None else plain_predictions(experiment, workdir, plain)
     found = test_scores(predictions, experiment) | {
         "test_loss": means["loss"],
         "probe_accuracy": {
@@ -99,6 +103,13 @@ def finish_run(
         spent = used_up(writer.rows)
         if spent is not None:
             summary["rotations_used_up"] = spent
+        summary["verdicts"] = report.run_verdicts(
+            predictions,
+            writer.rows,
+            experiment.config.rolling,
+            rotations=0 if rotations is None else int(np.sum(rotations)),
+            plain=without,
+        )
         draw(experiment, workdir, state, summary, predictions, writer.rows)
         write_json(workdir / "summary.json", summary)
     return summary
@@ -110,8 +121,22 @@ def selected_on(summary: Mapping[str, Any]) -> str:
     return "validation" if validation else "training"
 
 
+def plain_predictions(
+    experiment: Experiment, workdir: epath.Path, best: Mapping[str, Any]
+) -> Predictions | None:
+    """The answers on the test split of the same run without rotations; None if it is damaged."""
+    with Checkpoints(workdir / "plain" / "checkpoints", read_only=True) as checkpoints:
+        try:
+            state, _ = checkpoints.restore(best["step"], experiment.abstract_state())
+        except DamagedError as error:
+            log.warning("the run without rotations is left out of the verdicts: %s", error)
+            return None
+    _, columns = experiment.evaluate(experiment.parallel.put_state(state), "test")
+    return predictions_of(experiment, columns)
+
+
 def print_summary(summary: Mapping[str, Any], workdir: epath.Path) -> None:
-    """The table at the end of a run; of a summary that lacks something, what it has."""
+    """Verdicts and a table at the end of a run; of a summary that lacks something, what it has."""
     best = summary["best"]
 
     def mapping(name: str) -> Mapping[str, Any]:
@@ -157,6 +182,9 @@ def print_summary(summary: Mapping[str, Any], workdir: epath.Path) -> None:
         text = f"epoch {used_up.get('epoch')}, imbalance then {shown(used_up.get('imbalance'))}"
         rows.append(("all rotations used, imbalance above beta", text))
     if jax.process_index() == 0:
+        verdicts = summary.get("verdicts")
+        for line in verdicts if isinstance(verdicts, list) else ():
+            print(wrapped(str(line)))
         print(table(rows))
         print(f"figures, report.html and summary.json are in {workdir}")
 
@@ -294,8 +322,10 @@ def report_figures(
     return figures
 
 
-def report_tables(summary: dict[str, Any], rows: list[Row]) -> list[Table]:
-    """Rotations and classes."""
+def report_tables(
+    summary: dict[str, Any], predictions: Predictions, rows: list[Row]
+) -> list[Table]:
+    """Rotations, classes and, where a page can hold it, which were taken for which."""
     rolls = [row for row in rows if row["split"] == "roll"]
     fields = ("epoch", "head", "imbalance_before", "imbalance_after", "angle_degrees")
     classes = [
@@ -303,6 +333,8 @@ def report_tables(summary: dict[str, Any], rows: list[Row]) -> list[Table]:
         for name, score in summary["per_class"].items()
     ]
     tables = [Table("Classes, test data", ("class", "examples", "accuracy", "F1"), classes)]
+    confusion = report.confusion_table(predictions, list(summary["per_class"]))
+    tables += [] if confusion is None else [confusion]
     if rolls:
         columns = ("epoch", "head", "imbalance before", "imbalance after", "angle (degrees)")
         lines = [[row.get(field) for field in fields] for row in rolls]
@@ -346,11 +378,12 @@ def draw(
     write_report(
         workdir / "report.html",
         title=f"RollingQ: {experiment.config.data.name}, {experiment.config.model.fusion}",
+        verdicts=summary["verdicts"],
         lead=f"The best epoch by {selected_on(summary)} {METRICS[metric]} is "
         f"{best['epoch']}{chosen}; the test data were read once, with its parameters.",
         key_numbers=key_numbers(summary),
         figures=list(figures.values()),
-        tables=report_tables(summary, rows),
+        tables=report_tables(summary, predictions, rows),
         data=summary["data"],
         config=summary["config"],
         versions=summary["versions"] | {"device": summary["device"]},

@@ -49,6 +49,7 @@ def make_report(path, name="audio", **kwargs):
     rows = examples.run_rows()
     options = {
         "title": f"A run on {name}",
+        "verdicts": [f"Is {name} told? Yes.", name],
         "lead": f"{name}: {report.describe_accuracy(rows)}",
         "key_numbers": {"test accuracy": 0.611, "rotations": 2, name: None},
         "figures": [
@@ -256,3 +257,65 @@ def test_a_confusion_matrix_counts_true_by_predicted():
     assert table.columns == ("true class", "a", "b", "c", "no answer")
     assert table.rows == [("a", 1, 0, 0, 0), ("b", 1, 0, 0, 1), ("c", 0, 0, 1, 0)]
     assert report.confusion_table(found, list("abcdefghijklm")) is None
+
+
+def answers(share, correct):
+    """Predictions of two classes with the audio's share and who is right given, an example each."""
+    share, correct = np.asarray(share), np.asarray(correct)
+    probabilities = np.eye(2)[np.where(correct, 0, 1)]
+    shares = {"audio": share, "visual": 1 - share}
+    return metrics.Predictions(probabilities, np.zeros(len(share), int), shares, {})
+
+
+def run_of(last, rolls=2, used_up=False):
+    """Rows of a run whose imbalance was 0.4 before the first roll and ends at `last`."""
+    rows = [row(8, "roll", imbalance_before=0.4, imbalance_after=0.1, angle_degrees=9.0)] * rolls
+    rows += [row(10, imbalance=0.3), row(20, imbalance=last, rotations_used_up=used_up)]
+    return [*rows, row(20, "test")]
+
+
+ROLLING = ConfigDict({"enabled": True, "beta": 0.05, "max_rotations": 2})
+
+
+@pytest.mark.parametrize(
+    "last, used_up, answer", [(0.05, False, "Yes"), (0.2, False, "In part"), (0.4, True, "No")]
+)
+def test_a_run_opens_with_its_verdicts(last, used_up, answer):
+    """Intervals of Student's t over four examples: 3.182 sd / 2 on either side."""
+    plain = answers([0.6, 0.7, 0.6, 0.7], [1, 0, 0, 1])
+    found = answers([0.5, 0.6, 0.5, 0.4], [1, 1, 1, 1])
+    rows = run_of(last, used_up=used_up)
+    lines = report.run_verdicts(found, rows, ROLLING, rotations=2, plain=plain)
+    assert lines[0] == (
+        "Is attention biased? Yes: without rotations audio gets 0.650 [0.558, 0.742] of the "
+        "attention in the best checkpoint; even is 0.500."
+    )
+    assert lines[1] == (
+        f"Did the rolls last? {answer}: the imbalance was 0.400 before the first of 2 rolls and "
+        f"ends at {last:.3f}, with beta 0.05; after 2 audio gets 0.500 [0.370, 0.630] of the "
+        "attention."
+    )
+    assert lines[-1] == (
+        "Did accuracy follow? Not shown: +50.0 [-41.9, +141.9] points, from 50.0 % without "
+        "rotations to 100.0 [100.0, 100.0] %, with this seed."
+    )
+    told = [line for line in lines if "config.rolling.max_rotations is 2; None" in line]
+    assert len(told) == used_up
+
+
+def test_a_run_says_why_there_is_nothing_to_judge():
+    found = answers([0.5, 0.6, 0.5, 0.4], [1, 0, 1, 1])
+    none = run_of(0.03, rolls=0)
+    for changed, why in (
+        ({}, "imbalance stayed within config.rolling.beta, 0.05"),
+        ({"enabled": False}, "config.rolling.enabled is False"),
+        ({"max_rotations": 0}, "config.rolling.max_rotations is 0"),
+    ):
+        rolling = ConfigDict({**ROLLING, **changed})
+        lines = report.run_verdicts(found, none, rolling)
+        assert lines[0].startswith("Is attention biased? Not shown: audio gets 0.500 [")
+        assert lines[1] == f"Did the rolls last? There were none: {why}."
+        assert lines[2].startswith("Did accuracy follow? One run does not tell: it has 75.0 [")
+    static = found._replace(attention_share={})
+    (line,) = report.run_verdicts(static, none[1:], ROLLING)
+    assert line.startswith("Is attention biased? There is none between modalities: the test")

@@ -27,6 +27,7 @@ from rollingq_jax.train.logging import (
     MetricAccumulator,
     MetricsWriter,
     as_json,
+    epoch_line,
     first_head_rotation,
     load_snapshots,
     read_rows,
@@ -74,10 +75,24 @@ def test_a_rotation_that_has_drifted_is_mended_and_told(meter, capsys):
     console = object.__new__(Console)
     console._first, console._rotations_shown = True, 0
     console.show(rows)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("; R had drifted from orthogonal and is mended")
-    assert lines[1].startswith("epoch 2, head 1: rotated the query by ")
-    assert not lines[1].endswith("mended")
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    first, second = " ".join(out.split()).split(" epoch 2, head 1: rotated the query by ")
+    assert first.endswith("; R had drifted from orthogonal and is mended")
+    assert not second.endswith("mended")
+
+
+def test_an_epoch_is_one_line_of_what_fits_the_terminal(monkeypatch):
+    fields = {"accuracy": 0.829, "imbalance": 0.022, "rotations": 127, "loss": 0.9467}
+    fields |= {"attention_share/audio": 0.514, "attention_share/visual": 0.486}
+    fields |= {"seconds": 2.06, "examples_per_second": 1203.4, "input_wait": 0.01}
+    line = "epoch 24: accuracy 0.829, imbalance 0.022, audio 0.51 visual 0.49, 127 rotations"
+    monkeypatch.setenv("COLUMNS", "80")
+    assert epoch_line({"epoch": 24} | fields) == line
+    waiting = epoch_line({"epoch": 24} | fields | {"input_wait": 0.61})
+    assert len(waiting) <= 80 and "61% of the time waiting for input" in waiting
+    monkeypatch.setenv("COLUMNS", "120")
+    assert epoch_line({"epoch": 24} | fields) == f"{line}, loss 0.947, 2.1 s, 1,203 examples/s"
 
 
 def test_a_rotation_within_rounding_stays(meter):

@@ -678,3 +678,6 @@ def test_a_plain_twin_is_the_same_run_without_rotations(finished, tmp_path):
     twin = read_metrics(tmp_path / "run" / "plain")
     assert twin == read_metrics(tmp_path / "plain")
     assert {row["split"] for row in twin} == {"train", "valid"}  # no test data, no rotations
+    verdicts = [line.partition("?")[0] for line in again["verdicts"]]
+    assert verdicts == ["Is attention biased", "Did the rolls last", "Did accuracy follow"]
+    assert "without rotations" in again["verdicts"][0]
