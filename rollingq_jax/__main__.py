@@ -7,14 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-import rollingq_jax
 from rollingq_jax.errors import did_you_mean, import_or_say, printable
 
 # name -> its module, the function in it that takes the command line, and what it does.
 COMMANDS = {
     "train": ("train.cli", "train_command", "train a run, and test it once at the end"),
     "evaluate": ("evaluate", "command", "evaluate a run, and probe what its attention follows"),
-    "compare": ("compare", "command", "compare arms over seeds"),
+    "compare": ("compare", "command", "compare arms over seeds; sweep over settings"),
     "predict": ("predict", "command", "a trained run's answers on new data, as a table"),
     "prepare": ("prepare", "command", "prepare a data set from its original distribution"),
     "export": ("export", "command", "a run's weights, and a function that runs without us"),
@@ -57,10 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(help_text(program))
         return 0
     if name == "--version":
-        print(rollingq_jax.__version__)
+        print(import_or_say("rollingq_jax").__version__)
         return 0
     if name == "--completion":
-        print(completion())
+        try:
+            print(completion())
+        except ModuleNotFoundError as error:
+            return _fail(str(error))
         return 0
     if name not in COMMANDS:
         meant = did_you_mean(name, COMMANDS)

@@ -4,10 +4,18 @@
     python -m rollingq_jax.check --config configs/own_data.py --config.data.path=FILE
 
 Reads every example (``--quick``: the first 100 of each split) and prints counts by split and class,
-kinds, shapes, quality and files that cannot be read. Leaves with code 2 where something is wrong.
+kinds, shapes, quality and files that cannot be read; last, the command that trains on it. Leaves
+with code 2 where something is wrong.
 """
 
 import sys
+
+if __name__ == "__main__":  # before the imports that need an extra, so that it can be named
+    from rollingq_jax.__main__ import run
+
+    sys.exit(run("check", sys.argv))
+
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +29,7 @@ from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.options import mapping_option, option
 from rollingq_jax.data.sources.media_folder import is_manifest, read_manifest
 from rollingq_jax.errors import DataError, printable
-from rollingq_jax.train.cli import Command, run_command, switch, text
+from rollingq_jax.train.cli import Command, read_python, switch, text
 
 QUICK = 100
 SHOWN = 20
@@ -133,6 +141,28 @@ def _missing_files(config_data: Any) -> Iterator[str]:
             yield f"... and {len(missing) - SHOWN} more missing files"
 
 
+def next_command(program: str, given: SimpleNamespace, fields: Sequence[str], train: int) -> str:
+    """The command that trains on what was checked.
+
+    Args:
+      program: of this command, as it was called.
+      given: the flags.
+      fields: of the configuration, as they were typed.
+      train: number of training examples.
+    """
+    if given.config_json is not None:
+        config = ["--config_json", given.config_json]
+    else:
+        config = ["--config", given.config or "own_data"]
+    fields = list(fields)
+    if config[1] == "own_data" and train < read_python("own_data").batch_size:
+        fields.append(f"--config.batch_size={train}")
+    path = given.path or next((f for f in fields if f.startswith("--config.data.path=")), "own")
+    workdir = given.workdir or f"runs/{Path(path.rpartition('=')[2]).stem}"
+    start = "rollingq train" if program.startswith("rollingq ") else "python -m rollingq_jax train"
+    return f"{start} {shlex.join([*config, *fields, '--workdir', workdir])}"
+
+
 CHECK = Command(
     "check",
     "Prints what a data set holds, before anything is trained on it: counts by split and class, "
@@ -145,7 +175,7 @@ CHECK = Command(
     (
         text("path", "PATH", "an .npz file, a folder of .npy files or a manifest"),
         switch("quick", f"read {QUICK} examples of each split"),
-        text("workdir", "FOLDER", "not used: a training command can be checked as it stands"),
+        text("workdir", "FOLDER", "not read: a training command can be checked as it stands"),
     ),
     reads_config=True,
 )
@@ -158,11 +188,12 @@ def command(argv: Sequence[str]) -> None:
       UserError: the data or the arguments cannot be used.
     """
     given, fields = CHECK.parse_flags(argv)
-    if given.path is not None and given.config is None and given.config_json is None and not fields:
+    alone = given.path is not None and given.config is None and given.config_json is None
+    if given.path is not None:
+        fields.append(f"--config.data.path={given.path}")
+    if alone and len(fields) == 1:
         config_data, encoders, seed = SimpleNamespace(name="arrays", path=given.path), None, 0
     else:
-        if given.path is not None:
-            fields.append(f"--config.data.path={given.path}")
         config = CHECK.read_config(given, fields)
         config_data, encoders, seed = config.data, config.model.encoders, config.seed
     for line in _missing_files(config_data):
@@ -172,7 +203,5 @@ def command(argv: Sequence[str]) -> None:
         print(printable(line))
     for line in read_examples(dataset, QUICK if given.quick else None):
         print(printable(line))
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(command, sys.argv))
+    print("train on it with")
+    print(f"  {printable(next_command(argv[0], given, fields, len(dataset.splits['train'])))}")

@@ -9,9 +9,15 @@ example, `predictions.csv` into the workdir. With `--path NEW` other data are ev
 The parameters are those of the best checkpoint by validation.
 """
 
+import sys
+
+if __name__ == "__main__":  # before the imports that need an extra, so that it can be named
+    from rollingq_jax.__main__ import run
+
+    sys.exit(run("evaluate", sys.argv))
+
 import dataclasses
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +38,6 @@ from rollingq_jax.train.cli import (
     Command,
     Flag,
     integer,
-    run_command,
     switch,
     text,
 )
@@ -273,7 +278,3 @@ def command(argv: Sequence[str]) -> None:
     )
     print(table(summary_rows(result)))
     print(f"evaluation.json, evaluation.html, predictions.csv and figures are in {given.workdir}")
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(command, sys.argv))

@@ -10,10 +10,16 @@ where the architecture is upstream's, else ours, joined by dots, with the rotati
 `rolling.rotation`.
 """
 
+import sys
+
+if __name__ == "__main__":  # before the imports that need an extra, so that it can be named
+    from rollingq_jax.__main__ import run
+
+    sys.exit(run("export", sys.argv))
+
 import hashlib
 import importlib.util
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,7 +46,7 @@ from rollingq_jax.files import write_whole
 from rollingq_jax.models import ModelSpec, build_model, dense_attention
 from rollingq_jax.quality import COLLECTION, collection, model_variables
 from rollingq_jax.rotation import fold_rotation
-from rollingq_jax.train.cli import WORKDIR, Command, run_command, switch, text
+from rollingq_jax.train.cli import WORKDIR, Command, switch, text
 from rollingq_jax.train.logging import table, versions
 from rollingq_jax.train.loop import LoadedRun, load_run
 from rollingq_jax.train.workdir import json_ready, read_summary, write_json
@@ -472,7 +478,3 @@ def rotation_line(weights: Mapping[str, Any]) -> str:
         return "none"
     folded = weights["rotation"] == "folded"
     return "folded into the query projection" if folded else f"stored as {weights['rotation']}"
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(command, sys.argv))

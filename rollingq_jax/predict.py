@@ -8,9 +8,15 @@ data were; these need not be there. The table has a line for each example: id, p
 probability of each class, attention share of each modality and, where it is given, the label.
 """
 
+import sys
+
+if __name__ == "__main__":  # before the imports that need an extra, so that it can be named
+    from rollingq_jax.__main__ import run
+
+    sys.exit(run("predict", sys.argv))
+
 import logging
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +32,7 @@ from rollingq_jax.data.pipeline import collate
 from rollingq_jax.data.sources.media_folder import MANIFEST_SUFFIXES
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.inference import Prediction, Predictor, check_batch_size
-from rollingq_jax.train.cli import MOST_AT_ONCE, WORKDIR, Command, integer, run_command, text
+from rollingq_jax.train.cli import MOST_AT_ONCE, WORKDIR, Command, integer, text
 from rollingq_jax.train.logging import table
 from rollingq_jax.train.loop import load_run
 
@@ -184,7 +190,3 @@ def command(argv: Sequence[str]) -> None:
         lines += [("examples with a label", str(result["labeled"])), ("accuracy", value)]
     print(table(lines))
     print(f"predictions are in {given.out}")
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(command, sys.argv))

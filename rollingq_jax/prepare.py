@@ -9,9 +9,15 @@ command is given again. Files that cannot be read are left out and listed at the
 with ``--strict``.
 """
 
+import sys
+
+if __name__ == "__main__":  # before the imports that need an extra, so that it can be named
+    from rollingq_jax.__main__ import run
+
+    sys.exit(run("prepare", sys.argv))
+
 import importlib
 import os
-import sys
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +26,7 @@ from absl import flags
 
 from rollingq_jax.data.options import local_path
 from rollingq_jax.errors import ConfigError
-from rollingq_jax.train.cli import Command, Flag, integer, run_command, switch, text, warn
+from rollingq_jax.train.cli import Command, Flag, integer, switch, text, warn
 
 # Each module has prepare(source, data_dir, *, strict, ...) -> Prepared; the options that it takes
 # beside those of every set.
@@ -105,7 +111,3 @@ def command(argv: Sequence[str]) -> None:
     if prepared.unreadable:
         warn(f"{len(prepared.unreadable)} unreadable, left out")
     print(f"train on it with --config.data.path={given.data_dir}")
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(command, sys.argv))

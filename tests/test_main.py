@@ -78,6 +78,26 @@ def test_a_package_that_is_missing_is_one_line(capsys, monkeypatch):
         _ = rollingq_jax.load
 
 
+def test_with_the_core_alone_a_command_names_the_extra():
+    """Run as modules of their own, where no package of the extra can be imported."""
+    code = """
+import runpy, sys
+sys.modules |= dict.fromkeys(["absl", "etils", "grain", "matplotlib", "ml_collections", "tqdm"])
+for name in ("check", "compare", "evaluate", "export", "predict", "prepare"):
+    sys.argv = [name, "--help"]
+    try:
+        runpy.run_module(f"rollingq_jax.{name}", run_name="__main__")
+    except SystemExit as done:
+        assert done.code == 2, (name, done.code)
+from rollingq_jax.__main__ import main
+sys.exit(main(["rollingq", "--completion"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and len(lines) == 7, done.stderr
+    assert all("is not installed" in line and '"rollingq-jax[train]"' in line for line in lines)
+
+
 def test_a_module_that_fails_of_itself_is_not_called_missing():
     assert errors.missing_package(ImportError("cannot import name x", name="json")) is None
     assert errors.missing_package(ModuleNotFoundError(name="rollingq_jax.nowhere")) is None

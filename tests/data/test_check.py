@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from rollingq_jax.check import command, describe, read_examples
+from rollingq_jax.check import CHECK, command, describe, next_command, read_examples
 from rollingq_jax.data.dataset import ArraySource, Dataset, ModalityInfo, infer_model
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.pipeline import eval_batches
@@ -75,6 +76,26 @@ def test_a_single_table_with_groups_and_names(tmp_path, capsys, caplog):
     np.savez(tmp_path / "d.npz", label=np.arange(100) % 3 + 1, **arrays)
     command(["check", "--path", str(tmp_path / "d.npz")])
     assert "class 0 never occurs; the model gets 4 outputs" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["rollingq check", "--path", "a b.npz"], "rollingq train --config own_data "
+         "--config.batch_size=20 '--config.data.path=a b.npz' --workdir 'runs/a b'"),
+        (["check.py", "--config_json", "c.json", "--workdir", "w"],
+         "python -m rollingq_jax train --config_json c.json --workdir w"),
+        (["check.py", "--config", "x.py", "--config.data.path=d/mine.csv"],
+         "python -m rollingq_jax train --config x.py --config.data.path=d/mine.csv "
+         "--workdir runs/mine"),
+    ],
+)  # fmt: skip
+def test_the_command_that_trains_on_it(arguments, expected):
+    """As it can be pasted into a shell; a small table gets batches that it has examples for."""
+    given, fields = CHECK.parse_flags(arguments)
+    fields += [f"--config.data.path={given.path}"] * (given.path is not None)
+    found = shlex.split(next_command(arguments[0], given, fields, 20))
+    assert sorted(found) == sorted(shlex.split(expected))
 
 
 def test_many_classes_and_missing_modalities():

@@ -82,9 +82,9 @@ def config_of(**data):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({"regmie": "clean"}, "config.data.regmie is not a field; did you mean 'regime'?"),
+        ({"regmie": "clean"}, "config.data.regmie is not a field (did you mean regime?)"),
         ({"regime": "x"}, "data.regime: 'x'; allowed: one of varied_test, noisy_audio"),
-        ({"name": "arrays", "modalitis": ["a"]}, "did you mean 'modalities'?"),
+        ({"name": "arrays", "modalitis": ["a"]}, "(did you mean modalities?)"),
         ({"name": "arrays", "kinds": 3}, "data.kinds: 3"),
         ({"name": "arrays", "modalities": [1]}, "data.modalities: 1; allowed: names"),
         ({"name": "arrays", "regime": "clean"}, "is a field of av_digits, not of data.name"),
@@ -93,7 +93,7 @@ def config_of(**data):
         ({"name": "folder", "image_size": 0}, "data.image_size: 0; allowed: at least 1"),
         ({"name": "folder", "audio_seconds": float("nan")}, "data.audio_seconds: nan"),
         ({"name": "folder", "image_size": 10**12}, "at most 4,096"),
-        ({"name": "my_set", "feature": "a=b"}, "did you mean 'features'?"),
+        ({"name": "my_set", "feature": "a=b"}, "(did you mean features?)"),
         ({"name": "crema_d", "frames": 3}, "allowed for 'crema_d': cache_dir, corruptions, "),
         ({"name": 3}, "data.name: 3; allowed: of type str"),
         ({"path": None, "prefetch": -1}, "config.data.prefetch is -1"),
