@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
             "kinds": "",  # "audio=spectrogram, visual=image": where the shape says otherwise
             "modalities": (),  # "audio,visual"; empty: all
             "columns": "",  # of a manifest: "label=emotion, audio=wav_path"
+            "tokenizer": "",  # of its texts: a Hugging Face tokenizer.json; empty: bytes
             "standardize": True,  # float modalities, with the training split's statistics
             "corruptions": "",  # in training: "audio=0..2, visual=drop:0.2"
         }

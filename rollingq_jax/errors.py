@@ -118,6 +118,7 @@ _EXTRAS = {
     "sklearn": "demo",
     "soundfile": "datasets",
     "tensorflow_datasets": "demo",
+    "tokenizers": "text",
 }
 
 

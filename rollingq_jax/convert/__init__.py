@@ -7,7 +7,7 @@ Examples:
   {'audio': (2, 257, 188, 1), 'visual': (2, 1, 224, 224, 3)}
 """
 
-from rollingq_jax.convert.files import load_state_dict
+from rollingq_jax.convert.files import fetch_weights, load_state_dict
 from rollingq_jax.convert.upstream import (
     dropped_tensors,
     from_upstream,
@@ -21,6 +21,7 @@ from rollingq_jax.convert.vit import VitReport, load_vit, patch_grids
 __all__ = [
     "VitReport",
     "dropped_tensors",
+    "fetch_weights",
     "from_upstream",
     "load_state_dict",
     "load_vit",

@@ -1,20 +1,81 @@
-"""Reading a file of named tensors without ever running code from it."""
+"""Reading a file of named tensors, local or from an address, without ever running code from it."""
 
+import hashlib
+import http.client
 import importlib
 import os
 import pickle
 import re
+import shutil
+import tempfile
+import urllib.request
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import ml_dtypes
 import numpy as np
 
-from rollingq_jax.errors import DataError
+from rollingq_jax.errors import DataError, said
 
 SUFFIXES = (".npz", ".safetensors", ".pth", ".pt")
+ADDRESS = re.compile(r"(?:https?|file)://[^#]+#sha256=[0-9a-f]{64}")
+ADDRESS_FORM = (
+    "a local path, or an address (https://, http:// or file://) with #sha256= and the file's 64 "
+    "hexadecimal digits behind it"
+)
+TIMEOUT = 60  # seconds without a byte from a server
 TORCH_AT_LEAST = (2, 6)  # before it, weights_only=True could be made to run code (CVE-2025-32434)
+
+
+def fetch_weights(address: str, folder: str | os.PathLike[str]) -> Path:
+    """The local file behind an address, kept under its checksum; a path stays as it is.
+
+    Args:
+      address: a local path, or an address that ends in `#sha256=...`: whoever serves the file
+        later, what is loaded is what the address was written for.
+      folder: where fetched files are kept. One that is there, and whole, is not fetched again.
+
+    Raises:
+      DataError: an address without a checksum, or one that cannot be fetched or kept; or the file
+        has another checksum.
+
+    Examples:
+      >>> fetch_weights("vit.npz", "cache")
+      PosixPath('vit.npz')
+      >>> fetch_weights("https://example.org/vit.npz", "cache")
+      Traceback (most recent call last):
+      rollingq_jax.errors.DataError: weights are 'https://...'; allowed: a local path, or an ...
+    """
+    if "://" not in address:
+        return Path(address)
+    if not ADDRESS.fullmatch(address):
+        raise DataError(f"weights are {address!r}; allowed: {ADDRESS_FORM}")
+    url, _, expected = address.partition("#sha256=")
+    place = Path(folder) / (expected + PurePosixPath(unquote(urlsplit(url).path)).suffix)
+    if place.is_file() and _sha256(place) == expected:
+        return place
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        # The file is in its place whole or not at all, also if two runs fetch it at once.
+        with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
+            part = Path(scratch) / place.name
+            with urllib.request.urlopen(url, timeout=TIMEOUT) as source, part.open("wb") as target:
+                shutil.copyfileobj(source, target)
+            found = _sha256(part)
+            if found == expected:
+                part.replace(place)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise DataError(f"weights of {url} cannot be fetched ({said(error)})") from error
+    if found != expected:
+        raise DataError(f"weights of {url} have sha256 {found}; allowed: {expected}")
+    return place
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:

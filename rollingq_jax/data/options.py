@@ -1,6 +1,5 @@
 """Fields of `config.data`: what each loader has, and how it reads them."""
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from etils import epath
 
-from rollingq_jax.errors import ConfigError
+from rollingq_jax.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
 
@@ -82,7 +81,10 @@ _LAYOUT = {  # of sets of media files
     "audio_frames": Field(96, "times of a spectrogram", minimum=1, maximum=100_000),
     "image_size": Field(64, "pixels of an image's sides", minimum=1, maximum=4_096),
     "video_frames": Field(4, "frames of a video", minimum=1, maximum=1_000),
-    "text_length": Field(0, "bytes of a text; 0: the longest", minimum=0, maximum=1_000_000),
+    "text_length": Field(
+        0, "bytes or tokens of a text; 0: the longest", minimum=0, maximum=1_000_000
+    ),
+    "tokenizer": Field("", "a Hugging Face tokenizer.json for texts; empty: bytes"),
     "stats_examples": _STATS_EXAMPLES,
     "crop_per": _CROP_PER,
 }
@@ -167,8 +169,7 @@ def check_fields(config_data: Any) -> None:
         if owners:
             problem = f"is a field of {' and '.join(owners)}, not of data.name {name!r}"
         else:
-            near = difflib.get_close_matches(given, fields, 1)
-            problem = "is not a field" + (f"; did you mean {near[0]!r}?" if near else "")
+            problem = f"is not a field{did_you_mean(given, fields)}"
         allowed = ", ".join(sorted(fields))
         raise ConfigError(f"config.data.{given} {problem}; allowed for {name!r}: {allowed}")
 

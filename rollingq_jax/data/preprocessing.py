@@ -127,6 +127,17 @@ class InputSpec:
         names = self.class_names + more if self.class_names else ()
         return dataclasses.replace(self, num_classes=num_classes, class_names=names)
 
+    def with_tokenizer(self, path: str) -> "InputSpec":
+        """With the tokenizer, where texts have one, at another place; its checksum stays."""
+        modalities = {}
+        for name, one in self.modalities.items():
+            _, mark, checksum = str((one.media or {}).get("tokenizer", "")).partition("#")
+            if mark:
+                media = {**(one.media or {}), "tokenizer": f"{path}#{checksum}"}
+                one = dataclasses.replace(one, media=media)
+            modalities[name] = one
+        return dataclasses.replace(self, modalities=modalities)
+
     def to_json(self) -> dict[str, Any]:
         """A JSON object from which `from_json` makes an equal `InputSpec`."""
         return dataclasses.asdict(self)

@@ -17,13 +17,13 @@ from typing import Annotated, Any
 from ml_collections import ConfigDict, config_dict
 
 from rollingq_jax.baselines.build import BUILDERS
+from rollingq_jax.convert.files import ADDRESS, ADDRESS_FORM
 from rollingq_jax.data.options import COMMON_FIELDS, FIELDS, check_fields, fields_of
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.models.spec import (
     ENCODER_FIELDS,
     FLAG,
     MODEL_FIELDS,
-    TEXT,
     Field,
     ModelSpec,
     Rule,
@@ -51,12 +51,12 @@ FREE_FIELDS = (
     "data.cache_dir",
     "data.path",
     "data.prefetch",
+    "data.tokenizer",  # its content changes the data, which are compared
 )
 BALANCED = ("balanced",)
 OPTIMIZERS = ("sgd", "adam", "adamw", "lion", "lamb")
 
 Flag = Annotated[bool, FLAG]
-Text = Annotated[str, TEXT]
 Positive = Annotated[float, real("a number > 0", lambda v: v > 0)]
 NotNegative = Annotated[float, at_least(0)]
 Rate = Annotated[float, real("a number in [0, 1)", lambda v: 0 <= v < 1)]
@@ -77,7 +77,13 @@ class RunConfig:
     log_every: Annotated[int, integer(1), "steps between rows of metrics.jsonl"] = 10
     parallel: Annotated[str, one_of(("jit", "pmap")), "how steps are laid over the devices"] = "jit"
     vit_weights: Annotated[
-        Text, "file of an ImageNet-21k ViT-B/16 from which the encoders start"
+        str,
+        Rule(
+            ADDRESS_FORM,
+            lambda v: isinstance(v, str) and ("://" not in v or bool(ADDRESS.fullmatch(v))),
+            str,
+        ),
+        "file of an ImageNet-21k ViT-B/16 from which the encoders start",
     ] = ""
     best_by: Annotated[
         str,

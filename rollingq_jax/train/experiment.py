@@ -16,6 +16,7 @@ from rollingq_jax.analysis.metrics import (
     macro_f1,
 )
 from rollingq_jax.baselines.build import build_baseline
+from rollingq_jax.data.cache import cache_root
 from rollingq_jax.data.dataset import (
     Dataset,
     ModalityInfo,
@@ -260,9 +261,11 @@ class Experiment:
         """
         state = self._drawn_state()
         if self.config.vit_weights:
-            from rollingq_jax.convert import load_vit
+            from rollingq_jax.convert import fetch_weights, load_vit
 
-            params, used = load_vit(self.config.vit_weights, state.params)
+            folder = cache_root(self.config.data.cache_dir) / "weights"
+            path = fetch_weights(self.config.vit_weights, folder)
+            params, used = load_vit(path, state.params)
             report(f"{self.config.vit_weights}: {used}")
             ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, params)
             state = state.replace(params=params, opt_state=self.tx.init(params), ema=ema)

@@ -43,6 +43,7 @@ from rollingq_jax.train.preemption import Interrupted, Interruption
 from rollingq_jax.train.train_state import TrainState
 from rollingq_jax.train.upstream import roll_after_epoch
 from rollingq_jax.train.workdir import (
+    TOKENIZER,
     absolute,
     check_free,
     check_same_run,
@@ -476,6 +477,8 @@ def load_run(workdir: epath.PathLike) -> LoadedRun:
     if stored is None:
         raise CheckpointError(allowed)
     config = from_json(stored)
+    if (path / TOKENIZER).exists():
+        config.data.tokenizer = str(path / TOKENIZER)
     check_config(config)
     model = build_model(config.model)
     summary = read_summary(path) or {}
@@ -493,6 +496,7 @@ def load_run(workdir: epath.PathLike) -> LoadedRun:
         if best not in (-1, learned.step):
             learned, record = checkpoints.restore_params(best, like)
     inputs = recorded_inputs(record, summary, path).with_outputs(config.model.num_classes)
+    inputs = inputs.with_tokenizer(str(path / TOKENIZER))
     return LoadedRun(
         model, learned.params, learned.rotation, config, inputs, learned.step, learned.quality
     )

@@ -31,6 +31,7 @@ from rollingq_jax.train.config import (
 log = logging.getLogger(__name__)
 
 MAX_DEPTH = 50
+TOKENIZER = "tokenizer.json"  # in the run's folder, of texts that are read with one
 DISK_ERRORS = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -48,11 +49,11 @@ def absolute(workdir: epath.PathLike) -> epath.Path:
 
 
 def with_absolute_paths(config: Any) -> Any:
-    """The configuration with `data.path` and `data.cache_dir` absolute, so that the run's data are
-    found from another folder too; an address such as gs:// stays."""
+    """The configuration with the paths of `data` absolute, so that the run's data are found from
+    another folder too; an address such as gs:// stays."""
     relative = {
         name: value
-        for name in ("path", "cache_dir")
+        for name in ("path", "cache_dir", "tokenizer")
         if isinstance(value := config.data.get(name), str) and value and "://" not in value
     }
     if not relative:
@@ -194,12 +195,16 @@ def claim(workdir: epath.Path, config: Any) -> None:
 
 
 def remember(workdir: epath.Path, config: Any) -> None:
-    """Writes `config.json`, unless it says so already; of several processes, the first does."""
+    """Writes `config.json`, unless it says so already, and a copy of the tokenizer, if the data
+    have one; of several processes, the first does."""
     if jax.process_index() == 0:
         text = json.dumps(config.to_dict(), indent=2) + "\n"
         path = workdir / "config.json"
         if not path.exists() or path.read_text() != text:
             write_whole(path, text)
+        tokenizer = config.data.get("tokenizer")
+        if tokenizer and not (workdir / TOKENIZER).exists():
+            write_whole(workdir / TOKENIZER, epath.Path(tokenizer).read_bytes())
 
 
 def read_summary(workdir: epath.Path) -> dict[str, Any] | None:

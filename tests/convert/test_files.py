@@ -1,8 +1,12 @@
 """Files of tensors: three formats, and what damaged or hostile ones do."""
 
+import hashlib
+import http.server
 import os
 import pickle
+import re
 import sys
+import threading
 import types
 import zipfile
 
@@ -202,3 +206,50 @@ def test_real_torch_files(tmp_path):
         with pytest.raises(DataError):
             convert.load_state_dict(tmp_path / name)
     assert not mark.exists()
+
+
+@pytest.fixture
+def server(tmp_path):
+    """The address of a folder that is served on this machine, and the paths that were asked for."""
+    (tmp_path / "served").mkdir()
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=tmp_path / "served")
+
+        def log_message(self, form, *args):
+            asked.append(self.path)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{found.server_port}", asked
+        found.shutdown()
+
+
+@pytest.mark.parametrize("scheme", ["http", "file"])
+def test_weights_from_an_address_are_fetched_once_and_checked(tmp_path, server, scheme):
+    np.savez(tmp_path / "served" / "x.npz", **TENSORS)
+    content = (tmp_path / "served" / "x.npz").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    root, asked = (server[0] if scheme == "http" else f"file://{tmp_path}/served"), server[1]
+    kept = tmp_path / "cache" / f"{digest}.npz"
+    for _ in range(2):
+        assert convert.fetch_weights(f"{root}/x.npz#sha256={digest}", tmp_path / "cache") == kept
+        assert kept.read_bytes() == content
+    assert len(asked) == (scheme == "http")
+    same(convert.load_state_dict(kept))
+    kept.write_bytes(b"cut")  # a damaged copy is fetched again
+    assert convert.fetch_weights(f"{root}/x.npz#sha256={digest}", kept.parent) == kept
+    assert kept.read_bytes() == content
+    for address, words in (
+        (f"{root}/x.npz#sha256={'0' * 64}", f"have sha256 {digest}; allowed: {'0' * 64}"),
+        (f"{root}/nowhere.npz#sha256={digest[::-1]}", "cannot be fetched"),
+        (f"{root}/x.npz", "allowed: a local path, or an address"),
+        (f"{root}/x.npz#sha256={digest[:-1]}", "allowed: a local path, or an address"),
+        (f"ftp://127.0.0.1/x.npz#sha256={digest}", "allowed: a local path, or an address"),
+    ):
+        with pytest.raises(DataError, match=re.escape(words)) as error:
+            convert.fetch_weights(address, kept.parent)
+        assert one_line(error)
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]

@@ -11,7 +11,9 @@ from rollingq_jax.analysis.metrics import csv_writer
 from rollingq_jax.data.preprocessing import InputSpec
 from rollingq_jax.evaluate import evaluate
 from rollingq_jax.predict import command, predict
-from rollingq_jax.train.cli import run_command
+from rollingq_jax.train.cli import read_python, run_command
+from rollingq_jax.train.loop import train_and_evaluate
+from tests.data.sources.test_media_folder import save_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +215,26 @@ def test_a_model_with_more_outputs_than_classes_has_a_column_for_each():
     assert inputs.with_outputs(4).classes == ("cat", "dog", "class 2", "class 3")
     assert InputSpec({}, 2).with_outputs(3).classes == ("0", "1", "2")
     assert inputs.with_outputs(2) == inputs
+
+
+@pytest.mark.slow
+def test_texts_are_read_with_the_runs_own_tokenizer(tmp_path):
+    """The one that it was trained with is gone; the copy in its folder is known by its checksum."""
+    rows = ["split,label,said:string,also:string"]
+    for number in range(24):
+        split, word = "train" if number < 16 else "test", ("cat", "dog")[number % 2]
+        rows.append(f"{split},{word},{word} ab,ab ab")
+    (tmp_path / "m.csv").write_text("\n".join(rows))
+    config = read_python("own_data")
+    fields = {"epochs": 1, "optimizer.warmup_epochs": 0.5, "batch_size": 8}
+    fields |= {"data.path": str(tmp_path / "m.csv"), "model.dim": 8, "optimizer.name": "sgd"}
+    config.update_from_flattened_dict(fields | {"model.depth": 1, "model.num_heads": 2})
+    config.data.tokenizer = save_tokenizer(tmp_path / "t.json")
+    train_and_evaluate(config, tmp_path / "run", quiet=True)
+    before = rq.load(tmp_path / "run")({"said": ["cat ab", "dog"], "also": ["ab", None]})
+    (tmp_path / "t.json").unlink()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    again = rq.load(tmp_path / "moved")({"said": ["cat ab", "dog"], "also": ["ab", None]})
+    np.testing.assert_array_equal(again.probabilities, before.probabilities)
+    found = predict(tmp_path / "moved", str(tmp_path / "m.csv"), tmp_path / "out.csv")
+    assert found["accuracy"] == evaluate(tmp_path / "moved")["accuracy"]

@@ -64,7 +64,7 @@ from rollingq_jax.data.options import array_path, mapping_option, option
 from rollingq_jax.data.preprocessing import POSITIONS, InputSpec, Preprocessing, RunningStats
 from rollingq_jax.data.reading import check_lfs_pointer
 from rollingq_jax.data.sources.media_folder import is_manifest
-from rollingq_jax.errors import DataError
+from rollingq_jax.errors import ConfigError, DataError
 
 FORM = "train/<modality>, test/<modality>, train/label, test/label"
 LARGE = 64 * 2**20  # bytes of a file, from which on what was measured is kept
@@ -146,6 +146,11 @@ def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None)
         from rollingq_jax.data.sources import media_folder
 
         return media_folder.load(config_data, seed=seed)
+    if tokenizer := option(config_data, "tokenizer", ""):
+        raise ConfigError(
+            f"data.tokenizer is {tokenizer!r}; allowed with arrays, whose tokens are numbers "
+            "already: none"
+        )
     root = cache_root(option(config_data, "cache_dir", ""))
     return _build(
         open_arrays(path),

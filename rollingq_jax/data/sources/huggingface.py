@@ -41,13 +41,14 @@ from rollingq_jax.data.options import local_path, mapping_option, option
 from rollingq_jax.data.preprocessing import Preprocessing, evenly_spaced, standardize
 from rollingq_jax.data.reading import reading
 from rollingq_jax.data.sources.media_folder import (
-    BYTE_VOCABULARY,
     MAX_SECONDS,
     FileForm,
     MediaSizes,
-    byte_tokens,
     read_sizes,
     sound_features,
+    text_length,
+    text_tokens,
+    vocabulary,
 )
 from rollingq_jax.data.sources.tfds import SPECIAL, VALID_NAMES, FeatureAdapter, tensor_adapter
 from rollingq_jax.data.video import decode_image, resize_image
@@ -85,7 +86,9 @@ def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None)
                 f"data.features: {name}={feature}; there are {', '.join(sorted(available))}"
             )
     tables = {split: _undecoded(table, modalities.values()) for split, table in tables.items()}
-    sizes = read_sizes(config_data, functools.partial(_longest, tables["train"], modalities))
+    longest = functools.partial(_longest, tables["train"], modalities)
+    texts = any(_is_text(available[feature]) for feature in modalities.values())
+    sizes = read_sizes(config_data, longest, texts=texts)
     kind_of = mapping_option(config_data, "kinds") | dict(kinds or {})
     adapters = {
         check_name(name, "data.features"): _make_adapter(
@@ -154,8 +157,8 @@ def _is_text(feature: Any) -> bool:
     return getattr(feature, "dtype", "") in ("string", "large_string")
 
 
-def _longest(table: Any, modalities: Mapping[str, str], what: str, most: int) -> float:
-    """Of the sounds or texts of at most so many examples, for `media_folder.read_sizes`."""
+def _longest(table: Any, modalities: Mapping[str, str], what: str, sizes: MediaSizes) -> float:
+    """Of the sounds or texts of some examples, for `media_folder.read_sizes`."""
     import datasets
 
     wanted = [
@@ -165,13 +168,13 @@ def _longest(table: Any, modalities: Mapping[str, str], what: str, most: int) ->
         and (what == "audio" or _is_text(table.features[feature]))
     ]
     lengths = [0.0]
-    for index in evenly_spaced(len(table), most) if wanted else ():
+    for index in evenly_spaced(len(table), sizes.stats_examples) if wanted else ():
         for value in (table[index][feature] for feature in wanted):
             if value is not None and what == "audio":
                 data = _bytes(value, index)
                 lengths.append(sound_seconds(f"of example {index}", MAX_SECONDS, data=data))
             elif value is not None:
-                lengths.append(len(value.encode("utf-8", "replace")))
+                lengths.append(text_length(value.encode("utf-8", "replace"), sizes))
     return max(lengths)
 
 
@@ -215,10 +218,9 @@ def _make_adapter(
 
         return FeatureAdapter(info, sound)
     if _is_text(description):
-        length = sizes.text_length
-        info = ModalityInfo(name, "tokens", (length,), "int32", BYTE_VOCABULARY)
+        info = ModalityInfo(name, "tokens", (sizes.text_length,), "int32", vocabulary(sizes))
         return FeatureAdapter(
-            info, lambda pair: {name: byte_tokens(pair[1].encode("utf-8", "replace"), length)}
+            info, lambda pair: {name: text_tokens(pair[1].encode("utf-8", "replace"), sizes)}
         )
     first = next((row[feature] for row in table if row[feature] is not None), None)
     array = None if first is None else np.asarray(first)

@@ -30,7 +30,8 @@ audio    spectrogram float32 [audio_bins, audio_frames, 1]: resampled to `audio_
                      `audio_features` "mel" (log-mel) or "stft" (linear frequency)
 image    image       uint8 [image_size, image_size, 3]
 video    video       uint8 [video_frames, image_size, image_size, 3], frames evenly spaced
-text     tokens      int32 [text_length]: 1 + the value of each byte, 0 pads; 257 ids
+text     tokens      int32 [text_length]: 1 + the value of each byte, 0 pads; 257 ids. With
+                     `tokenizer`, a Hugging Face tokenizer.json: 1 + each token's id
 frames   video       as video, from a folder of JPEGs in the order of their numbers (or the list
                      `video` of an .hdf5 file). Training draws one frame of each part of the clip,
                      and crops and flips them (`crop_per`)
@@ -42,14 +43,15 @@ stored   spectrogram float32 [rows, columns, 1]: a 2-D array in an .npy, .pkl or
 Of the last three the column says the type.
 
 `audio_seconds` 0 stands for the longest clip, at most 10 s; `text_length` 0 for the longest text,
-at most 512 bytes. These lengths, means and standard deviations come from at most `stats_examples`
-training examples, evenly spaced.
+at most 512 bytes or tokens. These lengths, means and standard deviations come from at most
+`stats_examples` training examples, evenly spaced.
 """
 
 import codecs
 import csv
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import math
@@ -60,6 +62,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from rollingq_jax.convert.files import load_tensor
 from rollingq_jax.data.audio import (
@@ -101,7 +104,7 @@ from rollingq_jax.data.video import (
     segment_frames,
     video_seconds,
 )
-from rollingq_jax.errors import DataError, said
+from rollingq_jax.errors import ConfigError, DataError, missing_package, said
 
 MAX_SECONDS = 10.0
 MAX_TEXT = 512
@@ -116,6 +119,8 @@ KIND_OF_TYPE = {
     "stored": "spectrogram",
 }
 BYTE_VOCABULARY = 257
+MOST_BYTES = 2**20  # of a text that is tokenized
+CHECKSUM = "#sha256="  # behind a tokenizer's path, once it is known
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl")
 SUFFIXES = {
     "audio": (".wav", ".flac"),
@@ -211,6 +216,7 @@ class MediaSizes:
     image_size: int = 64
     video_frames: int = 4
     text_length: int = 0
+    tokenizer: str = ""  # behind the path the checksum, where it was trained with
     stats_examples: int = 256
 
 
@@ -277,7 +283,9 @@ def from_manifest(manifest: Manifest, config_data: Any, *, seed: int) -> Dataset
         {split: np.array([row.label for row in found], str) for split, found in rows.items()}
     )
     num_classes = count_classes(labels, class_names)
-    sizes = read_sizes(config_data, functools.partial(_longest, rows["train"], manifest.types))
+    longest = functools.partial(_longest, rows["train"], manifest.types)
+    texts = "tokens" in {KIND_OF_TYPE[type_] for type_ in manifest.types.values()}
+    sizes = read_sizes(config_data, longest, texts=texts)
     files = {
         name: FileForm(type_, sizes, _stored_shape(name, type_, rows["train"]))
         for name, type_ in manifest.types.items()
@@ -335,13 +343,16 @@ def _rows_of_splits(manifest: Manifest) -> dict[str, list[Row]]:
     return rows
 
 
-def read_sizes(config_data: Any, longest: Callable[[str, int], float]) -> MediaSizes:
+def read_sizes(
+    config_data: Any, longest: Callable[[str, MediaSizes], float], *, texts: bool
+) -> MediaSizes:
     """The configuration's sizes, with the lengths that it leaves open measured.
 
     Args:
       config_data: with the fields of `MediaSizes`.
-      longest: ("audio" or "text", number of training examples to look at) -> the seconds or bytes
-        of the longest; 0 where there is none.
+      longest: ("audio" or "text", the sizes so far) -> seconds, bytes or tokens of the longest of
+        `stats_examples` training examples; 0 where there is none.
+      texts: whether there are texts, which a tokenizer could be for.
 
     Raises:
       ConfigError: a field has the wrong type or value.
@@ -350,34 +361,101 @@ def read_sizes(config_data: Any, longest: Callable[[str, int], float]) -> MediaS
     fields: dict[str, Any] = {
         field.name: option(config_data, field.name, field.default, minimum=least.get(field.name, 1))
         for field in dataclasses.fields(MediaSizes)
-        if field.name != "audio_features"
+        if field.name not in ("audio_features", "tokenizer")
     }
-    sizes = MediaSizes(choice(config_data, "audio_features", ("mel", "stft")), **fields)
+    sizes = MediaSizes(
+        choice(config_data, "audio_features", ("mel", "stft")),
+        tokenizer=_read_tokenizer(config_data, texts),
+        **fields,
+    )
     if not sizes.audio_seconds:
-        seconds = min(longest("audio", sizes.stats_examples), MAX_SECONDS)
+        seconds = min(longest("audio", sizes), MAX_SECONDS)
         sizes = dataclasses.replace(sizes, audio_seconds=max(seconds, 0.05))
     if not sizes.text_length:
-        length = min(longest("text", sizes.stats_examples), MAX_TEXT)
+        length = min(longest("text", sizes), MAX_TEXT)
         sizes = dataclasses.replace(sizes, text_length=max(int(length), 1))
     return sizes
 
 
-def _longest(train: Sequence[Row], types: Mapping[str, str], what: str, most: int) -> float:
-    """Of the files and texts of at most so many rows, for `read_sizes`."""
-    length: Any = _sound_seconds if what == "audio" else _text_bytes
+def _longest(train: Sequence[Row], types: Mapping[str, str], what: str, sizes: MediaSizes) -> float:
+    """Of the files and texts of some rows, for `read_sizes`."""
+
+    def length(cell: Path | str) -> float:
+        if what == "audio":
+            seconds = video_seconds if _is_video(cell) else sound_seconds
+            return seconds(cell, MAX_SECONDS)
+        if isinstance(cell, Path) and not sizes.tokenizer:
+            return cell.stat().st_size
+        return text_length(_text_bytes(cell, MOST_BYTES), sizes)
+
     kinds = ("audio",) if what == "audio" else ("text", "string")
     names = [name for name, type_ in types.items() if type_ in kinds]
-    cells = [train[i].values[name] for i in evenly_spaced(len(train), most) for name in names]
+    numbers = evenly_spaced(len(train), sizes.stats_examples)
+    cells = [train[i].values[name] for i in numbers for name in names]
     return max((length(cell) for cell in cells if cell is not None), default=0)
 
 
-def _sound_seconds(file: Path) -> float:
-    seconds = video_seconds if _is_video(file) else sound_seconds
-    return seconds(file, MAX_SECONDS)
+def _read_tokenizer(config_data: Any, texts: bool) -> str:
+    """The configuration's tokenizer as `MediaSizes` keeps it: path and checksum; empty for bytes.
+
+    Raises:
+      ConfigError: there is no text that it could be for.
+    """
+    given = option(config_data, "tokenizer", "")
+    if not given:
+        return ""
+    if not texts:
+        raise ConfigError(f"data.tokenizer is {given!r}; allowed without a modality of text: none")
+    path = given.partition(CHECKSUM)[0]
+    with reading(path, "data.tokenizer"):
+        content = epath.Path(path).expanduser().read_bytes()
+    return f"{path}{CHECKSUM}{hashlib.sha256(content).hexdigest()}"
 
 
-def _text_bytes(cell: Path | str) -> int:
-    return cell.stat().st_size if isinstance(cell, Path) else len(cell.encode("utf-8", "replace"))
+@functools.lru_cache(maxsize=8)
+def open_tokenizer(tokenizer: str, length: int = 0) -> Any:
+    """The tokenizer in a Hugging Face `tokenizer.json`, from the package tokenizers.
+
+    Args:
+      tokenizer: path and checksum, as `MediaSizes.tokenizer`.
+      length: the most tokens of a text, special ones included; 0: no limit.
+
+    Raises:
+      DataError: the package or the file is missing, the file is another or no tokenizer, or draws.
+      ConfigError: the length has no room for a token beside the special ones.
+    """
+    path, _, expected = tokenizer.partition(CHECKSUM)
+    with reading(path, "data.tokenizer"):
+        content = epath.Path(path).expanduser().read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != expected:
+        raise DataError(
+            f"data.tokenizer {path}: its sha256 is {found}; allowed: {expected}, as in training"
+        )
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise DataError(f"data.tokenizer: {missing_package(error) or said(error)}") from None
+    with reading(path, "data.tokenizer"):
+        made = Tokenizer.from_str(content.decode("utf-8"))
+    dropout = getattr(made.model, "dropout", None)
+    if dropout:
+        raise DataError(f"data.tokenizer {path}: its dropout is {dropout}; allowed: none")
+    special = made.num_special_tokens_to_add(False)
+    if 0 < length <= special:
+        raise ConfigError(
+            f"data.text_length is {length}; allowed with this tokenizer: at least {special + 1}"
+        )
+    made.no_padding()
+    made.enable_truncation(length) if length else made.no_truncation()
+    return made
+
+
+def vocabulary(sizes: MediaSizes) -> int:
+    """The number of token ids of texts, 0 for padding included."""
+    if not sizes.tokenizer:
+        return BYTE_VOCABULARY
+    return 2 + max(open_tokenizer(sizes.tokenizer).get_vocab().values())
 
 
 def _modalities(files: Mapping[str, FileForm]) -> dict[str, Preprocessing]:
@@ -385,7 +463,7 @@ def _modalities(files: Mapping[str, FileForm]) -> dict[str, Preprocessing]:
     modalities = {}
     for name, form in files.items():
         kind = KIND_OF_TYPE[form.type]
-        vocab_size = BYTE_VOCABULARY if kind == "tokens" else None
+        vocab_size = vocabulary(form.sizes) if kind == "tokens" else None
         shape, dtype = form.example
         info = ModalityInfo(name, kind, shape, dtype, vocab_size)
         if form.type == "frames":  # drawn and cropped anew each time, so nothing is measured
@@ -562,16 +640,40 @@ def read_value(value: Path | str, type_: str, sizes: MediaSizes) -> np.ndarray:
         return _read_flow(Path(value), sizes)
     if type_ == "stored":
         return read_stored(Path(value))
-    if isinstance(value, Path):
-        try:
-            with value.open("rb") as file:
-                data = file.read(max(sizes.text_length, HEAD))
-        except OSError as error:
-            raise DataError(f"text {value}: cannot be read ({error.strerror})") from None
-        check_lfs_pointer(data, f"text {value}")
-    else:
-        data = value.encode("utf-8", "replace")
-    return byte_tokens(data, sizes.text_length)
+    most = MOST_BYTES if sizes.tokenizer else sizes.text_length
+    return text_tokens(_text_bytes(value, most), sizes)
+
+
+def _text_bytes(value: Path | str, most: int) -> bytes:
+    """A text, or the first bytes of a longer file."""
+    if not isinstance(value, Path):
+        return value.encode("utf-8", "replace")
+    try:
+        with value.open("rb") as file:
+            data = file.read(max(most, HEAD))
+    except OSError as error:
+        raise DataError(f"text {value}: cannot be read ({error.strerror})") from None
+    check_lfs_pointer(data, f"text {value}")
+    return data
+
+
+def text_tokens(data: bytes, sizes: MediaSizes) -> np.ndarray:
+    """A text as int32 [text_length]: 1 + each byte, or each token's id; 0 behind the last."""
+    if not sizes.tokenizer:
+        return byte_tokens(data, sizes.text_length)
+    tokenizer = open_tokenizer(sizes.tokenizer, sizes.text_length)
+    return _shifted(tokenizer.encode(_decoded(data)).ids, sizes.text_length)
+
+
+def text_length(data: bytes, sizes: MediaSizes) -> int:
+    """Bytes of a text, or its tokens where there is a tokenizer."""
+    if not sizes.tokenizer:
+        return len(data)
+    return len(open_tokenizer(sizes.tokenizer).encode(_decoded(data)).ids)
+
+
+def _decoded(data: bytes) -> str:
+    return data.decode("utf-8-sig", "replace")
 
 
 class FrameFiles(Sequence[bytes]):
@@ -651,9 +753,13 @@ def _stored_shape(name: str, type_: str, rows: Sequence[Row]) -> tuple[int, ...]
 
 def byte_tokens(data: bytes, length: int) -> np.ndarray:
     """Bytes as token ids, int32 [length]: 1 + the value of each; cut off or padded with 0."""
-    data = data[:length]
+    return _shifted(np.frombuffer(data[:length], np.uint8), length)
+
+
+def _shifted(values: Any, length: int) -> np.ndarray:
+    """int32 [length]: 1 + each value, 0 behind the last."""
     ids = np.zeros(length, np.int32)
-    ids[: len(data)] = np.frombuffer(data, np.uint8).astype(np.int32) + 1
+    ids[: len(values)] = np.asarray(values, np.int32) + 1
     return ids
 
 

@@ -5,20 +5,24 @@ import dataclasses
 import json
 import logging
 import os
+import sys
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollingq_jax import check
 from rollingq_jax.data.dataset import groups_of, ids_of, infer_model, labels_of
 from rollingq_jax.data.pipeline import eval_batches
+from rollingq_jax.data.preprocessing import InputSpec, input_spec
 from rollingq_jax.data.sources.arrays import load as load_arrays
 from rollingq_jax.data.sources.media_folder import (
     MediaSizes,
     load,
     open_manifest,
+    open_tokenizer,
     read_manifest,
     sound_features,
 )
@@ -102,6 +106,81 @@ def test_every_type_of_file(tree, form):
     # A manifest can be given where arrays are expected, and by its folder.
     assert load_arrays({"path": str(path), **SMALL}, seed=0).modalities == dataset.modalities
     assert load({"path": str(folder), **SMALL}, seed=0).num_classes == 2
+
+
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "ab", "cat", "dog")
+
+
+def save_tokenizer(path, model=None):
+    """A tokenizer of whole words that puts [CLS] and [SEP] around a text."""
+    made = tokenizers.Tokenizer(
+        model or tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]")
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    path.write_text(made.to_str())
+    return str(path)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """A manifest of texts, in files and in cells."""
+    rows = []
+    for number in range(12):
+        (tmp_path / f"{number}.txt").write_text("dog cat ab\n"[: 3 + 4 * (number % 3)])
+        said = "" if number == 11 else "cat bird" + number % 2 * " dog"
+        row = {"split": "test" if number > 7 else "train", "label": number % 2, "said:string": said}
+        rows.append({**row, "read": f"{number}.txt"})
+    write_csv(tmp_path / "manifest.csv", rows)
+    return str(tmp_path / "manifest.csv")
+
+
+def test_texts_through_a_tokenizer(texts, tmp_path):
+    """1 + each id, special tokens kept where a text is cut, 0 behind the last."""
+    config = {"path": texts, "tokenizer": save_tokenizer(tmp_path / "t.json")}
+    dataset = load(config, seed=0)
+    assert {m.shape: m.vocab_size for m in dataset.modalities.values()} == {(5,): 1 + len(WORDS)}
+    first, second, *_, last = (dataset.splits["test"][i] for i in range(4))
+    assert first["read"].tolist() == [3, 7, 6, 5, 4]  # number 8: all of "dog cat ab"
+    assert first["said"].tolist() == [3, 6, 2, 4, 0] and second["said"].tolist() == [3, 6, 2, 7, 4]
+    assert last["said"].tolist() == [0] * 5 and not last["said_mask"]
+    short = load({**config, "text_length": 4}, seed=0).splits["test"][1]
+    assert short["said"].tolist() == [3, 6, 2, 4]
+    assert infer_model(dataset)["encoders"]["said"]["vocab_size"] == 8
+    # Elsewhere, as in a run's folder, by its checksum; another file of that name is refused.
+    inputs = input_spec(dataset).with_tokenizer(save_tokenizer(tmp_path / "copy.json"))
+    again = InputSpec.from_json(json.loads(json.dumps(inputs.to_json())))
+    source, _, _ = open_manifest(tmp_path / "manifest.csv", again.modalities, split="test")
+    np.testing.assert_array_equal(source[1]["said"], second["said"])
+    (tmp_path / "other.json").write_text((tmp_path / "copy.json").read_text() + " ")
+    other = again.with_tokenizer(str(tmp_path / "other.json")).modalities
+    source, _, _ = open_manifest(tmp_path / "manifest.csv", other, split="test")
+    fails_clearly(lambda: source[1], "other.json: its sha256 is", "as in training")
+
+
+def test_tokenizers_that_cannot_be_used(texts, tree, tmp_path, monkeypatch):
+    def loaded(tokenizer, **fields):
+        return lambda: load({"path": texts, "tokenizer": str(tokenizer), **fields}, seed=0)
+
+    good = save_tokenizer(tmp_path / "t.json")
+    fails_clearly(loaded(tmp_path / "none.json"), "data.tokenizer", "no such file")
+    (tmp_path / "bad.json").write_text("{}")
+    fails_clearly(loaded(tmp_path / "bad.json"), "bad.json: damaged or not supported")
+    drawn = tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")], dropout=0.5)
+    fails_clearly(loaded(save_tokenizer(tmp_path / "d.json", drawn)), "its dropout is 0.5")
+    fails_clearly(loaded(good, text_length=2), "at least 3", error=ConfigError)
+    sounds = {"path": str(tree[0] / "sound.csv"), "tokenizer": good}
+    rows = [{k: row[k] for k in ("split", "label", "sound")} for row in tree[1]]
+    write_csv(tree[0] / "sound.csv", rows)
+    fails_clearly(lambda: load(sounds, seed=0), "without a modality of text", error=ConfigError)
+    np.savez(tmp_path / "d.npz", x=np.zeros(3))
+    arrays = {"path": str(tmp_path / "d.npz"), "tokenizer": good}
+    fails_clearly(lambda: load_arrays(arrays, seed=0), "allowed with arrays", error=ConfigError)
+    open_tokenizer.cache_clear()
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    fails_clearly(loaded(good), "'tokenizers' is not installed", '"rollingq-jax[text]"')
 
 
 def test_standardization_and_its_switch(tree, tmp_path):
