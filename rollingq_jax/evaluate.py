@@ -110,7 +110,7 @@ def evaluate(
     }
     if full_probes:
         result |= all_probes(probe, clean, levels)
-        if clean.attention_share:
+        if run.model.spec.uses_class_query:
             result["attention_scale"] = probes.attention_scale_curve(
                 probe, lambda scale: _with_query_times(run, scale), clean=clean
             )

@@ -81,7 +81,7 @@ def predict(
     answered, correct, missing = 0, 0, dict.fromkeys(names, 0)
     known = sum(label in classes for label in data.labels)
     with csv_writer(target) as write:
-        shares = names if run.model.spec.uses_class_query else ()
+        shares = names if run.model.spec.has_shares else ()
         write(iter([csv_header(classes, shares, labeled)]))
         for place, batch, found in _answers(predictor, data, batch_size, quiet):
             rows = slice(place, place + len(found.probabilities))

@@ -1,9 +1,11 @@
 """The comparison: what is chosen on what, what a kill changes (nothing), and what is concluded."""
 
 import csv
+import itertools
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +17,11 @@ from rollingq_jax.analysis.metrics import Predictions
 from rollingq_jax.baselines.build import build_baseline
 from rollingq_jax.comparison import results, runs
 from rollingq_jax.data.corruption import parse_corruptions
+from rollingq_jax.data.sources import av_digits
 from rollingq_jax.errors import CheckpointError, ConfigError, NonFiniteError
+from rollingq_jax.models import spec
 from rollingq_jax.models.spec import ModelSpec
+from rollingq_jax.train import report as train_report
 from rollingq_jax.train.cli import read_python, run_command
 from rollingq_jax.train.config import check_config, default_config
 from rollingq_jax.train.preemption import Interrupted
@@ -555,3 +560,50 @@ def test_verdicts_say_what_the_intervals_show():
     assert biased.startswith("Is attention biased? Yes: attention gives b 0.300 [0.2")
     assert biased.endswith("of its attention; even is 0.200.")
     assert lasted.startswith("Did the rolls last? No: rollingq gives b 0.450 [")
+
+
+FEW = {"train": 16, "valid": 8, "test": 8}  # of the demo's examples
+EVERY_METHOD = [name for name, fields in runs.ARMS.items() if fields.get("baseline.name")]
+EVERY_FUSION = {  # the first arm of each
+    fields["model.fusion"]: name
+    for name, fields in reversed(runs.ARMS.items())
+    if "model.fusion" in fields
+}
+
+
+@pytest.mark.slow
+def test_every_fusion_and_method_ends_in_a_row(av_digits_cache, tmp_path, monkeypatch, capsys):
+    """On some of the demo's data, with a model as small as they allow."""
+    monkeypatch.setattr(report, "png_bytes", lambda figure: b"PNG")
+    monkeypatch.setattr(train_report, "draw", lambda *_: None)  # other tests have the pictures
+    monkeypatch.setattr(compare, "answers_of", some_answers)
+    digits = av_digits.load(SimpleNamespace(cache_dir=av_digits_cache), seed=0)
+    few = {
+        split: list(itertools.islice((one for one in digits.splits[split] if one["label"] < 3), n))
+        for split, n in FEW.items()
+    }
+    arrays = {
+        f"{split}/{name}": np.stack([example[name] for example in examples])
+        for split, examples in few.items()
+        for name in examples[0]
+    }
+    np.savez(tmp_path / "data.npz", **arrays)
+    text = CONFIG.replace("PATH", repr(str(tmp_path / "data.npz")))
+    changes = '"model.encoders": {"audio": {"kind": "spectrogram", "patch": (32, 16)}, '
+    changes += '"visual": {"kind": "image", "patch": (8, 4)}}, "epochs": 1,'
+    text = text.replace('"epochs": 2,', changes).replace("(0.01, 0.1)", "(0.1,)")
+    text = text.replace(
+        '"model.depth": 1', '"model.depth": 0, "model.mbt_layers": 1, "model.dropout": 0.0'
+    )
+    (tmp_path / "config.py").write_text(text)
+    assert {*EVERY_FUSION} == {*spec.FUSIONS} - {"unimodal"}
+    arms = dict.fromkeys(("audio", "rollingq", *EVERY_FUSION.values(), *EVERY_METHOD))
+    out = tmp_path / "out"
+    assert run(tmp_path / "config.py", out, "--seeds", "1", "--arms", ",".join(arms)) == 0
+    printed = capsys.readouterr().out
+    table = json.loads((out / "results.json").read_text())["table"]
+    assert list(table["test_accuracy"]) == list(arms)
+    assert all(f"\n    {arm} " in printed for arm in arms)
+    shares = {"rollingq", "attention", "mbt", *runs.CROSS_FUSIONS, "entropy", "pdf", "qmf"}
+    assert set(table["attention_share/audio"]) == shares
+    assert {"attention", "rollingq"} <= set(table["quality_correlation"]) <= shares

@@ -244,6 +244,11 @@ HOW_TO_READ = {
         "rebalance anchor; if the cycle is at work, the share drifts away again afterwards. The "
         "even share is a modality's part of the tokens, which uniform attention would give it."
     ),
+    "keys": (
+        "The distance between the modalities' mean keys, in standard deviations of a sample's mean "
+        "key from its modality's. The wider the gap, the more the query's direction decides by "
+        "modality how attention falls, and the less by sample."
+    ),
     "accuracy": (
         "The probes are linear classifiers on each modality's own class token, trained beside the "
         "model without a gradient to it: what each encoder knows by itself. The checkpoint is "
@@ -286,7 +291,7 @@ LISTED = 12  # rotations whose epochs are told one by one
 
 
 def describe_dynamics(rows: Sequence[Row], plain: Sequence[Row] = ()) -> str:
-    """Beginning and end of each share and of the imbalance, and when the query was rotated.
+    """Beginning and end of each share and of the imbalance, and when a query was rotated.
 
     Args:
       rows: of metrics.jsonl.
@@ -294,7 +299,10 @@ def describe_dynamics(rows: Sequence[Row], plain: Sequence[Row] = ()) -> str:
     """
     parts = [_describe_curves(plain, "Without rotations, the")] if plain else []
     parts += [_describe_curves(rows, "With them, the" if plain else "The")]
-    return " ".join(filter(None, [*parts, describe_rolls(rows)]))
+    shares = curves.modalities(rows, "attention_share")
+    if not shares or any("imbalance" in row for row in rows):  # else they are of votes
+        parts.append(describe_rolls(rows))
+    return " ".join(filter(None, parts))
 
 
 def _describe_curves(rows: Sequence[Row], first: str) -> str:
@@ -314,6 +322,16 @@ def _describe_curves(rows: Sequence[Row], first: str) -> str:
         )
     words = (first, *["The"] * len(parts))
     return " ".join(f"{word} {part}." for word, part in zip(words, parts, strict=False))
+
+
+def describe_key_gap(rows: Sequence[Row], plain: Sequence[Row] = ()) -> str:
+    """Beginning and end of the gap of the keys, of `plain` too, the run without rotations."""
+    parts = []
+    for words, some in (("", rows), (" without rotations", plain)):
+        gap = curves.curve(some, "valid", "key_gap").y
+        if len(gap):
+            parts.append(f"The gap of the keys{words} goes from {gap[0]:.2f} to {gap[-1]:.2f}.")
+    return " ".join(parts)
 
 
 def describe_rolls(rows: Sequence[Row]) -> str:
@@ -666,7 +684,7 @@ def _figures(
                 HOW_TO_READ["attention_scale"],
             ),
         )
-    if share:
+    if run.model.spec.uses_class_query:
         chosen = choose_examples(clean)
         examples = attention_examples(
             run.model,

@@ -120,7 +120,7 @@ def agm_baseline(modalities: tuple[str, ...], alpha: float, active_steps: int) -
         return modulation_loss(context.logits, parts, context.batch["label"], factor)
 
     return Baseline(
-        init=lambda: RunningScores(jnp.zeros(len(modalities)), jnp.zeros([])),
+        init=lambda *_: RunningScores(jnp.zeros(len(modalities)), jnp.zeros([])),
         loss=loss,
         update=lambda state, context: add_scores(state, read(context)[1]),
         whole_batch=True,

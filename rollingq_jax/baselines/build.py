@@ -17,6 +17,8 @@ from rollingq_jax.baselines.modality_dropout import modality_dropout_baseline
 from rollingq_jax.baselines.ogm import ogm_baseline
 from rollingq_jax.baselines.opm import opm_baseline
 from rollingq_jax.baselines.pmr import pmr_baseline
+from rollingq_jax.baselines.qmf import qmf_baseline
+from rollingq_jax.baselines.umt import umt_baseline
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.models.spec import ModelSpec
 
@@ -42,6 +44,24 @@ def _pmr(config: Any, spec: ModelSpec, epoch_steps: int, active_steps: int) -> B
         epoch_steps=epoch_steps,
         active_steps=active_steps,
     )
+
+
+def _qmf(config: Any, spec: ModelSpec, epoch_steps: int, active_steps: int) -> Baseline:
+    if spec.fusion != "qmf":
+        raise ConfigError(
+            f"config.baseline.name is 'qmf', which ranks the weights of that fusion, and "
+            f"config.model.fusion is {spec.fusion!r}; allowed: qmf"
+        )
+    return qmf_baseline(spec.modalities, config.qmf_weight)
+
+
+def _umt(config: Any, spec: ModelSpec, epoch_steps: int, active_steps: int) -> Baseline:
+    if spec.fusion == "mbt":
+        raise ConfigError(
+            "config.baseline.name is 'umt', whose teachers see one modality each, and "
+            "config.model.fusion is 'mbt', whose class tokens have seen all; allowed: other fusions"
+        )
+    return umt_baseline(spec.modalities, config.umt_weight)
 
 
 BUILDERS: dict[str, Callable[..., Baseline]] = {
@@ -83,6 +103,8 @@ BUILDERS: dict[str, Callable[..., Baseline]] = {
     "cggm": lambda config, spec, _, active_steps: cggm_baseline(
         spec.modalities, config.cggm_rho, config.cggm_decay, active_steps
     ),
+    "qmf": _qmf,
+    "umt": _umt,
 }
 
 

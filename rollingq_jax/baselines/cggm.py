@@ -72,7 +72,7 @@ def cggm_baseline(
         return {"factors": jnp.where(context.step < active_steps, factors, 1.0)}
 
     return Baseline(
-        init=lambda: Accuracies(jnp.zeros(len(modalities)), jnp.zeros([])),
+        init=lambda *_: Accuracies(jnp.zeros(len(modalities)), jnp.zeros([])),
         update=observed,
         transform=scale_encoders(modalities),
         gradient_args=gradient_args,

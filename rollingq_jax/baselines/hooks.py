@@ -9,6 +9,7 @@ import optax
 from jax import Array
 
 Batch = dict[str, Array]
+EXAMPLE_NUMBER = "example_number"  # [B] int32, place of an example in the training data
 
 
 class StepContext(NamedTuple):
@@ -44,7 +45,8 @@ class Baseline(NamedTuple):
     """Pure functions that a training step calls; by default each adds nothing.
 
     Attributes:
-      init: `() -> state`, a pytree that is checkpointed with the run.
+      init: `(params, examples) -> state`, a pytree that is checkpointed with the run, from the
+        model's first parameters and the number of training examples.
       change_batch: `(state, batch, rng, example_index) -> batch`, before the forward pass.
       loss: `(state, context) -> [B]`, added to each example's loss; differentiated in the context.
       apart: `(state, context) -> [B]`, a loss that is not added: the gradient of its mean comes to
@@ -53,9 +55,12 @@ class Baseline(NamedTuple):
       transform: of the gradient, before the optimizer's; None leaves it.
       gradient_args: `(state, context) -> {name: value}`, extra arguments of `transform.update`.
       whole_batch: whether a function compares over the batch, which then cannot come in parts.
+      example_numbers: whether batches say which examples they hold, as `EXAMPLE_NUMBER`.
+      teachers: whether `state` is to hold the encoders of models of one modality each, which are
+        trained first; `init` gives them their form.
     """
 
-    init: Callable[[], Any] = lambda: ()
+    init: Callable[[Any, int], Any] = lambda params, examples: ()
     change_batch: Callable[[Any, Batch, Array, Array], Batch] = lambda state, batch, *_: batch
     loss: Callable[[Any, StepContext], Array | float] = lambda state, context: 0.0
     apart: Callable[[Any, StepContext], Array] | None = None
@@ -63,6 +68,8 @@ class Baseline(NamedTuple):
     transform: optax.GradientTransformationExtraArgs | None = None
     gradient_args: Callable[[Any, StepContext], dict[str, Any]] = lambda state, context: {}
     whole_batch: bool = False
+    example_numbers: bool = False
+    teachers: bool = False
 
 
 NO_BASELINE = Baseline()

@@ -65,7 +65,7 @@ def opm_baseline(
         return jnp.where((start_step <= following) & (following < active_steps), rates, 0.0)
 
     return Baseline(
-        init=lambda: jnp.zeros(len(spec.modalities)),
+        init=lambda *_: jnp.zeros(len(spec.modalities)),
         change_batch=change_batch,
         update=update,
         whole_batch=True,

@@ -156,7 +156,7 @@ def pmr_baseline(
         )
 
     return Baseline(
-        init=lambda: init_prototypes(len(names), spec.num_classes, spec.dim),
+        init=lambda *_: init_prototypes(len(names), spec.num_classes, spec.dim),
         loss=loss,
         update=update,
         whole_batch=True,

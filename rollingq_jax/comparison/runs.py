@@ -27,7 +27,7 @@ from rollingq_jax.comparison.results import Run, run_record
 from rollingq_jax.data.dataset import Dataset, fingerprint, first_difference
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.errors import CheckpointError, ConfigError, NonFiniteError
-from rollingq_jax.models.spec import CROSS_FUSIONS
+from rollingq_jax.models.spec import CROSS_FUSIONS, ModelSpec
 from rollingq_jax.train.config import (
     allowed_in,
     check_config,
@@ -48,7 +48,11 @@ Setting = dict[str, Any]
 
 # An arm changes what it names and nothing else: a method of `config.baseline` stays, so that each
 # fusion is compared with the losses that the configuration asks for.
-PLAIN = {"rolling.enabled": False, "model.modality": None}
+PLAIN = {
+    "rolling.enabled": False,
+    "model.modality": None,
+    "model.cosine_scale": ModelSpec.cosine_scale,
+}
 STATIC = PLAIN | {  # they have no class token that attends
     "model.fusion_layers": 1,
     "model.quality_bias": 0.0,
@@ -81,6 +85,11 @@ ARMS: dict[str, Overrides] = {
     "concat": CONCAT,
     "film": STATIC | {"model.fusion": "film"},
     "gated": STATIC | {"model.fusion": "gated"},
+    "mmcosine": STATIC | {"model.fusion": "mmcosine"},
+    # The loss of a dynamic fusion has each modality's own already.
+    "entropy": STATIC | {"model.fusion": "entropy", "baseline.name": ""},
+    "pdf": STATIC | {"model.fusion": "pdf", "baseline.name": ""},
+    "qmf": STATIC | {"model.fusion": "qmf", "baseline.name": "qmf"},
     "attention": ATTENTION,
     "uniform": UNIFORM,
     "rollingq": ROLLINGQ,
@@ -115,6 +124,7 @@ ARMS: dict[str, Overrides] = {
     "opm": CONCAT | {"baseline.name": "opm"},
     "inforeg": CONCAT | {"baseline.name": "inforeg"},
     "cggm": CONCAT | {"baseline.name": "cggm"},
+    "umt": CONCAT | {"baseline.name": "umt"},
     "config": {},  # the configuration as it is, to build own arms on
 }
 FRESH_BASES = ("concat", "attention", "uniform", "rollingq")

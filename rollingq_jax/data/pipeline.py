@@ -37,6 +37,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     prefetch: int = 2,
+    number_as: str = "",
 ) -> Iterator[Batch]:
     """Shuffled batches of the steps `start_step .. num_steps - 1`.
 
@@ -53,6 +54,7 @@ def train_batches(
       process_count: how many processes share a batch.
       prefetch: the most batches that are made ahead of the one in use, each by a thread of its own;
         0 makes each batch when it is asked for.
+      number_as: name of a field for the examples' places in the source, int32; empty: none.
 
     Returns:
       A Grain iterator of dicts of arrays [batch_size / process_count, ...], `"example_mask"` bool
@@ -63,7 +65,14 @@ def train_batches(
       DataError: the source is empty, or its examples differ in fields, shapes or dtypes.
     """
     rows = _BatchReader(
-        source, batch_size, seed, transforms, process_index, process_count, shuffle=True
+        source,
+        batch_size,
+        seed,
+        transforms,
+        process_index,
+        process_count,
+        shuffle=True,
+        number_as=number_as,
     )
     return _read(rows, start_step, num_steps, prefetch)
 
@@ -128,6 +137,7 @@ class _BatchReader:
         process_count: int,
         *,
         shuffle: bool,
+        number_as: str = "",
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size: {batch_size}; at least 1")
@@ -147,7 +157,7 @@ class _BatchReader:
         if len(source) == 0:
             raise DataError("the data set has no examples; at least 1")
         self._source, self._seed, self._transforms = source, int(seed), tuple(transforms)
-        self._batch_size, self._shuffle = batch_size, shuffle
+        self._batch_size, self._shuffle, self._number_as = batch_size, shuffle, number_as
         local = batch_size // process_count
         self._rows = np.arange(process_index * local, (process_index + 1) * local)
         # One epoch at a time is in use, two where batches are made ahead across its end.
@@ -164,6 +174,8 @@ class _BatchReader:
         if "example_mask" in batch:
             raise DataError("field 'example_mask': reserved for the pipeline; rename it")
         batch["example_mask"] = positions < count
+        if self._number_as:
+            batch[self._number_as] = indices.astype(np.int32)
         return batch
 
     def _make_order(self, epoch: int) -> np.ndarray:

@@ -15,6 +15,8 @@ from rollingq_jax.models.encoders import Bottleneck, Encoder, infer_kind
 from rollingq_jax.models.fusion import (
     AttentionFusion,
     ConcatFusion,
+    CosineFusion,
+    DynamicFusion,
     FilmFusion,
     GatedFusion,
     JmtFusion,
@@ -39,6 +41,8 @@ __all__ = [
     "Block",
     "Bottleneck",
     "ConcatFusion",
+    "CosineFusion",
+    "DynamicFusion",
     "Encoder",
     "EncoderSpec",
     "FilmFusion",

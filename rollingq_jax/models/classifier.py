@@ -12,9 +12,16 @@ from jax import Array
 from rollingq_jax import quality
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.models.encoders import Bottleneck, Encoder, Presence, read_inputs, read_mask
-from rollingq_jax.models.fusion import CROSS_FUSIONS, STATIC_FUSIONS, AttentionFusion
+from rollingq_jax.models.fusion import (
+    CROSS_FUSIONS,
+    STATIC_FUSIONS,
+    AttentionFusion,
+    CosineFusion,
+    DynamicFusion,
+    class_tokens,
+)
 from rollingq_jax.models.layers import AttentionFn, Dense, LayerNorm
-from rollingq_jax.models.spec import DTYPES, ModelSpec
+from rollingq_jax.models.spec import DTYPES, DYNAMIC_FUSIONS, ModelSpec
 from rollingq_jax.shapes import batch_broadcast
 
 
@@ -92,6 +99,10 @@ class MultimodalTransformer(nn.Module):
                 residual=spec.fusion_residual,
                 norm=spec.fusion_norm,
             )
+        elif spec.fusion in DYNAMIC_FUSIONS:
+            self.fusion = DynamicFusion(spec.fusion)
+        elif spec.fusion == "mmcosine":
+            self.fusion = CosineFusion(spec.num_classes, spec.cosine_scale)
         else:
             self.fusion = STATIC_FUSIONS[spec.head](spec.num_classes)
 
@@ -125,7 +136,10 @@ class MultimodalTransformer(nn.Module):
             `query` `[B, n H, d_h]`, rotated; `mean_keys` `{m: [B, n H, d_h]}`;
             `attention_share` `{m: [B, n H]}` and `uniform_share` `{m: [B]}`, what uniform attention
             would give; the last layer's `attention` `[B, H, 1 + sum L]` if asked for;
-            `quality_signal` `{m: [B]}` with a quality bias.
+            `quality_signal` `{m: [B]}` with a quality bias;
+          with a dynamic fusion, whose heads are its probes and send their gradient on,
+            `attention_share` `{m: [B, 1]}` and `uniform_share` `{m: [B]}`, of the votes, and for
+            "pdf" `confidence` `{m: [B]}`.
           An absent modality takes no attention, adds nothing to the bottleneck, and in the static
           fusions its class token counts as zeros; its own probe and mean keys mean nothing.
 
@@ -156,7 +170,7 @@ class MultimodalTransformer(nn.Module):
         out["tokens"] = tokens
         if self.spec.fusion == "unimodal":  # its head is its probe
             out["probe_logits"] = {m: jax.lax.stop_gradient(logits) for m in tokens}
-        else:
+        elif self.spec.fusion not in DYNAMIC_FUSIONS:  # there they are the heads
             out["probe_logits"] = self._probe(tokens)
         return logits, out
 
@@ -199,6 +213,10 @@ class MultimodalTransformer(nn.Module):
         masks = {m: _fusion_mask(presences[m], tokens[m]) for m in tokens}
         if not self.spec.uses_class_query:
             self._require_query(rotation is None)
+            if self.spec.fusion in DYNAMIC_FUSIONS:
+                read = class_tokens(tokens, masks)
+                answers = {m: self.probe[m](x) for m, x in read.items()}
+                return self.fusion(answers, tokens, masks, how.get("train", False))
             return self.fusion(tokens, masks)
         if not self.spec.has_fixed_query:
             return self.fusion(tokens, masks, rotation, **how)

@@ -7,7 +7,8 @@ computed. The static ones compute in float32 and read only the class tokens, zer
 modality. In attention fusion a class token of its own attends to all tokens, in one layer or in
 several (the paper's extension), and RollingQ rotates its query. In the models that the paper
 compares with (MulT, MMML, JMT) modalities attend to each other, and RollingQ rotates the query of
-each modality's class token in each of these attentions.
+each modality's class token in each of these attentions. The dynamic fusions weigh each
+modality's own answer, sample by sample.
 """
 
 import itertools
@@ -47,7 +48,7 @@ from rollingq_jax.models.layers import (
     example_keys,
     xavier_normal,
 )
-from rollingq_jax.rotation import HIGHEST, rotate
+from rollingq_jax.rotation import HIGHEST, normalize, rotate
 from rollingq_jax.shapes import batch_broadcast, batch_reshape, laid_out_as, whole_sharding
 
 Tokens = Mapping[str, Array]
@@ -121,6 +122,27 @@ class GatedFusion(nn.Module):
         return Dense(self.num_classes, name="head")(jax.nn.sigmoid(u) * w), {}
 
 
+class CosineFusion(nn.Module):
+    """MMCosine: z_c = scale sum_m cos(x_m, W_m[:, c]), so that no modality wins by its norms.
+
+    Xu et al., "MMCosine: Multi-Modal Cosine Loss Towards Balanced Audio-Visual Fine-Grained
+    Learning" (ICASSP 2023); the loss is the usual cross-entropy of z. An absent modality adds 0.
+    """
+
+    num_classes: int
+    scale: float = 15.0
+
+    @nn.compact
+    def __call__(self, tokens: Tokens, masks: Masks) -> Output:
+        """See this module's docstring."""
+        cosines = []
+        for m, x in class_tokens(tokens, masks).items():
+            shape = (self.num_classes, x.shape[-1])
+            directions = self.param(f"head_{m}", xavier_normal, shape, jnp.float32)
+            cosines.append(normalize(x) @ normalize(directions).T)
+        return self.scale * sum(cosines[1:], start=cosines[0]), {}
+
+
 STATIC_FUSIONS: Mapping[str, type[nn.Module]] = {
     "unimodal": SumFusion,  # named by modality, so that one tree can hold several such models
     "concat": ConcatFusion,
@@ -128,6 +150,120 @@ STATIC_FUSIONS: Mapping[str, type[nn.Module]] = {
     "film": FilmFusion,
     "gated": GatedFusion,
 }
+
+
+def energy(logits: Array) -> Array:
+    """QMF's confidence logsumexp(z_m) / 10: `[..., C] -> [...]`."""
+    return jax.nn.logsumexp(logits, axis=-1) / 10
+
+
+def energy_weights(logits: Array, present: Array) -> Array:
+    """QMF: w_m = max(logsumexp(z_m), 0) / 10, which need not sum to 1.
+
+    `[M, B, C], [M, B] -> [M, B]`, as for the other weights. The authors let w_m be negative, which
+    turns a modality's vote around; that is left out.
+    """
+    return jnp.maximum(energy(logits), 0.0) * present
+
+
+def entropy_weights(logits: Array, present: Array) -> Array:
+    """MLA at test time: w = softmax_m(-H_m), H_m the entropy of softmax(z_m)."""
+    log_p = jax.nn.log_softmax(logits)
+    return _softmax_over_modalities(jnp.sum(jnp.exp(log_p) * log_p, axis=-1), present)
+
+
+def confidence_weights(confidence: Array, present: Array, logits: Array | None = None) -> Array:
+    """PDF: w = softmax_m((c_m + h_m) r_m), h_m = sum_{n != m} log c_n / sum_n log c_n.
+
+    Args:
+      confidence: c, `[M, B]`, kept in [1e-4, 1 - 1e-4].
+      present: `[M, B]`; an absent modality is in none of the sums.
+      logits: z, `[M, B, C]`, for the calibration r_m = d_m / max_n d_n with d_m = mean_c
+        |softmax(z_m)_c - 1 / C|, which the authors have in their tests; None: r_m = 1.
+    """
+    confidence = jnp.clip(confidence, 1e-4, 1 - 1e-4)
+    doubt = jnp.log(confidence) * present
+    total = jnp.sum(doubt, axis=0, keepdims=True)
+    score = confidence + (total - doubt) / jnp.where(total < 0, total, 1.0)
+    if logits is not None:
+        distance = jnp.mean(jnp.abs(jax.nn.softmax(logits) - 1 / logits.shape[-1]), axis=-1)
+        most = jnp.max(distance * present, axis=0, keepdims=True)
+        score = score * distance / jnp.where(most > 0, most, 1.0)
+    return _softmax_over_modalities(score, present)
+
+
+def _softmax_over_modalities(scores: Array, present: Array) -> Array:
+    """softmax over the first axis of what is present, `[M, B]`; zeros where nothing is."""
+    return masked_softmax(scores.T, present.T > 0).T
+
+
+class DynamicFusion(nn.Module):
+    """z = sum_m [w_m] z_m of each modality's own answer z_m = x_m W_m + b_m, [.] without gradient.
+
+    The heads are the model's probes, here with their gradient to the encoders, so that the loss is
+    CE(z) + sum_m CE(z_m). The weights w follow from a sample's answers:
+
+    - "qmf": `energy_weights`. Zhang et al., "Provable Dynamic Fusion for Low-Quality Multimodal
+      Data" (ICML 2023). Their ranking loss is `baselines.qmf`.
+    - "pdf": `confidence_weights`, calibrated but in training. Cao et al., "Predictive Dynamic
+      Fusion" (ICML 2024). c_m = sigmoid(x_m v_m + a_m) without a gradient to x_m is drawn to the
+      probability of the true class: + sum_m |c_m - [softmax(z_m)_y]|. The authors' v_m is three
+      linear layers with nothing between them.
+    - "entropy": `entropy_weights`. Zhang et al., "Multimodal Representation Learning by Alternating
+      Unimodal Adaptation" (MLA, CVPR 2024), its fusion at test time. As there, nothing learns from
+      z. With a head for each modality, in place of one for all, their alternating steps share no
+      parameter and are one step, and the projection that protects the shared head is not needed.
+
+    No modality's weight comes from a query: there are shares of the votes, w / sum w, but no mean
+    keys, no imbalance, and nothing to rotate.
+    """
+
+    kind: str
+
+    @nn.compact
+    def __call__(
+        self, answers: Mapping[str, Array], tokens: Tokens, masks: Masks, train: bool = False
+    ) -> Output:
+        """Logits `[B, C]`, and `probe_logits`, `attention_share`, `uniform_share`, `confidence`.
+
+        Args:
+          answers: z_m, `{m: [B, C]}`.
+          tokens, masks: as for every fusion.
+          train: whether the weights are those of training.
+
+        Returns:
+          logits, and a dict with the answers as `probe_logits`, w / sum w as `attention_share`
+          `{m: [B, 1]}`, the share of equal votes as `uniform_share` `{m: [B]}`, and for "pdf" c_m
+          as `confidence` `{m: [B]}`.
+        """
+        names = sorted(answers)
+        logits = jnp.stack([answers[m] for m in names])
+        ones = jnp.ones_like(logits[0, :, 0])
+        masked = [masks[m] for m in names]
+        present = jnp.stack(
+            [ones if mask is None else mask[:, 0].astype(ones.dtype) for mask in masked]
+        )
+        out: dict[str, Any] = {"probe_logits": dict(answers)}
+        if self.kind == "pdf":
+            read = jax.lax.stop_gradient(class_tokens(tokens, masks))
+            out["confidence"] = {
+                m: jax.nn.sigmoid(Dense(1, name=f"confidence_{m}")(x)[:, 0])
+                for m, x in read.items()
+            }
+            confidence = jnp.stack([out["confidence"][m] for m in names])
+            weights = confidence_weights(confidence, present, None if train else logits)
+        elif self.kind == "qmf":
+            weights = energy_weights(logits, present)
+        else:
+            weights = entropy_weights(logits, present)
+            logits = jax.lax.stop_gradient(logits)
+        weights = jax.lax.stop_gradient(weights)
+        even = present / jnp.maximum(jnp.sum(present, axis=0, keepdims=True), 1.0)
+        total = jnp.sum(weights, axis=0, keepdims=True)
+        share = jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), even)
+        out["attention_share"] = {m: share[i, :, None] for i, m in enumerate(names)}
+        out["uniform_share"] = {m: even[i] for i, m in enumerate(names)}
+        return jnp.einsum("mb,mbc->bc", weights, logits, precision=HIGHEST), out
 
 
 class ClassTokenStats(NamedTuple):

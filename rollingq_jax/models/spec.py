@@ -28,7 +28,10 @@ KINDS = {
 #: The number of axes that a patch of each kind cuts (0: the kind has no patches).
 PATCH_AXES = {kind: len(axes) - 1 if "channel" in axes else 0 for kind, axes in KINDS.items()}
 CROSS_FUSIONS = ("mult", "mmml", "jmt")
-FUSIONS = ("unimodal", "sum", "concat", "film", "gated", "attention", "mbt", *CROSS_FUSIONS)
+#: Fusions of the modalities' own answers, weighed anew for each sample.
+DYNAMIC_FUSIONS = ("entropy", "pdf", "qmf")
+STATIC_FUSIONS = ("unimodal", "sum", "concat", "film", "gated", "mmcosine")
+FUSIONS = (*STATIC_FUSIONS, *DYNAMIC_FUSIONS, "attention", "mbt", *CROSS_FUSIONS)
 MBT_HEADS = ("attention", "concat", "sum")
 POOLINGS = ("tokens", "class_tokens")
 MOST_FUSION_LAYERS = 8
@@ -360,6 +363,11 @@ class ModelSpec:
         bool, FLAG, "add the mean of the modalities' class tokens to the attention's output"
     ] = False
     fusion_norm: Annotated[bool, FLAG, "LayerNorm before the head of attention fusion"] = False
+    cosine_scale: Annotated[
+        float,
+        real("a number > 0", lambda v: v > 0),
+        "factor on the cosines that are the logits of fusion mmcosine",
+    ] = 15.0
     mbt_layers: Annotated[int, integer(1, MAX_LAYERS), "layers of bottleneck fusion"] = 2
     mbt_tokens: Annotated[int, integer(1, MAX_WIDTH), "its bottleneck tokens"] = 4
     mbt_head: Annotated[str, one_of(MBT_HEADS), "the fusion behind its layers"] = "attention"
@@ -414,6 +422,11 @@ class ModelSpec:
             raise ConfigError(
                 f"model.fusion_layers is {self.fusion_layers}; allowed for fusion 'jmt': 1"
             )
+        if self.cosine_scale != ModelSpec.cosine_scale and self.fusion != "mmcosine":
+            raise ConfigError(
+                f"model.cosine_scale is {self.cosine_scale:g}; allowed for fusion {self.fusion!r}, "
+                f"which has no cosines: {ModelSpec.cosine_scale:g}"
+            )
         if self.quality_bias and not (self.has_fixed_query and self.fusion_layers == 1):
             raise ConfigError(
                 f"model.quality_bias is {self.quality_bias:g}; allowed with head {self.head!r} and "
@@ -465,9 +478,14 @@ class ModelSpec:
         attentions = {"mult": count * (count - 1), "mmml": count, "jmt": count + 1}
         return attentions.get(self.fusion, 1) * self.fusion_heads
 
+    @property
+    def has_shares(self) -> bool:
+        """True if each modality has a share of a sample: of attention, or of the votes."""
+        return self.uses_class_query or self.fusion in DYNAMIC_FUSIONS
+
 
 def _check_modality(name: Any) -> None:
-    reserved = ("label", "example_mask", "example_index")
+    reserved = ("label", "example_mask", "example_index", "example_number")
     if (
         not isinstance(name, str)
         or not name.isidentifier()

@@ -21,6 +21,7 @@ from rollingq_jax.convert.files import ADDRESS, ADDRESS_FORM
 from rollingq_jax.data.options import COMMON_FIELDS, FIELDS, check_fields, fields_of
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.models.spec import (
+    DYNAMIC_FUSIONS,
     ENCODER_FIELDS,
     FLAG,
     MODEL_FIELDS,
@@ -235,6 +236,8 @@ class BaselineConfig:
     inforeg_beta: Annotated[NotNegative, "how strongly InfoReg holds an encoder"] = 0.95
     cggm_rho: Annotated[NotNegative, "factor of CGGM on all encoders' gradients"] = 1.3
     cggm_decay: Annotated[Rate, "of the mean of the accuracies in CGGM"] = 0.9
+    qmf_weight: Annotated[NotNegative, "weight of QMF's ranking loss"] = 0.1
+    umt_weight: Annotated[NotNegative, "weight of UMT's distance to the teachers"] = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,6 +396,12 @@ def check_config(config: Any) -> None:
         raise ConfigError(
             f"config.optimizer.weight_decay is {optimizer['weight_decay']:g}; allowed with "
             "optimizer.name adam, which has none: 0; optimizer.name adamw decays"
+        )
+    fusion = as_mapping(fields["model"], "config.model").get("fusion")
+    if fusion in DYNAMIC_FUSIONS and fields["rolling"]["enabled"]:
+        raise ConfigError(
+            f"config.rolling.enabled is True; allowed with model.fusion {fusion!r}, whose weights "
+            "come from the modalities' answers and not from a query: False"
         )
     warmup = optimizer["warmup_epochs"]
     fsdp = as_mapping(fields["mesh"], "config.mesh")["fsdp"]

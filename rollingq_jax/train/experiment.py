@@ -16,6 +16,7 @@ from rollingq_jax.analysis.metrics import (
     macro_f1,
 )
 from rollingq_jax.baselines.build import build_baseline
+from rollingq_jax.baselines.hooks import EXAMPLE_NUMBER
 from rollingq_jax.data.cache import cache_root
 from rollingq_jax.data.dataset import (
     Dataset,
@@ -123,6 +124,11 @@ class Experiment:
             )
             tx = make_optimizer(config.optimizer, self.learning_rate)
         self.baseline = build_baseline(config.baseline, spec, self.epoch_steps, self.total_steps)
+        if self.baseline.teachers and model is not None:
+            raise ConfigError(
+                f"config.baseline.name is {config.baseline.name!r}, whose teachers are built from "
+                "config.model, and a model is given; allowed: another name, or no model"
+            )
         self._check_micro_batches()
         transform = self.baseline.transform
         self.tx = tx if transform is None else optax.chain(transform, tx)
@@ -285,7 +291,7 @@ class Experiment:
             self.roller,
             seed=self.config.seed,
             batch=example_batch(self.dataset),
-            baseline=self.baseline.init(),
+            baseline=lambda params: self.baseline.init(params, len(self.dataset.splits["train"])),
             ema=self.config.optimizer.ema_decay > 0,
         )
 
@@ -296,6 +302,7 @@ class Experiment:
             transforms=self.dataset.train_transforms,
             start_step=start_step,
             num_steps=num_steps,
+            number_as=EXAMPLE_NUMBER if self.baseline.example_numbers else "",
             **self._reading(),
         )
         return self._checked(batches)

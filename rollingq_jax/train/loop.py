@@ -19,11 +19,12 @@ import optax
 from etils import epath
 from ml_collections import ConfigDict
 
+from rollingq_jax.baselines.hooks import encoder_part
 from rollingq_jax.data.dataset import Dataset
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.preprocessing import InputSpec
 from rollingq_jax.errors import CheckpointError, ConfigError, UserError, said
-from rollingq_jax.models import build_model
+from rollingq_jax.models import ModelSpec, build_model
 from rollingq_jax.quality import QualityState, model_variables
 from rollingq_jax.train.agreement import agreement, run_facts
 from rollingq_jax.train.checkpoint import Checkpoints, CheckpointSchedule, with_last_checkpoint
@@ -64,6 +65,11 @@ log = logging.getLogger(__name__)
 FIRST_TRACED, LAST_TRACED = 4, 8  # calls of the step; the first compile, and fill the pipeline
 
 
+# Fields of `config.model` that a model of one modality may not have.
+FUSION_FIELDS = (
+    *("cosine_scale", "fusion_layers"),
+    *("quality_bias", "quality_signal", "quality_shuffled"),
+)
 # Before there is a best checkpoint. One has its validation accuracy and what it was chosen by.
 NO_BEST = {"step": -1, "epoch": -1, "accuracy": -1.0}
 
@@ -208,6 +214,8 @@ class TrainLoop:
             remember(workdir, experiment.config)
         silent = self.quiet or jax.process_index() > 0
         state, record = found or (experiment.initial_state(_ignore if silent else print), {})
+        if found is None and experiment.baseline.teachers:
+            state = state.replace(baseline=self._train_teachers(_ignore if silent else print))
         with with_last_checkpoint(lambda: checkpoints.newest), convert_io_errors(workdir):
             best, step = self.train(state, record)
             checkpoints.wait()
@@ -221,6 +229,19 @@ class TrainLoop:
 
             return finish_run(experiment, workdir, checkpoints, best, step, self.callbacks, plain)
 
+    def _train_teachers(self, report: Callable[[str], None]) -> dict[str, Any]:
+        """The encoders of a run of each modality alone, which lies in `teachers/<m>` of the run.
+
+        The test data are not read. Interrupted, the run that they belong to resumes them.
+        """
+        encoders: dict[str, Any] = {}
+        for m in self.experiment.model.spec.modalities:
+            folder = self.workdir / "teachers" / m
+            report(f"The teacher of {m} ...")
+            self._train_in(folder, alone(self.experiment.config, m))
+            encoders |= encoder_part(load_run(folder).params, m)
+        return encoders
+
     def _train_plain_twin(self) -> dict[str, Any]:
         """The same run without rotations, in the folder `plain` of the run, to compare with.
 
@@ -230,9 +251,13 @@ class TrainLoop:
         config.rolling.enabled, config.plain_twin = False, False
         if not self.quiet and jax.process_index() == 0:
             print("The same without rotations, to compare with ...")
+        return self._train_in(self.workdir / "plain", config)
+
+    def _train_in(self, folder: epath.Path, config: Any) -> dict[str, Any]:
+        """Another run on the same data, as far as before its test; returns its best checkpoint."""
         found = train_and_evaluate(
             config,
-            self.workdir / "plain",
+            folder,
             interruption=self.interruption,
             test=False,
             quiet=True,
@@ -403,6 +428,16 @@ class TrainLoop:
             return False  # nothing rolls, there is no limit, or 0 was asked for
         spent = bool(np.all(np.asarray(count) >= rolling.max_rotations))
         return spent and means.get("imbalance", 0.0) > rolling.beta
+
+
+def alone(config: Any, modality: str) -> Any:
+    """The configuration of the model that sees one modality, which no method helps."""
+    config = copy.deepcopy(config)
+    config.rolling.enabled, config.plain_twin, config.baseline.name = False, False, ""
+    plain = {name: getattr(ModelSpec, name) for name in FUSION_FIELDS}
+    with config.unlocked():  # a complete configuration lacks the fields that are None
+        config.model.update(plain | {"fusion": "unimodal", "modality": modality})
+    return config
 
 
 def _ignore(_: str) -> None:

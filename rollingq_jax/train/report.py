@@ -287,6 +287,13 @@ def report_figures(
         report.describe_dynamics(rows, plain),
         report.HOW_TO_READ["dynamics"],
     )
+    if any("key_gap" in row for row in rows):
+        figures["keys"] = ReportFigure(
+            "Gap of the keys",
+            plots.key_gap_figure(rows, plain=plain),
+            report.describe_key_gap(rows, plain),
+            report.HOW_TO_READ["keys"],
+        )
     panels = rotation_panels(load_snapshots(workdir, experiment.total_steps))
     if panels:
         figures["rotation"] = ReportFigure(
@@ -304,6 +311,8 @@ def report_figures(
             "Scatter plot of attention share against the difference in quality, test data.",
             report.HOW_TO_READ["share_quality"],
         )
+    if not experiment.model.spec.uses_class_query:
+        return figures
     examples = attention_examples(
         experiment.model,
         state.variables,

@@ -13,6 +13,7 @@ losses, the cosines and the shares.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from jax import Array
 
 from rollingq_jax import quality
 from rollingq_jax.analysis.metrics import class_probabilities
-from rollingq_jax.baselines.hooks import Baseline, StepContext
+from rollingq_jax.baselines.hooks import Baseline, StepContext, probability_of_label
 from rollingq_jax.data.dataset import KEPT
 from rollingq_jax.rolling import (
     RollInfo,
@@ -118,7 +119,8 @@ def supervised_loss(
 ) -> tuple[Array, ForwardPass]:
     """Cross-entropy of the main head plus that of each probe, `[B]`, from a forward pass.
 
-    The probes see stopped gradients, so they add nothing to the encoders' gradient. With
+    The probes see stopped gradients, so they add nothing to the encoders' gradient; those of a
+    dynamic fusion are its heads and do, and the confidences that one has learn beside them. With
     `label_smoothing` e, (1 - e) CE(z) + e mean_c(-log p_c) stands for each; what is reported as the
     loss is CE(z) in any case.
     """
@@ -134,6 +136,9 @@ def supervised_loss(
     if model.spec.fusion != "unimodal":  # there the probe is the main head
         for probe in out["probe_logits"].values():
             losses = losses + cross_entropy(probe, batch["label"], label_smoothing)
+    for m, confidence in out.get("confidence", {}).items():  # PDF's: of its true class
+        right = jax.lax.stop_gradient(probability_of_label(out["probe_logits"][m], batch["label"]))
+        losses = losses + jnp.abs(confidence - right) * out["present"][m].astype(losses.dtype)
     return losses, ForwardPass(logits, out, main, state.baseline, {})
 
 
@@ -335,26 +340,33 @@ def eval_step(
     """The global batch's sums, and each example's outputs.
 
     Returns:
-      The sums, also of `uniform_share/<m>`, and row by row `probabilities` `[B, C]` (NaN where a
-      logit is not finite), `present` `[B, M]` and, with a class query, `attention_share`,
-      `uniform_share` and `mean_keys/<m>` (first head; `[B, M]` and `[B, d_h]`).
+      The sums, also of `uniform_share/<m>` and, with a class query, of the mean keys k,
+      `key_sum/<m>` `[H, d_h]`, and of |k|^2, `key_square/<m>` `[H]`. And row by row `probabilities`
+      `[B, C]` (NaN where a logit is not finite), `present` `[B, M]`, where the modalities have
+      shares `attention_share` and `uniform_share` `[B, M]`, and with a class query
+      `mean_keys/<m>` of the first head, `[B, d_h]`.
     """
     logits, out = model.apply(variables, batch, rotation=rotation)
     sums = batch_sums(logits, out, batch)
+    answered = finite_rows(logits).astype(jnp.float32)
+    counts = modality_weight(out, example_weight(batch) * answered)
     if "uniform_share" in out:
         even = jnp.stack([out["uniform_share"][m] for m in sorted(out["uniform_share"])])
-        answered = finite_rows(logits).astype(even.dtype)
-        totals = jnp.sum(even * modality_weight(out, example_weight(batch) * answered), axis=1)
+        totals = jnp.sum(even * counts, axis=1)
         sums |= {f"uniform_share/{m}": totals[i] for i, m in enumerate(sorted(out["present"]))}
+    for (m, keys), counted in zip(sorted(out.get("mean_keys", {}).items()), counts, strict=False):
+        keys = jnp.where(counted[:, None, None] > 0, keys, 0.0)
+        sums[f"key_sum/{m}"] = jnp.einsum("b,bhd->hd", counted, keys)
+        sums[f"key_square/{m}"] = jnp.einsum("b,bh->h", counted, dot(keys, keys))
     sums = psum(sums, axis_name)
     present = jnp.stack([out["present"][m] for m in sorted(out["present"])], axis=-1)
     examples = {"probabilities": class_probabilities(logits), "present": present}
     if "attention_share" in out:
-        shares = [jnp.mean(out["attention_share"][m], axis=1) for m in sorted(out["mean_keys"])]
+        shares = [jnp.mean(out["attention_share"][m], axis=1) for m in sorted(out["present"])]
         examples["attention_share"] = jnp.stack(shares, axis=-1)
         if "uniform_share" in out:
             examples["uniform_share"] = even.T
-        examples |= {f"mean_keys/{m}": out["mean_keys"][m][:, 0] for m in out["mean_keys"]}
+    examples |= {f"mean_keys/{m}": keys[:, 0] for m, keys in out.get("mean_keys", {}).items()}
     return sums, examples
 
 
@@ -494,14 +506,15 @@ def batch_sums(logits: Array, out: Mapping[str, Any], batch: Mapping[str, Array]
         loss, right, unscored = of_head(probe, weights[m])
         sums |= {f"probe_loss/{m}": loss, f"probe_accuracy/{m}": right, f"unscored/{m}": unscored}
         sums[f"weight/{m}"] = jnp.sum(weights[m])
-    if "mean_keys" in out:
-        query, answered = normalize(out["query"]), finite_rows(logits)
+    if "attention_share" in out:
+        answered = finite_rows(logits)
         for m in modalities:
             attended = weights[m] * answered.astype(weight.dtype)
-            cosines = dot(query, normalize(out["mean_keys"][m]))
-            sums[f"cosine/{m}"] = jnp.sum(
-                jnp.where(attended[:, None] > 0, cosines, 0.0) * attended[:, None], axis=0
-            )
+            if "mean_keys" in out:
+                cosines = dot(normalize(out["query"]), normalize(out["mean_keys"][m]))
+                sums[f"cosine/{m}"] = jnp.sum(
+                    jnp.where(attended[:, None] > 0, cosines, 0.0) * attended[:, None], axis=0
+                )
             sums[f"attention_share/{m}"] = total(
                 jnp.mean(out["attention_share"][m], axis=-1), attended
             )
@@ -523,7 +536,8 @@ def finish(sums: Mapping[str, Any]) -> dict[str, Any]:
 
     Adds `imbalance`, the mean over heads of max_m c^m - min_m c^m, and, for two modalities, `air`,
     the mean over heads of c^1 - c^2. Both are over the modalities that an example had, and need two
-    of them. Means over no example are NaN. Counts: `skipped`; `kept/<m>`; `examples/<m>`, those
+    of them. `key_gap` is, with mean keys, the mean over heads of `key_gap` below. Means over no
+    example are NaN. Counts: `skipped`; `kept/<m>`; `examples/<m>`, those
     that have the modality, where some lack it; `nonfinite` and `nonfinite/<m>`, those whose logits
     were NaN or infinite, where there are any.
     """
@@ -563,9 +577,34 @@ def finish(sums: Mapping[str, Any]) -> dict[str, Any]:
     if cosines:
         stacked = np.stack(scores) if len(scores) > 1 else np.full([1, 1], np.nan)
         row["imbalance"] = float(np.mean(stacked.max(0) - stacked.min(0)))
+    spreads = [name.partition("/")[2] for name in sums if name.startswith("key_sum/")]
+    if spreads:
+        counts = [number("attended", m) or math.nan for m in spreads]
+        means = [sums[f"key_sum/{m}"] / n for m, n in zip(spreads, counts, strict=True)]
+        squares = [sums[f"key_square/{m}"] / n for m, n in zip(spreads, counts, strict=True)]
+        row["key_gap"] = float(np.mean(key_gap(np.stack(means), np.stack(squares))))
     if cosines == 2:
         row["air"] = float(np.mean(scores[0] - scores[1])) if len(scores) == 2 else math.nan
     return row
+
+
+def key_gap(means: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    """How far the modalities' keys lie apart, in units of their spread over the samples, `[H]`.
+
+    |mu^m - mu^n| / sqrt((s_m^2 + s_n^2) / 2) with s_m^2 = E|k^m - mu^m|^2, its mean over the pairs
+    of modalities. At 1 and below their distributions overlap; at several the keys tell the
+    modality and hardly the sample. NaN where no sample differs from another.
+
+    Args:
+      means: mu^m = E k^m, `[M, H, d_h]` of two modalities or more.
+      squares: E|k^m|^2, `[M, H]`.
+    """
+    spread = np.maximum(squares - np.sum(means * means, axis=-1), 0.0)
+    gaps = []
+    for m, n in itertools.combinations(range(len(means)), 2):
+        mean = np.sqrt((spread[m] + spread[n]) / 2)
+        gaps.append(np.linalg.norm(means[m] - means[n], axis=-1) / np.where(mean > 0, mean, np.nan))
+    return np.mean(gaps, axis=0)
 
 
 def nonfinite_flags(loss: Array, gradient: Any) -> Array:

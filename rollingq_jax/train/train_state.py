@@ -1,6 +1,7 @@
 """The state that a training run carries from step to step, and the optimizer that moves it."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -63,7 +64,7 @@ def create_state(
     *,
     seed: int,
     batch: Any,
-    baseline: Any = (),
+    baseline: Callable[[Any], Any] = lambda params: (),
     ema: bool = False,
 ) -> TrainState:
     """Initial state: parameters drawn from `seed`, R = I.
@@ -74,7 +75,7 @@ def create_state(
       roller: from `rolling_query`.
       seed: of parameters and dropout.
       batch: one batch, for its shapes.
-      baseline: initial state of a method of comparison.
+      baseline: `params ->` the initial state of a method of comparison.
       ema: whether an average of the parameters is kept.
     """
     init_rng, step_rng = jax.random.split(jax.random.key(seed))
@@ -85,7 +86,7 @@ def create_state(
         opt_state=tx.init(params),
         rolling=init_rolling(model, roller),
         rng=step_rng,
-        baseline=baseline,
+        baseline=baseline(params),
         quality=quality.init(len(model.spec.modalities)) if model.spec.quality_bias else None,
         ema=jax.tree.map(jnp.copy, params) if ema else None,
     )

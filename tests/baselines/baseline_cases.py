@@ -35,6 +35,7 @@ def small_model(fusion, size=4, **fields):
         "audio": jnp.asarray(rng.normal(size=(size, 5)), jnp.float32),
         "visual": jnp.asarray(rng.normal(size=(size, 7)), jnp.float32),
         "label": jnp.asarray([0, 1, 2, 1] * (size // 4), jnp.int32),
+        "example_number": jnp.arange(size, dtype=jnp.int32)[::-1],
     }
     return model, model.init(jax.random.key(0), batch)["params"], batch
 
@@ -48,7 +49,9 @@ def training(name, fusion="concat", *, size=4, epoch_steps=2, **fields):
     tx, roller = optax.sgd(1.0), rolling_query()
     if baseline.transform is not None:
         tx = optax.chain(baseline.transform, tx)
-    state = create_state(model, tx, roller, seed=0, batch=batch, baseline=baseline.init())
+    state = create_state(
+        model, tx, roller, seed=0, batch=batch, baseline=lambda p: baseline.init(p, size)
+    )
     step = functools.partial(
         train_step,
         model=model,

@@ -42,9 +42,11 @@ def config(tmp_path):
     return config
 
 
-@pytest.mark.parametrize("name", ["pmr", "ogm_ge", "agm", "cggm", "inforeg", "opm"])
+@pytest.mark.parametrize("name", ["pmr", "ogm_ge", "agm", "cggm", "inforeg", "opm", "qmf", "umt"])
 def test_a_stopped_run_goes_on_to_the_same_end(config, tmp_path, name):
     config.baseline.name = name
+    if name == "qmf":
+        config.model.fusion, config.rolling.enabled = "qmf", False
     train_and_evaluate(config, tmp_path / "whole", quiet=True)
     with pytest.raises(Interrupted):  # within the second epoch: PMR has prototypes, and sums
         train_and_evaluate(config, tmp_path / "cut", max_steps=5, quiet=True)

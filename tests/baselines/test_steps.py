@@ -136,14 +136,14 @@ def rolled():
     return training("", "attention")
 
 
-@pytest.mark.parametrize("name", sorted(set(BUILDERS) - {"", "ogm", "ogm_ge"}))
+@pytest.mark.parametrize("name", sorted(set(BUILDERS) - {"", "ogm", "ogm_ge", "qmf"}))
 def test_a_step_under_attention_that_rolls_keeps_the_form_of_the_state(rolled, name):
     model, state, step, batch = rolled
     config = default_config().baseline
     config.name = name
     baseline = build_baseline(config, model.spec, 2, 20)
     tx = optax.chain(baseline.transform or optax.identity(), optax.sgd(1.0))
-    state = state.replace(opt_state=tx.init(state.params), baseline=baseline.init())
+    state = state.replace(opt_state=tx.init(state.params), baseline=baseline.init(state.params, 4))
     loss_fn = with_baseline(supervised_loss, baseline)
     step = functools.partial(step, tx=tx, loss_fn=loss_fn, schedule=RollSchedule(1, 1))
     after, _, record = jax.eval_shape(step, state, batch)
@@ -153,12 +153,12 @@ def test_a_step_under_attention_that_rolls_keeps_the_form_of_the_state(rolled, n
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["ogm_ge", "pmr", "modality_dropout", "mmpareto", "agm", "arl", "inforeg"]
+    "name", ["ogm_ge", "pmr", "modality_dropout", "mmpareto", "agm", "arl", "inforeg", "qmf"]
 )
 def test_the_layout_over_devices_changes_nothing(name):
-    ends = []
+    ends, fusion = [], "qmf" if name == "qmf" else "concat"
     for layout in ("jit", "pmap"):
-        model, state, step, batch = training(name, size=16, epoch_steps=1, drop_rate=0.5)
+        model, state, step, batch = training(name, fusion, size=16, epoch_steps=1, drop_rate=0.5)
         parallel = WRAPPERS[layout](step, functools.partial(eval_step, model=model))
         state = parallel.put_state(state)
         for _ in range(2):
@@ -173,6 +173,8 @@ def test_the_layout_over_devices_changes_nothing(name):
     [
         ("ogm", "attention", ["'ogm'", "'attention'", "concat, sum"]),
         ("ogm_ge", "film", ["'ogm_ge'", "'film'"]),
+        ("qmf", "attention", ["'qmf'", "'attention'"]),
+        ("umt", "mbt", ["'umt'", "'mbt'"]),
         ("pmr", "unimodal", ["'pmr'", "one modality"]),
     ],
 )

@@ -466,6 +466,19 @@ def test_an_evaluation_says_what_uniform_attention_would_give():
     row = finish(sums)
     np.testing.assert_allclose(row["uniform_share/a"], (2 / 7 + 2 / 4 + 1) / 3, rtol=1e-6)
     np.testing.assert_allclose(row["uniform_share/b"], (5 / 7 + 2 / 4) / 2, rtol=1e-6)
+    keys = [np.asarray(examples[f"mean_keys/{m}"]) for m in "ab"]
+    keys = [keys[0][[0, 1, 3]], keys[1][:2]]  # of those that have the modality
+    spread = [np.sum(np.var(np.float64(k), axis=0)) for k in keys]
+    gap = np.linalg.norm(keys[0].mean(0) - keys[1].mean(0)) / np.sqrt(np.mean(spread))
+    np.testing.assert_allclose(row["key_gap"], gap, rtol=1e-4)
+
+
+def test_the_gap_of_keys_is_in_units_of_their_spread():
+    means = np.array([[[0.0, 0.0], [1, 1]], [[3, 4], [1, 1]], [[3, 4], [1, 1]]])  # [M, H, d]
+    squares = np.sum(means**2, axis=-1) + np.array([[4.0, 0.0], [4, 0], [0, 0]])
+    np.testing.assert_allclose(steps.key_gap(means[:2], squares[:2]), [5 / 2, np.nan])
+    third = (5 / 2 + 5 / np.sqrt(2) + 0) / 3  # the mean over three pairs
+    np.testing.assert_allclose(steps.key_gap(means, squares)[0], third)
 
 
 @pytest.mark.parametrize("size", [10, 4, 3])

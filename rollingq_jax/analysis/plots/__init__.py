@@ -8,7 +8,12 @@ from rollingq_jax.analysis.plots.samples import (
     share_quality_figure,
 )
 from rollingq_jax.analysis.plots.style import png_bytes, save_png
-from rollingq_jax.analysis.plots.training import accuracy_figure, arms_figure, dynamics_figure
+from rollingq_jax.analysis.plots.training import (
+    accuracy_figure,
+    arms_figure,
+    dynamics_figure,
+    key_gap_figure,
+)
 
 __all__ = [
     "AttentionExample",
@@ -19,6 +24,7 @@ __all__ = [
     "attention_figure",
     "attention_scale_figure",
     "dynamics_figure",
+    "key_gap_figure",
     "noise_figure",
     "png_bytes",
     "polar_figure",

@@ -143,7 +143,7 @@ def dynamics_figure(
     elif beta is not None:
         style.reference_line(bottom, beta, f"β = {beta:g}")
     bottom.set_ylim(bottom=min(0.0, bottom.get_ylim()[0]))
-    _mark_rolls(top, bottom, rolls(rows))
+    _mark_rolls([top, bottom], rolls(rows))
     style.style_axes(top, ylabel="attention share\n(sums to 1)")
     style.style_axes(
         bottom, xlabel="training (epochs)", ylabel="imbalance of cosine\nscores (0 to 2)"
@@ -151,6 +151,26 @@ def dynamics_figure(
     _title_and_legend(
         top, "Attention share and imbalance over training (thick: validation, thin: training)"
     )
+    return figure
+
+
+def key_gap_figure(rows: Sequence[Row], *, plain: Sequence[Row] = ()) -> Figure:
+    """Gap of the modalities' key distributions over training, rotations marked.
+
+    Args:
+      rows: of metrics.jsonl; "valid" rows give the line, "roll" rows the vertical lines.
+      plain: those of the same run without rotations, drawn in broken lines.
+    """
+    figure = style.new_figure(8.0, 3.4)
+    axes = figure.subplots()
+    _train_and_valid(axes, rows, "key_gap", "gap of the keys", None)
+    _plain_curve(axes, plain, "key_gap", style.INK)
+    if not axes.lines:
+        style.empty_note(axes, "no keys were recorded")
+    axes.set_ylim(bottom=0)
+    _mark_rolls([axes], rolls(rows))
+    style.style_axes(axes, xlabel="training (epochs)", ylabel="distance of mean keys\n(spreads)")
+    _title_and_legend(axes, "Gap between the modalities' key distributions, validation data")
     return figure
 
 
@@ -210,8 +230,9 @@ def arms_figure(
 
     Args:
       arms: name of the arm -> the rows of each of its runs (one run for each seed).
-      fields: field of the rows -> label of its panel. By default the imbalance, and the attention
-        share of each modality (of the first alone where there are two: the other is 1 minus it).
+      fields: field of the rows -> label of its panel. By default the imbalance, the gap of the
+        keys where it is recorded, and the attention share of each modality (of the first alone
+        where there are two: the other is 1 minus it).
 
     Returns:
       A figure with a panel for each field. Arms without that field (a fusion without attention)
@@ -256,6 +277,8 @@ def _default_fields(rows: Sequence[Row]) -> dict[str, str]:
     names = modalities(rows, "attention_share")
     shown = names[:1] if len(names) == 2 else names
     fields = {"imbalance": "imbalance of cosine scores (0 to 2)"}
+    if any("key_gap" in row for row in rows):
+        fields["key_gap"] = "distance of the modalities'\nmean keys (spreads)"
     return fields | {
         f"attention_share/{m}": f"attention share of\n{style.named(m)} (0 to 1)" for m in shown
     }
@@ -320,11 +343,13 @@ def _plain_curve(axes: Axes, plain: Sequence[Row], field: str, color: str) -> No
     )
 
 
-def _mark_rolls(top: Axes, bottom: Axes, rolls: Sequence[Roll]) -> None:
+def _mark_rolls(panels: Sequence[Axes], rolls: Sequence[Roll]) -> None:
+    """A line in each panel, named in the first; `rolls` with room have their angle above it."""
+    top = panels[0]
     many = len(rolls) > MANY_ROLLS
     words = f"{len(rolls)} rotations of the query" if many else "rotation of the query"
     look = _ROLL_LINE | ({"alpha": 0.25, "linewidth": 1} if many else {})
-    for axes in (top, bottom):
+    for axes in panels:
         for i, roll in enumerate(rolls):
             label = words if i == 0 and axes is top else None
             axes.axvline(roll.epoch, label=label, **look)
