@@ -14,6 +14,7 @@ COMMANDS = {
     "train": ("train.cli", "train_command", "train a run, and test it once at the end"),
     "evaluate": ("evaluate", "command", "evaluate a run, and probe what its attention follows"),
     "compare": ("compare", "command", "compare arms over seeds; sweep over settings"),
+    "reproduce": ("reproduce", "command", "the paper's tables beside what is measured here"),
     "predict": ("predict", "command", "a trained run's answers on new data, as a table"),
     "prepare": ("prepare", "command", "prepare a data set from its original distribution"),
     "export": ("export", "command", "a run's weights, and a function that runs without us"),

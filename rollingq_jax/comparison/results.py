@@ -96,24 +96,30 @@ def make_table(runs: Sequence[Run], arms: Sequence[str], against: str) -> Table:
         lines = {}
         for arm in arms:
             values = values_of(runs, arm, metric)
-            if not values:
-                continue
-            numbers = np.array(list(values.values()))
-            mean = bootstrap_mean(numbers)
-            line: dict[str, Any] = {
-                "mean": mean.mean,
-                "mean_low": finite_or_none(mean.low),
-                "mean_high": finite_or_none(mean.high),
-                "sd": float(numbers.std(ddof=1)) if len(numbers) > 1 else None,
-                "runs": len(numbers),
-            }
-            common = sorted(values.keys() & reference.keys())
-            if arm != against and common:
-                line |= difference([values[s] for s in common], [reference[s] for s in common])
-            lines[arm] = line
+            if values:
+                lines[arm] = make_line(values, None if arm == against else reference)
         if lines:
             table[metric] = lines
     return table
+
+
+def make_line(
+    values: Mapping[int, float], reference: Mapping[int, float] | None = None
+) -> dict[str, Any]:
+    """An arm's line of `make_table` from seed -> value, paired with a reference if there is one."""
+    numbers = np.array(list(values.values()))
+    mean = bootstrap_mean(numbers)
+    line: dict[str, Any] = {
+        "mean": mean.mean,
+        "mean_low": finite_or_none(mean.low),
+        "mean_high": finite_or_none(mean.high),
+        "sd": float(numbers.std(ddof=1)) if len(numbers) > 1 else None,
+        "runs": len(numbers),
+    }
+    common = sorted(values.keys() & (reference or {}).keys())
+    if reference and common:
+        line |= difference([values[s] for s in common], [reference[s] for s in common])
+    return line
 
 
 def finite_or_none(value: float) -> float | None:

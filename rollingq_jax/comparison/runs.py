@@ -666,7 +666,7 @@ def tested_summary(
 
 def answers_of(folder: epath.Path) -> Predictions:
     """A finished run's answers on its test split."""
-    return probes.predict(_probe(folder))
+    return probes.predict(probe_of(folder))
 
 
 def noise_of(folder: epath.Path, levels: Sequence[float]) -> list[dict[str, Any]]:
@@ -676,7 +676,7 @@ def noise_of(folder: epath.Path, levels: Sequence[float]) -> list[dict[str, Any]
     """
     kept = read_json(folder / "noise.json")
     if kept is None or kept["levels"] != list(levels):
-        probe = _probe(folder)
+        probe = probe_of(folder)
         clean = probes.predict(probe)
         points = [
             point
@@ -689,7 +689,8 @@ def noise_of(folder: epath.Path, levels: Sequence[float]) -> list[dict[str, Any]
     return kept["points"]
 
 
-def _probe(folder: epath.Path) -> probes.Probe:
+def probe_of(folder: epath.Path) -> probes.Probe:
+    """A finished run and its test split."""
     run = load_run(folder)
     return probes.Probe(
         predict_fn(run.model, run.variables, run.rotation),

@@ -196,9 +196,11 @@ class Command(NamedTuple):
 
     def read_config(self, given: SimpleNamespace, rest: Sequence[str]) -> ConfigDict:
         """The configuration that the flags name, with the fields that were typed."""
-        if (given.config is None) == (given.config_json is None):
+        named = [given.config, getattr(given, "data", None)]  # `reproduce` has both names for it
+        python = [name for name in named if name is not None]
+        if len(python) + (given.config_json is not None) != 1:
             raise ConfigError(f"wanted one of --config and --config_json; allowed: {self.usage()}")
-        config = read_json(given.config_json) if given.config is None else read_python(given.config)
+        config = read_python(python[0]) if python else read_json(given.config_json)
         if given.preset is not None:
             config = with_preset(config, given.preset)
         config = with_typed_data_fields(config, rest)
