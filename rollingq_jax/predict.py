@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from rollingq_jax.analysis.metrics import check_answers, csv_header, csv_rows, csv_writer
 from rollingq_jax.data.new_data import NewData, open_new_data
@@ -35,6 +34,7 @@ from rollingq_jax.inference import Prediction, Predictor, check_batch_size
 from rollingq_jax.train.cli import MOST_AT_ONCE, WORKDIR, Command, integer, text
 from rollingq_jax.train.logging import table
 from rollingq_jax.train.loop import load_run
+from rollingq_jax.train.output import progress_bar
 
 log = logging.getLogger(__name__)
 READERS = 2  # threads that read and decode examples
@@ -137,7 +137,7 @@ def _answers(
     total = len(data.source)
     with (
         ThreadPoolExecutor(READERS) as pool,
-        tqdm(total=total, unit="example", disable=True if quiet else None) as progress,
+        progress_bar(total, "example", **({"disable": True} if quiet else {})) as progress,
     ):
         for start in range(0, total, batch_size):
             places = range(start, min(start + batch_size, total))

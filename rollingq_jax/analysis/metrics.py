@@ -578,6 +578,11 @@ def written(value: float | None, form: str = ".3f", count: int | None = None) ->
     return text if count is None else f"{text} (n = {count})"
 
 
+def counted(count: int, what: str) -> str:
+    """A number of things in words: `1 rotation`, `2 rotations`."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def _pair(x: Array, y: Array) -> tuple[Array, Array]:
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if x.ndim != 1 or x.shape != y.shape:

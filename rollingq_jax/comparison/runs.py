@@ -38,6 +38,7 @@ from rollingq_jax.train.config import (
 )
 from rollingq_jax.train.experiment import Experiment
 from rollingq_jax.train.loop import load_run, train_and_evaluate
+from rollingq_jax.train.output import progress_bar
 from rollingq_jax.train.preemption import Interruption
 from rollingq_jax.train.workdir import read_summary, write_json
 
@@ -559,7 +560,7 @@ class Progress:
         self.done = 0
 
     def __enter__(self) -> "Progress":
-        self._bar = tqdm(total=self.total, unit="run", disable=None, dynamic_ncols=True)
+        self._bar = progress_bar(self.total, "run")
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -27,11 +27,11 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from rollingq_jax.analysis.metrics import written
+from rollingq_jax.analysis.metrics import counted, written
 from rollingq_jax.data.dataset import KEPT, Dataset
 from rollingq_jax.errors import CheckpointError, NonFiniteError, printable, said
 from rollingq_jax.files import write_whole
-from rollingq_jax.train.output import wrapped
+from rollingq_jax.train.output import progress_bar, wrapped
 from rollingq_jax.train.steps import (
     NONFINITE,
     RollRecord,
@@ -515,14 +515,8 @@ class Console:
             self._print(f"continuing from step {step} of {self._total_steps}")
         if step < self._total_steps:
             self._print("compiling the first step ...")
-        self._bar = tqdm(
-            total=self._total_steps,
-            initial=step,
-            disable=None if self._first else True,  # None: where the output is no terminal
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.5,
-        )
+        quiet = {} if self._first else {"disable": True}
+        self._bar = progress_bar(self._total_steps, "step", initial=step, mininterval=0.5, **quiet)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -609,7 +603,7 @@ def epoch_line(row: Row) -> str:
     if shares:
         parts.append(" ".join(shares))
     if row.get("rotations"):
-        parts.append(f"{row['rotations']} rotations")
+        parts.append(counted(row["rotations"], "rotation"))
     parts.append(f"loss {written(row['loss'])}")
     parts.append(f"{row['seconds']:.1f} s")
     parts.append(f"{row['examples_per_second']:,.0f} examples/s")

@@ -2,10 +2,13 @@
 
 import contextlib
 import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
 from typing import Any, TextIO
+
+from tqdm import tqdm
 
 from rollingq_jax.errors import printable, said
 
@@ -21,6 +24,20 @@ def wrapped(line: str, indent: str = "  ") -> str:
         break_on_hyphens=False,
         break_long_words=False,
     )
+
+
+def progress_bar(total: int, unit: str, **options: Any) -> Any:
+    """A tqdm bar, where standard error is a terminal, that leaves room for the ^C of a Ctrl-C.
+
+    Otherwise the echo wraps into the next line, and the bar is drawn a second time.
+    """
+
+    def room(_: Any = None) -> tuple[int, None]:
+        return shutil.get_terminal_size().columns - 3, None
+
+    bar = tqdm(total=total, unit=unit, ncols=room()[0], **{"disable": None} | options)
+    bar.dynamic_ncols = room
+    return bar
 
 
 class Output:
