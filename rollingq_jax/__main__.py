@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(str(error))
         return 0
     if name not in COMMANDS:
-        meant = did_you_mean(name, COMMANDS)
+        sweep = " (it is compare, with settings as arms or in a grid)" if name == "sweep" else ""
+        meant = sweep or did_you_mean(name, COMMANDS)
         return _fail(f"{name!r} is no command{meant}; allowed: {', '.join(COMMANDS)}")
     return run(name, [f"{program} {name}", *argv[2:]])
 

@@ -63,6 +63,8 @@ def test_a_mistyped_command_suggests_the_nearest(capsys):
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1 and "\x1b" not in printed
     assert "is no command (did you mean evaluate?); allowed: train, evaluate" in printed
+    assert main_module.main(["rollingq", "sweep"]) == 2
+    assert "'sweep' is no command (it is compare, with settings" in capsys.readouterr().err
 
 
 def test_a_package_that_is_missing_is_one_line(capsys, monkeypatch):

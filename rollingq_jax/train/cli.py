@@ -363,6 +363,13 @@ def _unknown_field(argv: Sequence[str], config: ConfigDict) -> str | None:
         for place, part in enumerate(parts[1:], 1):
             if not hasattr(node, "keys") or part not in node:
                 names = sorted(node.keys()) if hasattr(node, "keys") else []
+                if parts[1:place] == ["model", "encoders"]:
+                    meant = did_you_mean(part, names)
+                    return (
+                        f"{name}: this configuration says nothing of modality {part!r}{meant}; "
+                        f"allowed: {', '.join(names) or 'none'}, and what a file adds to "
+                        "config.model.encoders"
+                    )
                 if node is config.get("data"):  # those that are typed would be there
                     names = sorted({*names, *fields_of(str(node.get("name", "")))})
                 near = {n: ".".join([*parts[:place], n, *parts[place + 1 :]]) for n in names}

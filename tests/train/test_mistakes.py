@@ -101,6 +101,7 @@ ROWS = [
     ),
     ([*TINY, "--config.learning_rate=1"], "(did you mean config.optimizer.learning_rate?); allow"),
     ([*TINY, "--config.rolling.betta=1"], "(did you mean config.rolling.beta?); allowed there: b"),
+    ([*TINY, "--config.model.encoders.c.kind=vector"], "says nothing of modality 'c'; allowed: "),
     ([*TINY, "--config.epochs.x=1"], "config.epochs.x is not a field; allowed there: no fields"),
     (
         [*TINY, "--config.epochs"],
