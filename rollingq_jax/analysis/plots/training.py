@@ -167,7 +167,7 @@ def key_gap_figure(rows: Sequence[Row], *, plain: Sequence[Row] = ()) -> Figure:
     _plain_curve(axes, plain, "key_gap", style.INK)
     if not axes.lines:
         style.empty_note(axes, "no keys were recorded")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.2 * axes.get_ylim()[1])  # names of lines have room below the angles
     _mark_rolls([axes], rolls(rows))
     style.style_axes(axes, xlabel="training (epochs)", ylabel="distance of mean keys\n(spreads)")
     _title_and_legend(axes, "Gap between the modalities' key distributions, validation data")

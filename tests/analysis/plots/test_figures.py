@@ -12,6 +12,7 @@ from PIL import Image
 
 from rollingq_jax.analysis import plots
 from rollingq_jax.analysis.plots import style
+from rollingq_jax.analysis.report import describe_key_gap
 from tests.analysis import analysis_examples as examples
 
 HOSTILE = "<b>$\\frac{$ & _x\x07"
@@ -87,6 +88,14 @@ OF_NAMES = {
     "polar": keys_of,
     "noise": noise_of,
 }
+
+
+def gap_rows():
+    """A run whose keys part by half a spread an epoch."""
+    rows = examples.run_rows()
+    return [row | {"key_gap": row["epoch"] / 2} if row["split"] == "valid" else row for row in rows]
+
+
 FIGURES = {
     "dynamics": lambda: plots.dynamics_figure(examples.run_rows(), beta=0.3),
     "dynamics beside a twin": lambda: plots.dynamics_figure(
@@ -97,6 +106,8 @@ FIGURES = {
         examples.run_rows(rolls=range(2, 22, 2), heads=4)
     ),
     "dynamics of concat": lambda: plots.dynamics_figure(without_attention(examples.run_rows())),
+    "gap of the keys": lambda: plots.key_gap_figure(gap_rows(), plain=gap_rows()),
+    "gap of nothing": lambda: plots.key_gap_figure([]),
     "dynamics of nothing": lambda: plots.dynamics_figure([]),
     "accuracy": lambda: plots.accuracy_figure(examples.run_rows(), chance=0.1),
     "accuracy, two guesses": lambda: plots.accuracy_figure(
@@ -182,6 +193,14 @@ def test_dynamics_shows_the_rows():
     for axes in (top, bottom):
         vertical = [v.get_xdata()[0] for v in axes.lines if v.get_color() == style.TURN]
         assert vertical == [6.0, 12.0]
+
+
+def test_the_gap_of_the_keys_shows_the_rows():
+    (axes,) = plots.key_gap_figure(gap_rows()).axes
+    lines = {line.get_label(): line for line in axes.lines}
+    np.testing.assert_allclose(lines["gap of the keys"].get_ydata(), np.arange(1, 25) / 2)
+    assert [v.get_xdata()[0] for v in axes.lines if v.get_color() == style.TURN] == [6.0, 12.0]
+    assert describe_key_gap(gap_rows()) == "The gap of the keys goes from 0.50 to 12.00."
 
 
 def reference_lines(axes):
