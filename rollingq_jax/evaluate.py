@@ -24,7 +24,7 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from rollingq_jax.analysis import metrics, probes
+from rollingq_jax.analysis import metrics, ood, probes
 from rollingq_jax.analysis.metrics import Predictions, csv_header, csv_rows, csv_writer
 from rollingq_jax.analysis.probes import Probe
 from rollingq_jax.analysis.report import summary_rows, write_evaluation
@@ -56,6 +56,7 @@ def evaluate(
     levels: Sequence[float] = probes.NOISE_LEVELS,
     batch_size: int | None = None,
     seed: int | None = None,
+    ood_paths: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Evaluates the run in a folder and writes the result there.
 
@@ -71,6 +72,8 @@ def evaluate(
       levels: of that noise, in training-set standard deviations; the clean split is always there.
       batch_size: of the passes; the run's own where it is None.
       seed: of noise and exchange; likewise.
+      ood_paths: of other data, which the scores of `analysis.ood` tell from the split; of data with
+        splits "test" is read. Their labels are not.
 
     Returns:
       What `evaluation.json` holds. Each example's answer is in `predictions.csv`.
@@ -116,6 +119,8 @@ def evaluate(
             )
         if run.model.spec.quality_bias:
             result["quality_shuffled"] = _with_shuffled_bias(probe, run, clean)
+    if ood_paths:
+        result["ood"] = _told_apart(run, probe, ood_paths)
     result |= {"versions": versions(), "device": device_line()}
     write_json(folder / "evaluation.json", result)
     write_predictions(folder, run, dataset.splits[split], clean)
@@ -140,6 +145,34 @@ def _with_shuffled_bias(probe: Probe, run: LoadedRun, clean: metrics.Predictions
         "unchanged": found.unchanged(clean),
         "attention_share": metrics.mean_shares(found),
     }
+
+
+def _told_apart(run: LoadedRun, probe: Probe, paths: Sequence[str]) -> list[dict[str, Any]]:
+    """For each of other data, how well the run's scores tell the split from them."""
+
+    def outputs(source: Source, dataset: Dataset) -> Any:
+        return ood.outputs(
+            run.model,
+            run.variables,
+            run.rotation,
+            source,
+            batch_size=probe.batch_size,
+            transforms=dataset.eval_transforms,
+        )
+
+    own = _own_dataset(run)
+    names, first = run.model.spec.modalities, run.inputs.classes[0]
+    train = outputs(own.splits["train"], own)
+    inside = outputs(probe.dataset.splits[probe.split], probe.dataset)
+    found = []
+    for path in paths:
+        data = open_new_data(path, run.config.data, run.inputs, names, seed=run.config.seed)
+        data = data._replace(labels=[first] * len(data.labels))  # of which none may be of the model
+        foreign = as_dataset(data, run.inputs, names, "test", run.config.model.encoders)
+        source = foreign.splits["test"]
+        scores = ood.compare_scores(train, inside, outputs(source, foreign))
+        found.append({"path": path, "num_examples": len(source), **scores})
+    return found
 
 
 def _own_dataset(run: LoadedRun) -> Dataset:
@@ -223,6 +256,7 @@ EVALUATE = Command(
         "--workdir runs/demo --corrupt audio=1.0",
         "--workdir runs/demo --probes --levels 0,1,4",
         "--workdir runs/demo --path new.npz --split test",
+        "--workdir runs/demo --ood other.npz",
     ),
     (
         WORKDIR,
@@ -238,6 +272,14 @@ EVALUATE = Command(
             "MODALITY=CORRUPTION",
             "evaluate under this too, e.g. audio=1.0 (noise in training-set standard deviations), "
             "audio=drop, audio=replace, audio=misalign; can be given several times",
+            repeated=True,
+        ),
+        text(
+            "ood",
+            "PATH",
+            "other data, as --path takes them, whose labels are not read: does the run know them "
+            "from its own, by probabilities, energies and features (AUROC, FPR at 95 %)? Can be "
+            "given several times",
             repeated=True,
         ),
         switch(
@@ -275,6 +317,7 @@ def command(argv: Sequence[str]) -> None:
         levels=given.levels or probes.NOISE_LEVELS,
         batch_size=given.batch_size,
         seed=given.seed,
+        ood_paths=given.ood or (),
     )
     print(table(summary_rows(result)))
     print(f"evaluation.json, evaluation.html, predictions.csv and figures are in {given.workdir}")

@@ -73,6 +73,9 @@ class Table(NamedTuple):
     text: str = ""
 
 
+OOD_SCORES = ("max_softmax", "energy", "mahalanobis")  # of `analysis.ood`
+
+
 def write_report(
     path: str | Path | epath.Path,
     *,
@@ -738,6 +741,20 @@ def _tables(result: Mapping[str, Any]) -> Iterator[Table]:
             "Shuffled: taken from another example. Swapped: from an example of another class; "
             "then 'follows it' is the share of predictions of that class. Replaced: by noise.",
         )
+    if "ood" in result:
+        rows = [
+            (found["path"], found["num_examples"], score.replace("_", " "), *found[score].values())
+            for found in result["ood"]
+            for score in OOD_SCORES
+        ]
+        yield Table(
+            "Other data",
+            ("data", "examples", "score", "AUROC", "FPR at 95 %"),
+            rows,
+            "How well a score tells this split from other data. AUROC: the probability that an "
+            "example of this split has the higher one; FPR: the share of the others that passes "
+            "where 95 % of this split pass.",
+        )
     if "modality_examples" in result:
         counts = result["modality_examples"]
         share = result.get("attention_share", {})
@@ -788,6 +805,10 @@ def summary_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         text = f"accuracy {written(found['accuracy'])}"
         text += "".join(f", {words} {value}" for words, value in _share_rows(found, "share {}"))
         rows.append(("quality bias of another example", text))
+    for found in result.get("ood", []):
+        for score in OOD_SCORES:
+            text = f"{written(found[score]['auroc'])}, FPR95 {written(found[score]['fpr95'])}"
+            rows.append((f"AUROC against {found['path']}, {score.replace('_', ' ')}", text))
     for point in result.get("attention_scale", []):
         name = f"accuracy with the query times {point['scale']:g}"
         rows.append((name, written(point["accuracy"])))

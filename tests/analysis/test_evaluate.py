@@ -137,6 +137,22 @@ def test_a_mistake_is_one_line_and_changes_nothing(workdir, capsys, arguments, w
     assert not list(workdir.iterdir()) and not out
 
 
+def test_other_data_are_told_from_the_runs_own(workdir, capsys):
+    _, _, dataset, _ = analysis_examples.small_model()
+    examples = [dataset.splits["test"][place] for place in range(6)]
+    foreign = {m: np.stack([one[m] for one in examples]) for m in dataset.modalities}
+    np.savez(workdir / "other.npz", **foreign, label=np.full(6, 99))
+    other = str(workdir / "other.npz")
+    code, out, err = run(capsys, "--workdir", str(workdir), "--ood", other)
+    assert code == 0 and not err and f"AUROC against {other}, mahalanobis" in out
+    (found,) = json.loads((workdir / "evaluation.json").read_text())["ood"]
+    assert found["path"] == other and found["num_examples"] == 6
+    assert all(0 <= found[s]["auroc"] <= 1 for s in ("max_softmax", "energy", "mahalanobis"))
+    assert "Other data" in (workdir / "evaluation.html").read_text()
+    code, _, err = run(capsys, "--workdir", str(workdir), "--ood", str(workdir / "none.npz"))
+    assert code == 2 and err.count("\n") == 1
+
+
 def test_the_workdir_is_asked_for(capsys):
     code, _, err = run(capsys)
     assert code == 2 and "--workdir" in err and err.count("\n") == 1
