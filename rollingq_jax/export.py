@@ -44,6 +44,7 @@ from rollingq_jax.data.preprocessing import CLIP, Preprocessing
 from rollingq_jax.errors import ConfigError, UserError
 from rollingq_jax.files import write_whole
 from rollingq_jax.models import ModelSpec, build_model, dense_attention
+from rollingq_jax.models.resnet import BATCH_STATS
 from rollingq_jax.quality import COLLECTION, collection, model_variables
 from rollingq_jax.rotation import fold_rotation
 from rollingq_jax.train.cli import WORKDIR, Command, switch, text
@@ -196,6 +197,8 @@ def named_tensors(run: LoadedRun, fold: bool) -> tuple[dict[str, np.ndarray], st
     flat = traverse_util.flatten_dict(params, sep=".")
     if run.quality is not None:
         flat |= traverse_util.flatten_dict({COLLECTION: collection(run.quality)}, sep=".")
+    if run.batch_stats is not None:
+        flat |= traverse_util.flatten_dict({BATCH_STATS: run.batch_stats}, sep=".")
     tensors = {name: np.asarray(leaf) for name, leaf in sorted(flat.items())}
     if rotation is not None:
         rotation_is = ROTATION
@@ -340,7 +343,7 @@ def serialize(
             "answers of that control depend on the other examples of a batch"
         )
     params, rotation = (folded(run), None) if fold else (run.params, run.rotation)
-    variables = model_variables(params, run.quality)
+    variables = model_variables(params, run.quality, run.batch_stats)
     preprocessing = {m: run.inputs.modalities[m] for m in run.model.spec.modalities}
 
     @jax.jit
@@ -421,9 +424,8 @@ def read_variables(path: epath.PathLike) -> tuple[dict[str, Any], jax.Array | No
         return {"params": params}, rotation
     folded = tensors.pop(ROTATION, None)
     params = traverse_util.unflatten_dict({k: jnp.asarray(v) for k, v in tensors.items()}, ".")
-    statistics = params.pop(COLLECTION, None)
-    variables = {"params": params} | ({} if statistics is None else {COLLECTION: statistics})
-    return variables, None if folded is None else jnp.asarray(folded)
+    state = {name: params.pop(name) for name in (COLLECTION, BATCH_STATS) if name in params}
+    return {"params": params} | state, None if folded is None else jnp.asarray(folded)
 
 
 EXPORT = Command(

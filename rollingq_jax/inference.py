@@ -17,7 +17,7 @@ from rollingq_jax.data.preprocessing import InputSpec, Preprocessing, complete
 from rollingq_jax.data.sources.media_folder import MediaSizes, read_value
 from rollingq_jax.errors import DataError, UserError
 from rollingq_jax.quality import QualityState, model_variables
-from rollingq_jax.train.loop import load_run
+from rollingq_jax.train.loop import LoadedRun, load_run
 
 Batch = Mapping[str, Any]
 
@@ -47,6 +47,7 @@ class Predictor:
       inputs: how raw arrays become the model's input, and the names of the classes.
       max_batch_size: the most examples that are computed at once; a power of two.
       quality: sums behind the norm bias's statistics; None for a model without one.
+      batch_stats: running averages of resnet18 encoders; None for a model without one.
     """
 
     model: Any
@@ -55,6 +56,7 @@ class Predictor:
     inputs: InputSpec
     max_batch_size: int = 256
     quality: QualityState | None = None
+    batch_stats: Any = None
 
     def __post_init__(self) -> None:
         check_batch_size(self.max_batch_size)
@@ -76,7 +78,7 @@ class Predictor:
 
     @functools.cached_property
     def _variables(self) -> dict[str, Any]:
-        return model_variables(self.params, self.quality)
+        return model_variables(self.params, self.quality, self.batch_stats)
 
     @functools.cached_property
     def _apply(self) -> Any:
@@ -232,5 +234,17 @@ def load(workdir: epath.PathLike, *, max_batch_size: int = 256) -> Predictor:
       >>> probabilities, attention_share = predict({"audio": audio})  # doctest: +SKIP
     """
     check_batch_size(max_batch_size)
-    run = load_run(workdir)
-    return Predictor(run.model, run.params, run.rotation, run.inputs, max_batch_size, run.quality)
+    return predictor_of(load_run(workdir), max_batch_size)
+
+
+def predictor_of(run: LoadedRun, max_batch_size: int) -> Predictor:
+    """The predictor of a run that has been read."""
+    return Predictor(
+        run.model,
+        run.params,
+        run.rotation,
+        run.inputs,
+        max_batch_size,
+        run.quality,
+        run.batch_stats,
+    )

@@ -30,7 +30,7 @@ from rollingq_jax.data.new_data import NewData, open_new_data
 from rollingq_jax.data.pipeline import collate
 from rollingq_jax.data.sources.media_folder import MANIFEST_SUFFIXES
 from rollingq_jax.errors import ConfigError
-from rollingq_jax.inference import Prediction, Predictor, check_batch_size
+from rollingq_jax.inference import Prediction, Predictor, check_batch_size, predictor_of
 from rollingq_jax.train.cli import MOST_AT_ONCE, WORKDIR, Command, integer, text
 from rollingq_jax.train.logging import table
 from rollingq_jax.train.loop import load_run
@@ -72,7 +72,7 @@ def predict(
     target = epath.Path(out).expanduser()
     check_out(target, path)
     run = load_run(workdir)
-    predictor = Predictor(run.model, run.params, run.rotation, run.inputs, batch_size, run.quality)
+    predictor = predictor_of(run, batch_size)
     names = run.model.spec.modalities
     seed = run.config.seed
     data = open_new_data(path, run.config.data, run.inputs, names, split=split, seed=seed)

@@ -148,6 +148,10 @@ def collection(state: QualityState) -> dict[str, Any]:
     return {"fusion": {"center": center, "scale": scale}}
 
 
-def model_variables(params: Any, state: QualityState | None) -> dict[str, Any]:
-    """A model's variables: its parameters and, with a norm bias, the statistics."""
-    return {"params": params} | ({} if state is None else {COLLECTION: collection(state)})
+def model_variables(
+    params: Any, state: QualityState | None, batch_stats: Any = None
+) -> dict[str, Any]:
+    """A model's variables: its parameters, with a norm bias the statistics, and running averages
+    over batches where encoders have them."""
+    more = {} if state is None else {COLLECTION: collection(state)}
+    return {"params": params} | more | ({} if batch_stats is None else {"batch_stats": batch_stats})

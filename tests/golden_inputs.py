@@ -1,6 +1,7 @@
 """The golden files (`golden/README.md`) and the inputs that they were made from."""
 
 import ast
+import math
 from pathlib import Path
 
 import numpy as np
@@ -62,3 +63,42 @@ class Golden:
 def golden_files(pattern):
     """Paths of the golden files that match, in order."""
     return sorted(GOLDEN.glob(pattern))
+
+
+def resnet18_state_dict():
+    """Random tensors with the names and shapes of torchvision's `resnet18().state_dict()`."""
+    rng = np.random.default_rng(0)
+    tensors = {}
+
+    def convolution(name, out, into, side):
+        std = math.sqrt(2 / (out * side * side))
+        drawn = rng.standard_normal((out, into, side, side), np.float32)
+        tensors[f"{name}.weight"] = np.float32(std) * drawn
+
+    def norm(name, size):
+        for leaf, low, high in (
+            ("weight", 0.5, 1.5),
+            ("bias", -0.2, 0.2),
+            ("running_mean", -0.2, 0.2),
+            ("running_var", 0.5, 1.5),
+        ):
+            tensors[f"{name}.{leaf}"] = rng.uniform(low, high, size).astype(np.float32)
+        tensors[f"{name}.num_batches_tracked"] = np.array(7)
+
+    convolution("conv1", 64, 3, 7)
+    norm("bn1", 64)
+    into = 64
+    for stage, width in enumerate((64, 128, 256, 512), 1):
+        for block in range(2):
+            base = f"layer{stage}.{block}"
+            convolution(f"{base}.conv1", width, into, 3)
+            norm(f"{base}.bn1", width)
+            convolution(f"{base}.conv2", width, width, 3)
+            norm(f"{base}.bn2", width)
+            if into != width:
+                convolution(f"{base}.downsample.0", width, into, 1)
+                norm(f"{base}.downsample.1", width)
+            into = width
+    tensors["fc.weight"] = rng.standard_normal((1000, 512), np.float32)
+    tensors["fc.bias"] = rng.standard_normal(1000, np.float32)
+    return tensors

@@ -61,6 +61,11 @@ def _umt(config: Any, spec: ModelSpec, epoch_steps: int, active_steps: int) -> B
             "config.baseline.name is 'umt', whose teachers see one modality each, and "
             "config.model.fusion is 'mbt', whose class tokens have seen all; allowed: other fusions"
         )
+    if spec.has_batch_stats:
+        raise ConfigError(
+            "config.baseline.name is 'umt', which keeps its teachers' parameters, and an encoder "
+            "is of kind 'resnet18', whose running averages it does not keep; allowed: other kinds"
+        )
     return umt_baseline(spec.modalities, config.umt_weight)
 
 

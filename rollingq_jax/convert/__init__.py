@@ -1,4 +1,4 @@
-"""Weights from elsewhere: upstream's PyTorch models, and ImageNet-21k ViTs.
+"""Weights from elsewhere: upstream's PyTorch models, ImageNet-21k ViTs, torchvision's ResNet-18.
 
 Examples:
   >>> import numpy as np, rollingq_jax as rq
@@ -8,6 +8,7 @@ Examples:
 """
 
 from rollingq_jax.convert.files import fetch_weights, load_state_dict
+from rollingq_jax.convert.resnet import is_resnet, load_resnet
 from rollingq_jax.convert.upstream import (
     dropped_tensors,
     from_upstream,
@@ -23,6 +24,8 @@ __all__ = [
     "dropped_tensors",
     "fetch_weights",
     "from_upstream",
+    "is_resnet",
+    "load_resnet",
     "load_state_dict",
     "load_vit",
     "patch_grids",

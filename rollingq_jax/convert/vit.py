@@ -190,10 +190,10 @@ def _plan(
     grids: Mapping[str, Grid | None],
 ) -> _Plan | None:
     """Reads an encoder's patches from its shapes; None where it has none, or others."""
-    kernel, length = encoder.get("embed/kernel"), encoder["position"][0] - 1
-    chosen = grids.get(modality)
+    kernel, chosen = encoder.get("embed/kernel"), grids.get(modality)
     if kernel is None or (modality in grids and chosen is None):
         return None
+    length = encoder["position"][0] - 1
     height, width = vit.kernel.shape[:2]
     channels, rest = divmod(kernel[0], height * width)
     if rest or channels not in (1, 3) or (length == 1 and chosen is None):

@@ -19,7 +19,7 @@ import numpy as np
 
 from rollingq_jax.errors import ConfigError, DataError
 from rollingq_jax.models import infer_kind as kind_of_batch
-from rollingq_jax.models.spec import KINDS
+from rollingq_jax.models.spec import KINDS, RESNET, resnet_grid
 
 Example = dict[str, np.ndarray]
 SPLITS = ("train", "valid", "test")
@@ -948,7 +948,12 @@ def infer_encoders(
             if value is not None
         }
         kind = given.get("kind", info.kind)
-        if kind != info.kind:
+        if kind == RESNET and info.kind not in MAX_TOKENS:
+            raise ConfigError(
+                f"model.encoders.{name}.kind is {RESNET!r}, and {name} is of kind {info.kind!r}; "
+                f"allowed for that network: {', '.join(MAX_TOKENS)}"
+            )
+        if kind not in (info.kind, RESNET):
             try:
                 info = ModalityInfo(
                     name, kind, info.shape, info.dtype, mean=info.mean, std=info.std
@@ -957,7 +962,7 @@ def infer_encoders(
                 raise ConfigError(f"model.encoders.{name}.kind: {error}") from None
         spec = {
             "kind": kind,
-            "patch": infer_patch(info),
+            "patch": None if kind == RESNET else infer_patch(info),
             "vocab_size": info.vocab_size,
             "mean": info.mean,
             "std": info.std,
@@ -993,7 +998,9 @@ def infer_model(dataset: Dataset, overrides: Mapping[str, Any] | None = None) ->
 
 
 def num_tokens(info: ModalityInfo, patch: tuple[int, ...] | None) -> int:
-    """Tokens of one example after patching, without the class token."""
+    """Tokens of one example after patching, without the class token; no patch: of a ResNet-18."""
+    if patch is None and info.kind in MAX_TOKENS:
+        return math.prod(resnet_grid(info.shape))
     if info.kind == "vector":
         return 1
     if info.kind in ("sequence", "tokens"):

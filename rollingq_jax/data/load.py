@@ -7,6 +7,7 @@ from typing import Any
 from rollingq_jax.data.corruption import corrupt
 from rollingq_jax.data.dataset import Dataset, without_valid
 from rollingq_jax.data.options import check_fields, option
+from rollingq_jax.models.spec import RESNET
 
 # Each module has load(config_data, *, seed) -> Dataset, and is imported when its name is asked for:
 # most need packages that the others do without.
@@ -52,7 +53,9 @@ def load_dataset(
     fields: dict[str, Any] = {"seed": seed}
     if place in OPEN_KINDS and encoders:
         specs = dict(encoders.items())
-        fields["kinds"] = {m: spec["kind"] for m, spec in specs.items() if spec.get("kind")}
+        stated = {m: spec.get("kind") for m, spec in specs.items()}
+        # A network says nothing of the data: their kind is as their shape says.
+        fields["kinds"] = {m: kind for m, kind in stated.items() if kind and kind != RESNET}
     dataset = importlib.import_module(place).load(config_data, **fields)
     if not option(config_data, "validation", True):
         dataset = without_valid(dataset)

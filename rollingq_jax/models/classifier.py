@@ -21,7 +21,8 @@ from rollingq_jax.models.fusion import (
     class_tokens,
 )
 from rollingq_jax.models.layers import AttentionFn, Dense, LayerNorm
-from rollingq_jax.models.spec import DTYPES, DYNAMIC_FUSIONS, ModelSpec
+from rollingq_jax.models.resnet import AxisName, ResNet18
+from rollingq_jax.models.spec import DTYPES, DYNAMIC_FUSIONS, RESNET, ModelSpec
 from rollingq_jax.shapes import batch_broadcast
 
 
@@ -63,7 +64,9 @@ class MultimodalTransformer(nn.Module):
             "remat": spec.remat,
         }
         self.encoder = {
-            e.name: Encoder(e, spec.dim, scan_layers=spec.scan_layers, **block)
+            e.name: ResNet18(e, spec.dim, block["dtype"], spec.remat)
+            if e.kind == RESNET
+            else Encoder(e, spec.dim, scan_layers=spec.scan_layers, **block)
             for e in spec.encoders
         }
         if spec.fusion == "mbt":
@@ -113,19 +116,23 @@ class MultimodalTransformer(nn.Module):
         train: bool = False,
         return_attention: bool = False,
         example_index: Array | None = None,
+        axis_name: AxisName = None,
     ) -> tuple[Array, dict[str, Any]]:
         """Logits, and every intermediate that is worth looking at.
 
         Args:
           batch: `"<m>"` `[B, ...]` for each modality, channels last (see `encoders`);
             optionally `"<m>_mask"`, bool `[B, L_m]` (True at real tokens, the class token not
-            counted) or `[B]` (True where the example has the modality). Other keys are not read.
+            counted) or `[B]` (True where the example has the modality); with a resnet18 encoder
+            "example_mask" `[B]`, False for padding. Other keys are not read.
           rotation: `[n H, d_h, d_h]` for the class queries of n fusion layers of H heads, the first
             layer's first, or None for the identity.
           train: whether dropout applies; it needs an rng "dropout".
           return_attention: whether `out` gets the class token's attention weights.
           example_index: `[B]` int32, positions in the global batch (default 0, 1, ...): dropout
             depends on these, not on the layout of the batch.
+          axis_name: mapped axis over which the batch is divided, for the averages of a resnet18
+            encoder in training, whose running averages are the collection "batch_stats".
 
         Returns:
           logits `[B, C]` float32 and a dict:
@@ -157,8 +164,14 @@ class MultimodalTransformer(nn.Module):
         if example_index is None:
             example_index = jnp.arange(batch_size, dtype=jnp.int32)
         randomness: dict[str, Any] = {"train": train, "example_index": example_index}
+        averages = {"train": train, "weight": batch.get("example_mask"), "axis_name": axis_name}
         tokens = {
-            m: self.encoder[m](inputs[m], presences[m], **randomness) for m in self.spec.modalities
+            e.name: self.encoder[e.name](
+                inputs[e.name],
+                presences[e.name],
+                **(averages if e.kind == RESNET else randomness),
+            )
+            for e in self.spec.encoders
         }
         if self.spec.fusion == "mbt":
             tokens = self.bottleneck(tokens, presences, **randomness)

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import numbers
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import jax.numpy as jnp
@@ -27,6 +27,8 @@ KINDS = {
 }
 #: The number of axes that a patch of each kind cuts (0: the kind has no patches).
 PATCH_AXES = {kind: len(axes) - 1 if "channel" in axes else 0 for kind, axes in KINDS.items()}
+#: A network of its own on images, spectrograms or video, instead of patches and Transformer blocks.
+RESNET, RESNET_WIDTH = "resnet18", 512
 CROSS_FUSIONS = ("mult", "mmml", "jmt")
 #: Fusions of the modalities' own answers, weighed anew for each sample.
 DYNAMIC_FUSIONS = ("entropy", "pdf", "qmf")
@@ -188,6 +190,16 @@ def as_mapping(config: Any, where: str) -> dict[str, Any]:
     raise ConfigError(f"{where} is {config!r}; allowed: a mapping of fields")
 
 
+def resnet_grid(shape: Sequence[int]) -> tuple[int, ...]:
+    """Positions of a ResNet-18's last feature map, of `[H, W, C]` or `[T, H, W, C]`.
+
+    Examples:
+      >>> resnet_grid((3, 224, 200, 3))
+      (3, 7, 7)
+    """
+    return (*shape[:-3], *(math.ceil(size / 32) for size in shape[-3:-1]))
+
+
 def _divides(heads: int, width: int, where: str, field: str, width_field: str) -> None:
     if width % heads:
         raise ConfigError(
@@ -201,14 +213,18 @@ class EncoderSpec:
 
     Attributes:
       name: the modality, and its key in a batch.
-      kind: one of `KINDS`.
+      kind: one of `KINDS`, or `RESNET`, whose depth and width are fixed.
       patch: (row, column) of an image, or of a spectrogram once its axes are swapped to
         (time, frequency); (frame, row, column) of a video; None for the other kinds.
       mean, std: channel normalization of uint8 input, (x / 255 - mean) / std; None leaves x / 255.
     """
 
     name: str
-    kind: Annotated[str, one_of(KINDS), "kind of the modality"]
+    kind: Annotated[
+        str,
+        one_of((*KINDS, RESNET)),
+        "kind of the modality; resnet18: that network, on an image, spectrogram or video",
+    ]
     depth: Annotated[int, integer(0, MAX_LAYERS), "number of Transformer blocks"]
     width: Annotated[
         int, integer(1, MAX_WIDTH), "their width; a projection to the model's follows the last"
@@ -247,7 +263,15 @@ class EncoderSpec:
         where = f"model.encoders.{name}"
         fields = read_fields(as_mapping(config, where), ENCODER_FIELDS, where)
         if "kind" not in fields:
-            raise ConfigError(f"{where}.kind is missing; allowed: {', '.join(KINDS)}")
+            raise ConfigError(f"{where}.kind is missing; allowed: {ENCODER_FIELDS['kind'].allowed}")
+        if fields["kind"] == RESNET:
+            for field in ("depth", "width", "num_heads", "patch", "vocab_size"):
+                if fields.get(field) is not None:
+                    raise ConfigError(
+                        f"{where}.{field} is {fields[field]!r}; allowed for kind {RESNET!r}: to "
+                        "leave it out, since the network has its own"
+                    )
+            return cls(name, **fields | {"depth": 0, "width": RESNET_WIDTH, "num_heads": 1})
         spec = cls(name, **{"depth": depth, "width": width, "num_heads": num_heads, **fields})
         spec._check(where)
         return spec
@@ -455,6 +479,11 @@ class ModelSpec:
     def modalities(self) -> tuple[str, ...]:
         """Names of the modalities in use, in alphabetical order."""
         return tuple(encoder.name for encoder in self.encoders)
+
+    @property
+    def has_batch_stats(self) -> bool:
+        """True if an encoder normalizes by averages over batches, which are state."""
+        return any(encoder.kind == RESNET for encoder in self.encoders)
 
     @property
     def head(self) -> str:

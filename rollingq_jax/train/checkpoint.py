@@ -42,7 +42,9 @@ FORMAT_VERSION = 2  # 1 had one SHA-256 over all arrays, which takes a host that
 READABLE = (1, FORMAT_VERSION)
 BLOCK = 1 << 16  # elements of which a checksum is taken at a time
 ROOM = 1 << 20  # bytes on top of the arrays: their metadata, one block at least a file, metrics
-LEARNED = ("params/", "ema/", "rolling/rotation", "quality/")  # the arrays that inference reads
+# The arrays that inference reads, and the parts that trees of older versions lack.
+LEARNED = ("params/", "ema/", "rolling/rotation", "quality/", "batch_stats/")
+LATER = ("quality", "ema", "batch_stats")
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -59,12 +61,14 @@ class Learned(NamedTuple):
       params: of the model, float32; their average, where the run has one.
       rotation: `[n H, d_h, d_h]` for n fusion layers, or None for a fusion without a class query.
       quality: sums behind the norm bias's statistics; None for a model without one.
+      batch_stats: running averages of resnet18 encoders; None for a model without one.
     """
 
     step: int
     params: Any
     rotation: jax.Array | None
     quality: QualityState | None = None
+    batch_stats: Any = None
 
 
 class Checkpoints:
@@ -251,9 +255,11 @@ class Checkpoints:
                 f"checkpoint {step} is damaged: its structure is not as it was saved"
             ) from error
         _check_structure(step, tree_spec({"params": params}), expected)
-        params, quality = jax.tree.map(jax.numpy.asarray, (params, quality))
+        params, quality, batch_stats = jax.tree.map(
+            jax.numpy.asarray, (params, quality, tree.get("batch_stats"))
+        )
         rotation = None if rotation is None else jax.numpy.asarray(rotation)
-        return Learned(step, params, rotation, quality), record
+        return Learned(step, params, rotation, quality, batch_stats), record
 
     def _read_format_1(self, step: int, record: Mapping[str, Any]) -> Any:
         """All arrays of a checkpoint of format 1, on the host."""
@@ -416,10 +422,11 @@ def as_tree(state: TrainState) -> dict[str, Any]:
             rolling=state.rolling or (),
             quality=state.quality or (),
             ema=state.ema or (),
+            batch_stats=state.batch_stats or (),
         )
     )
     # Trees of runs without them are those of older versions.
-    return {name: part for name, part in tree.items() if name not in ("quality", "ema") or part}
+    return {name: part for name, part in tree.items() if name not in LATER or part}
 
 
 def key_type(key: jax.Array | None = None) -> str:
@@ -444,15 +451,20 @@ def to_host(state: TrainState) -> dict[str, Any]:
 def from_host(tree: Mapping[str, Any], like: TrainState) -> TrainState:
     """The state that `to_host` took apart; `like` gives the structure, and may be abstract."""
     target = like.replace(
-        rolling=like.rolling or (), quality=like.quality or (), ema=like.ema or ()
+        rolling=like.rolling or (),
+        quality=like.quality or (),
+        ema=like.ema or (),
+        batch_stats=like.batch_stats or (),
     )
-    state = flax.serialization.from_state_dict(target, {"quality": {}, "ema": {}} | dict(tree))
+    lacking: dict[str, Any] = {name: {} for name in LATER}
+    state = flax.serialization.from_state_dict(target, lacking | dict(tree))
     state = jax.tree.map(lambda x: x if is_divided(x) else jax.numpy.asarray(x), state)
     return state.replace(
         rng=jax.random.wrap_key_data(state.rng),
         rolling=state.rolling or None,
         quality=state.quality or None,
         ema=state.ema or None,
+        batch_stats=state.batch_stats or None,
     )
 
 

@@ -84,7 +84,8 @@ class RunConfig:
             lambda v: isinstance(v, str) and ("://" not in v or bool(ADDRESS.fullmatch(v))),
             str,
         ),
-        "file of an ImageNet-21k ViT-B/16 from which the encoders start",
+        "file from which the encoders start: an ImageNet-21k ViT-B/16, or torchvision's ResNet-18 "
+        "for those of kind resnet18",
     ] = ""
     best_by: Annotated[
         str,

@@ -258,7 +258,8 @@ class Experiment:
         return self.roll_schedule is not None and bool(self.roll_schedule.is_due(step - 1))
 
     def initial_state(self, report: Callable[[str], None] = lambda _: None) -> TrainState:
-        """The state at step 0, on one device; encoders start from `config.vit_weights` if set.
+        """The state at step 0, on one device; encoders start from `config.vit_weights` if set:
+        patch encoders from a ViT, those of kind resnet18 from a ResNet-18.
 
         `report` is told which tensors of that file were used.
 
@@ -267,14 +268,23 @@ class Experiment:
         """
         state = self._drawn_state()
         if self.config.vit_weights:
-            from rollingq_jax.convert import fetch_weights, load_vit
+            from rollingq_jax.convert import fetch_weights, is_resnet, load_resnet, load_vit
 
             folder = cache_root(self.config.data.cache_dir) / "weights"
             path = fetch_weights(self.config.vit_weights, folder)
-            params, used = load_vit(path, state.params)
+            batch_stats = state.batch_stats
+            if is_resnet(path):
+                params, batch_stats, used = load_resnet(path, state.params, batch_stats or {})
+            else:
+                params, used = load_vit(path, state.params)
             report(f"{self.config.vit_weights}: {used}")
             ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, params)
-            state = state.replace(params=params, opt_state=self.tx.init(params), ema=ema)
+            state = state.replace(
+                params=params,
+                opt_state=self.tx.init(params),
+                ema=ema,
+                batch_stats=batch_stats,
+            )
         return state
 
     def abstract_state(self) -> TrainState:

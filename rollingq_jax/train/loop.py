@@ -456,6 +456,7 @@ class LoadedRun:
       inputs: what the model has to know of its data: preprocessing, and a class for each output.
       step: of the checkpoint.
       quality: sums behind the norm bias's statistics; None for a model without one.
+      batch_stats: running averages of resnet18 encoders; None for a model without one.
     """
 
     model: Any
@@ -465,11 +466,12 @@ class LoadedRun:
     inputs: InputSpec
     step: int
     quality: QualityState | None = None
+    batch_stats: Any = None
 
     @property
     def variables(self) -> dict[str, Any]:
         """The model's variables, as `model.apply` takes them."""
-        return model_variables(self.params, self.quality)
+        return model_variables(self.params, self.quality, self.batch_stats)
 
     @functools.cached_property
     def dataset(self) -> Dataset:
@@ -533,7 +535,14 @@ def load_run(workdir: epath.PathLike) -> LoadedRun:
     inputs = recorded_inputs(record, summary, path).with_outputs(config.model.num_classes)
     inputs = inputs.with_tokenizer(str(path / TOKENIZER))
     return LoadedRun(
-        model, learned.params, learned.rotation, config, inputs, learned.step, learned.quality
+        model,
+        learned.params,
+        learned.rotation,
+        config,
+        inputs,
+        learned.step,
+        learned.quality,
+        learned.batch_stats,
     )
 
 

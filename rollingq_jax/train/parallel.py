@@ -247,7 +247,12 @@ def with_fsdp(
             out_specs=(
                 (EVERYWHERE, specs.params),
                 ForwardPass(
-                    logits=split, out=split, main=split, baseline=EVERYWHERE, tx_args=EVERYWHERE
+                    logits=split,
+                    out=split,
+                    main=split,
+                    baseline=EVERYWHERE,
+                    tx_args=EVERYWHERE,
+                    batch_stats=EVERYWHERE,
                 ),
             ),
             check_vma=False,

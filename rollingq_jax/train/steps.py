@@ -28,6 +28,7 @@ from rollingq_jax import quality
 from rollingq_jax.analysis.metrics import class_probabilities
 from rollingq_jax.baselines.hooks import Baseline, StepContext, probability_of_label
 from rollingq_jax.data.dataset import KEPT
+from rollingq_jax.models.resnet import BATCH_STATS
 from rollingq_jax.rolling import (
     RollInfo,
     RollingQuery,
@@ -91,6 +92,7 @@ class ForwardPass(NamedTuple):
       main: `[B]`, the main head's part of the losses.
       baseline: next state of a method of comparison.
       tx_args: extra arguments of `tx.update`.
+      batch_stats: next running averages of the encoders; None where there are none.
     """
 
     logits: Array
@@ -98,6 +100,7 @@ class ForwardPass(NamedTuple):
     main: Array
     baseline: Any
     tx_args: dict[str, Any]
+    batch_stats: Any = None
 
 
 LossFn = Callable[..., tuple[Array, ForwardPass]]
@@ -124,14 +127,20 @@ def supervised_loss(
     `label_smoothing` e, (1 - e) CE(z) + e mean_c(-log p_c) stands for each; what is reported as the
     loss is CE(z) in any case.
     """
-    logits, out = model.apply(
-        quality.model_variables(params, state.quality),
+    forward = functools.partial(
+        model.apply,
+        quality.model_variables(params, state.quality, state.batch_stats),
         batch,
         rotation=state.rotation,
         train=True,
         example_index=batch[EXAMPLE_INDEX],
         rngs={"dropout": step_key(state)},
     )
+    if state.batch_stats is None:
+        (logits, out), batch_stats = forward(), None
+    else:
+        (logits, out), changed = forward(axis_name=axis_name, mutable=[BATCH_STATS])
+        batch_stats = changed[BATCH_STATS]
     main = losses = cross_entropy(logits, batch["label"], label_smoothing)
     if model.spec.fusion != "unimodal":  # there the probe is the main head
         for probe in out["probe_logits"].values():
@@ -139,7 +148,7 @@ def supervised_loss(
     for m, confidence in out.get("confidence", {}).items():  # PDF's: of its true class
         right = jax.lax.stop_gradient(probability_of_label(out["probe_logits"][m], batch["label"]))
         losses = losses + jnp.abs(confidence - right) * out["present"][m].astype(losses.dtype)
-    return losses, ForwardPass(logits, out, main, state.baseline, {})
+    return losses, ForwardPass(logits, out, main, state.baseline, {}, batch_stats)
 
 
 def with_baseline(loss_fn: LossFn, baseline: Baseline) -> LossFn:
@@ -198,8 +207,9 @@ def loss_and_gradient(
       axis_name: mapped axis over which the batch is divided.
       reduce: sums `(loss, gradient)` over it.
       micro_batches: n > 1 takes the rows i, i + n, ... for each i < n one after the other and adds
-        up: intermediates need memory for B / n rows. The losses must be of each example alone.
-        `tokens`, which are large, are then left out of `out`.
+        up: intermediates need memory for B / n rows. The losses must be of each example alone,
+        but for the averages of resnet18 encoders, which are then over each part; the running ones
+        move to the parts' mean. `tokens`, which are large, are left out of `out`.
     """
     total_weight = psum(jnp.sum(weight), axis_name)
 
@@ -223,7 +233,11 @@ def loss_and_gradient(
     )
     zero = jax.tree.map(jnp.zeros_like, (total_weight, state.params))
     total, forward = jax.lax.scan(add, zero, parts)
-    forward = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), forward)
+    batch_stats = jax.tree.map(lambda x: jnp.mean(x, axis=0), forward.batch_stats)
+    forward = jax.tree.map(
+        lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]),
+        forward._replace(batch_stats=None),
+    )._replace(batch_stats=batch_stats)
     return reduce(total, axis_name), forward
 
 
@@ -286,10 +300,10 @@ def train_step(
     ema = state.ema
     if ema is not None:
         ema = update_ema(ema, params, state.step + 1, ema_decay)
-    params, opt_state, baseline, ema = select_if_finite(
+    params, opt_state, baseline, ema, batch_stats = select_if_finite(
         finite,
-        (params, opt_state, forward.baseline, ema),
-        (state.params, state.opt_state, state.baseline, state.ema),
+        (params, opt_state, forward.baseline, ema, forward.batch_stats),
+        (state.params, state.opt_state, state.baseline, state.ema, state.batch_stats),
     )
     sums = psum(batch_sums(forward.logits, forward.out, batch), axis_name)
     sums = select_if_finite(finite, sums, jax.tree.map(jnp.zeros_like, sums))
@@ -325,6 +339,7 @@ def train_step(
         baseline=baseline,
         quality=norms,
         ema=ema,
+        batch_stats=batch_stats,
     )
     return state, sums, record
 
@@ -393,7 +408,7 @@ def step_context(
     """The forward pass and its surroundings, for a method of comparison."""
 
     def apply(params: Any, *args: Any, **kwargs: Any) -> Any:
-        variables = quality.model_variables(params, state.quality)
+        variables = quality.model_variables(params, state.quality, state.batch_stats)
         return model.apply(variables, batch, *args, rotation=state.rotation, **kwargs)
 
     return StepContext(

@@ -11,6 +11,7 @@ import optax
 from jax import Array
 
 from rollingq_jax import quality
+from rollingq_jax.models.resnet import BATCH_STATS
 from rollingq_jax.quality import QualityState
 from rollingq_jax.rolling import RollingQuery, RollingState
 
@@ -27,6 +28,7 @@ class TrainState(flax.struct.PyTreeNode):
       baseline: of a method of comparison that has one, such as PMR's prototypes; else `()`.
       quality: sums behind the norm bias's statistics; None for a model without one.
       ema: average of the parameters, see `update_ema`; None without one.
+      batch_stats: running averages of resnet18 encoders; None without one.
     """
 
     step: Array
@@ -37,12 +39,13 @@ class TrainState(flax.struct.PyTreeNode):
     baseline: Any = ()
     quality: QualityState | None = None
     ema: Any = None
+    batch_stats: Any = None
 
     @property
     def variables(self) -> dict[str, Any]:
         """The variables that are evaluated, as `model.apply` takes them: the average, if any."""
         params = self.params if self.ema is None else self.ema
-        return quality.model_variables(params, self.quality)
+        return quality.model_variables(params, self.quality, self.batch_stats)
 
     @property
     def rotation(self) -> Array | None:
@@ -79,7 +82,8 @@ def create_state(
       ema: whether an average of the parameters is kept.
     """
     init_rng, step_rng = jax.random.split(jax.random.key(seed))
-    params = jax.jit(model.init)(init_rng, batch)["params"]
+    variables = jax.jit(model.init)(init_rng, batch)
+    params = variables["params"]
     return TrainState(
         step=jnp.zeros([], jnp.int32),
         params=params,
@@ -89,6 +93,7 @@ def create_state(
         baseline=baseline(params),
         quality=quality.init(len(model.spec.modalities)) if model.spec.quality_bias else None,
         ema=jax.tree.map(jnp.copy, params) if ema else None,
+        batch_stats=variables.get(BATCH_STATS),
     )
 
 

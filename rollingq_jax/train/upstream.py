@@ -159,6 +159,11 @@ def check_upstream_choices(compat: Any, spec: ModelSpec) -> None:
             f"config.upstream_compat.statistics_pass is True; allowed in {jax.process_count()} "
             "processes: False, since each would roll by its own examples"
         )
+    if compat.statistics_pass and spec.has_batch_stats:
+        raise ConfigError(
+            "config.upstream_compat.statistics_pass is True; allowed with an encoder of kind "
+            "'resnet18': False, since upstream has no such encoder"
+        )
     chosen = [name for name, value in compat.items() if value]
     if spec.fusion_layers > 1 and chosen:
         raise ConfigError(

@@ -12,6 +12,7 @@ from rollingq_jax.baselines.build import BUILDERS, build_baseline
 from rollingq_jax.baselines.hooks import encoder_part
 from rollingq_jax.baselines.mmpareto import pareto_gradient
 from rollingq_jax.errors import ConfigError
+from rollingq_jax.models import ModelSpec
 from rollingq_jax.train.config import default_config
 from rollingq_jax.train.parallel import WRAPPERS
 from rollingq_jax.train.steps import RollSchedule, eval_step, supervised_loss, with_baseline
@@ -187,3 +188,12 @@ def test_a_method_that_does_not_fit_the_fusion_is_refused(name, fusion, words):
         build_baseline(config, model.spec, 2, 4)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_teachers_have_no_running_averages():
+    config = default_config().baseline
+    config.name = "umt"
+    encoders = {"a": {"kind": "resnet18"}, "b": {"kind": "vector"}}
+    spec = ModelSpec.from_config({"num_classes": 2, "fusion": "concat", "encoders": encoders})
+    with pytest.raises(ConfigError, match="an encoder is of kind 'resnet18', whose running"):
+        build_baseline(config, spec, 2, 4)

@@ -1,13 +1,14 @@
 """Patches in the documented order, masks, encoders and bottleneck against NumPy."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rollingq_jax.errors import DataError
+from rollingq_jax.errors import ConfigError, DataError
 from rollingq_jax.models import (
     Bottleneck,
     Encoder,
@@ -23,6 +24,8 @@ from rollingq_jax.models.encoders import (
     normalize_pixels,
     read_mask,
 )
+from rollingq_jax.models.resnet import BatchNorm, ResNet18
+from rollingq_jax.models.spec import resnet_grid
 from tests.models import numpy_reference
 from tests.models.model_cases import BATCH, KINDS, batch, close, filled, run
 
@@ -419,3 +422,62 @@ def test_every_block_drops_independently():
         rngs={"dropout": jax.random.key(2)},
     )
     assert not np.allclose(noisy["audio"], noisy["visual"])
+
+
+def test_averages_are_over_what_counts():
+    """One of two images, in training; the running averages, otherwise."""
+    module = BatchNorm()
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 3, 4, 5)) + 2.0, jnp.float32)
+    variables = module.init(jax.random.key(0), x, None, False, None)
+    weight = jnp.array([1.0, 0.0])
+
+    def train(weight):
+        return module.apply(variables, x, weight, True, None, mutable=["batch_stats"])
+
+    wide = np.asarray(x, np.float64)
+    one = wide[0].reshape(-1, 5)
+    y, changed = train(weight)
+    close(y, (wide - one.mean(0)) / np.sqrt(one.var(0) + 1e-5), 1e-5)
+    close(changed["batch_stats"]["mean"], 0.1 * one.mean(0), 1e-6)
+    close(changed["batch_stats"]["var"], 0.9 + 0.1 * one.var(0, ddof=1), 1e-6)
+    y, changed = train(0 * weight)  # nothing counts: all stays
+    close(y, x / np.sqrt(1 + 1e-5), 1e-6)
+    jax.tree.map(np.testing.assert_array_equal, changed["batch_stats"], variables["batch_stats"])
+    close(module.apply(variables, x, None, False, None), y, 1e-6)
+    with pytest.raises(ConfigError, match="the variables have no collection 'batch_stats'"):
+        module.apply({"params": variables["params"]}, x, None, False, None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens"), [((33, 64, 1), 2 * 2), ((64, 64, 3), 4), ((3, 20, 40, 3), 3 * 2)]
+)
+def test_a_resnet_has_a_token_for_every_32_pixels_of_a_frame(shape, tokens):
+    resnet = EncoderSpec.from_config("m", {"kind": "resnet18"}, depth=3, width=8, num_heads=2)
+    assert (resnet.depth, resnet.width) == (0, 512)
+    assert math.prod(resnet_grid(shape)) == tokens
+    x = jax.ShapeDtypeStruct((BATCH, *shape), jnp.float32)
+    made, variables = jax.eval_shape(
+        lambda x: ResNet18(resnet, 16, remat=True).init_with_output(jax.random.key(0), x), x
+    )
+    assert made.shape == (BATCH, 1 + tokens, 16)
+    backbone = {n: x for n, x in variables["params"].items() if n != "project"}
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(backbone))
+    assert count == 11_176_512 - 64 * 49 * (3 - shape[-1])  # torchvision's without its head
+
+
+def test_what_a_resnet_does_not_take():
+    resnet = EncoderSpec.from_config("m", {"kind": "resnet18"}, depth=3, width=8, num_heads=2)
+
+    def init(x, presence=None):
+        jax.eval_shape(lambda: ResNet18(resnet, 8).init(jax.random.key(0), x, presence))
+
+    with pytest.raises(DataError, match=r"allowed for kind 'resnet18': \[batch, row, column, chan"):
+        init(jnp.ones((2, 7, 5)))
+    with pytest.raises(DataError, match=r"'resnet18': \[batch\], whether an example has the modal"):
+        init(jnp.ones((2, 7, 5, 1)), Presence(jnp.ones((2, 3), bool), jnp.ones(2, bool)))
+    for field, value in (("depth", 2), ("width", 64), ("patch", (4, 4))):
+        with pytest.raises(ConfigError, match=f"m.{field} is .*; allowed for kind 'resnet18': to"):
+            EncoderSpec.from_config(
+                "m", {"kind": "resnet18", field: value}, depth=3, width=8, num_heads=2
+            )

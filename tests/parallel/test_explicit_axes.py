@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import rollingq_jax as rq
+from rollingq_jax.models import resnet
 from tests.models.model_cases import batch, config
 
 pytestmark = pytest.mark.slow
@@ -61,6 +62,14 @@ def check_model(model, inputs):
 
 def test_every_kind_of_encoder(inputs):
     check_model(rq.build_model(config(kinds=KINDS)), inputs)
+
+
+def test_a_resnet(monkeypatch):
+    monkeypatch.setattr(resnet, "WIDTHS", (4, 8))
+    encoders = {"visual": {"kind": "resnet18"}, "text": {"kind": "tokens", "vocab_size": 11}}
+    made = batch({"text": "tokens"}, SIZE) | {"visual_mask": jnp.arange(SIZE) != 3}
+    made["visual"] = jax.random.normal(jax.random.key(2), (SIZE, 2, 20, 24, 3))
+    check_model(rq.build_model(config(encoders=encoders)), made)
 
 
 LAYERS = {"fusion_layers": 2, "depth": 2, "scan_layers": True}

@@ -1,5 +1,6 @@
 """The layout over devices and processes changes nothing: losses, rotations, what is compiled."""
 
+import functools
 import os
 import socket
 import subprocess
@@ -9,8 +10,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from rollingq_jax import build_model, rolling_query
+from rollingq_jax.models import resnet
+from rollingq_jax.train.parallel import WRAPPERS, with_fsdp
+from rollingq_jax.train.steps import eval_step, train_step
+from rollingq_jax.train.train_state import create_state
 from tests.parallel import small_model
 
 HERE = Path(__file__).parent
@@ -70,6 +77,63 @@ def test_modalities_that_attend_to_each_other_roll_as_on_one_device(fusion, para
     assert np.asarray(state.rolling.count).min() == 2
     np.testing.assert_array_equal(found.rolling.count, state.rolling.count)
     np.testing.assert_allclose(found.rolling.rotation, state.rolling.rotation, atol=1e-4, rtol=0)
+
+
+def frames(step):
+    """A global batch of images, some missing and some padding, and vectors."""
+    rng = np.random.default_rng(step)
+    return {
+        "image": rng.normal(size=(16, 20, 24, 1)).astype(np.float32) + 1,
+        "image_mask": rng.random(16) < 0.7,
+        "vector": rng.normal(size=(16, 5)).astype(np.float32),
+        "label": rng.integers(0, 3, 16).astype(np.int32),
+        "example_mask": np.arange(16) < 13,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", sorted(small_model.LAYOUTS))
+def test_averages_of_a_resnet_are_those_of_the_global_batch(parallel, monkeypatch):
+    monkeypatch.setattr(resnet, "WIDTHS", (4, 8))
+    kinds = {"image": {"kind": "resnet18"}, "vector": {"kind": "vector", "depth": 0}}
+    net = build_model({"num_classes": 3, "dim": 8, "fusion": "concat", "encoders": kinds})
+    tx, roller = optax.sgd(0.1), rolling_query()
+    state = create_state(net, tx, roller, seed=0, batch=frames(0))
+    step = functools.partial(train_step, model=net, tx=tx, roller=roller, schedule=None)
+    evaluate = functools.partial(eval_step, model=net)
+    layout = WRAPPERS.get(parallel)
+    if layout is None:
+        layout = functools.partial(with_fsdp, like=state, sizes=(2, 4), min_size=16)
+    run = layout(step, evaluate)
+    placed, plain = run.put_state(jax.tree.map(jnp.copy, state)), state
+    for i in range(3):
+        plain, sums, _ = jax.jit(step)(plain, {n: jnp.asarray(v) for n, v in frames(i).items()})
+        placed, ours, _ = run.train_step(placed, run.put_batch(frames(i)))
+        np.testing.assert_allclose(run.get(ours)["loss"], sums["loss"], rtol=1e-5)
+        if i == 0:
+            kernel = state.params["encoder_image"]["embed"]["conv"]["kernel"]
+            real = frames(0)["image"][frames(0)["image_mask"] & frames(0)["example_mask"]]
+            maps = jax.lax.conv_general_dilated(
+                real, kernel, (2, 2), [(3, 3)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            found = plain.batch_stats["encoder_image"]["embed"]["norm"]
+            np.testing.assert_allclose(found["mean"], 0.1 * maps.mean((0, 1, 2)), atol=1e-5)
+    got = run.get(placed)
+    for one, other in zip(
+        jax.tree.leaves((got.batch_stats, got.params)),
+        jax.tree.leaves((plain.batch_stats, plain.params)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, atol=2e-5, rtol=1e-4)
+    evaluated = run.get(run.eval_step(placed, run.put_batch(frames(9)))[0])
+    expected = jax.jit(evaluate)(plain.variables, None, frames(9))[0]
+    np.testing.assert_allclose(evaluated["loss"], expected["loss"], rtol=1e-4)
+    # In parts, as one device sees them: rows 0, 2, ... and 1, 3, ..., and the mean of their moves.
+    parts = functools.partial(step, micro_batches=2)
+    after = jax.jit(parts)(state, frames(0))[0].batch_stats
+    halves = [jax.jit(step)(state, {n: v[i::2] for n, v in frames(0).items()})[0] for i in range(2)]
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *(half.batch_stats for half in halves))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), after, mean)
 
 
 def test_eight_devices_give_the_norms_of_one(plain, over_eight):

@@ -11,7 +11,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from rollingq_jax.analysis.plots import style
-from rollingq_jax.models.spec import PATCH_AXES
+from rollingq_jax.models.spec import PATCH_AXES, RESNET, resnet_grid
 
 Array = np.ndarray
 _HEAT = "viridis"
@@ -22,7 +22,7 @@ class ModalityView(NamedTuple):
 
     Attributes:
       name: the modality.
-      kind: "image", "spectrogram", "video", "sequence", "tokens" or "vector".
+      kind: "image", "spectrogram", "video", "sequence", "tokens", "vector" or "resnet18".
       values: the input as the model gets it, without a batch axis.
       weights: [L_m] attention weights, the modality's class token first.
       patch: the patch size of a patched kind.
@@ -120,7 +120,7 @@ def _draw_weights(axes: Axes, view: ModalityView, weights: Array, norm: Normaliz
     # The input in low contrast: it shows through, and colors still match the bar.
     faint = 0.25 + 0.5 * _picture(view)
     axes.imshow(faint, cmap="gray", vmin=0, vmax=1, **_placing(view))
-    heat = _tile(heat) if view.kind == "video" else heat
+    heat = _tile(heat) if heat.ndim == 3 else heat
     axes.imshow(heat, cmap=_HEAT, norm=norm, alpha=0.75, **_placing(view))
 
 
@@ -137,7 +137,7 @@ def _picture(view: ModalityView) -> Array:
     values = np.asarray(view.values, np.float64)
     if view.kind == "sequence":
         values = values.T[..., None]
-    elif view.kind == "video":
+    elif values.ndim == 4:
         values = _tile(values)
     values = np.nan_to_num(values)  # what an example lacks may hold anything
     low, high = values.min(), values.max()
@@ -153,11 +153,10 @@ def _tile(frames: Array) -> Array:
 def _aspect(view: ModalityView) -> float:
     """Width over height of a view, kept within what a row can hold."""
     shape = np.shape(view.values)
-    ratio = {
-        "image": lambda: shape[1] / shape[0],
-        "video": lambda: shape[0] * shape[2] / shape[1],
-        "spectrogram": lambda: shape[1] / shape[0],
-    }.get(view.kind, lambda: 1.3)()
+    ratio = 1.3
+    if len(shape) > 2:  # frames stand side by side
+        *frames, height, width = shape[:-1]
+        ratio = math.prod(frames) * width / height
     return float(np.clip(ratio, 0.7, 2.2))
 
 
@@ -167,13 +166,14 @@ def token_grid(
     """How many tokens an input gives along each axis, in the order they are numbered (row-major).
 
     Args:
-      kind: "image", "spectrogram", "video", "sequence", "tokens" or "vector".
+      kind: "image", "spectrogram", "video", "sequence", "tokens", "vector" or "resnet18".
       shape: of one example: [H, W, C], [F, T, 1], [T, H, W, C], [L, D], [L] or [D].
       patch: (h, w), or (t, h, w) for video; of the other kinds each position is a token.
 
     Returns:
       (H // h, W // w); for a spectrogram (T // h, F // w), because the model swaps its axes before
       it cuts patches; (T // t, H // h, W // w); (L,); (1,) for a vector. A remainder is dropped.
+      (H / 32, W / 32), rounded up, or (T, H / 32, W / 32) for a ResNet.
 
     Raises:
       ValueError: the kind is unknown, or the patch does not have as many sizes as it needs.
@@ -182,6 +182,8 @@ def token_grid(
         return (int(shape[0]),)
     if kind == "vector":
         return (1,)
+    if kind == RESNET:
+        return resnet_grid(shape)
     if kind not in PATCH_AXES:
         raise ValueError(f"kind: {kind!r}; one of {', '.join(sorted(PATCH_AXES))}")
     axes = PATCH_AXES[kind]
@@ -226,6 +228,11 @@ def weights_on_input(
     """
     grid = token_grid(kind, shape, patch)
     heat = np.asarray(weights, np.float64).reshape(grid)
+    if kind == RESNET:
+        for axis in (-2, -1):
+            size = shape[axis - 1]
+            heat = heat.take(np.arange(size) * heat.shape[axis] // size, axis=axis)
+        return heat
     if patch is None or not PATCH_AXES[kind]:
         return heat
     sizes = [shape[1], shape[0]] if kind == "spectrogram" else list(shape[: len(grid)])
