@@ -24,7 +24,15 @@ from typing import Any
 import grain
 import numpy as np
 
-from rollingq_jax.data.dataset import Dataset, infer_model, labels_of, num_tokens
+from rollingq_jax.data.dataset import (
+    MULTI_LABEL,
+    REGRESSION,
+    SINGLE_LABEL,
+    Dataset,
+    infer_model,
+    labels_of,
+    num_tokens,
+)
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.options import mapping_option, option
 from rollingq_jax.data.sources.media_folder import is_manifest, read_manifest
@@ -46,20 +54,22 @@ def describe(dataset: Dataset, encoders: Any = None) -> Iterator[str]:
       ConfigError: the encoders do not fit the data.
     """
     yield f"data: {dataset.description or 'no description'}"
-    counts = {
-        split: np.bincount(labels_of(source), minlength=dataset.num_classes)
-        for split, source in dataset.splits.items()
-    }
-    for split, of_split in counts.items():
-        yield f"{split}: {of_split.sum()} examples"
-    yield f"classes: {dataset.num_classes}"
+    labels = {split: labels_of(source) for split, source in dataset.splits.items()}
+    for split, of_split in labels.items():
+        yield f"{split}: {len(of_split)} examples"
+    if dataset.task == SINGLE_LABEL:
+        yield f"classes: {dataset.num_classes}"
+    else:
+        yield f"task: {dataset.learned}"
     names = dataset.class_names or tuple(map(str, range(dataset.num_classes)))
     names = tuple(printable(name, keep="") for name in names)
+    told = {split: _told(of_split, dataset) for split, of_split in labels.items()}
     for number in range(min(SHOWN, dataset.num_classes)):
-        parts = ", ".join(f"{split} {of_split[number]}" for split, of_split in counts.items())
+        parts = ", ".join(f"{split} {of_split[number]}" for split, of_split in told.items())
         yield f"  {names[number]}: {parts}"
     if dataset.num_classes > SHOWN:
-        yield f"  ... and {dataset.num_classes - SHOWN} more classes"
+        more = {SINGLE_LABEL: "classes", MULTI_LABEL: "labels", REGRESSION: "values"}
+        yield f"  ... and {dataset.num_classes - SHOWN} more {more[dataset.task]}"
     specs = infer_model(dataset, {"encoders": encoders or {}})["encoders"]
     for name, info in dataset.modalities.items():
         patch = specs[name].get("patch")
@@ -70,6 +80,15 @@ def describe(dataset: Dataset, encoders: Any = None) -> Iterator[str]:
             + (f", patch {'x'.join(map(str, patch))}" if patch else "")
             + f", {tokens} token{'s' if tokens != 1 else ''}"
         )
+
+
+def _told(labels: np.ndarray, dataset: Dataset) -> list[str]:
+    """Of each class or label the number of examples; of a value its mean and its range."""
+    if dataset.task == SINGLE_LABEL:
+        return list(map(str, np.bincount(labels, minlength=dataset.num_classes)))
+    if dataset.task == MULTI_LABEL:
+        return list(map(str, labels.sum(axis=0)))
+    return [f"{v.mean():.3g} (from {v.min():.3g} to {v.max():.3g})" for v in labels.T]
 
 
 def read_examples(dataset: Dataset, most: int | None = None) -> Iterator[str]:

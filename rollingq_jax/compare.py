@@ -142,7 +142,7 @@ def gather(
     second = None
     if second_reference and len(arms) > 2:
         second = numbers.make_table(records, arms, second_reference)
-        second = {"test_accuracy": second["test_accuracy"]}
+        second = {name: second[name] for name in [numbers.main_of(second)]}
     return {
         "verdicts": numbers.verdicts(main, records, reference),
         "conclusion": numbers.conclude(main, second, reference, "concat", len(plan.seeds)),

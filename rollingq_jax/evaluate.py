@@ -27,9 +27,9 @@ from etils import epath
 from rollingq_jax.analysis import metrics, ood, probes
 from rollingq_jax.analysis.metrics import Predictions, csv_header, csv_rows, csv_writer
 from rollingq_jax.analysis.probes import Probe
-from rollingq_jax.analysis.report import summary_rows, write_evaluation
+from rollingq_jax.analysis.report import OUTPUTS, summary_rows, write_evaluation
 from rollingq_jax.data.corruption import parse_corruptions
-from rollingq_jax.data.dataset import Dataset, Source, ids_of
+from rollingq_jax.data.dataset import SINGLE_LABEL, Dataset, Source, ids_of, label_text
 from rollingq_jax.data.new_data import as_dataset, open_new_data
 from rollingq_jax.errors import ConfigError, DataError
 from rollingq_jax.train.cli import (
@@ -85,6 +85,11 @@ def evaluate(
     """
     folder = check_workdir(workdir)
     run = load_run(folder)
+    if ood_paths and run.task.name != SINGLE_LABEL:
+        raise ConfigError(
+            f"--ood is given, whose scores are of probabilities of classes, and the run's task is "
+            f"{run.task.name}; allowed: a run of {SINGLE_LABEL}"
+        )
     dataset = _own_dataset(run) if path is None else _new_dataset(run, path, split)
     split = split or "test"
     if split not in dataset.splits:
@@ -92,13 +97,14 @@ def evaluate(
     for specification in corrupt:  # a mistake is told before the first pass
         parse_corruptions(specification, dataset.modalities)
     probe = Probe(
-        metrics.predict_fn(run.model, run.variables, run.rotation),
+        metrics.predict_fn(run.model, run.variables, run.rotation, run.task.answer),
         dataset,
         split,
         # Batches are filled up with padding: none is larger than the split.
         batch_size=min(batch_size or run.config.batch_size, len(dataset.splits[split])),
         seed=run.config.seed if seed is None else seed,
         encoders=run.config.model.encoders,
+        task=run.task,
     )
     clean = probes.predict(probe)
     result = {
@@ -108,7 +114,10 @@ def evaluate(
         "step": run.step,
         "seed": probe.seed,
         "num_examples": len(clean.label),
-        **metrics.scores(clean, run.config.model.num_classes, run.inputs.class_names),
+        "task": run.task.name,
+        **metrics.scores(
+            clean, run.config.model.num_classes, run.inputs.class_names, run.task.scores
+        ),
         "corrupted": [condition(probe, one, clean, run.config) for one in corrupt],
     }
     if full_probes:
@@ -132,17 +141,19 @@ def _with_query_times(run: LoadedRun, scale: float) -> metrics.PredictFn:
     """The run's answers with the class token's query times a factor."""
     spec = run.model.spec
     scaled = dataclasses.replace(spec, attention_scale=scale * spec.attention_scale)
-    return metrics.predict_fn(run.model.clone(spec=scaled), run.variables, run.rotation)
+    model = run.model.clone(spec=scaled)
+    return metrics.predict_fn(model, run.variables, run.rotation, run.task.answer)
 
 
 def _with_shuffled_bias(probe: Probe, run: LoadedRun, clean: metrics.Predictions) -> dict[str, Any]:
     """Scores where each example gets the quality bias of another one, which says nothing of it."""
     spec = dataclasses.replace(run.model.spec, quality_shuffled=True)
-    shuffled = metrics.predict_fn(run.model.clone(spec=spec), run.variables, run.rotation)
+    model = run.model.clone(spec=spec)
+    shuffled = metrics.predict_fn(model, run.variables, run.rotation, run.task.answer)
     found = probes.predict(probe._replace(predict=shuffled))
     return {
-        "accuracy": found.accuracy,
-        "unchanged": found.unchanged(clean),
+        **probe.score(found),
+        **probe.task.changed(found, clean),
         "attention_share": metrics.mean_shares(found),
     }
 
@@ -192,29 +203,29 @@ def write_predictions(
     folder: epath.Path, run: LoadedRun, source: Source, answers: Predictions
 ) -> None:
     """Writes `predictions.csv`, as `rollingq_jax.predict` does for new data."""
-    classes, ids = run.inputs.classes, ids_of(source)
+    classes, ids, task = run.inputs.classes, ids_of(source), run.task
+    header = csv_header(task.columns(classes), tuple(answers.attention_share), labeled=True)
     with csv_writer(folder / "predictions.csv") as write:
-        write(iter([csv_header(classes, tuple(answers.attention_share), labeled=True)]))
+        write(iter([header]))
         write(
             csv_rows(
-                classes,
+                task.cells(classes, answers.probabilities),
                 range(len(answers.label)) if ids is None else list(ids),
-                answers.probabilities,
                 answers.attention_share,
-                [classes[label] for label in answers.label],
+                [label_text(label, task.name, classes) for label in answers.label],
             )
         )
 
 
 def condition(probe: Probe, corruption: str, clean: Predictions, config: Any) -> dict[str, Any]:
-    """Scores of the split under one corruption, without those of each class.
+    """Scores of the split under one corruption, without those of each class, label or target.
 
     With "drop", "kept" counts the modalities that stayed because they are an example's last.
     """
     found = probes.predict(probe, corruption)
-    scores = metrics.scores(found, config.model.num_classes)
-    del scores["per_class"]
-    result = {"corrupt": corruption, **scores, "unchanged": found.unchanged(clean)}
+    scores = metrics.scores(found, config.model.num_classes, (), probe.task.scores)
+    scores = {name: value for name, value in scores.items() if name not in OUTPUTS}
+    result = {"corrupt": corruption, **scores, **probe.task.changed(found, clean)}
     if found.kept:
         result["kept"] = sum(int(kept.sum()) for kept in found.kept.values())
     return result

@@ -40,6 +40,7 @@ from rollingq_jax.convert import (
     upstream_shapes,
 )
 from rollingq_jax.convert.upstream import ROTATION as UPSTREAM_ROTATION
+from rollingq_jax.data.dataset import REGRESSION
 from rollingq_jax.data.preprocessing import CLIP, Preprocessing
 from rollingq_jax.errors import ConfigError, UserError
 from rollingq_jax.files import write_whole
@@ -148,7 +149,13 @@ def model_card(
         "inputs": inputs,
         "inputs_are": "standardized" if standardized else "raw",
         "preprocessing": run.inputs.to_json()["modalities"],
-        "outputs": {"probabilities": ["N", run.model.spec.num_classes]},
+        "task": run.task.name,
+        "outputs": {
+            "values" if run.task.name == REGRESSION else "probabilities": [
+                "N",
+                run.model.spec.num_classes,
+            ]
+        },
         "masks": "True: real. An example lacks a modality where its mask is False throughout.",
         "class_names": list(run.inputs.class_names),
         "num_parameters": sum(leaf.size for leaf in jax.tree.leaves(run.params)),
@@ -322,6 +329,8 @@ def serialize(
 ) -> bytes:
     """`batch -> (probabilities [B, C], attention_share {m: [B, n H]})` with the weights inside.
 
+    The probabilities are the task's answers; of a regression the values in the unit of the labels.
+
     The batch holds raw arrays, as they stood in the training file, which the function preprocesses;
     with `standardized` what the model reads.
 
@@ -353,7 +362,7 @@ def serialize(
                 m: one.apply_traced(batch[m], batch[f"{m}_mask"])
                 for m, one in preprocessing.items()
             }
-        probabilities, out = forward(model, variables, rotation, batch)
+        probabilities, out = forward(model, variables, rotation, batch, answer=run.task.answer)
         return probabilities, out.get("attention_share", {})
 
     (examples,) = jax.export.symbolic_shape("examples")

@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from rollingq_jax.analysis.metrics import forward
+from rollingq_jax.analysis.tasks import Task, task_of
 from rollingq_jax.data.dataset import ModalityInfo
 from rollingq_jax.data.preprocessing import InputSpec, Preprocessing, complete
 from rollingq_jax.data.sources.media_folder import MediaSizes, read_value
@@ -26,7 +27,8 @@ class Prediction(NamedTuple):
     """A model's answers on N examples.
 
     Attributes:
-      probabilities: `[N, C]` float32.
+      probabilities: `[N, C]` float32: of each class; of each label, where an example may have any
+        number of them; of a regression the values, in the unit of the training labels.
       attention_share: `{m: [N, n H]}` float32, how much of a head's attention a modality got, for
         the H heads of n fusion layers; sums to 1 over the modalities. Empty for a fusion without a
         class query.
@@ -71,9 +73,14 @@ class Predictor:
         """What the model reads, when raw arrays have been preprocessed."""
         return {m: one.info for m, one in self.preprocessing.items()}
 
+    @functools.cached_property
+    def task(self) -> Task:
+        """What the model has learned."""
+        return task_of(self.inputs)
+
     @property
     def class_names(self) -> tuple[str, ...]:
-        """One for each class; empty where the data set has none."""
+        """One for each class, label or value; empty where the data set has none."""
         return self.inputs.class_names
 
     @functools.cached_property
@@ -83,13 +90,14 @@ class Predictor:
     @functools.cached_property
     def _apply(self) -> Any:
         def apply(variables: Any, rotation: Any, batch: Batch) -> tuple[jax.Array, Any]:
-            probabilities, out = forward(self.model, variables, rotation, batch)
+            answer = self.task.answer
+            probabilities, out = forward(self.model, variables, rotation, batch, answer=answer)
             return probabilities, out.get("attention_share", {})
 
         return jax.jit(apply)
 
     def predict(self, batch: Batch, *, standardized: bool = False) -> Prediction:
-        """Class probabilities, and which modality the class query looked at.
+        """Class probabilities, or the task's answers, and which modality the class query looked at.
 
         Compiled for batch sizes that are powers of two, up to `max_batch_size`; other batches are
         padded or cut into such parts, so that any number of examples costs few compilations.

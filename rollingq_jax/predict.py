@@ -5,7 +5,9 @@
 NEW is anything that can be trained on, with or without labels: an `.npz` file, a folder of `.npy`
 files, a manifest of media files, the data directory of a TFDS data set. It is read as the training
 data were; these need not be there. The table has a line for each example: id, predicted class,
-probability of each class, attention share of each modality and, where it is given, the label.
+probability of each class, attention share of each modality and, where it is given, the label. Where
+an example may have any number of labels, they stand with | between, and each label has its own
+probability; of a regression there is the predicted value.
 """
 
 import sys
@@ -15,6 +17,7 @@ if __name__ == "__main__":  # before the imports that need an extra, so that it 
 
     sys.exit(run("predict", sys.argv))
 
+import itertools
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -25,9 +28,18 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from rollingq_jax.analysis.metrics import check_answers, csv_header, csv_rows, csv_writer
-from rollingq_jax.data.new_data import NewData, open_new_data
+from rollingq_jax.analysis.metrics import (
+    Predictions,
+    check_answers,
+    csv_header,
+    csv_rows,
+    csv_writer,
+    written,
+)
+from rollingq_jax.analysis.tasks import HEADLINES, METRICS, SINGLE, Task
+from rollingq_jax.data.new_data import NewData, label_numbers, open_new_data
 from rollingq_jax.data.pipeline import collate
+from rollingq_jax.data.preprocessing import InputSpec
 from rollingq_jax.data.sources.media_folder import MANIFEST_SUFFIXES
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.inference import Prediction, Predictor, check_batch_size, predictor_of
@@ -61,7 +73,8 @@ def predict(
 
     Returns:
       `"examples"`; `"missing"` `{m: examples that lack it}`; where labels are given `"labeled"`,
-      how many, and their `"accuracy"`; `"nonfinite"`, examples without an answer, where there are.
+      how many, and their `"accuracy"`, or what the task is scored by in its place; `"nonfinite"`,
+      examples without an answer, where there are.
 
     Raises:
       CheckpointError: there is no run or no intact checkpoint in the folder.
@@ -76,44 +89,57 @@ def predict(
     names = run.model.spec.modalities
     seed = run.config.seed
     data = open_new_data(path, run.config.data, run.inputs, names, split=split, seed=seed)
-    classes, labeled = run.inputs.classes, any(data.labels)
+    classes, labeled, task = run.inputs.classes, any(data.labels), run.task
     target.parent.mkdir(parents=True, exist_ok=True)
-    answered, correct, missing = 0, 0, dict.fromkeys(names, 0)
-    known = sum(label in classes for label in data.labels)
+    answered, missing = 0, dict.fromkeys(names, 0)
+    if task is SINGLE:
+        known = np.array([label in classes for label in data.labels], bool)
+    else:
+        known = np.array([bool(label) for label in data.labels], bool)
+    answers: list[np.ndarray] = []  # to the known ones
     with csv_writer(target) as write:
         shares = names if run.model.spec.has_shares else ()
-        write(iter([csv_header(classes, shares, labeled)]))
+        write(iter([csv_header(task.columns(classes), shares, labeled)]))
         for place, batch, found in _answers(predictor, data, batch_size, quiet):
             rows = slice(place, place + len(found.probabilities))
             ids, labels = data.ids[rows], data.labels[rows]
             write(
                 csv_rows(
-                    classes,
+                    task.cells(classes, found.probabilities),
                     ids,
-                    found.probabilities,
                     found.attention_share,
                     labels if labeled else None,
                 )
             )
-            finite = np.isfinite(found.probabilities).all(axis=-1)
-            predicted = found.probabilities.argmax(axis=-1)
-            answered += int(finite.sum())
-            correct += sum(
-                ok and classes[p] == label
-                for ok, p, label in zip(finite, predicted, labels, strict=True)
-            )
+            answered += int(np.isfinite(found.probabilities).all(axis=-1).sum())
+            answers.append(found.probabilities[known[rows]])
             for m in names:
                 missing[m] += _lacking(batch, m, len(ids))
         check_answers(len(data.ids) - answered, len(data.ids), path)
     result: dict[str, Any] = {"examples": len(data.ids), "missing": missing}
     if labeled:
-        result |= {"labeled": known, "accuracy": correct / known if known else None}
+        result |= {"labeled": int(known.sum())}
+        labels = list(itertools.compress(data.labels, known))
+        result |= _scores(task, run.inputs, labels, answers)
     if answered < len(data.ids):
         result["nonfinite"] = len(data.ids) - answered
-    unknown = sum(bool(label) for label in data.labels) - known
+    unknown = sum(bool(label) for label in data.labels) - int(known.sum())
     if unknown:
         log.warning("%d labels are of no class of the model, and count in no accuracy", unknown)
     return result
+
+
+def _scores(
+    task: Task, inputs: InputSpec, labels: Sequence[str], answers: Sequence[np.ndarray]
+) -> dict[str, Any]:
+    """The headlines of the examples that have a label; the main one is None without any."""
+    if not labels:
+        return {task.main: None}
+    found = Predictions(np.concatenate(answers), label_numbers(labels, inputs), {}, {})
+    if task is SINGLE:
+        return {"accuracy": found.accuracy}
+    scores = task.scores(found, inputs.num_classes, inputs.classes)
+    return {name: scores[name] for name in HEADLINES[task.name] if name in scores}
 
 
 def check_out(target: epath.Path, path: str) -> None:
@@ -185,8 +211,8 @@ def command(argv: Sequence[str]) -> None:
     )
     lines = [("examples", str(result["examples"]))]
     lines += [(f"examples without {m}", str(n)) for m, n in result["missing"].items() if n]
-    if "accuracy" in result:
-        value = "-" if result["accuracy"] is None else f"{result['accuracy']:.3f}"
-        lines += [("examples with a label", str(result["labeled"])), ("accuracy", value)]
+    if "labeled" in result:
+        lines.append(("examples with a label", str(result["labeled"])))
+        lines += [(METRICS[n].words, written(v)) for n, v in result.items() if n in METRICS]
     print(table(lines))
     print(f"predictions are in {given.out}")

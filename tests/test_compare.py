@@ -471,6 +471,22 @@ def test_settings_are_all_combinations_and_ties_go_to_the_first():
         runs.settings_of(ConfigDict({"rolling": {"rho": 1.0}}))
 
 
+def test_of_an_error_less_is_better():
+    assert runs.choose([[0.5], [0.2], [0.4]], "mae") == 1 and runs.choose([[None]], "mae") is None
+    records = [
+        {"arm": arm, "seed": seed, "test_mae": value + seed / 10, "test_acc7": 0.5}
+        for arm, value in (("attention", 1.0), ("rollingq", 0.9))
+        for seed in range(5)
+    ]
+    table = results.make_table(records, ("attention", "rollingq"), "attention")
+    assert list(table) == ["test_mae", "test_acc7"] and results.main_of(table) == "test_mae"
+    line = table["test_mae"]["rollingq"]
+    assert (line["wins"], line["losses"]) == (5, 0) and line["difference"] == pytest.approx(-0.1)
+    assert results.verdict("test_mae", line) == "a gain"
+    said = results.conclude(table, None, "attention", "concat", 5)
+    assert "Test MAE against attention (1.200" in said and "5 won and 0 lost: a gain" in said
+
+
 def test_damaged_files_are_named(tmp_path):
     path = tmp_path / "selection.json"
     path.write_text("[1")

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from scipy import optimize, special
 
 from rollingq_jax.data.dataset import KEPT
 from rollingq_jax.errors import NonFiniteError
@@ -40,8 +39,9 @@ class Predictions(NamedTuple):
     """A model's answers on N examples, in their order.
 
     Attributes:
-      probabilities: [N, C], NaN where the model's logits are not finite.
-      label: [N].
+      probabilities: [N, C], or the values that a regression predicts, [N, K]; NaN where the
+        model's outputs are not finite.
+      label: [N], or as the task has it (`rollingq_jax.data.dataset.TASKS`).
       attention_share: modality -> [N], mean over heads; empty for a fusion without attention.
       quality: modality -> [N], NaN where the example lacks it; empty unless every modality's
         quality is known.
@@ -144,7 +144,13 @@ def check_answers(
 
 
 def forward(
-    model: Any, variables: Any, rotation: Any, batch: Mapping[str, Any], **options: Any
+    model: Any,
+    variables: Any,
+    rotation: Any,
+    batch: Mapping[str, Any],
+    *,
+    answer: Callable[[Any], Any] = class_probabilities,
+    **options: Any,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Class probabilities `[B, C]` and what else the model says; pure.
 
@@ -153,24 +159,31 @@ def forward(
       variables: its parameters, as `{"params": ...}`, and what else it reads.
       rotation: `[H, d_h, d_h]` or None.
       batch: what `model_input` leaves.
+      answer: of a `Task`, to have other answers than class probabilities.
       options: of the model's call, as `return_attention`.
     """
     logits, out = model.apply(variables, batch, rotation=rotation, **options)
-    return class_probabilities(logits), out
+    return answer(logits), out
 
 
-def predict_fn(model: Any, variables: Any, rotation: Any = None) -> PredictFn:
+def predict_fn(
+    model: Any,
+    variables: Any,
+    rotation: Any = None,
+    answer: Callable[[Any], Any] = class_probabilities,
+) -> PredictFn:
     """`PredictFn` of a model built by `build_model`, compiled once per form of batch.
 
     Args:
       model: a Flax module that returns `(logits, out)`; see `MultimodalTransformer`.
       variables: its parameters, as `{"params": ...}`, and what else it reads.
       rotation: `[H, d_h, d_h]` or None.
+      answer: as in `forward`.
     """
 
     @jax.jit
     def apply(variables: Any, rotation: Any, batch: Batch) -> Mapping[str, Any]:
-        probabilities, out = forward(model, variables, rotation, batch)
+        probabilities, out = forward(model, variables, rotation, batch, answer=answer)
         return {
             "probabilities": probabilities,
             "attention_share": out.get("attention_share", {}),
@@ -242,23 +255,20 @@ def uniform_shares(predictions: Predictions) -> dict[str, float]:
     return {m: mean_finite(share) for m, share in predictions.uniform_shares().items()}
 
 
-def scores(
+def class_scores(
     predictions: Predictions, num_classes: int, class_names: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Accuracy, F1, calibration, each class, attention share and what it follows.
+    """Accuracy, F1 and calibration, and what each class has of them.
 
     Returns:
       "accuracy", "macro_f1", "weighted_f1", "calibration_error", "per_class" {name: {"accuracy",
-      "f1", "examples"}}, with attention "attention_share" and "uniform_share" {m: mean}, and with
-      quality as well `share_quality`. A number that the data do not define is NaN. Where some
-      example lacks a modality, "modality_examples" {m: count} says how many have it; where the
-      model gave some no answer, "nonfinite" says how many.
+      "f1", "examples"}}. A number that the data do not define is NaN.
     """
     confusion = confusion_matrix(predictions.predicted, predictions.label, num_classes)
     accuracy = per_class_accuracy(confusion)
     f1 = per_class_f1(confusion)
     names = class_names or [str(label) for label in range(num_classes)]
-    result = {
+    return {
         "accuracy": predictions.accuracy,
         "macro_f1": macro_f1(confusion),
         "weighted_f1": weighted_f1(confusion),
@@ -274,6 +284,23 @@ def scores(
             for i, name in enumerate(names)
         },
     }
+
+
+def scores(
+    predictions: Predictions,
+    num_classes: int,
+    class_names: Sequence[str] = (),
+    task_scores: Callable[..., dict[str, Any]] = class_scores,
+) -> dict[str, Any]:
+    """What `task_scores` of a `Task` gives, attention share and what it follows.
+
+    Returns:
+      Besides: with attention "attention_share" and "uniform_share" {m: mean}, and with quality as
+      well `share_quality`. A number that the data do not define is NaN. Where some example lacks a
+      modality, "modality_examples" {m: count} says how many have it; where the model gave some no
+      answer, "nonfinite" says how many.
+    """
+    result = task_scores(predictions, num_classes, class_names)
     if predictions.nonfinite:
         result["nonfinite"] = predictions.nonfinite
     if predictions.lacking:
@@ -434,6 +461,8 @@ def mean_over_examples(values: Array) -> Interval:
     mean = float(values.mean()) if count else math.nan
     if count < 2:
         return Interval(mean, math.nan, math.nan, count)
+    from scipy import special
+
     half = special.stdtrit(count - 1, 0.975) * values.std(ddof=1) / math.sqrt(count)
     return Interval(mean, float(mean - half), float(mean + half), count)
 
@@ -458,6 +487,8 @@ def bootstrap_mean(
     count, mean = len(values), float(values.mean())
     if count < 2 or not np.isfinite(values).all():
         return Interval(mean, math.nan, math.nan, count)
+    from scipy import special  # a part of a second, which `--help` does without
+
     rng = np.random.default_rng(seed)
     means = values[rng.integers(0, count, (num_resamples, count))].mean(axis=1)
     quantile = special.stdtrit(count - 1, (1 - confidence) / 2)
@@ -498,6 +529,8 @@ def detectable_difference(
     """
     if pairs < 2 or not math.isfinite(deviation):
         return math.nan
+    from scipy import optimize, special
+
     freedom = pairs - 1
     critical = special.stdtrit(freedom, (1 + confidence) / 2)
     # What the measured deviation may be in units of the true one, each as probable as the others.
@@ -593,41 +626,44 @@ def _pair(x: Array, y: Array) -> tuple[Array, Array]:
 # `predictions.csv`: what a model answered per example, and which modality it looked at.
 
 
-def csv_header(classes: Sequence[str], modalities: Sequence[str], labeled: bool) -> list[str]:
-    """The names of the columns."""
-    return [
-        "id",
-        "predicted",
-        *(f"probability/{name}" for name in classes),
-        *(f"share/{m}" for m in modalities),
-        *(["label"] if labeled else []),
-    ]
+def class_columns(classes: Sequence[str]) -> list[str]:
+    """The columns of an answer."""
+    return ["predicted", *(f"probability/{name}" for name in classes)]
+
+
+def class_cells(classes: Sequence[str], probabilities: np.ndarray) -> Iterator[list[str]]:
+    """The cells of answers `[N, C]`; where they are not finite nothing is predicted."""
+    predicted = probabilities.argmax(axis=-1)
+    known = np.isfinite(probabilities).all(axis=-1)
+    for place, row in enumerate(probabilities):
+        name = classes[predicted[place]] if known[place] else ""
+        yield [name, *(f"{value:.8g}" for value in row)]
+
+
+def csv_header(columns: Sequence[str], modalities: Sequence[str], labeled: bool) -> list[str]:
+    """The names of the columns, of which those of an answer are given."""
+    return ["id", *columns, *(f"share/{m}" for m in modalities), *(["label"] if labeled else [])]
 
 
 def csv_rows(
-    classes: Sequence[str],
+    cells: Iterable[list[str]],
     ids: Sequence[Any],
-    probabilities: np.ndarray,
     shares: Mapping[str, np.ndarray],
     labels: Sequence[str] | None = None,
 ) -> Iterator[list[str]]:
     """A line for each of N examples.
 
     Args:
-      classes: C names.
+      cells: N, each an answer's; `cells` of a `Task`.
       ids: N.
-      probabilities: `[N, C]`; where they are not finite nothing is predicted.
       shares: `{m: [N]}` or `{m: [N, H]}`, averaged over heads; empty without a class query.
-      labels: N names of classes, "" where one is not known; None leaves the column out.
+      labels: N texts, "" where one is not known; None leaves the column out.
     """
-    predicted = probabilities.argmax(axis=-1)
-    known = np.isfinite(probabilities).all(axis=-1)
     means = [np.asarray(share).reshape(len(ids), -1).mean(axis=-1) for share in shares.values()]
-    for place, name in enumerate(ids):
+    for place, (name, answer) in enumerate(zip(ids, cells, strict=True)):
         yield [
             str(name),
-            classes[predicted[place]] if known[place] else "",
-            *(f"{value:.8g}" for value in probabilities[place]),
+            *answer,
             *(f"{share[place]:.8g}" for share in means),
             *([] if labels is None else [labels[place]]),
         ]

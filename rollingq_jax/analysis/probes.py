@@ -14,6 +14,7 @@ from rollingq_jax.analysis.metrics import (
     mean_shares,
     share_quality,
 )
+from rollingq_jax.analysis.tasks import SINGLE, Task
 from rollingq_jax.data.corruption import SwappedModality, corrupt
 from rollingq_jax.data.dataset import Dataset, Source, labels_of
 from rollingq_jax.data.pipeline import eval_batches
@@ -34,6 +35,7 @@ class Probe(NamedTuple):
       batch_size: of the passes.
       seed: of the noise and of which examples are exchanged.
       encoders: `config.model.encoders`, as `rollingq_jax.data.corruption.corrupt` takes it.
+      task: what the model has learned; its main metric stands in place of the accuracy.
     """
 
     predict: PredictFn
@@ -42,6 +44,11 @@ class Probe(NamedTuple):
     batch_size: int = 64
     seed: int = 0
     encoders: Mapping[str, Any] | None = None
+    task: Task = SINGLE
+
+    def score(self, predictions: Predictions) -> dict[str, float]:
+        """The task's main metric, by its name."""
+        return {self.task.main: self.task.main_score(predictions)}
 
 
 def predict(probe: Probe, corruption: str = "") -> Predictions:
@@ -93,7 +100,8 @@ def corruption_curve(
             predictions = clean
         else:
             predictions = predict(probe, f"{modality}={float(level)!r}")
-        point = {"modality": modality, "level": float(level), "accuracy": predictions.accuracy}
+        point: dict[str, Any] = {"modality": modality, "level": float(level)}
+        point |= probe.score(predictions)
         points.append(point | {"attention_share": mean_shares(predictions)})
     return points
 
@@ -125,7 +133,7 @@ def attention_scale_curve(
         found = clean
         if found is None or scale != 1:
             found = predict(probe._replace(predict=scaled(float(scale))))
-        point: dict[str, Any] = {"scale": float(scale), "accuracy": found.accuracy}
+        point: dict[str, Any] = {"scale": float(scale)} | probe.score(found)
         point["attention_share"] = mean_shares(found)
         if found.quality and len(found.attention_share) > 1:
             correlation = share_quality(found)["quality_correlation"] if scale else None
@@ -142,9 +150,11 @@ def reliance(probe: Probe, modality: str, clean: Predictions) -> dict[str, dict[
     contradict each other; "replaced", noise in its place.
 
     Returns:
-      For each way "accuracy" (against the example's own label), "unchanged" (predictions that are
-      as in `clean`), "attention_share"; for "swapped" also "follows", the share of predictions
-      of the class that the swapped modality shows. "swapped" needs two classes, else it is absent.
+      For each way the main metric, as "accuracy" (against the example's own label), what the task's
+      `changed` says against `clean`, as "unchanged" (predictions that are as there), and
+      "attention_share"; for "swapped" also "follows", the share of predictions of the class that
+      the swapped modality shows. "swapped" needs two classes of which an example has one, else it
+      is absent.
     """
     source = probe.dataset.splits[probe.split]
     labels = labels_of(source)
@@ -163,8 +173,8 @@ def reliance(probe: Probe, modality: str, clean: Predictions) -> dict[str, dict[
     found["replaced"] = predict(probe, f"{modality}=replace")
     result = {
         way: {
-            "accuracy": predictions.accuracy,
-            "unchanged": predictions.unchanged(clean),
+            **probe.score(predictions),
+            **probe.task.changed(predictions, clean),
             "attention_share": mean_shares(predictions),
         }
         for way, predictions in found.items()
@@ -176,9 +186,10 @@ def reliance(probe: Probe, modality: str, clean: Predictions) -> dict[str, dict[
 
 
 def other_class_partners(labels: Array, rng: np.random.Generator) -> Array | None:
-    """For each example the number of one of another class, [N]; None if there is one class."""
+    """For each example the number of one of another class, [N]; None if there is one class, or
+    labels are no classes."""
     classes = np.unique(labels)
-    if len(classes) < 2:
+    if labels.ndim > 1 or len(classes) < 2:
         return None
     partners = np.empty(len(labels), np.int64)
     for label in classes:

@@ -28,8 +28,17 @@ from rollingq_jax.analysis.plots.geometry import PlaneView
 from rollingq_jax.analysis.plots.style import is_number, png_bytes, signed
 from rollingq_jax.analysis.plots.training import Row
 from rollingq_jax.analysis.probes import Probe
+from rollingq_jax.analysis.tasks import (
+    HEADLINES,
+    MAIN,
+    METRICS,
+    SINGLE,
+    Metric,
+    Task,
+    task_name,
+)
 from rollingq_jax.data.corruption import has_modality
-from rollingq_jax.data.dataset import Dataset, Subset
+from rollingq_jax.data.dataset import REGRESSION, Dataset, Subset, label_text
 from rollingq_jax.data.pipeline import eval_batches
 
 Array = np.ndarray
@@ -258,6 +267,11 @@ HOW_TO_READ = {
         "model without a gradient to it: what each encoder knows by itself. The checkpoint is "
         "chosen on validation data; the test set is read once, at the end."
     ),
+    "values": (
+        "Each point is an example: its own value below, the predicted one at the side. On the line "
+        "both are equal; points above it are predicted too high. A flat cloud says that the model "
+        "predicts about the same for all."
+    ),
     "polar": (
         "Each point is the mean key of a sample, as a unit vector, projected on the plane of the "
         "class query and the difference between the modalities' mean keys. The query points up, "
@@ -379,6 +393,7 @@ def run_verdicts(
     *,
     rotations: int = 0,
     plain: Predictions | None = None,
+    task: Task = SINGLE,
 ) -> list[str]:
     """Is attention biased, did the rolls last, did accuracy follow? A sentence each, of one run.
 
@@ -392,13 +407,16 @@ def run_verdicts(
       rolling: `config.rolling`.
       rotations: of the parameters that gave the answers.
       plain: the answers of the same run without rotations, where there is one.
+      task: whose score of single examples stands in place of the accuracy.
     """
-    accuracy = mean_over_examples(found.correct).written(".1f", 100)
+    metric, form = METRICS[task.step_metric], ".1f" if METRICS[task.step_metric].percent else ".3f"
+    unit = " %" if metric.percent else ""
+    accuracy = mean_over_examples(task.by_example(found)).written(form, metric.scale) + unit
     favored = _favored(plain or found)
     if favored is None:
         return [
-            "Is attention biased? There is none between modalities: the test accuracy is "
-            f"{accuracy} %."
+            "Is attention biased? There is none between modalities: the test "
+            f"{metric.words} is {accuracy}."
         ]
     modality, excess, even = favored
     share = mean_over_examples((plain or found).shares()[modality]).written()
@@ -435,16 +453,20 @@ def run_verdicts(
                 f"config.rolling.max_rotations is {rolling.max_rotations}; None sets no limit."
             )
     if plain:
-        gain = mean_over_examples(found.correct.astype(int) - plain.correct.astype(int))
-        answer = "Yes" if gain.low > 0 else "No" if gain.high < 0 else "Not shown"
+        before = task.by_example(plain)
+        gain = mean_over_examples(task.by_example(found) - before)
+        low, high = (gain.low, gain.high) if metric.higher_is_better else (-gain.high, -gain.low)
+        answer = "Yes" if low > 0 else "No" if high < 0 else "Not shown"
+        points = gain.written("+" + form, metric.scale) + (" points" if metric.percent else "")
         verdicts.append(
-            f"Did accuracy follow? {answer}: {gain.written('+.1f', 100)} points, from "
-            f"{100 * plain.accuracy:.1f} % without rotations to {accuracy} %, with this seed."
+            f"Did {metric.words} follow? {answer}: {points}, from "
+            f"{metric.scale * metrics.mean_finite(before):{form}}{unit} without rotations to "
+            f"{accuracy}, with this seed."
         )
     else:
         verdicts.append(
-            f"Did accuracy follow? One run does not tell: it has {accuracy} % of the test data "
-            "right; `compare` sets it beside plain attention."
+            f"Did {metric.words} follow? One run does not tell: on the test data it is {accuracy}; "
+            "`compare` sets it beside plain attention."
         )
     return verdicts
 
@@ -462,25 +484,24 @@ def _favored(found: Predictions) -> tuple[str, metrics.Interval, float] | None:
     return modality, excess[modality], metrics.mean_finite(even[modality])
 
 
-def describe_accuracy(rows: Sequence[Row]) -> str:
-    """Best validation accuracy, test accuracy, and the probes' last validation values."""
-    parts = []
-    valid = curves.curve(rows, "valid", "accuracy")
+def describe_accuracy(rows: Sequence[Row], score: str = "accuracy") -> str:
+    """Best validation accuracy, test accuracy, and the probes' last validation values; or another
+    score, a key of `tasks.METRICS`."""
+    parts, metric = [], METRICS[score]
+    valid = curves.curve(rows, "valid", score)
     if len(valid.y):
-        best = int(np.argmax(valid.y))
+        best = int(np.argmax(valid.y) if metric.higher_is_better else np.argmin(valid.y))
         parts.append(
-            f"The best validation accuracy is {100 * valid.y[best]:.1f}\N{NO-BREAK SPACE}%, "
-            f"at epoch {valid.x[best]:.0f}."
+            f"The best validation {metric.words} is {metric.written(valid.y[best])}, at epoch "
+            f"{valid.x[best]:.0f}."
         )
-    test = curves.curve(rows, "test", "accuracy")
+    test = curves.curve(rows, "test", score)
     if len(test.y):
-        parts.append(f"The test accuracy is {100 * test.y[-1]:.1f}\N{NO-BREAK SPACE}%.")
-    for name in curves.modalities(rows, "probe_accuracy"):
-        probe = curves.curve(rows, "valid", f"probe_accuracy/{name}")
+        parts.append(f"The test {metric.words} is {metric.written(test.y[-1])}.")
+    for name in curves.modalities(rows, f"probe_{score}"):
+        probe = curves.curve(rows, "valid", f"probe_{score}/{name}")
         if len(probe.y):
-            parts.append(
-                f"The probe on {name} alone ends at {100 * probe.y[-1]:.1f}\N{NO-BREAK SPACE}%."
-            )
+            parts.append(f"The probe on {name} alone ends at {metric.written(probe.y[-1])}.")
     return " ".join(parts) or "No epoch has been evaluated."
 
 
@@ -493,15 +514,15 @@ def describe_views(before: PlaneView, after: PlaneView) -> str:
     return f"Cosine scores before and after the rotation: {changes}."
 
 
-def describe_noise(points: Sequence[Mapping[str, Any]]) -> str:
+def describe_noise(points: Sequence[Mapping[str, Any]], score: str = "accuracy") -> str:
     """Accuracy and share of the noised modality at the lowest and the highest level of noise."""
-    parts = []
+    parts, metric = [], METRICS[score]
     for name in sorted({point["modality"] for point in points}):
         ordered = sorted((p for p in points if p["modality"] == name), key=lambda p: p["level"])
         low, high = ordered[0], ordered[-1]
         text = (
-            f"With noise from {low['level']:g} to {high['level']:g} in {name}, accuracy goes from "
-            f"{100 * low['accuracy']:.1f} to {100 * high['accuracy']:.1f}\N{NO-BREAK SPACE}%"
+            f"With noise from {low['level']:g} to {high['level']:g} in {name}, {metric.words} goes "
+            f"from {_plain(metric, low[score])} to {metric.written(high[score])}"
         )
         shares = [point.get("attention_share", {}).get(name) for point in (low, high)]
         if all(is_number(share) for share in shares):
@@ -510,10 +531,17 @@ def describe_noise(points: Sequence[Mapping[str, Any]]) -> str:
     return " ".join(parts)
 
 
-def describe_attention_scale(points: Sequence[Mapping[str, Any]]) -> str:
+def describe_attention_scale(points: Sequence[Mapping[str, Any]], score: str = "accuracy") -> str:
     """Accuracy at each factor of the query."""
-    values = [f"{100 * p['accuracy']:.1f} at {p['scale']:g}" for p in points]
-    return f"Accuracy in % with the trained query times a factor: {', '.join(values)}."
+    metric = METRICS[score]
+    values = [f"{_plain(metric, p[score])} at {p['scale']:g}" for p in points]
+    unit = " in %" if metric.percent else ""
+    return f"{metric.title}{unit} with the trained query times a factor: {', '.join(values)}."
+
+
+def _plain(metric: Metric, value: float) -> str:
+    """A value without its unit."""
+    return metric.written(value).removesuffix("\N{NO-BREAK SPACE}%")
 
 
 # Chosen examples with the attention over them, for `plots.attention_figure`.
@@ -544,6 +572,7 @@ def attention_examples(
     indices: Sequence[int] | Array,
     *,
     seed: int = 0,
+    task: Task = SINGLE,
 ) -> list[AttentionExample]:
     """The chosen examples as the model sees them, with its attention, mean over heads.
 
@@ -552,6 +581,7 @@ def attention_examples(
       variables, rotation: as in training.
       dataset, split, indices: which examples; captions have the class names and the noise.
       seed: of the data set's random transformations.
+      task: what the model has learned.
     """
     batch = next(
         eval_batches(
@@ -562,7 +592,9 @@ def attention_examples(
         )
     )
     probabilities, out = jax.jit(
-        lambda batch: metrics.forward(model, variables, rotation, batch, return_attention=True)
+        lambda batch: metrics.forward(
+            model, variables, rotation, batch, answer=task.answer, return_attention=True
+        )
     )(metrics.model_input(batch))
     attention = np.array(out["attention"], np.float64)
     attention[..., 0] = 0.0
@@ -571,15 +603,20 @@ def attention_examples(
     attention = np.where(np.isfinite(attention), attention, 0.0)
     total = attention.sum(axis=-1, keepdims=True)
     attention = (attention / np.where(total > 0, total, 1.0)).mean(axis=1)
-    probabilities = np.asarray(probabilities)
-    finite = np.isfinite(probabilities).all(axis=-1)
-    predicted = np.where(finite, probabilities.argmax(axis=-1), -1)
+    names = dataset.class_names or tuple(map(str, range(dataset.num_classes)))
+    names += tuple(map(str, range(len(names), probabilities.shape[1])))
+    found = [task.answer_text(names, answer) for answer in np.asarray(probabilities)]
     encoders = sorted(model.spec.encoders, key=lambda encoder: encoder.name)
     lengths = {e.name: num_tokens(e.kind, batch[e.name].shape[1:], e.patch) for e in encoders}
     weights = split_attention(attention, lengths)
     return [
         AttentionExample(
-            _caption(batch, row, int(predicted[row]), dataset.class_names),
+            _caption(
+                batch,
+                row,
+                label_text(batch["label"][row], task.name, names, ".3g"),
+                found[row] or "none",
+            ),
             tuple(
                 ModalityView(e.name, e.kind, batch[e.name][row], weights[e.name][row], e.patch)
                 for e in encoders
@@ -589,10 +626,8 @@ def attention_examples(
     ]
 
 
-def _caption(batch: dict[str, Array], row: int, predicted: int, names: Sequence[str]) -> str:
-    classes = (int(batch["label"][row]), predicted)
-    shown = ["none" if c < 0 else names[c] if names else str(c) for c in classes]
-    lines = [f"true {shown[0]}", f"predicted {shown[1]}"]
+def _caption(batch: dict[str, Array], row: int, true: str, predicted: str) -> str:
+    lines = [f"true {true}", f"predicted {predicted}"]
     example = {name: value[row] for name, value in batch.items()}
     for name in sorted(batch):
         if name.startswith("quality_"):
@@ -637,14 +672,14 @@ def write_evaluation(
         drawn = figure.drawn()  # once, for the file and the report
         plots.save_png(drawn.figure, folder / "figures" / f"evaluation_{name}.png")
         figures.append(drawn)
-    names = ("accuracy", "macro_f1", "calibration_error", "quality_correlation")
-    confusion = confusion_table(clean, list(result["per_class"]))
+    task = probe.task
+    confusion = confusion_table(clean, list(result["per_class"])) if task is SINGLE else None
     write_report(
         folder / "evaluation.html",
         title=f"Evaluation on {probe.split}: {run.config.data.name}, {run.config.model.fusion}",
         lead=f"{result['num_examples']} examples of split {probe.split}, with the parameters of "
         f"step {run.step}, the best by validation.",
-        key_numbers={name.replace("_", " "): result[name] for name in names if name in result},
+        key_numbers=_headlines(result),
         figures=figures,
         tables=[*_tables(result), *([] if confusion is None else [confusion])],
         data=probe.dataset.description,
@@ -656,7 +691,17 @@ def write_evaluation(
 def _figures(
     run: Any, probe: Probe, clean: Predictions, result: Mapping[str, Any]
 ) -> Iterator[tuple[str, ReportFigure]]:
-    share, quality = clean.attention_share, clean.quality
+    share, quality, score = clean.attention_share, clean.quality, probe.task.main
+    if probe.task.name == REGRESSION:
+        yield (
+            "values",
+            ReportFigure(
+                "Predicted and true values",
+                plots.values_figure(clean, probe.dataset.class_names),
+                "Scatter plot of predicted against true values.",
+                HOW_TO_READ["values"],
+            ),
+        )
     if len(share) > 1 and quality:
         yield (
             "share_quality",
@@ -676,8 +721,10 @@ def _figures(
             "noise",
             ReportFigure(
                 "What noise in one modality does",
-                plots.noise_figure({"": [result["noise"]]}, even=result.get("uniform_share")),
-                describe_noise(result["noise"]),
+                plots.noise_figure(
+                    {"": [result["noise"]]}, metric=score, even=result.get("uniform_share")
+                ),
+                describe_noise(result["noise"], score),
                 HOW_TO_READ["noise"],
             ),
         )
@@ -687,8 +734,8 @@ def _figures(
             "attention_scale",
             ReportFigure(
                 "Does attention do good or harm?",
-                plots.attention_scale_figure(points),
-                describe_attention_scale(points),
+                plots.attention_scale_figure(points, metric=score),
+                describe_attention_scale(points, score),
                 HOW_TO_READ["attention_scale"],
             ),
         )
@@ -702,6 +749,7 @@ def _figures(
             probe.split,
             chosen,
             seed=probe.seed,
+            task=probe.task,
         )
         yield (
             "attention",
@@ -714,10 +762,54 @@ def _figures(
         )
 
 
+def _main(result: Mapping[str, Any]) -> str:
+    """The main metric of an evaluation."""
+    return MAIN[task_name(result)]
+
+
+def _headlines(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores that an evaluation begins with, by their words."""
+    names = (*HEADLINES[task_name(result)], "calibration_error", "quality_correlation")
+    return {
+        METRICS[name].words if name in METRICS else name.replace("_", " "): result[name]
+        for name in names
+        if name in result
+    }
+
+
+OUTPUTS = {  # of an entry in scores: the table's title, its first column, the others' words
+    "per_class": ("Classes", "class", {"examples": "examples", "accuracy": "accuracy", "f1": "F1"}),
+    "per_label": (
+        "Labels",
+        "label",
+        {"examples": "examples", "average_precision": "average precision", "f1": "F1"},
+    ),
+    "per_target": ("Targets", "target", {"mae": "MAE", "correlation": "correlation", "ccc": "CCC"}),
+}
+
+
+def tables_by_output(scores: Mapping[str, Any], suffix: str = "") -> list[Table]:
+    """What each class, label or target has of the scores."""
+    return [
+        Table(
+            f"{title}{suffix}",
+            (first, *columns.values()),
+            [(name, *(row[field] for field in columns)) for name, row in scores[entry].items()],
+        )
+        for entry, (title, first, columns) in OUTPUTS.items()
+        if entry in scores
+    ]
+
+
+AGREEMENT = {"unchanged": "predictions unchanged", "mean_change": "mean change of predictions"}
+
+
 def _tables(result: Mapping[str, Any]) -> Iterator[Table]:
+    main = _main(result)
+    agreement = "mean_change" if task_name(result) == REGRESSION else "unchanged"
     if result["corrupted"]:
-        fields = ["corrupt", "accuracy", "unchanged"]
-        columns = ["corruption", "accuracy", "predictions unchanged"]
+        fields = ["corrupt", main, agreement]
+        columns = ["corruption", METRICS[main].words, AGREEMENT[agreement]]
         for field, words in (
             ("kept", "examples that keep their last modality"),
             ("nonfinite", "NaN or infinite logits"),
@@ -729,14 +821,21 @@ def _tables(result: Mapping[str, Any]) -> Iterator[Table]:
         yield Table("Corrupted", columns, corrupted)
     if "reliance" in result:
         rows = [
-            (m, way, *(found.get(f) for f in ("accuracy", "unchanged", "follows")))
+            (m, way, *(found.get(f) for f in (main, agreement, "follows")))
             + (found["attention_share"].get(m),)
             for m, ways in result["reliance"].items()
             for way, found in ways.items()
         ]
         yield Table(
             "Reliance on each modality",
-            ("modality", "is", "accuracy", "predictions unchanged", "follows it", "its share"),
+            (
+                "modality",
+                "is",
+                METRICS[main].words,
+                AGREEMENT[agreement],
+                "follows it",
+                "its share",
+            ),
             rows,
             "Shuffled: taken from another example. Swapped: from an example of another class; "
             "then 'follows it' is the share of predictions of that class. Replaced: by noise.",
@@ -761,9 +860,7 @@ def _tables(result: Mapping[str, Any]) -> Iterator[Table]:
         present = [(m, count, share.get(m)) for m, count in counts.items()]
         text = "Shares and correlations are over the examples that have the modality."
         yield Table("Modalities", ("modality", "examples that have it", "its share"), present, text)
-    classes = result["per_class"].items()
-    lines = [(name, *(found[f] for f in ("examples", "accuracy", "f1"))) for name, found in classes]
-    yield Table("Classes", ("class", "examples", "accuracy", "F1"), lines)
+    yield from tables_by_output(result)
 
 
 def _share_rows(
@@ -783,17 +880,14 @@ def summary_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "nonfinite" in result:
         rows.append(("examples with NaN or infinite logits", str(result["nonfinite"])))
     paired = min(result.get("contrast_examples", {}).values(), default=None)
+    main, words = _main(result), METRICS[_main(result)].words
     rows += [
-        (
-            name.replace("_", " "),
-            written(result[name], count=paired if name == "quality_correlation" else None),
-        )
-        for name in ("accuracy", "macro_f1", "calibration_error", "quality_correlation")
-        if name in result
+        (name, written(value, count=paired if name == "quality correlation" else None))
+        for name, value in _headlines(result).items()
     ]
     rows += _share_rows(result)
     for found in result["corrupted"]:
-        text = f"accuracy {written(found['accuracy'])}"
+        text = f"{words} {written(found[main])}"
         text += "".join(f", {words} {value}" for words, value in _share_rows(found, "share {}"))
         if "nonfinite" in found:
             text += f", {found['nonfinite']} with NaN or infinite logits"
@@ -802,7 +896,7 @@ def summary_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append((found["corrupt"], text))
     if "quality_shuffled" in result:
         found = result["quality_shuffled"]
-        text = f"accuracy {written(found['accuracy'])}"
+        text = f"{words} {written(found[main])}"
         text += "".join(f", {words} {value}" for words, value in _share_rows(found, "share {}"))
         rows.append(("quality bias of another example", text))
     for found in result.get("ood", []):
@@ -810,9 +904,9 @@ def summary_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
             text = f"{written(found[score]['auroc'])}, FPR95 {written(found[score]['fpr95'])}"
             rows.append((f"AUROC against {found['path']}, {score.replace('_', ' ')}", text))
     for point in result.get("attention_scale", []):
-        name = f"accuracy with the query times {point['scale']:g}"
-        rows.append((name, written(point["accuracy"])))
+        name = f"{words} with the query times {point['scale']:g}"
+        rows.append((name, written(point[main])))
     for m, ways in result.get("reliance", {}).items():
-        text = ", ".join(f"{way} {written(found['accuracy'])}" for way, found in ways.items())
-        rows.append((f"accuracy with {m}", text))
+        text = ", ".join(f"{way} {written(found[main])}" for way, found in ways.items())
+        rows.append((f"{words} with {m}", text))
     return rows

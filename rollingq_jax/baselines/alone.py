@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 
 from rollingq_jax.baselines.hooks import StepContext, fused, presence
@@ -18,8 +17,8 @@ def logits_alone(context: StepContext, modalities: Sequence[str]) -> Array:
 
 
 def losses_alone(context: StepContext, modalities: tuple[str, ...]) -> Array:
-    """CE(u_m), `[M, B]`; 0 where the example lacks the modality."""
-    losses = jax.vmap(optax.softmax_cross_entropy_with_integer_labels, (0, None))
+    """The task's loss of u_m, `[M, B]`; 0 where the example lacks the modality."""
+    losses = jax.vmap(context.loss, (0, None))
     values = losses(logits_alone(context, modalities), context.batch["label"])
     return values * presence(context.out, modalities)
 

@@ -19,6 +19,7 @@ from rollingq_jax.baselines.opm import opm_baseline
 from rollingq_jax.baselines.pmr import pmr_baseline
 from rollingq_jax.baselines.qmf import qmf_baseline
 from rollingq_jax.baselines.umt import umt_baseline
+from rollingq_jax.data.dataset import SINGLE_LABEL
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.models.spec import ModelSpec
 
@@ -113,17 +114,35 @@ BUILDERS: dict[str, Callable[..., Baseline]] = {
 }
 
 
-def build_baseline(config: Any, spec: ModelSpec, epoch_steps: int, total_steps: int) -> Baseline:
+# Methods that ask for losses alone. All others read the probability of an example's class, or
+# compare classes: they are not defined for sets of labels and for values.
+ANY_TASK = ("", "modality_dropout", "joint", "mmpareto", "gblend", "dgl", "umt")
+
+
+def build_baseline(
+    config: Any,
+    spec: ModelSpec,
+    epoch_steps: int,
+    total_steps: int,
+    task: str = SINGLE_LABEL,
+) -> Baseline:
     """The hooks of `config.baseline`, checked; nothing for an empty name.
 
     Args:
       config: `config.baseline`.
       spec: of the model.
       epoch_steps, total_steps: lengths of an epoch and of the run.
+      task: one of `rollingq_jax.data.dataset.TASKS`.
 
     Raises:
-      ConfigError: the method does not fit the model's fusion.
+      ConfigError: the method does not fit the model's fusion, or the task.
     """
+    if task != SINGLE_LABEL and config.name not in ANY_TASK:
+        raise ConfigError(
+            f"config.baseline.name is {config.name!r}, which needs the probability of an example's "
+            f"class, and the data's task is {task}; allowed there: an empty name or one of "
+            f"{', '.join(filter(None, ANY_TASK))}"
+        )
     if config.name and len(spec.modalities) < 2:
         raise ConfigError(
             f"config.baseline.name is {config.name!r} and the model has one modality; "

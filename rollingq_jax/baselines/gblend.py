@@ -67,7 +67,7 @@ def gblend_baseline(modalities: tuple[str, ...], weights: tuple[float, ...]) -> 
 
     def loss(state: Any, context: StepContext) -> Array:
         label = context.batch["label"]
-        losses = unimodal_losses(context.params, context.out, label, modalities)
+        losses = unimodal_losses(context.params, context.out, label, modalities, context.loss)
         return (joint - 1) * context.losses + jnp.einsum("m,mb->b", jnp.asarray(alone), losses)
 
     return Baseline(loss=loss)

@@ -27,6 +27,8 @@ class StepContext(NamedTuple):
       reduce: sums a tree over the devices (under pmap; under jit sums are global already).
       apply: `(params, *args, **kwargs)`, the model on this batch without dropout, under the step's
         rotation: another forward pass, or one of the model's methods.
+      loss: of outputs `[B, C]` by the batch's label, `[B]`: the task's. Methods that read
+        probabilities of a class do not ask for it; they fit no other task.
     """
 
     params: Any
@@ -39,6 +41,7 @@ class StepContext(NamedTuple):
     rng: Array
     reduce: Callable[[Any], Any]
     apply: Callable[..., Any]
+    loss: Callable[[Array, Array], Array] = optax.softmax_cross_entropy_with_integer_labels
 
 
 class Baseline(NamedTuple):

@@ -1,11 +1,11 @@
-"""The joint loss plus each modality's own: CE(z) + weight sum_m CE(z_m), the uniform baseline.
+"""The joint loss plus each modality's own: L(z) + weight sum_m L(z_m), the uniform baseline.
 
 z_m is the probe's answer to x_m, the modality's class token, here with its gradient to the encoder.
 The head of a probe learns from its own loss with weight 1 as ever; with weight 1 here, the two
 together are exactly the sum of losses without a stopped gradient. It so fits every fusion.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,16 +22,17 @@ def unimodal_losses(
     out: Mapping[str, Any],
     label: Array,
     modalities: tuple[str, ...],
+    loss: Callable[[Array, Array], Array] = optax.softmax_cross_entropy_with_integer_labels,
 ) -> Array:
-    """CE(x_m W_m + b_m) of each example and modality, `[M, B]`; 0 where the modality is absent.
+    """L(x_m W_m + b_m) of each example and modality, `[M, B]`; 0 where the modality is absent.
 
-    The gradient goes to x_m; W_m and b_m, of `probe_<m>`, are constants.
+    The gradient goes to x_m; W_m and b_m, of `probe_<m>`, are constants. L is the task's `loss`.
     """
     losses = []
     for m, token in class_tokens(out, modalities).items():
         head = jax.lax.stop_gradient(params[f"probe_{m}"])
         logits = jnp.matmul(token, head["kernel"], precision=HIGHEST) + head["bias"][None]
-        losses.append(optax.softmax_cross_entropy_with_integer_labels(logits, label))
+        losses.append(loss(logits, label))
     return jnp.stack(losses) * presence(out, modalities)
 
 
@@ -39,7 +40,8 @@ def joint_baseline(modalities: tuple[str, ...], weight: float) -> Baseline:
     """The unimodal losses in a training step, times `weight`."""
 
     def loss(state: Any, context: StepContext) -> Array:
-        losses = unimodal_losses(context.params, context.out, context.batch["label"], modalities)
+        given = context.params, context.out, context.batch["label"], modalities
+        losses = unimodal_losses(*given, context.loss)
         return weight * jnp.sum(losses, axis=0)
 
     return Baseline(loss=loss)

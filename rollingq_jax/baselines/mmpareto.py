@@ -81,7 +81,8 @@ def mmpareto_baseline(modalities: tuple[str, ...], gamma: float, active_steps: i
 
     def apart(state: Any, context: StepContext) -> Array:
         label = context.batch["label"]
-        return jnp.sum(unimodal_losses(context.params, context.out, label, modalities), axis=0)
+        losses = unimodal_losses(context.params, context.out, label, modalities, context.loss)
+        return jnp.sum(losses, axis=0)
 
     return Baseline(
         apart=apart,

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,41 +20,42 @@ from rollingq_jax.analysis.metrics import (
 from rollingq_jax.analysis.plots import style
 from rollingq_jax.analysis.report import HOW_TO_READ, ReportFigure, write_report
 from rollingq_jax.analysis.report import Table as ReportTable
+from rollingq_jax.analysis.tasks import HEADLINES, MAIN, Metric, task_name
+from rollingq_jax.analysis.tasks import METRICS as SCORES
 
 Row = Mapping[str, Any]
 Run = dict[str, Any]
 Table = dict[str, dict[str, dict[str, Any]]]
 
-# What an arm is judged by, in words; then the ones that are written in percent.
+# What an arm is judged by. Of the tests the comparison has those that the runs' task begins with:
+# the first metric of a table is the main one.
 METRICS = {
-    "test_accuracy": "test accuracy",
-    "test_macro_f1": "test macro F1",
-    "quality_correlation": "correlation of share and quality",
+    f"test_{name}": metric._replace(words=f"test {metric.words}") for name, metric in SCORES.items()
 }
-IN_PERCENT = ("test_accuracy", "test_macro_f1")
+METRICS["quality_correlation"] = Metric("correlation of share and quality")
 # Below this many pairs no interval counts: a bootstrap of two pairs excludes 0 whenever both have
 # the same sign, which chance alone gives every other time; of five, once in 16.
 MIN_PAIRS = 5
-SHOWN = ("test_accuracy", "quality_correlation")  # in the figure of differences
 POWER = 0.8  # with which a difference of the size of "detectable" would be shown
 
 
 def run_record(arm: str, seed: int, setting: Mapping[str, Any], summary: Mapping[str, Any]) -> Run:
     """What the comparison keeps of one run's `summary.json`."""
     rotations, best = summary["rotations"], summary["best"]
+    main = MAIN[task_name(summary)]
     record = {
         "arm": arm,
         "seed": seed,
         "setting": dict(setting),
-        "validation_accuracy": best["accuracy"],
+        f"validation_{main}": best[main],
         "best_epoch": best["epoch"],
         "rotations": None if rotations is None else int(np.sum(rotations)),
         "num_parameters": summary["num_parameters"],
     }
-    scores = ("accuracy", "macro_f1", "weighted_f1", "calibration_error")
-    record |= {f"test_{name}": summary[f"test_{name}"] for name in scores}
+    found = [f"test_{name}" for name in SCORES if name != "loss"]
+    record |= {name: summary[name] for name in found if name in summary}
     record["quality_correlation"] = summary.get("quality_correlation")
-    for kind in ("attention_share", "uniform_share", "probe_accuracy"):
+    for kind in ("attention_share", "uniform_share", f"probe_{main}"):
         record |= {f"{kind}/{m}": value for m, value in summary.get(kind, {}).items()}
     counts = summary.get("modality_examples", {})
     record |= {f"examples/{m}": count for m, count in counts.items()}
@@ -65,8 +66,21 @@ def run_record(arm: str, seed: int, setting: Mapping[str, Any], summary: Mapping
 
 def metrics_of(runs: Sequence[Run]) -> dict[str, str]:
     """The metrics of the table, with their words; the share of each modality has its own."""
-    shares = sorted({name for run in runs for name in run if name.startswith("attention_share/")})
-    return METRICS | {name: f"attention share of {name.partition('/')[2]}" for name in shares}
+    names = {name for run in runs for name in run}
+    shares = sorted(name for name in names if name.startswith("attention_share/"))
+    found = {name: METRICS[name].words for name in (*judged_by(names), "quality_correlation")}
+    return found | {name: f"attention share of {name.partition('/')[2]}" for name in shares}
+
+
+def judged_by(names: Collection[str]) -> list[str]:
+    """Of the names in records, the metrics of tests that a table has, the main one first."""
+    tests = ([f"test_{name}" for name in headlines] for headlines in HEADLINES.values())
+    return next(([n for n in found if n in names] for found in tests if found[0] in names), [])
+
+
+def main_of(table: Mapping[str, Any]) -> str:
+    """The main metric of a table."""
+    return next(iter(judged_by(table)), "test_accuracy")
 
 
 def values_of(runs: Sequence[Run], arm: str, metric: str) -> dict[int, float]:
@@ -97,14 +111,17 @@ def make_table(runs: Sequence[Run], arms: Sequence[str], against: str) -> Table:
         for arm in arms:
             values = values_of(runs, arm, metric)
             if values:
-                lines[arm] = make_line(values, None if arm == against else reference)
+                paired = None if arm == against else reference
+                lines[arm] = make_line(values, paired, is_better_higher(metric))
         if lines:
             table[metric] = lines
     return table
 
 
 def make_line(
-    values: Mapping[int, float], reference: Mapping[int, float] | None = None
+    values: Mapping[int, float],
+    reference: Mapping[int, float] | None = None,
+    higher_is_better: bool = True,
 ) -> dict[str, Any]:
     """An arm's line of `make_table` from seed -> value, paired with a reference if there is one."""
     numbers = np.array(list(values.values()))
@@ -118,7 +135,8 @@ def make_line(
     }
     common = sorted(values.keys() & (reference or {}).keys())
     if reference and common:
-        line |= difference([values[s] for s in common], [reference[s] for s in common])
+        pairs = [values[s] for s in common], [reference[s] for s in common]
+        line |= difference(*pairs, higher_is_better)
     return line
 
 
@@ -127,18 +145,26 @@ def finite_or_none(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def difference(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
+def is_better_higher(metric: str) -> bool:
+    """Tells if more of a metric is better; a share of attention counts as such."""
+    return metric not in METRICS or METRICS[metric].higher_is_better
+
+
+def difference(
+    first: Sequence[float], second: Sequence[float], higher_is_better: bool = True
+) -> dict[str, Any]:
     """The paired difference in the words of the table."""
     found = paired_difference(np.asarray(first), np.asarray(second))
     gaps = np.asarray(first) - np.asarray(second)
     deviation = float(gaps.std(ddof=1)) if len(gaps) > 1 else float("nan")
+    wins, losses = (found.wins, found.losses) if higher_is_better else (found.losses, found.wins)
     return {
         "difference": found.mean,
         "low": finite_or_none(found.low),
         "high": finite_or_none(found.high),
         "pairs": found.size,
-        "wins": found.wins,
-        "losses": found.losses,
+        "wins": wins,
+        "losses": losses,
         "detectable": finite_or_none(detectable_difference(deviation, found.size, power=POWER)),
     }
 
@@ -152,6 +178,8 @@ def verdict(metric: str, line: Mapping[str, Any]) -> str:
     if line["pairs"] < MIN_PAIRS or line["low"] is None:
         return "too few pairs to count"
     more, less = ("a gain", "a loss") if metric in METRICS else ("higher", "lower")
+    if not is_better_higher(metric):
+        more, less = less, more
     if line["low"] > 0:
         return more
     return less if line["high"] < 0 else "no difference is shown"
@@ -212,13 +240,10 @@ def verdicts(table: Table, runs: Sequence[Run], reference: str) -> list[str]:
                 f"Did the rolls last? {nearer}: {arm} gives {modality} "
                 f"{written_mean(biased, line)}, {written_difference(biased, line)}."
             )
-            gain = table["test_accuracy"][arm]
-            answer = {"a gain": "Yes", "a loss": "No"}.get(
-                verdict("test_accuracy", gain), "Not shown"
-            )
-            said.append(
-                f"Did accuracy follow? {answer}: {arm} {written_difference('test_accuracy', gain)}."
-            )
+            main = main_of(table)
+            gain, words = table[main][arm], SCORES[main.removeprefix("test_")].words
+            answer = {"a gain": "Yes", "a loss": "No"}.get(verdict(main, gain), "Not shown")
+            said.append(f"Did {words} follow? {answer}: {arm} {written_difference(main, gain)}.")
     return said
 
 
@@ -229,16 +254,17 @@ def conclude(
 
     Args:
       table: differences to `against`.
-      second: differences of the test accuracy to another arm, or None.
+      second: differences of the main metric to another arm, or None.
       against, second_against: those arms.
       num_seeds: of the comparison.
     """
     parts = [_seeds(num_seeds)]
-    for metric in ("test_accuracy", "quality_correlation"):
+    main = main_of(table)
+    for metric in (main, "quality_correlation"):
         parts += _sentence(table, metric, against)
     parts += _power(table, against)
     if second is not None:
-        parts += _sentence(second, "test_accuracy", second_against)
+        parts += _sentence(second, main, second_against)
     parts.append(
         "A gain or a loss counts when its 95 % bootstrap interval excludes 0; what is not shown "
         "may be there all the same. The intervals hold for one comparison each and are not "
@@ -257,18 +283,19 @@ def _seeds(count: int) -> str:
 
 
 def _power(table: Table, against: str) -> list[str]:
-    """What the seeds can detect in test accuracy, an estimate."""
-    lines = table.get("test_accuracy", {})
+    """What the seeds can detect in the main metric, an estimate."""
+    main = main_of(table)
+    lines = table.get(main, {})
     claims = [
-        f"{written_detectable('test_accuracy', line)} for {arm}"
+        f"{written_detectable(main, line)} for {arm}"
         for arm, line in lines.items()
         if line.get("detectable") is not None and line["pairs"] >= MIN_PAIRS
     ]
     if not claims:
         return []
     return [
-        f"With as many seeds and the spread seen here, a difference to {against} in test accuracy "
-        f"is detected with probability {POWER:g} from {', '.join(claims)} on."
+        f"With as many seeds and the spread seen here, a difference to {against} in "
+        f"{METRICS[main].words} is detected with probability {POWER:g} from {', '.join(claims)} on."
     ]
 
 
@@ -279,12 +306,17 @@ def _sentence(table: Table, metric: str, against: str) -> list[str]:
     reference = table[metric].get(against)
     level = f" ({written_mean(metric, reference)})" if reference else ""
     claims = [f"{arm} {written_difference(metric, line)}" for arm, line in lines.items()]
-    return [f"{METRICS[metric].capitalize()} against {against}{level}: {'; '.join(claims)}."]
+    return [f"{METRICS[metric].title} against {against}{level}: {'; '.join(claims)}."]
 
 
 def written(metric: str, value: float) -> str:
     """A value as text."""
-    return f"{100 * value:.1f} %" if metric in IN_PERCENT else f"{value:.3f}"
+    return f"{100 * value:.1f} %" if in_percent(metric) else f"{value:.3f}"
+
+
+def in_percent(metric: str) -> bool:
+    """Tells if a metric is written in percent; shares of attention are not."""
+    return metric in METRICS and METRICS[metric].percent
 
 
 def written_mean(metric: str, line: Mapping[str, Any]) -> str:
@@ -297,7 +329,7 @@ def written_mean(metric: str, line: Mapping[str, Any]) -> str:
 
 def written_difference(metric: str, line: Mapping[str, Any]) -> str:
     """A difference as text, with its interval and what it shows."""
-    scale, digits, unit = (100, 1, " points") if metric in IN_PERCENT else (1, 3, "")
+    scale, digits, unit = (100, 1, " points") if in_percent(metric) else (1, 3, "")
     text = f"{scale * line['difference']:+.{digits}f}{unit}"
     if line["low"] is not None:
         low, high = (f"{scale * line[end]:+.{digits}f}" for end in ("low", "high"))
@@ -307,7 +339,7 @@ def written_difference(metric: str, line: Mapping[str, Any]) -> str:
 
 def written_detectable(metric: str, line: Mapping[str, Any]) -> str:
     """The difference that would be detected, as text."""
-    percent = metric in IN_PERCENT
+    percent = in_percent(metric)
     return f"{100 * line['detectable']:.1f} points" if percent else f"{line['detectable']:.3f}"
 
 
@@ -333,14 +365,15 @@ def differences_figure(table: Table, against: str) -> Figure | None:
       table: from `results.make_table`.
       against: the arm at zero.
     """
-    panels = [m for m in SHOWN if any("difference" in v for v in table.get(m, {}).values())]
+    shown = (main_of(table), "quality_correlation")
+    panels = [m for m in shown if any("difference" in v for v in table.get(m, {}).values())]
     if not panels:
         return None
     names = list(dict.fromkeys(a for m in panels for a, v in table[m].items() if "difference" in v))
     figure = style.new_figure(4.6 * len(panels) + 0.6, 0.42 * len(names) + 1.5)
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, metric in zip(grid, panels, strict=True):
-        scale = 100 if metric in IN_PERCENT else 1
+        scale = 100 if in_percent(metric) else 1
         axes.axvline(0, color=style.MUTED, linewidth=1)
         for place, name in enumerate(names):
             line = table[metric].get(name, {})
@@ -352,7 +385,7 @@ def differences_figure(table: Table, against: str) -> Figure | None:
             axes.plot(scale * line["difference"], place, "o", markersize=7, color=style.color(0))
         axes.xaxis.set_major_locator(MaxNLocator(6))
         unit = " (points)" if scale == 100 else ""
-        style.style_axes(axes, xlabel=f"{METRICS[metric]}{unit}")
+        style.style_axes(axes, xlabel=f"{METRICS[metric].words}{unit}")
     grid[0].set_yticks(range(len(names)), [style.plain(style.shorten(name)) for name in names])
     grid[0].set_ylim(len(names) - 0.4, -0.6)
     figure.suptitle(
@@ -384,9 +417,12 @@ def all_figures(
         words = result["conclusion"]
         yield "differences", ReportFigure(f"Against {against}", differences, words)
     how = HOW_TO_READ
-    accuracy = plots.arms_figure(rows, fields={"accuracy": "validation accuracy (0 to 1)"})
-    alt = "Validation accuracy of each arm over training."
-    yield "accuracy", ReportFigure("Accuracy over training", accuracy, alt, how["arms"])
+    main = main_of(result["table"]).removeprefix("test_")
+    metric = SCORES[main]
+    label = f"validation {metric.words}" + " (0 to 1)" * metric.percent
+    alt = f"Validation {metric.words} of each arm over training."
+    figure = plots.arms_figure(rows, fields={main: label})
+    yield main, ReportFigure(f"{metric.title} over training", figure, alt, how["arms"])
     if any("imbalance" in row for runs in rows.values() for one in runs for row in one):
         alt = "Imbalance and attention share of each arm over training."
         figure = plots.arms_figure(rows)
@@ -400,9 +436,11 @@ def all_figures(
         figure = plots.share_quality_figure(found, even=even)
         yield "share_quality", ReportFigure("Does attention follow quality?", figure, alt, text)
     if noise:
-        alt = "Accuracy and attention share while one modality turns to noise, an arm a line."
-        figure = plots.noise_figure(noise, even=even)
-        yield "noise", ReportFigure("Accuracy against noise", figure, alt, how["noise"])
+        alt = (
+            f"{metric.title} and attention share while one modality turns to noise, an arm a line."
+        )
+        figure = plots.noise_figure(noise, metric=main, even=even)
+        yield "noise", ReportFigure(f"{metric.title} against noise", figure, alt, how["noise"])
 
 
 def report_tables(result: Mapping[str, Any]) -> list[ReportTable]:
@@ -410,13 +448,14 @@ def report_tables(result: Mapping[str, Any]) -> list[ReportTable]:
     against = result["reference"]
     words = metrics_of(result["runs"])
     tables = [
-        _metric_table(f"{words[metric].capitalize()}, difference to {against}", lines)
+        _metric_table(f"{Metric(words[metric]).title}, difference to {against}", lines)
         for metric, lines in result["table"].items()
     ]
+    main = main_of(result["table"])
     second = result["second_table"]
     if second is not None:
-        title = f"Test accuracy, difference to {result['second_reference']}"
-        tables.insert(1, _metric_table(title, second["test_accuracy"]))
+        title = f"{METRICS[main].title}, difference to {result['second_reference']}"
+        tables.insert(1, _metric_table(title, second[main]))
     settings = [
         (arm, ", ".join(f"{f}={v}" for f, v in chosen["setting"].items()), len(chosen["tried"]))
         for arm, chosen in result["selection"].items()
@@ -449,13 +488,14 @@ def write_pictures(
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         plots.save_png(drawn.figure, folder / "figures" / f"{name}.png")
         figures.append(drawn)
-    accuracy = result["table"]["test_accuracy"]
+    main = main_of(result["table"])
+    words, lines = METRICS[main].words, result["table"][main]
     write_report(
         folder / "report.html",
         title=f"Comparison: {result['config']['data']['name']}, {len(result['seeds'])} seeds",
         verdicts=result["verdicts"],
         lead=result["conclusion"],
-        key_numbers={f"test accuracy, {arm}": line["mean"] for arm, line in accuracy.items()},
+        key_numbers={f"{words}, {arm}": line["mean"] for arm, line in lines.items()},
         figures=figures,
         tables=report_tables(result),
         data=result["data"],

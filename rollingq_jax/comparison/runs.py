@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from rollingq_jax.analysis import probes
 from rollingq_jax.analysis.metrics import Predictions, predict_fn
+from rollingq_jax.analysis.tasks import MAIN, METRICS
 from rollingq_jax.comparison.results import Run, run_record
 from rollingq_jax.data.dataset import Dataset, fingerprint, first_difference
 from rollingq_jax.data.load import load_dataset
@@ -294,14 +295,15 @@ def setting_name(number: int, setting: Setting) -> str:
     return f"{number}-" + re.sub(r"[^\w.+=,-]", "_", text)[:80]
 
 
-def choose(accuracies: Sequence[Sequence[float | None]]) -> int | None:
-    """Number of the setting with the best mean validation accuracy, the first of equals.
+def choose(scores: Sequence[Sequence[float | None]], metric: str = "accuracy") -> int | None:
+    """Number of the setting with the best mean validation score, the first of equals.
 
     A setting in which a run failed (None) is out; None if all are.
     """
+    sign = 1 if METRICS[metric].higher_is_better else -1
     means = [
-        -math.inf if any(a is None for a in row) else float(np.mean([float(a or 0) for a in row]))
-        for row in accuracies
+        -math.inf if any(a is None for a in row) else sign * float(np.mean([a or 0.0 for a in row]))
+        for row in scores
     ]
     best = int(np.argmax(means))
     return None if means[best] == -math.inf else best
@@ -310,29 +312,31 @@ def choose(accuracies: Sequence[Sequence[float | None]]) -> int | None:
 def selected(
     settings: Sequence[Setting],
     seeds: Sequence[int],
-    accuracies: Sequence[Sequence[float | None]],
+    scores: Sequence[Sequence[float | None]],
     arm: str,
+    metric: str = "accuracy",
 ) -> dict[str, Any]:
     """An arm's entry in `selection.json`.
 
     Args:
       settings: all that were tried.
       seeds: on which.
-      accuracies: best validation accuracy of each setting and seed; None where training failed.
+      scores: best validation score of each setting and seed; None where training failed.
       arm: name, for the message.
+      metric: the score.
 
     Raises:
       ConfigError: no setting could be trained with.
     """
-    best = choose(accuracies)
+    best = choose(scores, metric)
     if best is None:
         raise ConfigError(
             f"arm {arm!r}: loss or gradient is NaN or infinite with every setting of "
             "config.compare.grid; allowed: a grid with a setting that trains"
         )
     tried = [
-        {"setting": setting, "validation_accuracy": list(row)}
-        for setting, row in zip(settings, accuracies, strict=True)
+        {"setting": setting, f"validation_{metric}": list(row)}
+        for setting, row in zip(settings, scores, strict=True)
     ]
     return {
         "chosen": best,
@@ -381,6 +385,7 @@ class Plan(NamedTuple):
       tune_seeds: on which; none if there is one setting.
       seeds: of the comparison.
       folder: of the comparison.
+      metric: the main one of the data's task, by which settings are chosen.
     """
 
     config: ConfigDict
@@ -389,6 +394,7 @@ class Plan(NamedTuple):
     tune_seeds: list[int]
     seeds: list[int]
     folder: epath.Path
+    metric: str = "accuracy"
 
     def run_config(self, arm: str, number: int, seed: int) -> ConfigDict:
         """The configuration of one run.
@@ -465,6 +471,7 @@ def make_plan(
         tuning,
         seeds,
         folder,
+        MAIN[dataset.task],
     )
     for arm, fields in plan.arms.items():
         check_name(arm)
@@ -593,17 +600,18 @@ def tune_arms(plan: Plan, interruption: Interruption, progress: Progress) -> dic
             if runs:
                 progress.end(f"{arm}: has its setting already", runs)
             continue
-        accuracies: list[list[float | None]] = [[] for _ in plan.settings]
+        scores: list[list[float | None]] = [[] for _ in plan.settings]
         for seed in plan.tune_seeds:
             for number, setting in enumerate(plan.settings):
                 words = ", ".join(f"{field}={value}" for field, value in setting.items())
                 progress.begin(f"{arm}, {words}, seed {seed}")
-                found = tuned_accuracy(plan, arm, number, seed, interruption)
-                accuracies[number].append(found)
-                what = "not finite" if found is None else f"validation accuracy {found:.3f}"
+                found = tuned_score(plan, arm, number, seed, interruption)
+                scores[number].append(found)
+                words = f"validation {METRICS[plan.metric].words}"
+                what = "not finite" if found is None else f"{words} {found:.3f}"
                 progress.end(f"{arm}, {words}, seed {seed}: {what}")
         if plan.tune_seeds:
-            selection[arm] = selected(plan.settings, plan.tune_seeds, accuracies, arm)
+            selection[arm] = selected(plan.settings, plan.tune_seeds, scores, arm, plan.metric)
         else:
             selection[arm] = fixed(plan.settings[0])
     write_json(path, selection)
@@ -625,15 +633,17 @@ def run_tests(
             progress.begin(f"{arm}, seed {seed}")
             summary = tested_summary(plan, arm, number, seed, interruption)
             records.append(run_record(arm, seed, plan.settings[number], summary))
-            progress.end(f"{arm}, seed {seed}: test accuracy {summary['test_accuracy']:.3f}")
+            score = summary[f"test_{plan.metric}"]
+            progress.end(f"{arm}, seed {seed}: test {METRICS[plan.metric].words} {score:.3f}")
     order = list(plan.arms)
     return sorted(records, key=lambda run: (order.index(run["arm"]), run["seed"]))
 
 
-def tuned_accuracy(
+def tuned_score(
     plan: Plan, arm: str, number: int, seed: int, interruption: Interruption
 ) -> float | None:
-    """Best validation accuracy of one run, without reading test; None where training failed."""
+    """Best validation score of one run, without reading test; None where training failed."""
+    name = f"validation_{plan.metric}"
     folder = plan.run_folder(arm, number, seed)
     record = read_json(folder / "tuning.json")
     if record is None:
@@ -642,12 +652,12 @@ def tuned_accuracy(
             found = train_and_evaluate(
                 config, folder, interruption=interruption, test=False, quiet=True
             )
-            record = {"validation_accuracy": found["best"]["accuracy"]}
+            record = {name: found["best"][plan.metric]}
         except NonFiniteError as error:
             interruption.unsaved = False
-            record = {"validation_accuracy": None, "failure": str(error)}
+            record = {name: None, "failure": str(error)}
         write_json(folder / "tuning.json", record)
-    return record["validation_accuracy"]
+    return record[name]
 
 
 def tested_summary(
@@ -671,7 +681,7 @@ def answers_of(folder: epath.Path) -> Predictions:
 
 
 def noise_of(folder: epath.Path, levels: Sequence[float]) -> list[dict[str, Any]]:
-    """Accuracy and share under noise in each modality of a finished run, kept in `noise.json`.
+    """Score and share under noise in each modality of a finished run, kept in `noise.json`.
 
     Token ids cannot take noise and are left out.
     """
@@ -694,11 +704,12 @@ def probe_of(folder: epath.Path) -> probes.Probe:
     """A finished run and its test split."""
     run = load_run(folder)
     return probes.Probe(
-        predict_fn(run.model, run.variables, run.rotation),
+        predict_fn(run.model, run.variables, run.rotation, run.task.answer),
         run.dataset,
         batch_size=run.config.batch_size,
         seed=run.config.seed,
         encoders=run.config.model.encoders,
+        task=run.task,
     )
 
 

@@ -500,7 +500,7 @@ class SwappedModality:
 
 
 def misalign(source: Source, modality: str, *, prob: float = 1.0, seed: int = 0) -> SwappedModality:
-    """Gives some examples the modality of an example of another class.
+    """Gives some examples the modality of an example of another class, or with another label.
 
     Only the seed and the example's number decide which examples, and which partners.
 
@@ -516,13 +516,14 @@ def misalign(source: Source, modality: str, *, prob: float = 1.0, seed: int = 0)
     """
     _check_fraction(f"misalign of {modality!r}", prob)
     labels = labels_of(source)
-    if len(np.unique(labels)) < 2:
+    if len(np.unique(labels, axis=0)) < 2:
         raise DataError(f"misalign of {modality!r}: all examples are of one class")
 
     def partner(index: int) -> int | None:
         rng = np.random.default_rng((seed, index))
         if rng.random() >= prob:
             return None
-        return int(rng.choice(np.flatnonzero(labels != labels[index])))
+        other = (labels != labels[index]).reshape(len(labels), -1).any(axis=1)
+        return int(rng.choice(np.flatnonzero(other)))
 
     return SwappedModality(source, modality, partner)

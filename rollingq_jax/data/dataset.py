@@ -1,7 +1,7 @@
 """A data set: modalities, labels, splits, a fingerprint, and the model that its shapes suggest.
 
 An example is a dict of NumPy arrays without a batch axis: `"<m>"` for each modality m, `"label"`
-(an int32 scalar), and where they apply `"<m>_mask"` (bool, True = real position, or a bool scalar,
+(see `TASKS`), and where they apply `"<m>_mask"` (bool, True = real position, or a bool scalar,
 False = the modality is missing) and `"quality_<m>"` (float32 scalar, minus the standard deviation
 of the noise in the modality, in training-set standard deviations). Layouts are channels last.
 """
@@ -13,7 +13,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from rollingq_jax.models.spec import KINDS, RESNET, resnet_grid
 
 Example = dict[str, np.ndarray]
 SPLITS = ("train", "valid", "test")
+# What is learned, and an example's label: one of C classes, an int32 scalar; any of C labels, int32
+# [C] of 0 and 1; K numbers, float32 [K].
+TASKS = SINGLE_LABEL, MULTI_LABEL, REGRESSION = ("single_label", "multi_label", "regression")
 # Before a modality's name: whether an example keeps it under "drop" because it is its last.
 KEPT = "kept/"
 
@@ -90,8 +93,8 @@ class Dataset:
       splits: name -> source; "train" and "test" always, "valid" wherever settings or checkpoints
         are to be chosen.
       modalities: name -> `ModalityInfo`, in alphabetical order.
-      num_classes: labels are 0 .. num_classes - 1.
-      class_names: one for each class; empty where the data set has none.
+      num_classes: labels are 0 .. num_classes - 1; of other tasks the length of a label.
+      class_names: one for each class, or number of a label; empty where the data set has none.
       description: what the data are and how they were made, for logs and reports.
       train_transforms, eval_transforms: what turns a source's example into the one that
         `modalities` describes, where that is not done by the source itself (frames kept as JPEG
@@ -99,6 +102,7 @@ class Dataset:
         `transforms`, before any others.
       preprocessing: name -> `rollingq_jax.data.preprocessing.Preprocessing`, how a raw array of
         the modality became what the source gives; one that is not in it is given as it is stored.
+      task: one of `TASKS`.
     """
 
     splits: Mapping[str, Source]
@@ -109,6 +113,17 @@ class Dataset:
     train_transforms: tuple[Any, ...] = ()
     eval_transforms: tuple[Any, ...] = ()
     preprocessing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    task: str = SINGLE_LABEL
+
+    @property
+    def learned(self) -> str:
+        """What is learned, in words."""
+        count = self.num_classes
+        if self.task == SINGLE_LABEL:
+            return f"{count} classes"
+        if self.task == MULTI_LABEL:
+            return f"{count} labels, any number an example"
+        return f"regression of {count} value{'s' if count > 1 else ''}"
 
     def __post_init__(self) -> None:
         if self.class_names and len(self.class_names) != self.num_classes:
@@ -241,24 +256,30 @@ def warn_suspicious_shape(info: ModalityInfo) -> None:
 
 
 def labels_of(source: Source) -> np.ndarray:
-    """All labels of a source, int32 [N]; examples are read only where nothing else knows them."""
+    """All labels of a source, int32 [N] or as `TASKS` says [N, ...]; examples are read only where
+    nothing else knows them."""
     known = _known_labels(source)
     if known is not None:
         return known
-    return np.array([source[index]["label"] for index in range(len(source))], np.int32)
+    return _as_labels([source[index]["label"] for index in range(len(source))])
+
+
+def _as_labels(values: Any) -> np.ndarray:
+    values = np.asarray(values)
+    return values.astype(np.float32 if values.dtype.kind == "f" else np.int32, copy=False)
 
 
 def _known_labels(source: Source) -> np.ndarray | None:
-    """All labels, int32 [N]; None where that would mean to read every example."""
+    """All labels, as `labels_of`; None where that would mean to read every example."""
     if isinstance(source, Subset):
         known = _known_labels(source.source)
         return None if known is None else known[source.indices]
     if isinstance(source, Joined):
         return _joined([_known_labels(one) for one in source.sources])
     if isinstance(source, ArraySource):
-        return np.asarray(source.columns["label"], np.int32)
+        return _as_labels(source.columns["label"])
     if hasattr(source, "labels"):
-        return np.asarray(source.labels, np.int32)
+        return _as_labels(source.labels)
     inner = getattr(source, "source", None)  # a source that changes another one's examples
     return _known_labels(inner) if inner is not None and len(inner) == len(source) else None
 
@@ -293,17 +314,193 @@ def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
 
 
 MAX_CLASSES = 100_000
+SEPARATORS = "|;,"  # between the names of an example's labels
+
+
+class Labels(NamedTuple):
+    """What is learned, and the labels of each split.
+
+    Attributes:
+      task: one of `TASKS`.
+      values: {split: [N, ...]}, as `TASKS` says.
+      num_classes: C, or K of a regression.
+      class_names: one for each; empty where the data have none.
+    """
+
+    task: str
+    values: dict[str, np.ndarray]
+    num_classes: int
+    class_names: tuple[str, ...] = ()
+
+
+def read_labels(
+    labels: Mapping[str, np.ndarray], class_names: Sequence[str] = (), task: str = "auto"
+) -> Labels:
+    """Labels as the task has them.
+
+    Args:
+      labels: {split: [N, ...]}: for one class of several as `encode_labels` takes them; for any
+        number of labels [N, C] of 0 and 1, or [N] strings of names with one of `SEPARATORS`
+        between; for a regression [N] or [N, K] numbers.
+      class_names: in the order of the numbers.
+      task: one of `TASKS`, or "auto": what the labels can only be, see `infer_task`.
+
+    Raises:
+      DataError: as `encode_labels` and `count_classes`; or the labels are not of the task.
+    """
+    labels = {split: np.asarray(values) for split, values in labels.items()}
+    task = infer_task(labels) if task == "auto" else task
+    if task == SINGLE_LABEL:
+        values, class_names = encode_labels(labels, class_names)
+        return Labels(task, values, count_classes(values, class_names), class_names)
+    class_names = _check_class_names(class_names)
+    if task == MULTI_LABEL and not class_names and _are_texts(labels["train"]):
+        texts = labels["train"].tolist()
+        class_names = tuple(sorted({name for text in texts for name in split_names(text)}))
+    values = {s: label_array(v, task, class_names, f"{s}/label") for s, v in labels.items()}
+    train = values["train"]
+    width = train.shape[1]
+    for split, array in values.items():
+        if array.shape[1] != width:
+            raise DataError(
+                f"{split}/label: {array.shape[1]} numbers an example; allowed: {width}, as in train"
+            )
+    if class_names and len(class_names) != width:
+        raise DataError(f"class_names: {len(class_names)} names for labels of {width} numbers")
+    alike = np.flatnonzero((train == train[:1]).all(axis=0))
+    if len(alike) == width or (len(alike) and task == REGRESSION):
+        raise DataError(
+            f"train/label: column {alike[0]} is {train[0, alike[0]]:g} throughout, so nothing can "
+            "be learned of it; leave it out"
+        )
+    if len(alike):
+        logging.getLogger(__name__).warning(
+            f"train/label: {len(alike)} of {width} labels are the same in every example, the first "
+            f"of them {alike[0]}; they cannot be learned"
+        )
+    return Labels(task, values, width, class_names)
+
+
+def infer_task(labels: Mapping[str, np.ndarray]) -> str:
+    """What labels can only be; else the choice of one class, whose reader refuses what is none.
+
+    [N] or [N, 1] floats with a fraction in one of them: a regression. [N, C] of 0 and 1 with a row
+    that has not one 1: any number of labels.
+    """
+    arrays = list(labels.values())
+    if all(a.dtype.kind in "biuf" for a in arrays):
+        flat = all(a.ndim == 1 or (a.ndim == 2 and a.shape[1] == 1) for a in arrays)
+        if flat and any((a[np.isfinite(a)] % 1 != 0).any() for a in arrays):
+            return REGRESSION
+        sets = all(a.ndim == 2 and a.shape[1] > 1 and np.isin(a, (0, 1)).all() for a in arrays)
+        if sets and any((a.sum(axis=1) != 1).any() for a in arrays):
+            return MULTI_LABEL
+    return SINGLE_LABEL
+
+
+def _check_sets(labels: np.ndarray, where: str) -> np.ndarray:
+    """Labels of any number of classes as int32 [N, C]."""
+    numbers = labels.dtype.kind in "biuf" and labels.ndim == 2 and labels.size
+    if not numbers or not np.isin(labels, (0, 1)).all():
+        raise DataError(
+            f"{where}: {labels.dtype}{list(labels.shape)}; allowed with data.task multi_label: "
+            f"[N, C] of 0 and 1, or [N] names with one of {' '.join(SEPARATORS)} between"
+        )
+    return labels.astype(np.int32)
+
+
+def _check_values(labels: np.ndarray, where: str) -> np.ndarray:
+    """The numbers of a regression as float32 [N, K]."""
+    if labels.dtype.kind not in "biuf" or labels.ndim not in (1, 2) or not labels.size:
+        raise DataError(
+            f"{where}: {labels.dtype}{list(labels.shape)}; allowed with data.task regression: [N] "
+            "or [N, K] numbers"
+        )
+    with np.errstate(over="ignore"):
+        values = labels.astype(np.float32).reshape(len(labels), -1)
+    if not np.isfinite(values).all():
+        raise DataError(f"{where}: NaN or infinite values; allowed: finite numbers")
+    return values
+
+
+def split_names(text: str | bytes) -> list[str]:
+    """The names of an example's labels, without spaces around them."""
+    parts = re.split(f"[{SEPARATORS}]", as_text(text))
+    return [name for part in parts if (name := part.strip())]
+
+
+def label_text(label: Any, task: str, classes: Sequence[str], form: str = ".8g") -> str:
+    """An example's label as a table of predictions has it; of a set of no labels a separator."""
+    if task == SINGLE_LABEL:
+        return classes[label]
+    if task == REGRESSION:
+        return SEPARATORS[0].join(format(value, form) for value in label)
+    names = (name for name, given in zip(classes, label, strict=True) if given)
+    return SEPARATORS[0].join(names) or SEPARATORS[0]
+
+
+def label_array(
+    labels: np.ndarray, task: str, class_names: Sequence[str], where: str
+) -> np.ndarray:
+    """Sets of labels as int32 [N, C], or the values of a regression as float32 [N, K].
+
+    Args:
+      labels: [N, C], [N] or [N, K] numbers; or [N] strings, of names or of numbers.
+      task: `MULTI_LABEL` or `REGRESSION`.
+      class_names: those that a set of names is made of.
+      where: the labels are, for messages.
+
+    Raises:
+      DataError: they are not of the task, a name is not known, or a number is NaN or infinite.
+    """
+    if _are_texts(labels):
+        read = _encode_sets if task == MULTI_LABEL else _read_numbers
+        labels = read([as_text(label) for label in labels.tolist()], class_names, where)
+    return (_check_sets if task == MULTI_LABEL else _check_values)(labels, where)
+
+
+def _are_texts(labels: np.ndarray) -> bool:
+    return labels.dtype.kind in "SUT" and labels.ndim == 1
+
+
+def _encode_sets(labels: Sequence[str], class_names: Sequence[str], where: str) -> np.ndarray:
+    place = {name: number for number, name in enumerate(class_names)}
+    encoded = np.zeros((len(labels), len(class_names)), np.int32)
+    for row, label in enumerate(labels):
+        names = split_names(label)
+        if unknown := [name for name in names if name not in place]:
+            raise DataError(
+                f"{where}: {unknown[0][:60]!r} is none of the labels {', '.join(class_names[:20])} "
+                "(those of train, or class_names)"
+            )
+        encoded[row, [place[name] for name in names]] = 1
+    return encoded
+
+
+def _read_numbers(labels: Sequence[str], _: Sequence[str], where: str) -> np.ndarray:
+    """Numbers with | or ; between, each with a decimal point or comma."""
+    rows = []
+    for label in labels:
+        try:
+            rows.append([float(part.replace(",", ".")) for part in re.split("[|;]", label)])
+        except ValueError:
+            raise DataError(
+                f"{where}: {label[:60]!r}; allowed with data.task regression: numbers"
+            ) from None
+    if len({len(row) for row in rows}) > 1:
+        raise DataError(f"{where}: examples have different numbers of values; allowed: one number")
+    return np.array(rows, np.float64)
 
 
 def check_labels(labels: np.ndarray, where: str) -> np.ndarray:
     """Labels as int32 [N]; floats that are whole numbers are read as such.
 
     Raises:
-      DataError: they are of another task (regression, multi-label classification), have not one
-        axis, are not numbers, negative, none, or too large to be class numbers.
+      DataError: they are not class numbers (see `_check_classes`), have not one axis, are not
+        numbers, negative, none, or too large to be class numbers.
     """
     labels = np.asarray(labels)
-    _check_task(labels, where)
+    _check_classes(labels, where)
     if labels.ndim != 1:
         hint = ""
         if labels.ndim == 2:
@@ -319,29 +516,28 @@ def check_labels(labels: np.ndarray, where: str) -> np.ndarray:
     if low < 0 or high >= MAX_CLASSES:
         raise DataError(
             f"{where}: labels from {low} to {high}; class numbers go from 0 to at most "
-            f"{MAX_CLASSES - 1} (regression is not supported)"
+            f"{MAX_CLASSES - 1}; if they are values to be predicted, set data.task to regression"
         )
     return labels.astype(np.int32)
 
 
-def _check_task(labels: np.ndarray, where: str) -> None:
-    """Refuses the labels of a task that is not the choice of one class."""
+def _check_classes(labels: np.ndarray, where: str) -> None:
+    """Refuses labels that are not the choice of one class, and names the task that they may be."""
     if labels.dtype.kind == "f":
         if not np.isfinite(labels).all():
             raise DataError(f"{where}: NaN or infinite labels; allowed: class numbers")
         if (labels != np.floor(labels)).any():
-            several = " or of a distribution over classes" if labels.ndim > 1 else ""
             raise DataError(
-                f"{where}: values such as {labels[labels != np.floor(labels)][0]:g}; regression "
-                f"is not supported, nor is learning of scores{several}; allowed: class numbers or "
-                "names"
+                f"{where}: values such as {labels[labels != np.floor(labels)][0]:g}; allowed: "
+                "class numbers or names, or with data.task regression any numbers"
             )
     if labels.ndim == 2 and labels.shape[1] > 1 and labels.dtype.kind in "biuf":
         ones = (labels == 1).sum(axis=1)
         if not np.isin(labels, (0, 1)).all() or (ones != 1).any():
             raise DataError(
-                f"{where}: shape {list(labels.shape)}, and not one 1 in every row; multi-label "
-                "classification and several targets are not supported; allowed: [N] class numbers"
+                f"{where}: shape {list(labels.shape)}, and not one 1 in every row; allowed: [N] "
+                "class numbers, with data.task multi_label [N, C] of 0 and 1, with data.task "
+                "regression [N, K] numbers"
             )
 
 
@@ -365,7 +561,7 @@ def encode_labels(
     """
     class_names = _check_class_names(class_names)
     for split, values in labels.items():
-        _check_task(np.asarray(values), f"{split}/label")
+        _check_classes(np.asarray(values), f"{split}/label")
     if not all(np.asarray(v).dtype.kind in "SUT" and v.ndim == 1 for v in labels.values()):
         return {s: check_labels(v, f"{s}/label") for s, v in labels.items()}, class_names
     names = {
@@ -571,7 +767,11 @@ def with_valid(splits: Mapping[str, Source], *, seed: int) -> dict[str, Source]:
         return dict(splits)
     train = splits["train"]
     valid = _hold_out(
-        labels_of(train), VALID_FRACTION, seed, groups_of(train), "validation; give valid/*"
+        strata_of(labels_of(train)),
+        VALID_FRACTION,
+        seed,
+        groups_of(train),
+        "validation; give valid/*",
     )
     return _divided(splits, valid, "valid")
 
@@ -598,7 +798,7 @@ def with_test(splits: Mapping[str, Source]) -> dict[str, Source]:
         return dict(splits)
     train = splits["train"]
     test = _hold_out(
-        labels_of(train),
+        strata_of(labels_of(train)),
         TEST_FRACTION,
         0,
         groups_of(train),
@@ -606,6 +806,19 @@ def with_test(splits: Mapping[str, Source]) -> dict[str, Source]:
         further="valid" not in splits,
     )
     return _divided(splits, test, "test")
+
+
+def strata_of(labels: np.ndarray) -> np.ndarray:
+    """Of what an automatic split takes equal shares, int [N]: the classes; of sets of labels the
+    rarest label of each; of values the tenths of the first.
+    """
+    if labels.ndim == 1:
+        return labels
+    if labels.dtype.kind == "f":
+        edges = np.quantile(labels[:, 0], np.linspace(0, 1, 11)[1:-1])
+        return np.searchsorted(edges, labels[:, 0], side="right")
+    counts = np.where(labels > 0, labels.sum(axis=0), len(labels) + 1)
+    return np.where(labels.any(axis=1), counts.argmin(axis=1), -1)
 
 
 def _hold_out(
@@ -795,7 +1008,7 @@ def fingerprint(dataset: Dataset) -> Fingerprint:
     """`{split: {array: numbers}}`: mean absolute values in some examples, as JSON can hold them.
 
     Means and not hashes, since decoders and resamplers of another machine may differ in last bits.
-    Labels have no last bits: "label/sha256" is the hash of all of them as int32, where they are
+    Labels have no last bits: "label/sha256" is the hash of all of them as 32 bits, where they are
     known without reading the examples.
 
     Raises:
@@ -809,7 +1022,8 @@ def fingerprint(dataset: Dataset) -> Fingerprint:
         found[split] = {name: [_size(example[name]) for example in examples] for name in names}
         labels = _known_labels(source)
         if labels is not None:
-            found[split][LABELS] = hashlib.sha256(labels.astype("<i4").tobytes()).hexdigest()
+            stored = labels.astype("<f4" if labels.dtype.kind == "f" else "<i4")
+            found[split][LABELS] = hashlib.sha256(stored.tobytes()).hexdigest()
     return found
 
 
@@ -983,7 +1197,8 @@ def infer_model(dataset: Dataset, overrides: Mapping[str, Any] | None = None) ->
       The overrides with `num_classes`, `dim`, `depth`, `num_heads` and `encoders` set.
 
     Raises:
-      ConfigError: as in `infer_encoders`, or `num_classes` is less than the data need.
+      ConfigError: as in `infer_encoders`, or `num_classes` is less than the data need, or of other
+        tasks than the choice of one class more.
     """
     given = {} if overrides is None else dict(overrides.items())
     given = {name: value for name, value in given.items() if value is not None}
@@ -992,6 +1207,11 @@ def infer_model(dataset: Dataset, overrides: Mapping[str, Any] | None = None) ->
     if model["num_classes"] < dataset.num_classes:
         raise ConfigError(
             f"model.num_classes: {model['num_classes']}; the data have {dataset.num_classes}"
+        )
+    if model["num_classes"] > dataset.num_classes and dataset.task != SINGLE_LABEL:
+        raise ConfigError(
+            f"model.num_classes is {model['num_classes']}; allowed with the task {dataset.task}: "
+            f"{dataset.num_classes}, as many as an example has labels"
         )
     model["encoders"] = infer_encoders(dataset.modalities, given.get("encoders"))
     return model

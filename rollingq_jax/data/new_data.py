@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from rollingq_jax.data.dataset import (
+    SINGLE_LABEL,
     SPLITS,
     ArraySource,
     Dataset,
@@ -24,6 +25,8 @@ from rollingq_jax.data.dataset import (
     as_text,
     ids_of,
     is_class_number,
+    label_array,
+    label_text,
     labels_of,
 )
 from rollingq_jax.data.load import LOADERS, load_dataset
@@ -42,7 +45,7 @@ class NewData(NamedTuple):
         positions, `"quality_<m>"` where it is known; no labels.
       ids: one for each example.
       labels: the name of each example's class, or its number as text where the classes have no
-        names; "" where it is not given.
+        names; of other tasks as `label_text` writes it; "" where it is not given.
       standardized: whether the arrays are the model's input already, and not raw.
     """
 
@@ -83,11 +86,14 @@ def open_new_data(
         from rollingq_jax.data.sources.media_folder import open_manifest
 
         columns = mapping_option(config_data, "columns")
-        return NewData(*open_manifest(local_path(path, "path"), used, split=split, columns=columns))
+        source, ids, labels = open_manifest(
+            local_path(path, "path"), used, split=split, columns=columns
+        )
+        return NewData(source, ids, label_texts(np.array(labels, str), inputs))
     name = config_data.name
     arrays = place.suffix.lower() in (".npz", ".npy") or _is_folder_of_arrays(place)
     if arrays or name in ("arrays", "folder", "av_digits"):
-        return _open_arrays(place, used, inputs.classes, split)
+        return _open_arrays(place, used, inputs, split)
     if name in LOADERS:
         return _open_prepared(path, config_data, inputs, split or "test", seed)
     from rollingq_jax.data.sources.tfds import open_tfds
@@ -104,7 +110,7 @@ def _is_folder_of_arrays(place: Path | epath.Path) -> bool:
 def _open_arrays(
     path: Path | epath.Path,
     modalities: Mapping[str, Preprocessing],
-    classes: Sequence[str],
+    inputs: InputSpec,
     split: str | None = None,
 ) -> NewData:
     """Arrays under `<split>/<m>` as in training, or under `<m>` only.
@@ -115,7 +121,7 @@ def _open_arrays(
     Args:
       path: an `.npz` file or a folder of `.npy` files.
       modalities: those that the model reads.
-      classes: the name of each class.
+      inputs: the model's task and classes.
       split: the keys to take; None for those without a split, else the only one, else "test".
 
     Raises:
@@ -160,17 +166,41 @@ def _open_arrays(
     texts = {key: values[key] for key in ("label", "id") if key in values}
     for key, array in texts.items():
         whole = array.dtype.kind == "f" and bool((array == np.floor(array)).all())
+        if key == "label" and inputs.task != SINGLE_LABEL:
+            continue
         if array.shape != (len(source),) or not (array.dtype.kind in "biuSU" or whole):
             raise DataError(
                 f"{where}{key}: {array.dtype}{list(array.shape)}; allowed: one integer or string "
                 f"for each of the {len(source)} examples"
             )
-    labels = _labels(texts["label"], classes) if "label" in texts else []
+    labels = label_texts(texts["label"], inputs) if "label" in texts else []
+    if labels and len(labels) != len(source):
+        raise DataError(f"{where}label: {len(labels)} labels for {len(source)} examples")
     ids = [as_text(value) for value in texts.get("id", range(len(source)))]
     return NewData(source, ids, labels or [""] * len(source))
 
 
-def _labels(values: np.ndarray, classes: Sequence[str]) -> list[str]:
+def label_texts(values: np.ndarray, inputs: InputSpec) -> list[str]:
+    """Labels as `NewData` has them, from arrays as in training, or texts with "" for none.
+
+    Raises:
+      DataError: they are not of the model's task.
+    """
+    if inputs.task == SINGLE_LABEL:
+        return _class_texts(values, inputs.classes)
+    texts = [""] * len(values)
+    known = np.arange(len(values))
+    if values.dtype.kind in "SUT":
+        values = np.array([as_text(value).strip() for value in values.tolist()], str)
+        known = np.flatnonzero(values != "")
+    if len(known):
+        read = label_array(values[known], inputs.task, inputs.classes, "label")
+        for place, label in zip(known.tolist(), read, strict=True):
+            texts[place] = label_text(label, inputs.task, inputs.classes)
+    return texts
+
+
+def _class_texts(values: np.ndarray, classes: Sequence[str]) -> list[str]:
     """Class numbers or names as names; a number or a name that no class has stays as it is.
 
     Strings that all are numbers are class numbers, unless they are names, as in training.
@@ -199,7 +229,7 @@ def _open_prepared(
     if split not in dataset.splits:
         raise ConfigError(f"split is {split!r}; allowed: {', '.join(dataset.splits)}")
     source = dataset.splits[split]
-    labels = _labels(labels_of(source), inputs.classes)
+    labels = label_texts(labels_of(source), inputs)
     ids = ids_of(source)
     names = [str(number) for number in range(len(source))] if ids is None else list(map(str, ids))
     return NewData(_Transformed(source, dataset.eval_transforms), names, labels, standardized=True)
@@ -219,6 +249,14 @@ class _Transformed:
         for transform in self.transforms:
             example = transform.map(example)
         return example
+
+
+def label_numbers(texts: Sequence[str], inputs: InputSpec) -> np.ndarray:
+    """Labels of `NewData`, each of them given and known to the model, as in training."""
+    if inputs.task != SINGLE_LABEL:
+        return label_array(np.array(texts, str), inputs.task, inputs.classes, "label")
+    numbers = {name: number for number, name in enumerate(inputs.classes)}
+    return np.array([numbers[text] for text in texts], np.int32)
 
 
 def as_dataset(
@@ -241,15 +279,15 @@ def as_dataset(
     Raises:
       DataError: an example has no label, or one of no class of the model.
     """
-    numbers = {name: number for number, name in enumerate(inputs.classes)}
+    classes = set(inputs.classes)
     for place, label in enumerate(data.labels):
-        if label not in numbers:
+        if not label or (inputs.task == SINGLE_LABEL and label not in classes):
             shown = repr(label) if label else "missing"
             raise DataError(
                 f"label of example {data.ids[place]!r} is {shown}; allowed: "
                 f"{', '.join(inputs.classes[:20])}"
             )
-    labels = np.array([numbers[label] for label in data.labels], np.int32)
+    labels = label_numbers(data.labels, inputs)
     used = {m: inputs.modalities[m] for m in modalities}
     source: Source = _Complete(data.source, used, data.standardized)
     if not data.standardized:
@@ -260,6 +298,7 @@ def as_dataset(
         inputs.num_classes,
         inputs.class_names,
         "new data",
+        task=inputs.task,
     )
 
 

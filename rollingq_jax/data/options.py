@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from etils import epath
 
+from rollingq_jax.data.dataset import TASKS
 from rollingq_jax.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
@@ -53,6 +54,11 @@ COMMON_FIELDS = {
     ),
     "corruptions": Field("", "of the training split: 'audio=0..2, visual=drop:0.2'"),
 }
+_TASK = Field(
+    "auto",
+    "what is learned: one class, any number of labels, or values; auto: as the labels say",
+    choices=("auto", *TASKS),
+)
 _MODALITIES = Field((), "those to use; empty: all")
 _STANDARDIZE = Field(True, "float modalities get mean 0 and deviation 1")
 _KINDS = Field({}, "kinds of modalities, where the shape does not tell")
@@ -88,7 +94,7 @@ _LAYOUT = {  # of sets of media files
     "stats_examples": _STATS_EXAMPLES,
     "crop_per": _CROP_PER,
 }
-_MEDIA = _LAYOUT | {"columns": Field({}, "which column of a manifest is what")}
+_MEDIA = _LAYOUT | {"columns": Field({}, "which column of a manifest is what"), "task": _TASK}
 # The fields of each loader besides the common ones, by `data.name`; ANY_TFDS stands for all others.
 # Loaders are imported when they are needed; a test holds that they read these fields and no others.
 ANY_TFDS = "any TFDS name"
@@ -113,8 +119,8 @@ FIELDS: dict[str, dict[str, Field]] = {
         "modalities": _MODALITIES,
         "label_rule": Field(
             "positive",
-            "from a sentiment to a class",
-            choices=("positive", "non_negative", "seven"),
+            "from a sentiment to a class, or its value",
+            choices=("positive", "non_negative", "three", "seven", "regression"),
         ),
         "standardize": Field(False, "each feature gets mean 0 and deviation 1"),
     },

@@ -16,7 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rollingq_jax.data.dataset import Dataset, Example, ModalityInfo, Source
+from rollingq_jax.data.dataset import (
+    REGRESSION,
+    SINGLE_LABEL,
+    Dataset,
+    Example,
+    ModalityInfo,
+    Source,
+    labels_of,
+)
 from rollingq_jax.errors import DataError
 from rollingq_jax.models.spec import KINDS
 
@@ -104,15 +112,20 @@ class InputSpec:
 
     Attributes:
       modalities: name -> `Preprocessing`, in alphabetical order.
-      num_classes: labels are 0 .. num_classes - 1.
-      class_names: one for each class; empty where the data set has none.
+      num_classes: labels are 0 .. num_classes - 1; of other tasks the length of a label.
+      class_names: one for each class, or number of a label; empty where the data set has none.
       description: of the training data.
+      task: one of `rollingq_jax.data.dataset.TASKS`.
+      target_mean, target_std: of a regression, `[K]` over the training split; else empty.
     """
 
     modalities: Mapping[str, Preprocessing]
     num_classes: int
     class_names: tuple[str, ...] = ()
     description: str = ""
+    task: str = SINGLE_LABEL
+    target_mean: tuple[float, ...] = ()
+    target_std: tuple[float, ...] = ()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -155,6 +168,8 @@ class InputSpec:
                 int(content["num_classes"]),
                 tuple(map(str, content["class_names"])),
                 str(content["description"]),
+                str(content.get("task", SINGLE_LABEL)),  # older records have no other
+                *(tuple(map(float, content.get(f"target_{n}", ()))) for n in ("mean", "std")),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"preprocessing in a run's record cannot be read ({error!r})") from None
@@ -176,11 +191,18 @@ def input_spec(dataset: Dataset) -> InputSpec:
         name: Preprocessing(info, info.shape, info.dtype)
         for name, info in dataset.modalities.items()
     }
+    targets: dict[str, tuple[float, ...]] = {}
+    if dataset.task == REGRESSION:
+        values = labels_of(dataset.splits["train"]).astype(np.float64)
+        moments = {"mean": values.mean(axis=0), "std": values.std(axis=0)}
+        targets = {f"target_{name}": tuple(x.tolist()) for name, x in moments.items()}
     return InputSpec(
         unchanged | dict(dataset.preprocessing),
         dataset.num_classes,
         tuple(dataset.class_names),
         dataset.description,
+        dataset.task,
+        **targets,
     )
 
 

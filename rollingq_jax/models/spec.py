@@ -299,7 +299,7 @@ class ModelSpec:
     """A whole model, the fields of `config.model`: C classes, width d, H heads of d_h = d / H.
 
     Attributes:
-      num_classes: C.
+      num_classes: C, the number of outputs: classes, or as many as an example has labels or values.
       encoders: one `EncoderSpec` a modality, in alphabetical order.
       fusion_layers: the first n - 1 are Transformer blocks with `fusion_heads` heads, in which a
         class token attends to all modalities' tokens, as in the last. Of mult and mmml, the layers
@@ -312,11 +312,11 @@ class ModelSpec:
 
     num_classes: Annotated[
         int,
-        integer(2, MAX_WIDTH)._replace(
-            allowed=f"an integer >= 2 and at most {MAX_WIDTH:,} (a run fills in a config's 0 when "
+        integer(1, MAX_WIDTH)._replace(
+            allowed=f"an integer >= 1 and at most {MAX_WIDTH:,} (a run fills in a config's 0 when "
             "it has loaded the data)"
         ),
-        "number of classes; 0: as the data have",
+        "number of outputs: classes, labels or values; 0: as the data have",
     ]
     encoders: Annotated[
         tuple[EncoderSpec, ...],
@@ -412,7 +412,7 @@ class ModelSpec:
         fields = read_fields(as_mapping(config, "model"), MODEL_FIELDS, "model")
         encoders = fields.pop("encoders", {})
         if "num_classes" not in fields:
-            raise ConfigError("model.num_classes is missing; allowed: an integer >= 2")
+            raise ConfigError("model.num_classes is missing; allowed: an integer >= 1")
         spec = cls(encoders=(), **fields)
         defaults = {"depth": spec.depth, "width": spec.dim, "num_heads": spec.num_heads}
         for name in encoders:

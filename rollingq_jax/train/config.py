@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 from ml_collections import ConfigDict, config_dict
 
+from rollingq_jax.analysis.tasks import LOSSES, MAIN, METRICS
 from rollingq_jax.baselines.build import BUILDERS
 from rollingq_jax.convert.files import ADDRESS, ADDRESS_FORM
 from rollingq_jax.data.options import COMMON_FIELDS, FIELDS, check_fields, fields_of
@@ -55,6 +56,7 @@ FREE_FIELDS = (
     "data.tokenizer",  # its content changes the data, which are compared
 )
 BALANCED = ("balanced",)
+MAIN_METRIC = "main"
 OPTIMIZERS = ("sgd", "adam", "adamw", "lion", "lamb")
 
 Flag = Annotated[bool, FLAG]
@@ -89,9 +91,10 @@ class RunConfig:
     ] = ""
     best_by: Annotated[
         str,
-        one_of(("accuracy", "loss", "macro_f1")),
-        "what chooses the best checkpoint, on validation data",
-    ] = "accuracy"
+        one_of((MAIN_METRIC, *METRICS)),
+        "what chooses the best checkpoint, on validation data; main: accuracy, map or mae, by the "
+        "data's task",
+    ] = MAIN_METRIC
     patience: Annotated[
         int, integer(0), "epochs without a better one after which training ends; 0: it does not"
     ] = 0
@@ -108,6 +111,10 @@ class RunConfig:
         "of an example in the training loss, by its label; ('balanced',): 1 / frequency",
     ] = ()
     label_smoothing: Annotated[Rate, "part of a label spread evenly over all classes"] = 0.0
+    # As the works on CMU-MOSEI train (MulT, MultiBench).
+    regression_loss: Annotated[
+        str, one_of(tuple(LOSSES)), "of a regression: |z - t| or (z - t)^2, t standardized"
+    ] = "l1"
     plain_twin: Annotated[Flag, "also train without rotations, in plain/, to compare with"] = False
     nonfinite: Annotated[
         str, one_of(("stop", "skip")), "at a NaN or infinite loss or gradient; skip: no update"
@@ -505,9 +512,10 @@ def _tuples(value: Any) -> Any:
 def differing_fields(ours: Any, theirs: Any) -> dict[str, tuple[Any, Any]]:
     """Fields that make two configurations different runs: `{field: (ours, theirs)}`.
 
-    A field of the data set that one of them lacks has its default there.
+    A field of the data set that one of them lacks has its default there, and the name of a task's
+    main metric is as good as "main".
     """
-    first, second = (_with_data_defaults(flatten(config)) for config in (ours, theirs))
+    first, second = (_normalized(flatten(config)) for config in (ours, theirs))
     return {
         name: (first.get(name), second.get(name))
         for name in sorted(first.keys() | second.keys())
@@ -515,9 +523,10 @@ def differing_fields(ours: Any, theirs: Any) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _with_data_defaults(flat: dict[str, Any]) -> dict[str, Any]:
+def _normalized(flat: dict[str, Any]) -> dict[str, Any]:
     fields = fields_of(str(flat.get("data.name", "")))
-    return {f"data.{name}": as_typed(field.default) for name, field in fields.items()} | flat
+    flat = {f"data.{name}": as_typed(field.default) for name, field in fields.items()} | flat
+    return flat | ({"best_by": MAIN_METRIC} if flat.get("best_by") in MAIN.values() else {})
 
 
 def allowed_in(field: str, config: Any) -> str:

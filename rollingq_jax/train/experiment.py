@@ -9,16 +9,14 @@ import jax
 import numpy as np
 import optax
 
-from rollingq_jax.analysis.metrics import (
-    Predictions,
-    check_answers,
-    confusion_matrix,
-    macro_f1,
-)
+from rollingq_jax.analysis.metrics import Predictions, check_answers
+from rollingq_jax.analysis.tasks import MAIN, Task, are_sentiments, task_of
 from rollingq_jax.baselines.build import build_baseline
 from rollingq_jax.baselines.hooks import EXAMPLE_NUMBER
 from rollingq_jax.data.cache import cache_root
 from rollingq_jax.data.dataset import (
+    REGRESSION,
+    SINGLE_LABEL,
     Dataset,
     ModalityInfo,
     fingerprint,
@@ -30,13 +28,14 @@ from rollingq_jax.data.pipeline import collate, eval_batches, steps_per_epoch, t
 from rollingq_jax.data.preprocessing import input_spec
 from rollingq_jax.errors import CheckpointError, ConfigError, DataError
 from rollingq_jax.models import build_model
-from rollingq_jax.models.spec import INT32_MAX
+from rollingq_jax.models.spec import DYNAMIC_FUSIONS, INT32_MAX
 from rollingq_jax.rolling import rolling_query
-from rollingq_jax.train.config import BALANCED, default_config, upgraded, with_defaults
+from rollingq_jax.train.config import BALANCED, MAIN_METRIC, default_config, upgraded, with_defaults
 from rollingq_jax.train.parallel import lay_out
 from rollingq_jax.train.steps import (
     RollSchedule,
     add_sums,
+    cross_entropy,
     eval_step,
     finish,
     supervised_loss,
@@ -72,6 +71,7 @@ class Experiment:
       epoch_steps, total_steps: lengths in steps.
       given: the `model` and `tx` that came from outside, or None.
       inputs: preprocessing and classes, which inference needs without the data.
+      task: what is learned.
       signature: of the data, so that no run resumes with others.
 
     Args:
@@ -123,7 +123,10 @@ class Experiment:
                 clip=not compat.unclipped_cosine,
             )
             tx = make_optimizer(config.optimizer, self.learning_rate)
-        self.baseline = build_baseline(config.baseline, spec, self.epoch_steps, self.total_steps)
+        self._check_task()
+        self.baseline = build_baseline(
+            config.baseline, spec, self.epoch_steps, self.total_steps, dataset.task
+        )
         if self.baseline.teachers and model is not None:
             raise ConfigError(
                 f"config.baseline.name is {config.baseline.name!r}, whose teachers are built from "
@@ -133,6 +136,51 @@ class Experiment:
         transform = self.baseline.transform
         self.tx = tx if transform is None else optax.chain(transform, tx)
         self._make_rolling()
+
+    @functools.cached_property
+    def task(self) -> Task:
+        """What is learned: losses, answers and scores."""
+        return task_of(self.inputs, self.config.regression_loss)
+
+    def _check_task(self) -> None:
+        """What the task gives no meaning is not asked for."""
+        config, task = self.config, self.dataset.task
+        allowed = ("loss", *self.task.shown)
+        if config.best_by not in allowed:
+            raise ConfigError(
+                f"config.best_by is {config.best_by!r}; allowed with the task {task}: "
+                f"{MAIN_METRIC}, {', '.join(allowed)}"
+            )
+        if task == REGRESSION and config.best_by.startswith("acc"):
+            if not are_sentiments(labels_of(self.dataset.splits[self.selection_split])):
+                raise ConfigError(
+                    f"config.best_by is {config.best_by!r}, which is of one value in -3 .. 3; "
+                    f"allowed with these labels: {MAIN_METRIC}, loss, mae, correlation, ccc"
+                )
+        if task != REGRESSION and config.regression_loss != default_config().regression_loss:
+            raise ConfigError(
+                f"config.regression_loss is {config.regression_loss!r}, and the data's task is "
+                f"{task}; allowed there: {default_config().regression_loss!r}"
+            )
+        if task == SINGLE_LABEL:
+            return
+        for field, plain in (("class_weights", ()), ("label_smoothing", 0.0)):
+            if config[field] != plain:
+                raise ConfigError(
+                    f"config.{field} is {config[field]!r}, and the data's task is {task}; "
+                    f"allowed there: {plain!r}"
+                )
+        spec = self.model.spec
+        if spec.fusion in (*DYNAMIC_FUSIONS, "mmcosine"):
+            raise ConfigError(
+                f"model.fusion is {spec.fusion!r}, which reads probabilities of classes, and the "
+                f"data's task is {task}; allowed there: the others"
+            )
+        if spec.quality_bias and spec.quality_signal == "energy":
+            raise ConfigError(
+                f"model.quality_signal is 'energy', of class probabilities, and the data's task is "
+                f"{task}; allowed there: 'norm'"
+            )
 
     def _check_micro_batches(self) -> None:
         config, rows = self.config, self.config.batch_size // jax.device_count()
@@ -217,21 +265,24 @@ class Experiment:
         Raises:
           ConfigError: the batch or the mesh does not fit the devices, or a rule the state.
         """
-        smoothing = self.config.label_smoothing
-        loss_fn = functools.partial(supervised_loss, label_smoothing=smoothing)
+        smoothing, loss = self.config.label_smoothing, self.task.loss
+        if smoothing:
+            loss = functools.partial(cross_entropy, label_smoothing=smoothing)
+        loss_fn = functools.partial(supervised_loss, loss=loss)
         step = functools.partial(
             train_step,
             model=self.model,
             tx=self.tx,
             roller=self.roller,
             schedule=self.roll_schedule,
-            loss_fn=with_baseline(loss_fn, self.baseline),
+            loss_fn=with_baseline(loss_fn, self.baseline, self.task.loss),
+            task=self.task,
             skip_nonfinite=self.config.nonfinite == "skip",
             ema_decay=self.config.optimizer.ema_decay,
             class_weights=self.class_weights,
             micro_batches=self.config.micro_batches,
         )
-        evaluate = functools.partial(eval_step, model=self.model)
+        evaluate = functools.partial(eval_step, model=self.model, task=self.task)
         return lay_out(step, evaluate, self.config, self._shapes)
 
     def prepare(self) -> None:
@@ -357,14 +408,30 @@ class Experiment:
                 columns.setdefault(name, []).append(np.asarray(value)[real])
         row = finish(sums)
         parts = {name: np.concatenate(values) for name, values in columns.items()}
-        if self.config.best_by == "macro_f1":
-            answers = Predictions(parts["probabilities"], parts["label"], {}, {})
-            counts = confusion_matrix(answers.predicted, answers.label, self.model.spec.num_classes)
-            row["macro_f1"] = macro_f1(counts)
+        row |= self._split_scores(row, parts)
         quiet = jax.process_index() > 0
         weight = int(sums["weight"])
         check_answers(row.get("nonfinite", 0), weight, f"split {split!r}", quiet=quiet)
         return row, parts
+
+    def _split_scores(self, row: Mapping[str, Any], parts: Columns) -> dict[str, float]:
+        """Metrics that are no means over examples, of the model and, of the main one, of probes.
+
+        The probes' answers are taken out of `parts`; those of examples that have the modality
+        count.
+        """
+        task, wanted = self.task, {self.task.main, self.config.best_by, *self.task.curves}
+        found: dict[str, float] = {}
+        if wanted - row.keys():
+            answers = Predictions(parts["probabilities"], parts["label"], {}, {})
+            scores = task.scores(answers, self.model.spec.num_classes, ())
+            found |= {n: v for n, v in scores.items() if n in wanted - row.keys()}
+        for place, m in enumerate(self.model.spec.modalities):
+            if (probe := parts.pop(f"probe/{m}", None)) is not None:
+                has = parts["present"][:, place]
+                answers = Predictions(probe[has], parts["label"][has], {}, {})
+                found[f"probe_{task.main}/{m}"] = task.main_score(answers)
+        return found
 
     def _reading(self) -> dict[str, Any]:
         return {
@@ -442,7 +509,8 @@ def example_batch(dataset: Dataset, size: int = 2) -> dict[str, np.ndarray]:
 
 
 def resolve_config(config: Any, dataset: Dataset) -> Any:
-    """A copy of the configuration in which `config.model` is complete: as the data have it.
+    """A copy of the configuration in which `config.model` is complete, as the data have it, and
+    `config.best_by` names a metric.
 
     Raises:
       ConfigError: `config.model` does not fit the data.
@@ -451,6 +519,8 @@ def resolve_config(config: Any, dataset: Dataset) -> Any:
     given = resolved.model.to_dict()
     with resolved.unlocked():
         resolved.model = infer_model(dataset, given)
+    if resolved.best_by == MAIN_METRIC:
+        resolved.best_by = MAIN[dataset.task]
     return resolved
 
 
@@ -508,7 +578,8 @@ class CheckedBatches:
                 f"batch: {odd!r} is {_form(forms, odd)}; "
                 f"allowed: {_form(self._first, odd)}, as in the batches before"
             )
-        check_labels(batch["label"], self._dataset.num_classes)
+        if self._dataset.task == SINGLE_LABEL:
+            check_labels(batch["label"], self._dataset.num_classes)
         check_ids(batch, self._vocabularies)
         return batch
 
@@ -531,7 +602,8 @@ def check_batch(
                 f"batch: {name!r} is missing; allowed: {', '.join(modalities)}, label and "
                 f"example_mask, found {', '.join(sorted(batch))}"
             )
-    expect(batch, "label", [(rows,)], "i")
+    width = () if dataset.task == SINGLE_LABEL else (dataset.num_classes,)
+    expect(batch, "label", [(rows, *width)], "f" if dataset.task == REGRESSION else "i")
     expect(batch, "example_mask", [(rows,)], "b")
     for name in modalities:
         info = dataset.modalities[name]

@@ -28,6 +28,7 @@ from etils import epath
 from tqdm import tqdm
 
 from rollingq_jax.analysis.metrics import counted, written
+from rollingq_jax.analysis.tasks import MAIN, METRICS
 from rollingq_jax.data.dataset import KEPT, Dataset
 from rollingq_jax.errors import CheckpointError, NonFiniteError, printable, said
 from rollingq_jax.files import write_whole
@@ -509,7 +510,7 @@ class Console:
         step = int(self._state.step)
         self._print(f"devices: {device_line()}")
         sizes = ", ".join(f"{len(s):,} {name}" for name, s in self._dataset.splits.items())
-        self._print(f"data: {sizes} examples, {self._dataset.num_classes} classes")
+        self._print(f"data: {sizes} examples, {self._dataset.learned}")
         self._print(parameter_table(self._state.params))
         if step:
             self._print(f"continuing from step {step} of {self._total_steps}")
@@ -554,7 +555,7 @@ class Console:
         """Puts training rows on the bar; prints validation and rotations on lines of their own."""
         for row in rows:
             if row["split"] == "train":
-                shown = (f"{n} {written(row[n])}" for n in ("loss", "accuracy") if n in row)
+                shown = (f"{n} {written(row[n])}" for n in METRICS if n in row)
                 self._bar.set_postfix_str(", ".join(shown))
                 self._count_kept(row)
                 if row.get("skipped"):
@@ -592,7 +593,8 @@ def epoch_line(row: Row) -> str:
     A run that waits for its input says so.
     """
     where = "training data, " if "evaluated_on" in row else ""
-    parts = [f"{where}accuracy {written(row['accuracy'])}"]
+    main = next(name for name in MAIN.values() if name in row)
+    parts = [f"{where}{METRICS[main].words} {written(row[main])}"]
     if row["input_wait"] > 0.5:
         parts.append(f"{row['input_wait']:.0%} of the time waiting for input")
     if "imbalance" in row:

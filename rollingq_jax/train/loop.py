@@ -19,6 +19,7 @@ import optax
 from etils import epath
 from ml_collections import ConfigDict
 
+from rollingq_jax.analysis.tasks import METRICS, Task, task_of
 from rollingq_jax.baselines.hooks import encoder_part
 from rollingq_jax.data.dataset import Dataset
 from rollingq_jax.data.load import load_dataset
@@ -70,15 +71,15 @@ FUSION_FIELDS = (
     *("cosine_scale", "fusion_layers"),
     *("quality_bias", "quality_signal", "quality_shuffled"),
 )
-# Before there is a best checkpoint. One has its validation accuracy and what it was chosen by.
-NO_BEST = {"step": -1, "epoch": -1, "accuracy": -1.0}
+# Before there is a best checkpoint. One has its main metric and what it was chosen by.
+NO_BEST = {"step": -1, "epoch": -1}
 
 
 def improves(row: Mapping[str, Any], best: Mapping[str, Any], metric: str) -> bool:
     """Tells if a validation row is better than the best so far: of equals, the first stays."""
     if best["step"] < 0:
         return True
-    return row[metric] < best[metric] if metric == "loss" else row[metric] > best[metric]
+    return METRICS[metric].better(row[metric], best[metric])
 
 
 def train_and_evaluate(
@@ -118,7 +119,8 @@ def train_and_evaluate(
 
     Returns:
       The summary, as `summary.json` holds it; with `test` False, `{"best": {"step", "epoch",
-      "accuracy"}}` on validation data, and there what `config.best_by` names.
+      "accuracy"}}` on validation data, or the task's main metric in place of the accuracy, and
+        there what `config.best_by` names.
 
     Raises:
       ConfigError, DataError, CheckpointError: what the user gave cannot be used, or differs from
@@ -400,8 +402,8 @@ class TrainLoop:
         metric = experiment.config.best_by
         improved = improves(means, self.best, metric)
         if improved:
-            self.best = {"step": step, "epoch": epoch, "accuracy": means["accuracy"]}
-            self.best[metric] = means[metric]
+            names = dict.fromkeys((experiment.task.main, metric))
+            self.best = {"step": step, "epoch": epoch} | {name: means[name] for name in names}
         last = step == experiment.total_steps or self.is_exhausted(step)
         every = experiment.config.checkpoint.every_epochs
         due = epoch % every == 0 or self.saves.is_due(step)
@@ -472,6 +474,11 @@ class LoadedRun:
     def variables(self) -> dict[str, Any]:
         """The model's variables, as `model.apply` takes them."""
         return model_variables(self.params, self.quality, self.batch_stats)
+
+    @functools.cached_property
+    def task(self) -> Task:
+        """What was learned."""
+        return task_of(self.inputs)
 
     @functools.cached_property
     def dataset(self) -> Dataset:

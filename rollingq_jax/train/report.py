@@ -29,6 +29,8 @@ from rollingq_jax.analysis.report import (
     choose_examples,
     write_report,
 )
+from rollingq_jax.analysis.tasks import HEADLINES, MAIN, METRICS, task_name
+from rollingq_jax.data.dataset import REGRESSION
 from rollingq_jax.train.checkpoint import Checkpoints, DamagedError
 from rollingq_jax.train.config import flatten
 from rollingq_jax.train.experiment import Columns, Experiment, by_modality
@@ -51,7 +53,6 @@ from rollingq_jax.train.workdir import is_number, json_ready, write_json
 log = logging.getLogger(__name__)
 
 MAX_ROTATIONS_DRAWN = 2
-METRICS = {"accuracy": "accuracy", "loss": "loss", "macro_f1": "macro F1"}  # of `config.best_by`
 
 
 def finish_run(
@@ -74,12 +75,14 @@ def finish_run(
     rotations = None if state.rolling is None else np.asarray(state.rolling.count).tolist()
     predictions = predictions_of(experiment, columns)
     without = None if plain is None else plain_predictions(experiment, workdir, plain)
+    probe = f"probe_{experiment.task.main}"
     found = test_scores(predictions, experiment) | {
         "test_loss": means["loss"],
-        "probe_accuracy": {
+        "task": experiment.task.name,
+        probe: {
             name.partition("/")[2]: value
             for name, value in means.items()
-            if name.startswith("probe_accuracy/")
+            if name.startswith(f"{probe}/")
         },
         "best": best,
         "rotations": rotations,
@@ -109,6 +112,7 @@ def finish_run(
             experiment.config.rolling,
             rotations=0 if rotations is None else int(np.sum(rotations)),
             plain=without,
+            task=experiment.task,
         )
         draw(experiment, workdir, state, summary, predictions, writer.rows)
         write_json(workdir / "summary.json", summary)
@@ -148,12 +152,16 @@ def print_summary(summary: Mapping[str, Any], workdir: epath.Path) -> None:
         return written(value if is_number(value) else None, form, count)
 
     counts = mapping("modality_examples")  # where some example lacks one
-    metric = chosen_by(best)
-    by = "" if metric == "accuracy" else f" {METRICS[metric]}"
+    headlines = HEADLINES[task_name(summary)]
+    main, metric = headlines[0], chosen_by(summary)
+    by = "" if metric == "accuracy" else f" {METRICS[metric].words}"
     rows = [
         (f"best epoch by {selected_on(summary)}{by}", f"{best['epoch']} ({shown(best[metric])})"),
-        ("test accuracy", shown(summary["test_accuracy"])),
-        ("test macro F1", shown(summary.get("test_macro_f1"))),
+        *(
+            (f"test {METRICS[name].words}", shown(summary.get(f"test_{name}")))
+            for name in headlines
+            if f"test_{name}" in summary
+        ),
     ]
     if "stopped_early" in summary:
         rows.append(
@@ -162,7 +170,7 @@ def print_summary(summary: Mapping[str, Any], workdir: epath.Path) -> None:
     if "test_nonfinite" in summary:
         rows.append(("test examples with NaN or infinite logits", str(summary["test_nonfinite"])))
     for words, name in (
-        ("test accuracy, {} alone", "probe_accuracy"),
+        (f"test {METRICS[main].words}, {{}} alone", f"probe_{main}"),
         ("attention share, {}", "attention_share"),
     ):
         rows += [
@@ -189,9 +197,10 @@ def print_summary(summary: Mapping[str, Any], workdir: epath.Path) -> None:
         print(f"figures, report.html and summary.json are in {workdir}")
 
 
-def chosen_by(best: Mapping[str, Any]) -> str:
-    """The metric by which a best checkpoint was chosen: what it has beside its accuracy, if any."""
-    return next((name for name in METRICS if name != "accuracy" and name in best), "accuracy")
+def chosen_by(summary: Mapping[str, Any]) -> str:
+    """The metric by which the best checkpoint was chosen: what it has beside the main one."""
+    main = MAIN[task_name(summary)]
+    return next((name for name in METRICS if name != main and name in summary["best"]), main)
 
 
 def predictions_of(experiment: Experiment, columns: Columns) -> Predictions:
@@ -210,13 +219,14 @@ def predictions_of(experiment: Experiment, columns: Columns) -> Predictions:
 
 
 def test_scores(predictions: Predictions, experiment: Experiment) -> dict[str, Any]:
-    """Accuracy, F1 and calibration as `test_*`; each class, the shares and what they follow.
+    """The task's metrics as `test_*`; each class, the shares and what they follow.
 
     Where they apply, "test_nonfinite", examples whose logits were not finite, and
     "modality_examples", how many have each modality.
     """
-    found = scores(predictions, experiment.config.model.num_classes, experiment.dataset.class_names)
-    named = ("accuracy", "macro_f1", "weighted_f1", "calibration_error", "nonfinite")
+    outputs, names = experiment.config.model.num_classes, experiment.dataset.class_names
+    found = scores(predictions, outputs, names, experiment.task.scores)
+    named = (*METRICS, "nonfinite")
     return {f"test_{n}" if n in named else n: value for n, value in found.items()}
 
 
@@ -239,7 +249,7 @@ def restore_best(
     state, step = found[0], int(found[0].step)
     rows = read_rows(workdir / "metrics.jsonl")
     row = next((r for r in rows if (r["split"], r["step"]) == ("valid", step)), {})
-    names = dict.fromkeys(("accuracy", experiment.config.best_by))
+    names = dict.fromkeys((experiment.task.main, experiment.config.best_by))
     values = {name: row.get(name) for name in names}
     return state, {"step": step, "epoch": step // experiment.epoch_steps, **values}
 
@@ -266,18 +276,23 @@ def report_figures(
     rows: list[Row],
 ) -> dict[str, ReportFigure]:
     """Every figure by the name of its file, with its words."""
+    task = experiment.task
     figures = {
-        "accuracy": ReportFigure(
-            "Accuracy of the model and of its probes",
-            plots.accuracy_figure(
-                rows,
-                chance=1 / experiment.config.model.num_classes,
-                majority=float(np.bincount(predictions.label).max() / len(predictions.label)),
-            ),
-            report.describe_accuracy(rows),
+        task.main: ReportFigure(
+            f"{task.metric.title} of the model and of its probes",
+            plots.accuracy_figure(rows, score=task.main, **task.guesses(predictions)),
+            report.describe_accuracy(rows, task.main),
             report.HOW_TO_READ["accuracy"],
         )
     }
+    if task.name == REGRESSION:
+        names = experiment.dataset.class_names
+        figures["values"] = ReportFigure(
+            "Predicted and true values",
+            plots.values_figure(predictions, names),
+            "Scatter plot of predicted against true values, test data.",
+            report.HOW_TO_READ["values"],
+        )
     if not predictions.attention_share:
         return figures
     plain = read_rows(workdir / "plain" / "metrics.jsonl") if experiment.config.plain_twin else []
@@ -321,6 +336,7 @@ def report_figures(
         "test",
         choose_examples(predictions),
         seed=experiment.config.seed,
+        task=task,
     )
     figures["attention"] = ReportFigure(
         "What the class token looks at",
@@ -337,13 +353,10 @@ def report_tables(
     """Rotations, classes and, where a page can hold it, which were taken for which."""
     rolls = [row for row in rows if row["split"] == "roll"]
     fields = ("epoch", "head", "imbalance_before", "imbalance_after", "angle_degrees")
-    classes = [
-        (name, score["examples"], score["accuracy"], score["f1"])
-        for name, score in summary["per_class"].items()
-    ]
-    tables = [Table("Classes, test data", ("class", "examples", "accuracy", "F1"), classes)]
-    confusion = report.confusion_table(predictions, list(summary["per_class"]))
-    tables += [] if confusion is None else [confusion]
+    tables = report.tables_by_output(summary, ", test data")
+    if "per_class" in summary:
+        confusion = report.confusion_table(predictions, list(summary["per_class"]))
+        tables += [] if confusion is None else [confusion]
     if rolls:
         columns = ("epoch", "head", "imbalance before", "imbalance after", "angle (degrees)")
         lines = [[row.get(field) for field in fields] for row in rolls]
@@ -356,8 +369,10 @@ def key_numbers(summary: dict[str, Any]) -> dict[str, Any]:
     """The numbers at the top of the report."""
     rotations = summary["rotations"]
     numbers = {
-        "test accuracy": summary["test_accuracy"],
-        "test macro F1": summary["test_macro_f1"],
+        **{
+            f"test {METRICS[name].words}": summary.get(f"test_{name}")
+            for name in HEADLINES[task_name(summary)]
+        },
         "rotations": None if rotations is None else int(np.sum(rotations)),
         "correlation of share and quality": summary.get("quality_correlation"),
     }
@@ -382,13 +397,13 @@ def draw(
     for name, figure in figures.items():
         plots.save_png(figure.figure, folder / f"{name}.png")
     best = summary["best"]
-    metric = chosen_by(best)
+    metric = chosen_by(summary)
     chosen = "" if best[metric] is None else f" ({best[metric]:.3f})"
     write_report(
         workdir / "report.html",
         title=f"RollingQ: {experiment.config.data.name}, {experiment.config.model.fusion}",
         verdicts=summary["verdicts"],
-        lead=f"The best epoch by {selected_on(summary)} {METRICS[metric]} is "
+        lead=f"The best epoch by {selected_on(summary)} {METRICS[metric].words} is "
         f"{best['epoch']}{chosen}; the test data were read once, with its parameters.",
         key_numbers=key_numbers(summary),
         figures=list(figures.values()),

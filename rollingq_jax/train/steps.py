@@ -25,7 +25,7 @@ import optax
 from jax import Array
 
 from rollingq_jax import quality
-from rollingq_jax.analysis.metrics import class_probabilities
+from rollingq_jax.analysis.tasks import METRICS, SINGLE, Task, cross_entropy
 from rollingq_jax.baselines.hooks import Baseline, StepContext, probability_of_label
 from rollingq_jax.data.dataset import KEPT
 from rollingq_jax.models.resnet import BATCH_STATS
@@ -104,6 +104,7 @@ class ForwardPass(NamedTuple):
 
 
 LossFn = Callable[..., tuple[Array, ForwardPass]]
+LossOfOutputs = Callable[[Array, Array], Array]  # [B, C], label -> [B]
 GradientFn = Callable[..., tuple[tuple[Array, Any], ForwardPass]]
 
 
@@ -118,14 +119,13 @@ def supervised_loss(
     state: TrainState,
     batch: Batch,
     axis_name: AxisName = None,
-    label_smoothing: float = 0.0,
+    loss: LossOfOutputs = cross_entropy,
 ) -> tuple[Array, ForwardPass]:
-    """Cross-entropy of the main head plus that of each probe, `[B]`, from a forward pass.
+    """Loss of the main head plus that of each probe, `[B]`, from a forward pass.
 
     The probes see stopped gradients, so they add nothing to the encoders' gradient; those of a
-    dynamic fusion are its heads and do, and the confidences that one has learn beside them. With
-    `label_smoothing` e, (1 - e) CE(z) + e mean_c(-log p_c) stands for each; what is reported as the
-    loss is CE(z) in any case.
+    dynamic fusion are its heads and do, and the confidences that one has learn beside them. `loss`
+    is the task's, or one of smoothed labels; what is reported is the task's in any case.
     """
     forward = functools.partial(
         model.apply,
@@ -141,19 +141,22 @@ def supervised_loss(
     else:
         (logits, out), changed = forward(axis_name=axis_name, mutable=[BATCH_STATS])
         batch_stats = changed[BATCH_STATS]
-    main = losses = cross_entropy(logits, batch["label"], label_smoothing)
+    main = losses = loss(logits, batch["label"])
     if model.spec.fusion != "unimodal":  # there the probe is the main head
         for probe in out["probe_logits"].values():
-            losses = losses + cross_entropy(probe, batch["label"], label_smoothing)
+            losses = losses + loss(probe, batch["label"])
     for m, confidence in out.get("confidence", {}).items():  # PDF's: of its true class
         right = jax.lax.stop_gradient(probability_of_label(out["probe_logits"][m], batch["label"]))
         losses = losses + jnp.abs(confidence - right) * out["present"][m].astype(losses.dtype)
     return losses, ForwardPass(logits, out, main, state.baseline, {}, batch_stats)
 
 
-def with_baseline(loss_fn: LossFn, baseline: Baseline) -> LossFn:
+def with_baseline(
+    loss_fn: LossFn, baseline: Baseline, loss: LossOfOutputs = cross_entropy
+) -> LossFn:
     """The loss function with the batch, the losses and the state of a method of comparison.
 
+    `loss` is the task's, for losses that the method adds.
     Its gradient transformation, if it has one, is chained before `tx` where that is made. A
     gradient apart that is not finite makes the losses so: then the step counts as any such step.
     """
@@ -164,12 +167,13 @@ def with_baseline(loss_fn: LossFn, baseline: Baseline) -> LossFn:
 
         def run(params):
             losses, forward = loss_fn(model, params, state, batch, axis_name)
-            return losses, forward, step_context(model, params, forward, state, batch, axis_name)
+            context = step_context(model, params, forward, state, batch, axis_name, loss)
+            return losses, forward, context
 
         losses, forward, context = run(params)
         losses = losses + baseline.loss(state.baseline, context)
         still = jax.lax.stop_gradient((params, forward))
-        context = step_context(model, *still, state, batch, axis_name)
+        context = step_context(model, *still, state, batch, axis_name, loss)
         tx_args = baseline.gradient_args(state.baseline, context)
         if baseline.apart is not None:
 
@@ -250,6 +254,7 @@ def train_step(
     roller: RollingQuery,
     schedule: RollSchedule | None,
     loss_fn: LossFn = supervised_loss,
+    task: Task = SINGLE,
     skip_nonfinite: bool = False,
     ema_decay: float = 0.0,
     class_weights: Array | None = None,
@@ -261,12 +266,14 @@ def train_step(
 
     Args:
       state: the state before.
-      batch: with "label" `[B]` and, where there is padding, "example_mask" `[B]`.
+      batch: with "label" `[B]`, or as the task has it, and, where there is padding, "example_mask"
+        `[B]`.
       model: from `build_model`.
       tx: the optimizer.
       roller: from `rolling_query`.
       schedule: when to observe and to roll; None leaves the rolling state as it is.
       loss_fn: `(model, params, state, batch, axis_name) -> (losses [B], ForwardPass)`.
+      task: says what is reported.
       skip_nonfinite: a step whose loss or gradient is not finite changes only the step number and
         counts, and its sums are 0.
       ema_decay: of the average of the parameters, where the state has one.
@@ -305,7 +312,7 @@ def train_step(
         (params, opt_state, forward.baseline, ema, forward.batch_stats),
         (state.params, state.opt_state, state.baseline, state.ema, state.batch_stats),
     )
-    sums = psum(batch_sums(forward.logits, forward.out, batch), axis_name)
+    sums = psum(batch_sums(forward.logits, forward.out, batch, task), axis_name)
     sums = select_if_finite(finite, sums, jax.tree.map(jnp.zeros_like, sums))
     sums[NONFINITE] = flags
 
@@ -350,19 +357,21 @@ def eval_step(
     batch: Batch,
     *,
     model: Any,
+    task: Task = SINGLE,
     axis_name: AxisName = None,
 ) -> tuple[Sums, dict[str, Array]]:
     """The global batch's sums, and each example's outputs.
 
     Returns:
       The sums, also of `uniform_share/<m>` and, with a class query, of the mean keys k,
-      `key_sum/<m>` `[H, d_h]`, and of |k|^2, `key_square/<m>` `[H]`. And row by row `probabilities`
-      `[B, C]` (NaN where a logit is not finite), `present` `[B, M]`, where the modalities have
-      shares `attention_share` and `uniform_share` `[B, M]`, and with a class query
-      `mean_keys/<m>` of the first head, `[B, d_h]`.
+      `key_sum/<m>` `[H, d_h]`, and of |k|^2, `key_square/<m>` `[H]`. And row by row
+      `probabilities` `[B, C]`, the task's answers (NaN where a logit is not finite), `present`
+      `[B, M]`, where the modalities have shares `attention_share` and `uniform_share` `[B, M]`,
+      and with a class query `mean_keys/<m>` of the first head, `[B, d_h]`. Where the main metric is
+      no mean over examples, `probe/<m>` `[B, C]`, the probes' answers.
     """
     logits, out = model.apply(variables, batch, rotation=rotation)
-    sums = batch_sums(logits, out, batch)
+    sums = batch_sums(logits, out, batch, task)
     answered = finite_rows(logits).astype(jnp.float32)
     counts = modality_weight(out, example_weight(batch) * answered)
     if "uniform_share" in out:
@@ -375,7 +384,9 @@ def eval_step(
         sums[f"key_square/{m}"] = jnp.einsum("b,bh->h", counted, dot(keys, keys))
     sums = psum(sums, axis_name)
     present = jnp.stack([out["present"][m] for m in sorted(out["present"])], axis=-1)
-    examples = {"probabilities": class_probabilities(logits), "present": present}
+    examples = {"probabilities": task.answer(logits), "present": present}
+    if task.main not in sums:
+        examples |= {f"probe/{m}": task.answer(z) for m, z in out["probe_logits"].items()}
     if "attention_share" in out:
         shares = [jnp.mean(out["attention_share"][m], axis=1) for m in sorted(out["present"])]
         examples["attention_share"] = jnp.stack(shares, axis=-1)
@@ -404,6 +415,7 @@ def step_context(
     state: TrainState,
     batch: Batch,
     axis_name: AxisName,
+    loss: LossOfOutputs,
 ) -> StepContext:
     """The forward pass and its surroundings, for a method of comparison."""
 
@@ -422,6 +434,7 @@ def step_context(
         rng=jax.random.fold_in(step_key(state), 1),
         reduce=functools.partial(psum, axis_name=axis_name),
         apply=apply,
+        loss=loss,
     )
 
 
@@ -463,17 +476,7 @@ def example_weight(batch: Mapping[str, Array]) -> Array:
     """`[B]` float32: 1 for an example, 0 for padding."""
     if "example_mask" in batch:
         return batch["example_mask"].astype(jnp.float32)
-    return jnp.ones(batch["label"].shape, jnp.float32)
-
-
-def cross_entropy(logits: Array, label: Array, label_smoothing: float = 0.0) -> Array:
-    """-log softmax(z)_y per row, or with smoothed labels: `[B, C], [B] -> [B]` float32."""
-    logits = logits.astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-    if label_smoothing:
-        even = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
-        losses = (1.0 - label_smoothing) * losses + label_smoothing * even
-    return losses
+    return jnp.ones(batch["label"].shape[:1], jnp.float32)
 
 
 def modality_weight(out: Mapping[str, Any], weight: Array) -> Array:
@@ -487,13 +490,17 @@ def finite_rows(values: Array) -> Array:
     return jnp.all(jnp.isfinite(values), axis=tuple(range(1, values.ndim)))
 
 
-def batch_sums(logits: Array, out: Mapping[str, Any], batch: Mapping[str, Array]) -> Sums:
+def batch_sums(
+    logits: Array, out: Mapping[str, Any], batch: Mapping[str, Array], task: Task = SINGLE
+) -> Sums:
     """Weighted sums over one batch of everything that is reported.
 
     Args:
       logits: `[B, C]`.
       out: the model's second output.
-      batch: with "label" `[B]` and, where there is padding, "example_mask" `[B]`.
+      batch: with "label" `[B]`, or as the task has it, and, where there is padding, "example_mask"
+        `[B]`.
+      task: with the loss and the scores that are summed.
 
     Returns:
       Sums by name, `[]` or, for the cosines, `[H]`. What normalizes them: `weight`; `weight/<m>`,
@@ -506,20 +513,22 @@ def batch_sums(logits: Array, out: Mapping[str, Any], batch: Mapping[str, Array]
     def total(values: Array, weight: Array = weight) -> Array:
         return jnp.sum(jnp.where(weight > 0, values.astype(jnp.float32), 0.0) * weight)
 
-    def of_head(logits: Array, weight: Array) -> tuple[Array, Array, Array]:
-        """Loss, right answers, and examples without an answer."""
+    def of_head(logits: Array, weight: Array) -> tuple[Sums, Array]:
+        """Loss and the task's scores, and examples without an answer."""
         finite = finite_rows(logits)
-        losses = jnp.where(finite, cross_entropy(logits, label), 0.0)
-        right = finite & (jnp.argmax(logits, axis=-1) == label)
-        return total(losses, weight), total(right, weight), total(~finite, weight)
+        scores = {"loss": task.loss(logits, label), **task.step_scores(logits, label)}
+        sums = {name: total(jnp.where(finite, x, 0.0), weight) for name, x in scores.items()}
+        return sums, total(~finite, weight)
 
     sums = {"weight": jnp.sum(weight)}
-    sums["loss"], sums["accuracy"], sums["unscored"] = of_head(logits, weight)
+    scored, unscored = of_head(logits, weight)
+    sums |= scored | {"unscored": unscored}
     modalities = sorted(out["present"])
     weights = dict(zip(modalities, modality_weight(out, weight), strict=True))
     for m, probe in out["probe_logits"].items():
-        loss, right, unscored = of_head(probe, weights[m])
-        sums |= {f"probe_loss/{m}": loss, f"probe_accuracy/{m}": right, f"unscored/{m}": unscored}
+        scored, unscored = of_head(probe, weights[m])
+        sums |= {f"probe_{name}/{m}": value for name, value in scored.items()}
+        sums[f"unscored/{m}"] = unscored
         sums[f"weight/{m}"] = jnp.sum(weights[m])
     if "attention_share" in out:
         answered = finite_rows(logits)
@@ -573,13 +582,10 @@ def finish(sums: Mapping[str, Any]) -> dict[str, Any]:
             if count:
                 scores.append(score)
             row[name] = float(np.mean(score))
-        elif kind in ("loss", "accuracy"):
-            unscored = float(sums.get("unscored", 0.0)) if kind == "loss" else 0.0
-            row[name] = float(value) / ((weight - unscored) or math.nan)
-        elif kind in ("probe_loss", "probe_accuracy"):
-            count = number("weight", modality)
-            if kind == "probe_loss":
-                count -= float(sums.get(f"unscored/{modality}", 0.0))
+        elif kind.removeprefix("probe_") in METRICS:
+            count = number("weight", modality) if modality else weight
+            if not METRICS[kind.removeprefix("probe_")].higher_is_better:
+                count -= float(sums.get("unscored" + "/" * bool(modality) + modality, 0.0))
             row[name] = float(value) / (count or math.nan)
         elif kind in ("attention_share", "uniform_share"):
             row[name] = float(value) / (number("attended", modality) or math.nan)

@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from rollingq_jax.analysis.tasks import MAIN, task_name
 from rollingq_jax.errors import CheckpointError, ConfigError, said
 from rollingq_jax.files import write_whole
 from rollingq_jax.train.config import (
@@ -215,8 +216,9 @@ def read_summary(workdir: epath.Path) -> dict[str, Any] | None:
     try:
         summary = read_object(path)
         best = summary["best"]
-        fits = is_number(best["step"]) and "epoch" in best and "accuracy" in best
-        fits &= summary["test_accuracy"] is None or is_number(summary["test_accuracy"])
+        main = MAIN[task_name(summary)]
+        fits = is_number(best["step"]) and "epoch" in best and main in best
+        fits &= summary[f"test_{main}"] is None or is_number(summary[f"test_{main}"])
         fits &= all(isinstance(summary.get(n, {}), dict) for n in ("examples", "signature"))
         if not fits:
             raise TypeError("numbers are missing")

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from rollingq_jax import evaluate
 from rollingq_jax.analysis import metrics
+from rollingq_jax.analysis.tasks import SINGLE
 from rollingq_jax.data.preprocessing import input_spec
 from rollingq_jax.errors import CheckpointError
 from rollingq_jax.train.cli import run_command
@@ -41,6 +42,7 @@ def workdir(tmp_path, monkeypatch):
             config=config,
             dataset=dataset,
             inputs=input_spec(dataset),
+            task=SINGLE,
             step=12,
         )
 

@@ -315,7 +315,9 @@ def test_a_run_says_why_there_is_nothing_to_judge():
         lines = report.run_verdicts(found, none, rolling)
         assert lines[0].startswith("Is attention biased? Not shown: audio gets 0.500 [")
         assert lines[1] == f"Did the rolls last? There were none: {why}."
-        assert lines[2].startswith("Did accuracy follow? One run does not tell: it has 75.0 [")
+        assert lines[2].startswith(
+            "Did accuracy follow? One run does not tell: on the test data it is 75.0 ["
+        )
     static = found._replace(attention_share={})
     (line,) = report.run_verdicts(static, none[1:], ROLLING)
     assert line.startswith("Is attention biased? There is none between modalities: the test")

@@ -180,12 +180,13 @@ def test_numbers_written_as_text_are_labels_as_in_training(
 
 
 def test_names_of_classes_and_numbers_of_classes_as_text():
-    from rollingq_jax.data.new_data import _labels
+    from rollingq_jax.data.new_data import label_texts
 
-    assert _labels(np.array(["1", "0", ""]), ("cat", "dog")) == ["dog", "cat", ""]
-    assert _labels(np.array(["2", "1"]), ("2", "1")) == ["2", "1"]  # they are names
-    assert _labels(np.array(["dog ", "cow"]), ("cat", "dog")) == ["dog", "cow"]
-    assert _labels(np.array([1.0, 7.0]), ("cat", "dog")) == ["dog", "7"]
+    cats, numbers = (InputSpec({}, 2, names) for names in (("cat", "dog"), ("2", "1")))
+    assert label_texts(np.array(["1", "0", ""]), cats) == ["dog", "cat", ""]
+    assert label_texts(np.array(["2", "1"]), numbers) == ["2", "1"]  # they are names
+    assert label_texts(np.array(["dog ", "cow"]), cats) == ["dog", "cow"]
+    assert label_texts(np.array([1.0, 7.0]), cats) == ["dog", "7"]
 
 
 @pytest.mark.parametrize("text", ["a\rb", "a\nb", "a\r\nb", 'say "a", b', "=1+1", "\ud800"])

@@ -183,7 +183,7 @@ ROWS = [
     (build(encoders={}), "model.encoders is empty; allowed: one field a modality"),
     (build(encoders={"a": {"kind": "smell"}}), "encoders.a.kind is 'smell'; allowed: spectrogram"),
     (build(encoders={"label": {"kind": "vector"}}), "has a modality 'label'; allowed"),
-    (build(num_classes=1), "model.num_classes is 1; allowed: an integer >= 2"),
+    (build(num_classes=0), "model.num_classes is 0; allowed: an integer >= 1"),
     (lambda: rq.build_model(3), "model is 3; allowed: a mapping of fields"),
     (
         lambda: rq.fold_rotation({"x": {}}, STATE.rotation, query_path=("fusion", "query")),

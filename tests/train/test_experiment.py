@@ -194,3 +194,69 @@ def test_eight_threads_read_at_the_same_time_what_one_reads(path):
     assert len(meeting.threads) == 8 and len(batches[0]) == 18
     for first, second in zip(*batches, strict=True):
         jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.mark.parametrize(
+    ("task", "fields", "line"),
+    [
+        ("regression", {"baseline.name": "ogm"}, "config.baseline.name is 'ogm', which needs the "),
+        ("multi_label", {"baseline.name": "pmr"}, "allowed there: an empty name or one of "),
+        ("regression", {"best_by": "accuracy"}, "config.best_by is 'accuracy'; allowed with the "),
+        (
+            "regression",
+            {"best_by": "acc7"},
+            "config.best_by is 'acc7', which is of one value in -3",
+        ),
+        ("single_label", {"best_by": "map"}, "config.best_by is 'map'; allowed with the task sin"),
+        ("multi_label", {"label_smoothing": 0.1}, "config.label_smoothing is 0.1, and the data's "),
+        ("regression", {"class_weights": ("balanced",)}, "config.class_weights is ('balanced',),"),
+        ("multi_label", {"regression_loss": "mse"}, "config.regression_loss is 'mse', and the da"),
+        (
+            "multi_label",
+            {"model.fusion": "qmf"},
+            "model.fusion is 'qmf', which reads probabiliti",
+        ),
+        ("regression", {"model.num_classes": 5}, "model.num_classes is 5; allowed with the task "),
+        (
+            "regression",
+            {"model.quality_bias": 0.5, "model.quality_signal": "energy"},
+            "model.quality_signal is 'energy', of class probabilities, and the data's task is reg",
+        ),
+    ],
+)
+def test_what_a_task_gives_no_meaning_is_refused(tmp_path, task, fields, line):
+    arrays = make_arrays()
+    if task != "single_label":
+        labels = {k: a for k, a in arrays.items() if k.endswith("label")}
+        of_task = {
+            "regression": lambda a: 9 * a + 0.5,
+            "multi_label": lambda a: a[:, None] < [1, 2],
+        }
+        arrays |= {k: of_task[task](a) for k, a in labels.items()}
+    np.savez(tmp_path / "d.npz", **arrays)
+    config = tiny_config(tmp_path / "d.npz", **{"model.fusion": "concat"} | fields)
+    if "model.quality_bias" in fields:
+        config.model.fusion = "attention"
+    with pytest.raises(ConfigError) as error:
+        Experiment(config, load_dataset(config.data, seed=0))
+    assert line in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["", "joint", "mmpareto", "gblend", "dgl"])
+def test_methods_that_ask_for_losses_train_on_values(tmp_path, name):
+    """One step; its reported loss is the task's, whatever the method adds."""
+    arrays = make_arrays()
+    arrays |= {k: a - 1.5 for k, a in arrays.items() if k.endswith("label")}
+    np.savez(tmp_path / "d.npz", **arrays)
+    fields = {"model.fusion": "concat", "baseline.name": name, "baseline.drop_rate": 0.0}
+    config = tiny_config(tmp_path / "d.npz", **fields)
+    experiment = Experiment(config, load_dataset(config.data, seed=0))
+    state = experiment.parallel.put_state(experiment.initial_state())
+    batch = next(experiment.batches(0, 1))
+    logits, _ = experiment.model.apply({"params": state.params}, batch)
+    expected = np.abs(experiment.task.answer(logits) - batch["label"]).mean()
+    placed = experiment.parallel.put_batch(batch)
+    after, sums, _ = experiment.parallel.train_step(state, placed)
+    np.testing.assert_allclose(sums["mae"] / sums["weight"], expected, rtol=1e-4)
+    assert np.isfinite(jax.tree.leaves(after.params)[0]).all()

@@ -240,7 +240,9 @@ def test_class_weights_are_of_the_weighted_mean(parts):
         optax.sgd(0.1, momentum=0.9),
         rolling_query(beta=BETA, rho=RHO, max_rotations=2),
         SCHEDULE,
-        loss_fn=functools.partial(steps.supervised_loss, label_smoothing=e),
+        loss_fn=functools.partial(
+            steps.supervised_loss, loss=functools.partial(steps.cross_entropy, label_smoothing=e)
+        ),
         class_weights=jnp.asarray(weights),
         micro_batches=3,
     )

@@ -6,6 +6,7 @@ from rollingq_jax.analysis.plots.samples import (
     attention_scale_figure,
     noise_figure,
     share_quality_figure,
+    values_figure,
 )
 from rollingq_jax.analysis.plots.style import png_bytes, save_png
 from rollingq_jax.analysis.plots.training import (
@@ -31,4 +32,5 @@ __all__ = [
     "polar_panels",
     "save_png",
     "share_quality_figure",
+    "values_figure",
 ]

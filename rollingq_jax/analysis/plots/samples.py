@@ -10,8 +10,10 @@ from matplotlib.figure import Figure
 from rollingq_jax.analysis import metrics
 from rollingq_jax.analysis.plots import style
 from rollingq_jax.analysis.plots.style import is_number
+from rollingq_jax.analysis.tasks import METRICS
 
 Array = np.ndarray
+MOST_TARGETS = 3  # that have a panel
 Shares = Mapping[str, Array]
 
 
@@ -80,13 +82,14 @@ def noise_figure(
     Args:
       arms: name -> runs (one for each seed) -> points {"modality", "level", "accuracy",
         "attention_share": {m: mean}} as `probes.corruption_curve` gives them.
-      metric: the field of a point for the upper row, a fraction that is shown in percent.
+      metric: the field of a point for the upper row, a key of `tasks.METRICS`.
       even: modality -> its share under uniform attention; equal shares by default.
 
     Returns:
       A column for each modality; lines are means over runs, bands one standard deviation. The row
       of shares is left out if no arm has attention.
     """
+    shown = METRICS[metric]
     points = [point for runs in arms.values() for run in runs for point in run]
     names = sorted({point["modality"] for point in points})
     with_share = any(point.get("attention_share") for point in points)
@@ -98,14 +101,14 @@ def noise_figure(
     for column, name in enumerate(names):
         label = style.named(name, int(11 * width / len(names)) - 8)
         for i, runs in enumerate(arms.values()):
-            _noise_line(grid[0, column], runs, name, i, lambda p: 100 * p[metric])
+            _noise_line(grid[0, column], runs, name, i, lambda p: shown.scale * p[metric])
             if with_share:
                 share = lambda p, m=name: p.get("attention_share", {}).get(m)  # noqa: E731
                 _noise_line(grid[1, column], runs, name, i, share)
         style.style_axes(grid[0, column], title=f"{label} noised")
         style.style_axes(grid[-1, column])
         grid[-1, column].set_xlabel(f"noise in {label}\n(training-set std)", fontsize=10.5)
-    grid[0, 0].set_ylabel(f"{metric.replace('_', ' ')} (%)", fontsize=10.5)
+    grid[0, 0].set_ylabel(shown.axis, fontsize=10.5)
     if with_share:
         grid[1, 0].set_ylabel("attention share of the\nnoised modality (0 to 1)", fontsize=10.5)
         grid[1, 0].set_ylim(0, 1)
@@ -122,24 +125,28 @@ def noise_figure(
     return figure
 
 
-def attention_scale_figure(points: Sequence[Mapping[str, Any]]) -> Figure:
+def attention_scale_figure(
+    points: Sequence[Mapping[str, Any]], *, metric: str = "accuracy"
+) -> Figure:
     """Accuracy, and each modality's attention share, over factors of the trained query.
 
     Args:
       points: {"scale", "accuracy", "attention_share": {m: mean}}, in the order of their factors, as
         `probes.attention_scale_curve` gives them; factors stand at even distances.
+      metric: the field of a point for the upper panel, a key of `tasks.METRICS`.
     """
+    shown = METRICS[metric]
     figure = style.new_figure(5.4, 5.0)
     top, bottom = figure.subplots(2, 1, sharex=True)
     places = list(range(len(points)))
     look = {"color": style.INK, "marker": "o", "linewidth": 2}
-    top.plot(places, [100 * point["accuracy"] for point in points], **look)
+    top.plot(places, [shown.scale * point[metric] for point in points], **look)
     names = sorted({m for point in points for m in point["attention_share"]})
     for i, name in enumerate(names):
         shares = [point["attention_share"].get(name) for point in points]
         known = [np.nan if share is None else share for share in shares]
         bottom.plot(places, known, label=style.named(name), linewidth=2, **style.line_style(i))
-    style.style_axes(top, ylabel="accuracy (%)")
+    style.style_axes(top, ylabel=shown.axis)
     style.style_axes(bottom, xlabel="the trained query times", ylabel="attention share")
     bottom.set_ylim(0, 1)
     labels = [f"{p['scale']:g}" for p in points]
@@ -147,6 +154,30 @@ def attention_scale_figure(points: Sequence[Mapping[str, Any]]) -> Figure:
     bottom.set_xticks(places, [even.get(label, label) for label in labels])
     style.legend_below(figure, bottom.lines, [str(line.get_label()) for line in bottom.lines])
     figure.suptitle("Does attention do good or harm?", fontsize=11.5, x=0.01, ha="left")
+    return figure
+
+
+def values_figure(predictions: metrics.Predictions, names: Sequence[str] = ()) -> Figure:
+    """Predicted against true values, a panel for each target; the line is where both are equal.
+
+    Args:
+      predictions: answers of a regression, `[N, K]`.
+      names: of the targets; their numbers where there are none.
+    """
+    true, found = np.asarray(predictions.label, np.float64), predictions.probabilities
+    count = min(true.shape[1], MOST_TARGETS)
+    figure = style.new_figure(4.6 * count, 4.6)
+    for k, axes in enumerate(figure.subplots(1, count, squeeze=False)[0]):
+        known = np.isfinite(found[:, k])
+        axes.scatter(
+            true[known, k], found[known, k], s=12, color=style.color(0), alpha=0.35, linewidths=0,
+            rasterized=True,
+        )  # fmt: skip
+        ends = [f(true[:, k]) for f in (np.min, np.max)]
+        axes.plot(ends, ends, color=style.MUTED, linewidth=1)
+        title = style.plain(style.shorten(names[k])) if names else f"target {k}" * (count > 1)
+        style.style_axes(axes, title=title, xlabel="true value", ylabel="predicted value")
+    figure.suptitle("Predicted and true values, test data", fontsize=11.5, x=0.01, ha="left")
     return figure
 
 

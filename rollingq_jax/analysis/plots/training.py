@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from rollingq_jax.analysis.plots import style
 from rollingq_jax.analysis.plots.style import is_number
+from rollingq_jax.analysis.tasks import METRICS
 
 Row = Mapping[str, Any]
 _ROLL_LINE: dict[str, Any] = {"color": style.TURN, "linewidth": 1.6, "alpha": 0.8, "zorder": 1.5}
@@ -175,25 +176,31 @@ def key_gap_figure(rows: Sequence[Row], *, plain: Sequence[Row] = ()) -> Figure:
 
 
 def accuracy_figure(
-    rows: Sequence[Row], *, chance: float | None = None, majority: float | None = None
+    rows: Sequence[Row],
+    *,
+    score: str = "accuracy",
+    chance: float | None = None,
+    majority: float | None = None,
+    constant: float | None = None,
 ) -> Figure:
     """Validation accuracy of the model and of each modality's probe, test values at the right.
 
     Args:
       rows: of metrics.jsonl, splits "valid" and "test".
+      score: in place of the accuracy, a key of `tasks.METRICS`.
       chance: accuracy of guessing, drawn as a line where given.
       majority: accuracy of always naming the most frequent class, likewise.
+      constant: error of the best constant, likewise.
     """
+    metric = METRICS[score]
     figure = style.new_figure(8.0, 4.2)
     axes = figure.subplots()
-    series: list[tuple[str, str, str, Any, str]] = [
-        ("accuracy", "whole model", style.INK, "-", "o")
-    ]
-    for i, name in enumerate(modalities(rows, "probe_accuracy")):
+    series: list[tuple[str, str, str, Any, str]] = [(score, "whole model", style.INK, "-", "o")]
+    for i, name in enumerate(modalities(rows, f"probe_{score}")):
         label = f"probe on {style.named(name)} alone"
         series.append(
             (
-                f"probe_accuracy/{name}",
+                f"probe_{score}/{name}",
                 label,
                 style.color(i),
                 (0, (5, 1.6)),
@@ -209,17 +216,18 @@ def accuracy_figure(
             "marker": marker,
             "markersize": 4,
         }
-        axes.plot(x, 100 * y, label=label, linewidth=2, **options)
+        axes.plot(x, metric.scale * y, label=label, linewidth=2, **options)
         test = curve(rows, "test", field)
         if len(test.y):
-            ends.append((100 * test.y[-1], color, marker))
+            ends.append((metric.scale * test.y[-1], color, marker))
     if not axes.lines:
         style.empty_note(axes, "no epoch has been evaluated yet")
-    style.style_axes(axes, xlabel="training (epochs)", ylabel="accuracy (%)")
+    style.style_axes(axes, xlabel="training (epochs)", ylabel=metric.axis)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _mark_test_values(axes, ends)
-    _guesses(axes, {"chance": chance, "majority\nclass": majority})
-    _title_and_legend(axes, "Accuracy on validation data, and on test data at the end")
+    _mark_test_values(axes, ends, "{:.1f} %" if metric.percent else "{:.3g}")
+    guesses = {"chance": chance, "majority\nclass": majority, "best\nconstant": constant}
+    _guesses(axes, guesses, metric.scale)
+    _title_and_legend(axes, f"{metric.title} on validation data, and on test data at the end")
     return figure
 
 
@@ -370,7 +378,7 @@ def _mark_rolls(panels: Sequence[Axes], rolls: Sequence[Roll]) -> None:
             )
 
 
-def _mark_test_values(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+def _mark_test_values(axes: Axes, ends: Sequence[tuple[float, str, str]], form: str) -> None:
     """Large hollow markers behind the last epoch, each with its number, numbers kept apart."""
     if not ends:
         return
@@ -390,7 +398,7 @@ def _mark_test_values(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> Non
             markeredgewidth=2, linestyle="none", clip_on=False,
         )  # fmt: skip
         axes.text(
-            at + 0.022 * (right - left), text, f"{value:.1f} %", color=color, fontsize=10,
+            at + 0.022 * (right - left), text, form.format(value), color=color, fontsize=10,
             va="center", fontweight="bold",
         )  # fmt: skip
     axes.text(
@@ -402,13 +410,13 @@ def _mark_test_values(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> Non
     axes.set_ylim(low, high)
 
 
-def _guesses(axes: Axes, guesses: Mapping[str, float | None]) -> None:
-    """A line for each accuracy that needs no model; lines too near for two names share one."""
-    given = {name: 100 * value for name, value in guesses.items() if value is not None}
+def _guesses(axes: Axes, guesses: Mapping[str, float | None], scale: float) -> None:
+    """A line for each score that needs no model; lines too near for two names share one."""
+    given = {name: scale * value for name, value in guesses.items() if value is not None}
     for value in given.values():
         style.reference_line(axes, value)
     low, high = axes.get_ylim()
-    low, high = min([low, *(v - 2 for v in given.values())]), max([high, *given.values()])
+    low, high = min([low, *(v - scale / 50 for v in given.values())]), max([high, *given.values()])
     axes.set_ylim(low, high)
     apart = np.ptp(list(given.values())) > 0.12 * (high - low) if given else False
     named = given if apart else {",\n".join(given): next(iter(given.values()))} if given else {}

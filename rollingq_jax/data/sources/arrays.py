@@ -4,7 +4,7 @@ Keys (in a folder, `train/audio` is the file `train/audio.npy`), for any number 
 
 ======================== =======================================================================
 `train/<m>`, `test/<m>`  [N, ...] numbers
-`train/label` ...        [N] integers from 0, or names
+`train/label` ...        [N] integers from 0, or names; [N, C] of 0 and 1; [N] or [N, K] numbers
 `valid/*`                optional; else 10 % of train, class by class, drawn from the seed
 `*/group`                optional [N] integers or strings: examples of one speaker, video or
                          patient, which an automatic split keeps together
@@ -13,8 +13,10 @@ Keys (in a folder, `train/audio` is the file `train/audio.npy`), for any number 
                          [N] whether the example has the modality at all
 `*/quality_<m>`          optional [N] float: minus the noise, in standard deviations
 `kind/<m>`               optional string; see `rollingq_jax.data.dataset.infer_kind`
-`class_names`            optional [num_classes] strings
+`class_names`            optional [num_classes] strings, also of labels or of values
 ======================== =======================================================================
+
+What is learned follows from the labels or from `data.task` (docs/howto/tasks.md).
 
 A single table is enough: without `test/*`, or with keys that name no split (`audio`, `label`,
 `group`), 20 % of it become the test split, the same for every seed.
@@ -46,6 +48,7 @@ from etils import epath
 from rollingq_jax.data.cache import cache_root, file_states, remembered
 from rollingq_jax.data.dataset import (
     SPLITS,
+    TASKS,
     Dataset,
     Example,
     ModalityInfo,
@@ -54,13 +57,12 @@ from rollingq_jax.data.dataset import (
     check_name,
     check_tags,
     complete_splits,
-    count_classes,
-    encode_labels,
     fit_shape,
     infer_kind,
+    read_labels,
     warn_suspicious_shape,
 )
-from rollingq_jax.data.options import array_path, mapping_option, option
+from rollingq_jax.data.options import array_path, choice, mapping_option, option
 from rollingq_jax.data.preprocessing import POSITIONS, InputSpec, Preprocessing, RunningStats
 from rollingq_jax.data.reading import check_lfs_pointer
 from rollingq_jax.data.sources.media_folder import is_manifest
@@ -158,6 +160,7 @@ def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None)
         kinds=mapping_option(config_data, "kinds") | dict(kinds or {}),
         modalities=option(config_data, "modalities", ()),
         standardize=option(config_data, "standardize", True),
+        task=choice(config_data, "task", ("auto", *TASKS)),
         description=f"arrays from {path.name}",
         keep=lambda asked, measure: _kept(root, path, asked, measure),
     )
@@ -170,6 +173,7 @@ def from_arrays(
     kinds: Mapping[str, str] | None = None,
     modalities: tuple[str, ...] = (),
     standardize: bool = True,
+    task: str = "auto",
     description: str = "arrays",
 ) -> Dataset:
     """A data set from arrays under the keys that this module's docstring lists.
@@ -180,6 +184,7 @@ def from_arrays(
       kinds: {modality: kind}, before `kind/<m>` and the shape.
       modalities: those to use; empty for all.
       standardize: whether float modalities are standardized.
+      task: one of `TASKS`, or "auto": what the labels can only be.
       description: of the data set.
 
     Raises:
@@ -191,6 +196,7 @@ def from_arrays(
         kinds=kinds or {},
         modalities=modalities,
         standardize=standardize,
+        task=task,
         description=description,
         keep=lambda asked, measure: measure(),
     )
@@ -203,6 +209,7 @@ def _build(
     kinds: Mapping[str, str],
     modalities: Sequence[str],
     standardize: bool,
+    task: str,
     description: str,
     keep: Callable[[Any, Measure], dict[str, Preprocessing]],
 ) -> Dataset:
@@ -216,8 +223,7 @@ def _build(
             raise DataError(f"modality {name!r}: not in the data; there are {', '.join(present)}")
     _check_presence(stored, names, declared={*modalities, *kind_of})
     encoded = {split: unpacked(of_split["label"]) for split, of_split in stored.items()}
-    labels, class_names = encode_labels(encoded, class_names)
-    num_classes = count_classes(labels, class_names)
+    labels = read_labels(encoded, class_names, task)
     tags = {
         tag: {
             split: check_tags(unpacked(of_split[tag]), f"{split}/{tag}")
@@ -261,7 +267,7 @@ def _build(
         split: RawArraySource(
             measured,
             {name: values[name] for name in names},
-            labels[split],
+            labels.values[split],
             masks[split],
             qualities[split],
             tags["group"].get(split),
@@ -274,10 +280,11 @@ def _build(
     return Dataset(
         splits=complete_splits(sources, seed=seed),
         modalities={name: one.info for name, one in measured.items()},
-        num_classes=num_classes,
-        class_names=class_names,
+        num_classes=labels.num_classes,
+        class_names=labels.class_names,
         description=description,
         preprocessing=measured,
+        task=labels.task,
     )
 
 
@@ -416,10 +423,10 @@ def _check_mask_use(
 def _quality(values: Mapping[str, np.ndarray], split: str, name: str) -> np.ndarray:
     """`quality_<m>` as float32 [N]."""
     key, quality = f"{split}/quality_{name}", values[f"quality_{name}"]
-    if quality.shape != values["label"].shape or quality.dtype.kind not in "iuf":
+    if quality.shape != values["label"].shape[:1] or quality.dtype.kind not in "iuf":
         raise DataError(
             f"{key}: {quality.dtype}{list(quality.shape)}; allowed: one number an example, "
-            f"{list(values['label'].shape)}"
+            f"{list(values['label'].shape[:1])}"
         )
     quality = np.asarray(quality, np.float32)
     if not np.isfinite(quality).all():

@@ -20,7 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from rollingq_jax.data.dataset import SPLITS, Dataset, Example, ModalityInfo, Source
+from rollingq_jax.data.dataset import (
+    REGRESSION,
+    SINGLE_LABEL,
+    SPLITS,
+    Dataset,
+    Example,
+    ModalityInfo,
+    Source,
+)
 from rollingq_jax.data.options import choice, local_path, option
 from rollingq_jax.data.preprocessing import Preprocessing, preprocessed
 from rollingq_jax.data.restricted_pickle import load_pickle
@@ -32,10 +40,13 @@ FILES = ("mosei_senti_data.pkl", "mosei_senti_data_noalign.pkl")
 MODALITIES = ("audio", "text", "vision")
 # Rule of a label -> class names. "positive" is MultiBench's and counts 0 as not positive;
 # "non_negative" is BalanceBenchmark's; accuracies under different rules cannot be compared.
+# "regression" keeps the sentiment, which MulT and MultiBench predict with an L1 loss.
 LABEL_RULES = {
     "positive": ("not positive", "positive"),
     "non_negative": ("negative", "not negative"),
+    "three": ("negative", "neutral", "positive"),
     "seven": ("-3", "-2", "-1", "0", "+1", "+2", "+3"),
+    "regression": ("sentiment",),
 }
 DOWNLOAD = (
     f"get {FILES[0]} (aligned) from the Google Drive folder that the README of "
@@ -363,7 +374,7 @@ def load(config_data: Any, *, seed: int) -> Dataset:
     splits: dict[str, Source] = {}
     for split in SPLITS:
         sentiment = np.array(_open_array(folder / f"{split}_labels.npy", info["counts"][split]))
-        labels = classify(sentiment, rule)
+        labels = sentiment[:, None] if rule == REGRESSION else classify(sentiment, rule)
         splits[split] = SentenceSource(folder, split, modalities, labels)
     example = splits["train"][0]
     infos = {name: ModalityInfo(name, "sequence", example[name].shape) for name in modalities}
@@ -386,6 +397,7 @@ def load(config_data: Any, *, seed: int) -> Dataset:
             f"left out: {info['without_text']} sentences without text, "
             f"{len(info['unreadable'])} unreadable"
         ),
+        task=REGRESSION if rule == REGRESSION else SINGLE_LABEL,
     )
 
 
@@ -396,7 +408,7 @@ class SentenceSource:
       folder: of the arrays.
       split: "train", "valid" or "test".
       modalities: those to give.
-      labels: int32 [N].
+      labels: int32 [N], or the sentiments, float32 [N, 1].
     """
 
     def __init__(
@@ -439,11 +451,13 @@ def _open_array(path: Path, count: int) -> np.ndarray:
 def classify(sentiment: np.ndarray, rule: str) -> np.ndarray:
     """Sentiment from -3 to 3, float [N] -> class numbers int32 [N].
 
-    "positive": y > 0; "non_negative": y >= 0; "seven": rounded to the nearest of -3 .. 3 (halves to
-    the even number), plus 3.
+    "positive": y > 0; "non_negative": y >= 0; "three": the sign, plus 1; "seven":
+    rounded to the nearest of -3 .. 3 (halves to the even number), plus 3.
     """
     if rule == "positive":
         return (sentiment > 0).astype(np.int32)
     if rule == "non_negative":
         return (sentiment >= 0).astype(np.int32)
+    if rule == "three":
+        return (np.sign(sentiment) + 1).astype(np.int32)
     return (np.clip(np.rint(sentiment), -3, 3) + 3).astype(np.int32)

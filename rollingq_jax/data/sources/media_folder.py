@@ -4,7 +4,8 @@ A manifest is a CSV, TSV or JSONL file, one row an example, with the columns
 
 - `split`: train, test, or valid (val and validation mean the same); without it, or with rows of
   train only, validation and test examples are set aside;
-- `label`: a class number from 0 in every row, or a name in every row;
+- `label`: a class number from 0 in every row, or a name in every row; or any number of names with |
+  between (a list in JSONL; | alone: none); or a number that is to be predicted (`data.task`);
 - one column for each modality: a path relative to the manifest's folder. The name may be followed
   by a colon and the type, `sound:audio`; else the suffix tells the type. Types: audio (.wav,
   .flac; of a video file, its sound), image, video, text (.txt, bytes), string (the cell itself
@@ -74,16 +75,21 @@ from rollingq_jax.data.audio import (
     sound_seconds,
 )
 from rollingq_jax.data.dataset import (
+    MULTI_LABEL,
+    REGRESSION,
+    SEPARATORS,
+    SINGLE_LABEL,
     SPLITS,
+    TASKS,
     Dataset,
     Example,
     ModalityInfo,
     Source,
     check_name,
     complete_splits,
-    count_classes,
-    encode_labels,
     is_class_number,
+    read_labels,
+    split_names,
 )
 from rollingq_jax.data.options import choice, local_path, mapping_option, option
 from rollingq_jax.data.preprocessing import Preprocessing, evenly_spaced, standardize
@@ -270,19 +276,23 @@ def load(config_data: Any, *, seed: int) -> Dataset:
         columns=mapping_option(config_data, "columns"),
         modalities=option(config_data, "modalities", ()),
     )
-    return from_manifest(manifest, config_data, seed=seed)
+    task = choice(config_data, "task", ("auto", *TASKS))
+    return from_manifest(manifest, config_data, seed=seed, task=task)
 
 
-def from_manifest(manifest: Manifest, config_data: Any, *, seed: int) -> Dataset:
+def from_manifest(
+    manifest: Manifest, config_data: Any, *, seed: int, task: str = SINGLE_LABEL
+) -> Dataset:
     """The data set that a manifest describes; see `load` for the fields and the errors."""
     if manifest.missing:
         raise DataError(_describe_missing(manifest))
     rows = _rows_of_splits(manifest)
-    _check_task([row.label for row in manifest.rows], manifest.path.name)
-    labels, class_names = encode_labels(
-        {split: np.array([row.label for row in found], str) for split, found in rows.items()}
+    if task == "auto":
+        task = _infer_task([row.label for row in manifest.rows], manifest.path.name)
+    labels = read_labels(
+        {split: np.array([row.label for row in found], str) for split, found in rows.items()},
+        task=task,
     )
-    num_classes = count_classes(labels, class_names)
     longest = functools.partial(_longest, rows["train"], manifest.types)
     texts = "tokens" in {KIND_OF_TYPE[type_] for type_ in manifest.types.values()}
     sizes = read_sizes(config_data, longest, texts=texts)
@@ -301,7 +311,7 @@ def from_manifest(manifest: Manifest, config_data: Any, *, seed: int) -> Dataset
             found,
             files,
             optional,
-            labels[split],
+            labels.values[split],
             groups=tags(found, "group"),
             ids=tags(found, "id"),
             encoded=True,
@@ -322,12 +332,13 @@ def from_manifest(manifest: Manifest, config_data: Any, *, seed: int) -> Dataset
     return Dataset(
         splits,
         {name: one.info for name, one in modalities.items()},
-        num_classes,
-        class_names,
+        labels.num_classes,
+        labels.class_names,
         f"files of {manifest.path.name}",
         train_transforms=tuple(TrainFrames(name, *shown, crop_per) for name in clips),
         eval_transforms=tuple(EvalFrames(name, *shown) for name in clips),
         preprocessing=modalities,
+        task=labels.task,
     )
 
 
@@ -480,7 +491,7 @@ class FolderSource:
       rows: of the manifest.
       files: {modality: what its cells are}.
       optional: modalities that have a mask, as some example lacks them.
-      labels: int32 [N], or None for examples without them.
+      labels: as `dataset.TASKS` has them, or None for examples without them.
       groups, ids: strings [N], held apart from the examples; None where there are none.
       encoded: whether clips of type frames come as their JPEGs, for `TrainFrames` and `EvalFrames`.
     """
@@ -1100,15 +1111,15 @@ def _label(record: Mapping[str, Any], header: str | None, where: str, *, needed:
     value = None if header is None else record.get(header)
     if not needed and (value is None or value == ""):
         return ""
-    if isinstance(value, list | dict):
-        raise DataError(
-            f"{where}: label {str(value)[:60]!r}; multi-label classification is not supported: one "
-            "class number or name"
-        )
+    if isinstance(value, list):
+        if not all(isinstance(name, str) and len(split_names(name)) == 1 for name in value):
+            raise DataError(
+                f"{where}: label {str(value)[:60]!r}; allowed in a list: names without "
+                f"{' '.join(SEPARATORS)}"
+            )
+        return "|".join(["", *value, ""]) if value else "|"
     if isinstance(value, float):
-        raise DataError(
-            f"{where}: label {value!r}; regression is not supported: a class number or a name"
-        )
+        return repr(value)
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
         raise DataError(f"{where}: label {str(value)[:60]!r}; a class number or a name")
     return str(value).strip()
@@ -1148,30 +1159,34 @@ def _qualities(
     return qualities
 
 
-def _check_task(labels: Sequence[str], name: str) -> None:
-    """Refuses labels that are measurements or sets of classes.
+def _infer_task(labels: Sequence[str], name: str) -> str:
+    """What labels are, where `data.task` does not say it.
+
+    Numbers with a fraction in one of them are values; lists, and labels of which some are made of
+    others, are sets; all else is the name or the number of a class.
 
     Args:
       labels: as they stand in the manifest.
       name: of the manifest, for the message.
 
     Raises:
-      DataError: all are numbers and not all of them integers, or some are several others in one.
+      DataError: all are whole numbers with a decimal point, which may be classes or values.
     """
     different = set(labels)
-    measured = sorted(label for label in different if not re.fullmatch(r"[-+]?[0-9]+", label))
-    if measured and all(map(_DECIMAL.fullmatch, different)):
-        raise DataError(
-            f"{name}: label {measured[0][:60]!r}; regression is not supported: labels are integers "
-            "or names of classes"
-        )
-    for label in sorted(different):
-        parts = {part.strip() for part in re.split(r"[|;,]", label)}
-        if len(parts) > 1 and parts <= different:
+    if all(map(_DECIMAL.fullmatch, different)):
+        written = [label for label in different if not re.fullmatch(r"[-+]?[0-9]+", label)]
+        if any(float(label.replace(",", ".")) % 1 for label in written):
+            return REGRESSION
+        if written:
             raise DataError(
-                f"{name}: label {label[:60]!r} is made of others; multi-label classification is "
-                "not supported: one class number or name"
+                f"{name}: label {min(written)[:60]!r}, and all are whole numbers; allowed: "
+                "integers for classes, or data.task regression"
             )
+    for label in different:
+        parts = set(split_names(label))
+        if label.startswith("|") or (len(parts) > 1 and parts <= different):
+            return MULTI_LABEL
+    return SINGLE_LABEL
 
 
 def _resolve_inside(folder: Path, root: Path, text: str, where: str) -> Path:

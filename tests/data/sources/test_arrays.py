@@ -265,22 +265,17 @@ BAD = [
     (dict(train__label=put(3, -1)), "train/label", "-1"),
     (dict(train__label=put(3, 10**9)), "train/label", "1000000000"),
     (dict(test__label=put(3, 3)), "test/label", "3 never occurs in train/label"),
-    (dict(train__label=lambda a: a + 0.5), "train/label", "0.5", "regression is not supported"),
-    (dict(train__label=lambda a: a - 2.0), "train/label", "-2", "regression is not supported"),
+    (dict(train__label=lambda a: a - 2.0), "train/label", "-2", "set data.task to regression"),
     (dict(train__label=lambda a: a * np.nan), "train/label", "NaN"),
     (dict(train__label=lambda a: a.astype("U3")), "train/label", "<U3", "names"),
     (dict(train__label=lambda a: a.astype("c8")), "train/label", "complex64", "integers"),
     (dict(train__label=lambda a: a.astype("M8[s]")), "train/label", "datetime64", "integers"),
     (dict(train__label=lambda a: np.eye(3)[a]), "train/label", "[60, 3]", "argmax"),
     (dict(train__label=lambda a: np.eye(3, dtype=bool)[a]), "train/label", "argmax"),
-    (dict(train__label=lambda a: a[:, None] + [0.2, 0.4]), "train/label", "regression is not"),
-    (
-        dict(train__label=lambda a: np.eye(3)[a], test__label=lambda a: np.ones((len(a), 3), int)),
-        "test/label",
-        "multi-label classification and several targets are not supported",
-    ),
-    (dict(train__label=lambda a: np.eye(3)[a] * (a > 0)[:, None]), "multi-label classification"),
-    (dict(train__label=lambda a: np.stack([a, a], 1)), "train/label", "several targets are not"),
+    (dict(train__label=lambda a: a[:, None] + [0.2, 0.4]), "train/label", "0.2", "data.task"),
+    (dict(train__label=lambda a: np.eye(3)[a] * (a > 0)[:, None]), "with data.task multi_label"),
+    (dict(train__label=lambda a: np.stack([a, a], 1)), "train/label", "with data.task regression"),
+    (dict(train__label=lambda a: a + np.where(a > 1, np.inf, 0.5)), "train/label", "infinite"),
     (dict(class_names=np.array(["a", "b", "a"])), "class_names", "'a' names class 0 and class 2"),
     (dict(class_names=np.array(["a", "b", "a "])), "class_names", "'a' names class 0 and class 2"),
     (dict(class_names=np.array(["a", " ", "c"])), "class_names", "class 1 is empty"),
@@ -339,6 +334,36 @@ def test_labels_of_whole_numbers_may_be_floats():
     for split, source in from_arrays(as_floats).splits.items():
         expected = labels_of(from_arrays(arrays).splits[split])
         np.testing.assert_array_equal(labels_of(source), expected)
+
+
+@pytest.mark.parametrize(
+    ("label", "task", "found", "width"),
+    [
+        (lambda a: a + 0.5, "auto", "regression", 1),
+        (lambda a: a[:, None] - 0.5, "auto", "regression", 1),
+        (lambda a: a - 2, "regression", "regression", 1),
+        (lambda a: a[:, None] + [0.2, 0.4], "regression", "regression", 2),
+        (lambda a: a[:, None] < [1, 2], "auto", "multi_label", 2),
+        (lambda a: np.eye(3)[a], "multi_label", "multi_label", 3),
+        (lambda a: np.array(["dog|cat", "|", "ant;cat"])[a], "multi_label", "multi_label", 3),
+    ],
+)
+def test_labels_of_other_tasks(label, task, found, width):
+    arrays = {k: label(a) if k.endswith("label") else a for k, a in make_arrays().items()}
+    dataset = from_arrays(arrays, task=task)
+    assert (dataset.task, dataset.num_classes) == (found, width)
+    again = from_arrays(arrays, task=task)
+    for split, source in dataset.splits.items():
+        labels = labels_of(source)
+        assert labels.shape == (len(source), width)
+        assert labels.dtype == (np.float32 if found == "regression" else np.int32)
+        np.testing.assert_array_equal(source[1]["label"], labels[1])
+        np.testing.assert_array_equal(labels, labels_of(again.splits[split]))
+    train, valid = (labels_of(dataset.splits[s]) for s in ("train", "valid"))
+    # 10 % of each stratum, here of each different label.
+    for value in np.unique(train, axis=0):
+        counts = [(labels == value).all(axis=1).sum() for labels in (train, valid)]
+        assert counts[1] == pytest.approx(sum(counts) / 10, abs=1)
 
 
 NAMES = np.array(["dog", "ant", "cat"])

@@ -118,13 +118,15 @@ def test_any_subset_of_the_modalities(data_dir, modalities):
     ("rule", "num_classes", "labels"),
     # the test labels are -3, -1.5, 0, 1.5, 3; halves round to even
     [("positive", 2, [0, 0, 0, 1, 1]), ("non_negative", 2, [0, 0, 1, 1, 1]),
-     ("seven", 7, [0, 1, 3, 5, 6])],
+     ("three", 3, [0, 0, 1, 2, 2]), ("seven", 7, [0, 1, 3, 5, 6]),
+     ("regression", 1, [[-3], [-1.5], [0], [1.5], [3]])],
 )  # fmt: skip
 def test_label_rules(data_dir, rule, num_classes, labels):
     dataset = load_dataset(config(data_dir, label_rule=rule), seed=0)
     assert labels_of(dataset.splits["test"]).tolist() == labels
     assert dataset.num_classes == num_classes == len(dataset.class_names)
     assert f"label rule: {rule}" in dataset.description
+    assert dataset.task == ("regression" if rule == "regression" else "single_label")
 
 
 @pytest.mark.parametrize(

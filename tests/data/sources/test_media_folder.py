@@ -579,25 +579,45 @@ def test_odd_groups_and_ids(tmp_path, name, value):
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
-        (["0.5", "1", "2"], ["'0.5'", "regression is not supported"]),
-        (["1.0", "2.0", "3.0"], ["'1.0'", "regression is not supported"]),
-        (["-1e3", "2", ".5"], ["regression is not supported"]),
-        (["0,5", "1", "2"], ["'0,5'", "regression is not supported"]),
-        ([0.5, 1, 2], ["line 1", "0.5", "regression is not supported"]),
-        ([["a", "b"], "a", "b"], ["multi-label", "not supported"]),
-        ([[0, 1, 1], [1, 0, 0]], ["multi-label", "not supported"]),
-        ([{"a": 1}, "b"], ["multi-label", "not supported"]),
-        (["a|b", "a", "b"], ["'a|b'", "multi-label", "not supported"]),
-        (["a; b", "a", "b"], ["'a; b'", "multi-label", "not supported"]),
+        (["1.0", "2.0", "3.0"], ["'1.0'", "data.task regression"]),
+        ([[0, 1, 1], [1, 0, 0]], ["line 1", "[0, 1, 1]", "names"]),
+        ([["a|b"], ["a"]], ["line 1", "a|b", "names without"]),
+        ([{"a": 1}, "b"], ["line 1", "{'a': 1}"]),
         (["  ", "a"], ["line 1", "label"]),
         ([None, "a"], ["line 1", "label"]),
     ],
 )
-def test_labels_of_other_tasks(tmp_path, labels, words):
+def test_labels_of_no_task(tmp_path, labels, words):
     media_files.write_jpeg(tmp_path / "a.png")
     rows = [row(label=label) for label in labels for _ in range(4)]
     write_jsonl(tmp_path / "m.jsonl", rows)
     fails_clearly(lambda: load({"path": str(tmp_path / "m.jsonl")}, seed=0), *words)
+
+
+@pytest.mark.parametrize(
+    ("labels", "task", "expected"),
+    [
+        (["0.5", "1", "2"], "auto", [[0.5], [1], [2]]),
+        (["-1e3", "2", ".5"], "auto", [[-1000.0], [2], [0.5]]),
+        (["0,5", "1", "2"], "auto", [[0.5], [1], [2]]),
+        ([0.5, 1, 2], "auto", [[0.5], [1], [2]]),
+        (["1.0", "2.0", "3.0"], "regression", [[1], [2], [3]]),
+        (["1|2", "2;0,5"], "regression", [[1, 2], [2, 0.5]]),
+        ([["a", "b"], ["b"], []], "auto", [[1, 1], [0, 1], [0, 0]]),
+        (["a|b", "a", "b"], "auto", [[1, 1], [1, 0], [0, 1]]),
+        (["a; b", "|", "b"], "multi_label", [[1, 1], [0, 0], [0, 1]]),
+    ],
+)
+def test_labels_of_other_tasks(tmp_path, labels, task, expected):
+    media_files.write_jpeg(tmp_path / "a.png")
+    rows = [row(label=label) for label in labels for _ in range(10)]
+    write_jsonl(tmp_path / "m.jsonl", rows)
+    dataset = load({"path": str(tmp_path / "m.jsonl"), "task": task, **SMALL}, seed=0)
+    values = isinstance(expected[0][0], float) or task == "regression"
+    assert dataset.task == ("regression" if values else "multi_label")
+    found = labels_of(dataset.splits["train"])
+    assert found.dtype == (np.float32 if values else np.int32)
+    np.testing.assert_array_equal(np.unique(found, axis=0), np.unique(expected, axis=0))
 
 
 def test_odd_names_of_classes(tmp_path):
