@@ -1,78 +1,75 @@
-"""Draws the picture of the method that the README and the concepts page show.
+"""Draws the pictures of the README and the concepts page from the demo's data.
 
-Usage: ``python -m docs.figures``; writes ``docs/images/rotation.png``. Needs matplotlib beside the
-core. Everything in the picture is computed by the package from keys drawn at random.
+Usage: `python -m docs.figures [--workdir runs/demo]`. Trains `configs/av_digits.py` with rotations
+and without, or reads the folder if it holds that run, and writes `docs/images/rotation.png` and
+`dynamics.png`, each with a `-dark` twin for pages on a dark ground.
 """
 
+import argparse
+import io
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import matplotlib.pyplot as plt
-import numpy as np
+from etils import epath
+from PIL import Image, ImageOps
 
-import rollingq_jax as rq
+from configs.av_digits import get_config
+from rollingq_jax.analysis import metrics, plots
+from rollingq_jax.data.pipeline import eval_batches
+from rollingq_jax.train.checkpoint import Checkpoints
+from rollingq_jax.train.logging import read_rows
+from rollingq_jax.train.loop import abstract_params, load_run, train_and_evaluate
 
-COLOURS = {"audio": "#0072B2", "visual": "#D55E00", "query": "#000000"}  # Okabe and Ito
-CENTRES = {"audio": 20.0, "visual": 130.0}  # degrees
-SAMPLES = 60
-
-
-def draw_keys() -> dict[str, jax.Array]:
-    """Keys `[SAMPLES, 2]` of each modality, spread around its own direction."""
-    keys = {}
-    for index, (name, centre) in enumerate(sorted(CENTRES.items())):
-        spread, length = jax.random.normal(jax.random.key(index), (2, SAMPLES))
-        angle = jnp.deg2rad(centre) + 0.25 * spread
-        radius = 1.0 + 0.12 * length
-        keys[name] = radius[:, None] * jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-    return keys
+IMAGES = Path(__file__).parent / "images"
+SHOWN = 400  # test examples of which each is a point
+LARGEST = 300_000  # bytes of a picture
 
 
-def roll(query: jax.Array, keys: dict[str, jax.Array]) -> jax.Array:
-    """The query `[2]` after one roll to the equally weighted anchor."""
-    roller = rq.rolling_query(beta=0.0, rho=0.0, max_rotations=1)
-    state = roller.init(num_modalities=2, dim=2)
-    mean_keys = jnp.stack([keys[name] for name in sorted(keys)])[:, :, None]
-    state, info = roller.update(roller.observe(state, query[None], mean_keys), query[None])
-    assert bool(info.rolled[0])
-    return rq.rotate(state.rotation, query[None])[0]
+def panel(folder: Path, title: str) -> plots.PolarPanel:
+    """The query at the end of training and its keys of test examples, with the attention's shares.
+
+    The last checkpoint, not the best: accuracy peaks where a share passes one half on its way.
+    """
+    run = load_run(folder)
+    with Checkpoints(epath.Path(folder) / "checkpoints", read_only=True) as checkpoints:
+        found = checkpoints.restore_newest_params(lambda _: abstract_params(run.model, run.inputs))
+    assert found is not None
+    last = found[0]
+    batch = next(eval_batches(run.dataset.splits["test"], batch_size=SHOWN))
+    _, out = jax.jit(metrics.forward, static_argnums=0)(
+        run.model, {"params": last.params}, last.rotation, metrics.model_input(batch)
+    )
+    shares = {name: 100 * float(share.mean()) for name, share in out["attention_share"].items()}
+    said = ", ".join(f"{name} {share:.0f} %" for name, share in shares.items())
+    return plots.PolarPanel(f"{title}\nattention: {said}", out["mean_keys"], out["query"][0])
 
 
-def panel(axis: plt.Axes, title: str, query: jax.Array, keys: dict[str, jax.Array]) -> None:
-    """One polar plot: a point a key, an arrow for each mean key, the query in black."""
-    logits = jnp.concatenate([3.0 * keys[name] @ query for name in sorted(keys)])
-    shares = jax.nn.softmax(logits).reshape(len(keys), SAMPLES).sum(axis=1)
-    means = jnp.stack([keys[name].mean(axis=0) for name in sorted(keys)])
-    scores = [float(jnp.dot(m, query) / jnp.linalg.norm(m) / jnp.linalg.norm(query)) for m in means]
-    for name, mean, share, score in zip(sorted(keys), means, shares, scores, strict=True):
-        points = np.asarray(keys[name])
-        angle, radius = np.arctan2(points[:, 1], points[:, 0]), np.hypot(points[:, 0], points[:, 1])
-        label = f"{name}: cosine {score:+.2f}, attention {100 * float(share):.0f} %"
-        axis.scatter(angle, radius, s=10, color=COLOURS[name], alpha=0.45, label=label)
-        arrow(axis, mean, COLOURS[name])
-    arrow(axis, query, COLOURS["query"], width=3)
-    axis.plot([], [], color=COLOURS["query"], linewidth=3, label="class query")
-    axis.set(title=title, thetamin=-30, thetamax=210, ylim=(0, 1.5), yticks=[])
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, -0.16), frameon=False, fontsize=9)
-
-
-def arrow(axis: plt.Axes, vector: jax.Array, color: str, width: float = 2) -> None:
-    """An arrow from the origin to a vector `[2]`."""
-    x, y = (float(value) for value in vector)
-    style = {"arrowstyle": "-|>", "color": color, "linewidth": width, "shrinkA": 0, "shrinkB": 0}
-    axis.annotate("", xy=(np.arctan2(y, x), np.hypot(x, y)), xytext=(0, 0), arrowprops=style)
+def save(name: str, figure: bytes) -> None:
+    """Writes a PNG, and its twin with the lightness turned round and the hues as they are."""
+    (IMAGES / f"{name}.png").write_bytes(figure)
+    light, blue, red = Image.open(io.BytesIO(figure)).convert("RGB").convert("YCbCr").split()
+    light = ImageOps.invert(light).point(lambda value: 15 + value * 240 // 255)
+    dark = Image.merge("YCbCr", (light, blue, red)).convert("RGB")
+    dark.quantize(256).save(IMAGES / f"{name}-dark.png", optimize=True)
+    for path in IMAGES.glob(f"{name}*.png"):
+        assert path.stat().st_size < LARGEST, path
 
 
 def main() -> None:
-    """Draw before and after side by side."""
-    keys = draw_keys()
-    query = jnp.array([jnp.cos(jnp.deg2rad(12.0)), jnp.sin(jnp.deg2rad(12.0))]) * 1.2
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), subplot_kw={"projection": "polar"})
-    panel(axes[0], "Before: the query lies with one modality's keys", query, keys)
-    panel(axes[1], "After one roll: the query lies between them", roll(query, keys), keys)
-    figure.tight_layout()
-    figure.savefig(Path(__file__).parent / "images" / "rotation.png", dpi=110)
+    """Trains, or reads, and draws."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--workdir", type=Path, default=Path("runs/demo"))
+    folder = parser.parse_args().workdir
+    config = get_config()
+    train_and_evaluate(config, folder)
+    panels = [
+        panel(folder / "plain", "Without rotations"),
+        panel(folder, "With RollingQ"),
+    ]
+    save("rotation", plots.png_bytes(plots.polar_panels(panels)))
+    rows, plain = (read_rows(one / "metrics.jsonl") for one in (folder, folder / "plain"))
+    figure = plots.dynamics_figure(rows, beta=config.rolling.beta, plain=plain)
+    save("dynamics", plots.png_bytes(figure))
 
 
 if __name__ == "__main__":

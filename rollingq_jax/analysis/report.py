@@ -40,6 +40,7 @@ from rollingq_jax.analysis.tasks import (
 from rollingq_jax.data.corruption import has_modality
 from rollingq_jax.data.dataset import REGRESSION, Dataset, Subset, label_text
 from rollingq_jax.data.pipeline import eval_batches
+from rollingq_jax.data.sources.media_folder import BYTE_VOCABULARY, byte_pieces
 
 Array = np.ndarray
 SMALL = 0.01  # of the attention: that much more than even is no bias, however sure
@@ -296,8 +297,9 @@ HOW_TO_READ = {
         "helps."
     ),
     "attention": (
-        "The weight that the class token gives each token, drawn over the place it was cut from "
-        "(1 is the weight of even attention over all tokens of all modalities). The modality's "
+        "The weight that the class token gives each token, drawn over the place it was cut from, "
+        "or as the color of a word, with the mean over its tokens below (1 is the weight of even "
+        "attention over all tokens of all modalities). The modality's "
         "own class token has no place and counts in the share alone."
     ),
     "arms": (
@@ -618,7 +620,14 @@ def attention_examples(
                 found[row] or "none",
             ),
             tuple(
-                ModalityView(e.name, e.kind, batch[e.name][row], weights[e.name][row], e.patch)
+                ModalityView(
+                    e.name,
+                    e.kind,
+                    batch[e.name][row],
+                    weights[e.name][row],
+                    e.patch,
+                    byte_pieces(batch[e.name][row]) if e.vocab_size == BYTE_VOCABULARY else (),
+                )
                 for e in encoders
             ),
         )

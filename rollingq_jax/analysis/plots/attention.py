@@ -1,6 +1,7 @@
 """Attention drawn over what it looks at: from a token's weight to the place it was cut from."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -9,12 +10,17 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from rollingq_jax.analysis.plots import style
 from rollingq_jax.models.spec import PATCH_AXES, RESNET, resnet_grid
 
 Array = np.ndarray
 _HEAT = "viridis"
+_VIEWS_IN_A_LINE = 3  # of one example; more are set in further lines
+_WORD, _NUMBER = 9.0, 7.0  # sizes of a word and of the weight under it, in points
+_GAP, _LINE = 4.0, 2.9 * _WORD
+_ADVANCE = 0.6021  # of a character of the monospaced font that comes with matplotlib, in its size
 
 
 class ModalityView(NamedTuple):
@@ -26,6 +32,8 @@ class ModalityView(NamedTuple):
       values: the input as the model gets it, without a batch axis.
       weights: [L_m] attention weights, the modality's class token first.
       patch: the patch size of a patched kind.
+      pieces: of tokens, the text that each adds, white space included; empty where that is not
+        known, and the ids are shown.
     """
 
     name: str
@@ -33,6 +41,7 @@ class ModalityView(NamedTuple):
     values: Array
     weights: Array
     patch: tuple[int, ...] | None = None
+    pieces: tuple[str, ...] = ()
 
 
 class AttentionExample(NamedTuple):
@@ -43,37 +52,52 @@ class AttentionExample(NamedTuple):
 
 
 def attention_figure(examples: Sequence[AttentionExample]) -> Figure:
-    """Attention of the class token over the input of chosen examples, a row each.
+    """Attention of the class token over the input of chosen examples, up to three views a line.
 
-    Two pictures for each modality: the input, and the input under its token weights. A weight is
-    shown as a multiple of the even one, 1 / (real tokens of all modalities); the fusion class
-    token is left out, and the modality's class token, which belongs to no place, is in the share
-    above the picture but not in the picture.
+    Two pictures for each modality: the input, and the input under its token weights; of tokens one,
+    in which each word stands on the color of its weight, with the number below. A weight is shown
+    as a multiple of the even one, 1 / (real tokens of all modalities); the fusion class token is
+    left out, and the modality's class token, which belongs to no place, is in the share above the
+    picture but not in the picture.
     """
-    columns = 2 * max(len(example.views) for example in examples)
-    ratios = [_aspect(view) for view in examples[0].views for _ in range(2)]
+    views = examples[0].views
+    lines = -(-len(views) // _VIEWS_IN_A_LINE)
+    in_a_line = [views[i::_VIEWS_IN_A_LINE] for i in range(min(len(views), _VIEWS_IN_A_LINE))]
+    ratios = [max(map(_aspect, column)) for column in in_a_line for _ in range(2)]
     width = min(1.6 * sum(ratios), 9.5)
-    height = (width / sum(ratios) + 0.3) * len(examples) + 0.4
+    height = (width / sum(ratios) + 0.3) * lines * len(examples) + 0.4
     figure = style.new_figure(width + 1.9, height)
-    grid = figure.subplots(len(examples), columns, squeeze=False, width_ratios=ratios)
+    grid = figure.add_gridspec(len(examples) * lines, len(ratios), width_ratios=ratios)
     relative = [_relative_weights(example) for example in examples]
     places = np.concatenate([weights[1:] for row in relative for weights in row])
     norm = Normalize(0, max(2.0, float(np.quantile(places, 0.98))))
+    texts = []
     for row, (example, weights) in enumerate(zip(examples, relative, strict=True)):
-        for axes in grid[row]:
-            axes.set_xticks([])
-            axes.set_yticks([])
-        for column, view in enumerate(example.views):
-            left, right = grid[row, 2 * column : 2 * column + 2]
-            _draw_input(left, view)
-            _draw_weights(right, view, weights[column], norm)
-            total = sum(float(np.sum(v.weights)) for v in example.views)
+        total = sum(float(np.sum(view.weights)) for view in example.views)
+        first = None
+        for number, view in enumerate(example.views):
+            line, column = divmod(number, _VIEWS_IN_A_LINE)
+            line, column = row * lines + line, 2 * column
             share = float(np.sum(view.weights)) / total if total else math.nan
-            for axes in (left, right):
-                axes.set_box_aspect(1 / _aspect(view))
-            left.set_title(style.plain(view.name), fontsize=9.5, pad=4)
-            right.set_title(f"share {style.signed(share)}", fontsize=9.5, pad=4)
-        grid[row, 0].set_ylabel(
+            name, words = style.named(view.name), f"share {style.signed(share)}"
+            if view.kind == "tokens":
+                axes = [figure.add_subplot(grid[line, column : column + 2])]
+                axes[0].set_title(f"{name}, {words}", fontsize=9.5, pad=4)
+                texts.append((axes[0], view, weights[number]))
+            else:
+                axes = [figure.add_subplot(grid[line, column + i]) for i in range(2)]
+                _draw_input(axes[0], view)
+                _draw_weights(axes[1], view, weights[number], norm)
+                for one, title in zip(axes, (name, words), strict=True):
+                    if PATCH_AXES[view.kind]:
+                        one.set_box_aspect(1 / _aspect(view))
+                    one.set_title(title, fontsize=9.5, pad=4)
+            for one in axes:
+                one.set_xticks([])
+                one.set_yticks([])
+            first = first or axes[0]
+        assert first is not None
+        first.set_ylabel(
             style.plain(example.caption),
             fontsize=9.5,
             rotation=0,
@@ -85,11 +109,21 @@ def attention_figure(examples: Sequence[AttentionExample]) -> Figure:
         "Attention of the class token over the inputs", fontsize=11.5, x=0.01, ha="left"
     )
     bar = figure.colorbar(
-        ScalarMappable(norm, _HEAT), ax=grid, shrink=0.7, aspect=30, pad=0.015, extend="max"
+        ScalarMappable(norm, _HEAT),
+        ax=figure.axes,
+        shrink=0.7,
+        aspect=30,
+        pad=0.015,
+        extend="max",
     )
     bar.set_label("weight of a token (1 = even)", fontsize=9.5)
     bar.ax.tick_params(labelsize=9)
     bar.outline.set_visible(False)
+    if texts:
+        figure.draw_without_rendering()  # lines are broken where the panels have their final width
+        for axes, view, weights in texts:
+            words = weighted_words(np.asarray(view.values), weights[1:], view.pieces)
+            _draw_words(axes, words, norm)
     return figure
 
 
@@ -102,8 +136,65 @@ def _relative_weights(example: AttentionExample) -> list[Array]:
     ]
 
 
+def weighted_words(
+    ids: Array, weights: Array, pieces: Sequence[str] = ()
+) -> list[tuple[str, float]]:
+    """The words of a text in their order, each with the mean weight of its tokens.
+
+    Args:
+      ids: [L]; 0 pads and is left out.
+      weights: [L].
+      pieces: the text that each token adds, [L]; one of several may hold all of a character. Where
+        it is empty each id is a word.
+    """
+    real = np.flatnonzero(ids)
+    texts = [pieces[i] if pieces else f"{ids[i]} " for i in real]
+    owner = np.repeat(np.arange(len(real)), [len(text) for text in texts])
+    words = []
+    for word in re.finditer(r"\S+", "".join(texts)):
+        first, last = owner[word.start()], owner[word.end() - 1]
+        if word.start():  # tokens that add nothing yet belong to what they begin
+            first = min(first, owner[word.start() - 1] + 1)
+        words.append((word[0], float(np.mean(weights[real[first : last + 1]]))))
+    return words
+
+
+def _draw_words(axes: Axes, words: Sequence[tuple[str, float]], norm: Normalize) -> None:
+    """Sets words in lines, each on the color of its weight with the number below."""
+    box = axes.get_window_extent()
+    scale = 72 / axes.figure.dpi
+    width, height = box.width * scale, box.height * scale
+    axes.set(xlim=(0, width), ylim=(height, 0))  # in points, from the upper left
+    most = int((width - 2 * _GAP) / (_ADVANCE * _WORD))
+    x, y = _GAP, _GAP
+    for number, (word, weight) in enumerate(words):
+        text, value = style.shorten(word, most), style.signed(weight, ".1f")
+        wide = max(_ADVANCE * _WORD * (len(text) + 1), _ADVANCE * _NUMBER * len(value))
+        if x > _GAP and x + wide + _GAP > width:
+            x, y = _GAP, y + _LINE
+        more = f"and {len(words) - number} more"
+        full = y + 2 * _LINE > height  # the last line keeps room to say what is left out
+        room = width - _ADVANCE * _WORD * (len(more) + 1) - _GAP
+        if y + _LINE > height or (full and number + 1 < len(words) and x + wide > room):
+            axes.text(x, y + 1, more, fontsize=_WORD, va="top", color=style.MUTED, in_layout=False)
+            return
+        color = ScalarMappable(norm, _HEAT).to_rgba(weight)
+        light = np.dot(color[:3], (0.299, 0.587, 0.114)) > 0.5
+        axes.add_patch(Rectangle((x, y), wide - 1, _WORD * 1.45, color=color, linewidth=0))
+        axes.text(
+            x + (wide - 1) / 2, y + 0.72 * _WORD, style.plain(text), fontsize=_WORD,
+            family="monospace", ha="center", va="center", in_layout=False,
+            color=style.INK if light else "white",
+        )  # fmt: skip
+        axes.text(
+            x + (wide - 1) / 2, y + _WORD * 1.45 + 1, value, fontsize=_NUMBER, ha="center",
+            va="top", color=style.MUTED, in_layout=False,
+        )  # fmt: skip
+        x += wide + _GAP
+
+
 def _draw_input(axes: Axes, view: ModalityView) -> None:
-    if view.kind in ("tokens", "vector"):
+    if view.kind == "vector":
         values = np.nan_to_num(np.asarray(view.values, np.float64))
         axes.bar(np.arange(len(values)), values, color=style.MUTED, width=1.0)
         return
@@ -112,7 +203,7 @@ def _draw_input(axes: Axes, view: ModalityView) -> None:
 
 def _draw_weights(axes: Axes, view: ModalityView, weights: Array, norm: Normalize) -> None:
     heat = weights_on_input(weights[1:], view.kind, np.shape(view.values), view.patch)
-    if view.kind in ("sequence", "tokens", "vector"):
+    if view.kind in ("sequence", "vector"):
         colors = ScalarMappable(norm, _HEAT).to_rgba(heat)
         axes.bar(np.arange(len(heat)), heat, color=colors, width=1.0)
         axes.set_ylim(0, max(float(norm.vmax or 0), float(np.nanmax(heat))))

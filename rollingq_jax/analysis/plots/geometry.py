@@ -1,17 +1,17 @@
 """The class query and the keys around it, as in the paper's overview."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.projections.polar import PolarAxes
 
 from rollingq_jax.analysis.plots import style
 
 Array = np.ndarray
+_ANCHOR: dict[str, Any] = {"color": style.TURN, "linewidth": 2, "linestyle": (0, (4, 2))}
 
 
 class PolarPanel(NamedTuple):
@@ -126,13 +126,20 @@ def polar_panels(panels: Sequence[PolarPanel], *, head: int | None = None) -> Fi
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
     names = sorted({m for shown in views for m in shown.points})
-    # A line of scores under a panel's title for two modalities, and of the legend for about four.
-    height = 4.9 + 0.19 * (len(names) // 2)
-    figure = style.new_figure(4.5 * columns, height * rows + 0.8 + 0.12 * len(names))
-    figure.set_layout_engine("constrained", wspace=0.08)  # room for the labels of angles
+    entries = 1 if max(map(len, map(style.named, names)), default=0) > 14 else 2  # in a line
+    figure = style.new_figure(4.5 * columns, (5.1 + 0.22 * -(-len(names) // entries)) * rows + 0.9)
+    figure.set_layout_engine("constrained", wspace=0.08, h_pad=0.12)  # room for angles
     plots = figure.subplots(rows, columns, squeeze=False, subplot_kw={"projection": "polar"}).flat
     for panel, shown, axes in zip(panels, views, plots, strict=False):
         _draw(axes, shown, names, panel.title)
+        style.legend(
+            axes,
+            title="cosine score",
+            title_fontsize=10,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.1),
+            ncols=entries,
+        )
     for axes in list(plots):
         axes.set_visible(False)
     which = "" if head is None else f" (head {head})"
@@ -143,11 +150,11 @@ def polar_panels(panels: Sequence[PolarPanel], *, head: int | None = None) -> Fi
         x=0.01,
         ha="left",
     )
-    handles: dict[str, Artist] = {}
-    for axes in figure.axes:
-        artists, labels = axes.get_legend_handles_labels()
-        handles |= dict(zip(labels, artists, strict=True))
-    style.legend_below(figure, list(handles.values()), list(handles))
+    lines = {"class query": Line2D([], [], color=style.INK, linewidth=2)}
+    if any(shown.anchor is not None for shown in views):
+        lines["rebalance anchor"] = Line2D([], [], **_ANCHOR)
+    style.legend_below(figure, list(lines.values()), list(lines))
+    figure.draw_without_rendering()  # the layout of round axes needs a second pass, in saving
     return figure
 
 
@@ -155,7 +162,6 @@ def _draw(axes: PolarAxes, shown: PlaneView, names: Sequence[str], title: str) -
     axes.set_theta_zero_location("N")
     axes.set_theta_direction(-1)
     style.style_axes(axes)
-    scores = []
     for i, name in enumerate(names):
         if name not in shown.points:
             continue
@@ -169,15 +175,12 @@ def _draw(axes: PolarAxes, shown: PlaneView, names: Sequence[str], title: str) -
         axes.plot([theta, theta], [0, radius], color=color, linewidth=2.2, solid_capstyle="butt")
         axes.plot(
             [theta], [radius], color=color, marker=marker, markersize=9, linestyle="none",
-            markeredgecolor="white", markeredgewidth=1.2, label=style.named(name),
+            markeredgecolor="white", markeredgewidth=1.2,
+            label=f"{style.named(name)} {style.signed(shown.cosines[name])}",
         )  # fmt: skip
-        scores.append(f"{style.named(name)}\N{NO-BREAK SPACE}{style.signed(shown.cosines[name])}")
     if shown.anchor is not None:
         theta, _ = _to_polar(shown.anchor)
-        axes.plot(
-            [theta, theta], [0, 1], color=style.TURN, linewidth=2, linestyle=(0, (4, 2)),
-            label="rebalance anchor",
-        )  # fmt: skip
+        axes.plot([theta, theta], [0, 1], **_ANCHOR)
         axes.plot([theta], [1], color=style.TURN, marker="*", markersize=13, linestyle="none",
                   clip_on=False, zorder=5)  # fmt: skip
     axes.annotate(
@@ -185,14 +188,12 @@ def _draw(axes: PolarAxes, shown: PlaneView, names: Sequence[str], title: str) -
         arrowprops={"arrowstyle": "-|>", "color": style.INK, "linewidth": 2, "shrinkA": 0,
                     "shrinkB": 0},
     )  # fmt: skip
-    axes.plot([], [], color=style.INK, linewidth=2, label="class query")
     axes.set_ylim(0, 1)
     axes.set_yticks([0.25, 0.5, 0.75, 1.0], [])
     axes.set_xticks(np.deg2rad(np.arange(0, 360, 45)))
     axes.set_xticklabels(["0°", "45°", "90°", "135°", "180°", "−135°", "−90°", "−45°"])
     axes.spines["polar"].set_color(style.MUTED)
-    heading = textwrap.fill(f"cosine score: {', '.join(scores)}", 46)  # as wide as a panel
-    axes.set_title(f"{title}\n{heading}", fontsize=10.5, color=style.INK, pad=18)
+    axes.set_title(title, fontsize=11.5, color=style.INK, y=1.1)  # over the angle
 
 
 def _to_polar(points: Array) -> tuple[Any, Any]:

@@ -361,6 +361,8 @@ def _mark_rolls(panels: Sequence[Axes], rolls: Sequence[Roll]) -> None:
         for i, roll in enumerate(rolls):
             label = words if i == 0 and axes is top else None
             axes.axvline(roll.epoch, label=label, **look)
+    if many:
+        return
     # Angles are written out while they have room.
     left, right = top.get_xlim()
     gaps = np.diff([roll.epoch for roll in rolls] + [right]) / (right - left)

@@ -774,6 +774,17 @@ def _shifted(values: Any, length: int) -> np.ndarray:
     return ids
 
 
+def byte_pieces(ids: np.ndarray) -> tuple[str, ...]:
+    """The text that each id of `byte_tokens` adds: a character comes with the last of its bytes.
+
+    Examples:
+      >>> byte_pieces(byte_tokens("Öl".encode(), 4))
+      ('', 'Ö', 'l', '')
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return tuple(decoder.decode(bytes([i - 1])) if i else "" for i in ids.tolist())
+
+
 def sound_features(waveform: np.ndarray, rate: int, sizes: MediaSizes) -> np.ndarray:
     """float32 [samples] -> [audio_bins, audio_frames, 1], decibels under the loudest."""
     length = round(sizes.audio_seconds * sizes.audio_rate)

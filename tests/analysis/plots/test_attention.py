@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from rollingq_jax.analysis.plots import attention as tokens
+from rollingq_jax.data.sources.media_folder import byte_pieces, byte_tokens
 from rollingq_jax.models.encoders import cut_example
 
 SHAPES = {
@@ -59,3 +60,16 @@ def test_mistakes_name_what_is_wrong():
         tokens.token_grid("smell", (3,))
     with pytest.raises(ValueError, match="2 sizes"):
         tokens.token_grid("image", (8, 8, 1), (2, 2, 2))
+
+
+def test_words_have_the_mean_weight_of_their_tokens():
+    ids = byte_tokens("né a  b".encode(), 12)
+    weights = np.arange(12.0)
+    # n is byte 0, é bytes 1 and 2; a is byte 4 and b byte 7; what follows is padding.
+    words = [("né", 1.0), ("a", 4.0), ("b", 7.0)]
+    assert tokens.weighted_words(ids, weights, byte_pieces(ids)) == words
+    subwords = ("un", "even", " ", "key ", "s")
+    found = tokens.weighted_words(np.arange(1, 6), np.arange(5.0), subwords)
+    assert found == [("uneven", 0.5), ("key", 3.0), ("s", 4.0)]
+    assert tokens.weighted_words(np.array([7, 0, 9]), np.arange(3.0)) == [("7", 0.0), ("9", 2.0)]
+    assert tokens.weighted_words(np.zeros(3, int), np.ones(3)) == []

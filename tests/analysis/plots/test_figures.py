@@ -2,6 +2,7 @@
 
 import functools
 import io
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from PIL import Image
 from rollingq_jax.analysis import plots
 from rollingq_jax.analysis.plots import style
 from rollingq_jax.analysis.report import describe_key_gap
+from rollingq_jax.data.sources.media_folder import byte_pieces, byte_tokens
 from tests.analysis import analysis_examples as examples
 
 HOSTILE = "<b>$\\frac{$ & _x\x07"
@@ -39,6 +41,22 @@ def without_attention(rows):
         for row in rows
         if row["split"] != "roll"
     ]
+
+
+def text_examples(names=("audio", "text")):
+    """Texts of bytes beside spectrograms: every second modality is a text."""
+    rng = np.random.default_rng(0)
+    said = "Naïve, she said: the soup was cold and the bread (rye) was not. " * 6
+    views = []
+    for i, name in enumerate(names):
+        if i % 2:
+            ids = byte_tokens(said.encode(), 300)
+            weights = rng.gamma(0.5, size=301)
+            views.append(plots.ModalityView(name, "tokens", ids, weights, None, byte_pieces(ids)))
+        else:
+            sound, weights = rng.normal(size=(32, 32, 1)), rng.gamma(2.0, size=17)
+            views.append(plots.ModalityView(name, "spectrogram", sound, weights, (8, 8)))
+    return [plots.AttentionExample("true dog\npredicted cat", tuple(views))] * 2
 
 
 def wide_examples():
@@ -87,6 +105,7 @@ OF_NAMES = {
     "accuracy": lambda names: plots.accuracy_figure(run_of(names), chance=0.1, majority=0.2),
     "polar": keys_of,
     "noise": noise_of,
+    "attention": lambda names: plots.attention_figure(text_examples(names)),
 }
 
 
@@ -131,6 +150,7 @@ FIGURES = {
     "many arms": lambda: plots.arms_figure(arms(11, 1)),
     "attention": lambda: plots.attention_figure(examples.looking_examples()),
     "attention, other kinds": lambda: plots.attention_figure(wide_examples()),
+    "attention, text": lambda: plots.attention_figure(text_examples()),
 } | {
     f"{kind} of {count}": functools.partial(draw, names)
     for kind, draw in OF_NAMES.items()
@@ -177,6 +197,17 @@ def test_labels_can_be_read_and_files_are_small(name, monkeypatch):
 def test_the_same_content_gives_the_same_file():
     make = FIGURES["attention, other kinds"]
     assert plots.png_bytes(make()) == plots.png_bytes(make())
+
+
+def test_a_long_text_ends_in_how_many_words_are_left_out(monkeypatch):
+    texts = [text for text, _ in drawn_texts(FIGURES["attention, text"](), monkeypatch)]
+    counts = [int(found[1]) for text in texts if (found := re.fullmatch(r"and (\d+) more", text))]
+    (example, _) = text_examples()
+    total = len("".join(example.views[1].pieces).split())
+    numbers = [text for text in texts if re.fullmatch(r"\d+\.\d", text)]
+    words = [text for text in texts if text in "".join(example.views[1].pieces).split()]
+    assert len(counts) == 2 and len(words) + sum(counts) == 2 * total
+    assert len(numbers) >= len(words)  # a number for each word, as well as those of the bar
 
 
 def test_dynamics_shows_the_rows():
