@@ -24,8 +24,8 @@
 # In two dimensions one can see all of it.
 
 # %%
-# Where the package is not installed yet, in a clone of the repository:
-# %pip install . matplotlib
+# Where the package is not installed yet, in the folder notebooks/ of a clone:
+# %pip install .. matplotlib
 
 # %%
 import jax
@@ -56,24 +56,28 @@ keys = jnp.stack([make_keys(jax.random.key(0), 30.0), make_keys(jax.random.key(1
 query = jnp.array([0.9, 0.8])
 
 
-def draw(query, title, anchor=None):
+def arrow(axes, end, label, color, width=1.5):
+    """An arrow from the origin, with its name in the legend."""
+    axes.annotate("", np.asarray(end), (0, 0), arrowprops={"color": color, "width": width})
+    axes.plot([], [], color=color, linewidth=2 * width, label=label)
+
+
+def draw(axes, query, title, anchor=None):
     """Keys as points, their means and the query as arrows."""
-    figure, axes = plt.subplots(figsize=(5, 4))
     for name, points in zip(names, np.asarray(keys), strict=True):
         axes.scatter(*points.T, s=12, alpha=0.5, color=colors[name])
-        axes.annotate(
-            "", points.mean(axis=0), (0, 0), arrowprops={"color": colors[name], "width": 1.5}
-        )
-        axes.plot([], [], color=colors[name], label=name)
-    axes.annotate("", np.asarray(query), (0, 0), arrowprops={"color": "black", "width": 2.5})
-    axes.plot([], [], color="black", label="class query")
+        arrow(axes, points.mean(axis=0), f"mean key of the {name}", colors[name])
+    arrow(axes, query, "class query", "black", width=2.5)
     if anchor is not None:
-        axes.plot(*np.asarray(anchor), "k*", markersize=14, label="anchor")
-    axes.set(xlim=(-1.4, 1.4), ylim=(-0.3, 1.4), aspect="equal", title=title)
-    axes.legend(loc="lower left", frameon=False)
+        axes.plot(*np.asarray(anchor), "*", color="#CC79A7", markersize=15, label="anchor")
+    axes.set(xlim=(-1.3, 1.3), ylim=(-0.2, 1.4), aspect="equal", title=title)
+    axes.set(xlabel="first dimension", ylabel="second dimension")
 
 
-draw(query, "The query leans to the audio")
+figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
+draw(axes, query, "The query leans to the audio")
+figure.legend(loc="outside right upper", frameon=False)
+plt.show()
 
 # %% [markdown]
 # ## How uneven is it?
@@ -83,7 +87,7 @@ draw(query, "The query leans to the audio")
 
 # %%
 scores = rq.cosine_scores(jnp.broadcast_to(query, keys.shape[1:]), keys)
-print("cosine scores:", *[f"{m} {s:.2f}" for m, s in zip(names, scores, strict=True)])
+print("cosine scores:", ", ".join(f"{m} {s:.2f}" for m, s in zip(names, scores, strict=True)))
 print(f"imbalance: {rq.imbalance(scores):.2f}")
 
 # %% [markdown]
@@ -98,7 +102,8 @@ for rho in (0.0, 1.0, 4.0):
     weights = rq.rebalance_weights(scores, rho)
     anchor = rq.rebalance_anchor(query, keys.mean(axis=1), weights)
     angle = float(jnp.rad2deg(jnp.arctan2(anchor[1], anchor[0])))
-    print(f"rho {rho}: weights {np.asarray(weights).round(2)}, anchor at {angle:.0f} degrees")
+    audio, visual = (f"{name} {w:.2f}" for name, w in zip(names, weights, strict=True))
+    print(f"rho {rho:.0f}: weights {audio}, {visual}; anchor at {angle:.0f} degrees")
 
 # %% [markdown]
 # ## The rotation
@@ -111,17 +116,21 @@ anchor = rq.rebalance_anchor(query, keys.mean(axis=1), rq.rebalance_weights(scor
 rotation = rq.rotation_between(query, anchor)
 angle = jnp.arctan2(anchor[1], anchor[0]) - jnp.arctan2(query[1], query[0])
 school = jnp.array([[jnp.cos(angle), -jnp.sin(angle)], [jnp.sin(angle), jnp.cos(angle)]])
-print(np.asarray(rotation).round(3))
+for row in rotation:
+    print("  ".join(f"{entry:6.3f}" for entry in row))
 assert jnp.allclose(rotation, school, atol=1e-5)
 
 balanced = rq.rotate(rotation, query)
 assert jnp.allclose(balanced, anchor, atol=1e-5)
-draw(balanced, "After the rotation", anchor)
+after = rq.cosine_scores(jnp.broadcast_to(balanced, keys.shape[1:]), keys)
+assert rq.imbalance(after) < rq.imbalance(scores)
 
 # %%
-after = rq.cosine_scores(jnp.broadcast_to(balanced, keys.shape[1:]), keys)
-print(f"imbalance: {rq.imbalance(scores):.2f} before, {rq.imbalance(after):.2f} after")
-assert rq.imbalance(after) < rq.imbalance(scores)
+figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
+draw(axes[0], query, f"Before: imbalance {rq.imbalance(scores):.2f}")
+draw(axes[1], balanced, f"After: imbalance {abs(rq.imbalance(after)):.2f}", anchor)
+figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+plt.show()
 
 # %% [markdown]
 # ## The same, as training does it
@@ -134,7 +143,8 @@ roller = rq.rolling_query(beta=0.1, rho=0.0, max_rotations=1)
 state = roller.init(num_modalities=2, dim=2, num_heads=1)
 state = roller.observe(state, query[None], keys[:, :, None])
 state, info = jax.jit(roller.update)(state, query[None])
-print(f"rolled {info.rolled}, by {float(jnp.rad2deg(info.angle[0])):.0f} degrees")
+assert info.rolled[0]
+print(f"the head rolled by {float(jnp.rad2deg(info.angle[0])):.0f} degrees")
 assert jnp.allclose(state.rotation[0], rotation, atol=1e-5)
 
 # %% [markdown]

@@ -21,8 +21,8 @@
 # This notebook needs the installed package and nothing else: no file of the repository, no data.
 
 # %%
-# Where the package is not installed yet, in a clone of the repository:
-# %pip install . matplotlib
+# Where the package is not installed yet, in the folder notebooks/ of a clone:
+# %pip install .. matplotlib
 
 # %%
 import jax
@@ -43,7 +43,8 @@ from rollingq_jax.examples.toy_data import batches, make_data
 
 # %%
 data = make_data(num_examples=512, num_classes=4)
-print({name: column.shape for name, column in data.items()})
+for name, column in data.items():
+    print(f"{name:6} {column.shape}")
 
 DIM, HEADS, CLASSES = 16, 2, 4
 modalities = ("audio", "visual")
@@ -81,6 +82,8 @@ class Rolling(nn.Module):
             spans = jnp.split(key, [parts[0].shape[1]], axis=1)
             seen["mean_keys"] = jnp.stack([span.mean(axis=1) for span in spans])
             seen["query"] = query[:, 0]
+            weights = nn.dot_product_attention_weights(query, key)  # for the pictures below
+            seen["share"] = rq.attention_share(weights[:, :, 0], [s.shape[1] for s in spans])
             return nn.dot_product_attention(query, key, value, **kwargs)
 
         fusion = nn.MultiHeadDotProductAttention(HEADS, attention_fn=attention_fn, name="fusion")
@@ -92,38 +95,54 @@ class Rolling(nn.Module):
 # ## The training step
 #
 # `RollingState` is state beside the parameters, like the optimizer's. `observe` adds a batch to its
-# sums and lets no gradient through. `update` decides and turns, here at each epoch's end.
+# sums and lets no gradient through, here in the last quarter of each epoch. `update` decides and
+# turns, at the epoch's end.
 
 # %%
 model, tx = Rolling(), optax.adam(5e-3)
 
 
+@jax.jit
+def look(params, rotation):
+    """Imbalance and the audio's share of the attention over all data, heads averaged; the query."""
+    _, seen = model.apply({"params": params}, data, rotation)
+    scores = jax.vmap(rq.cosine_scores, in_axes=(1, 2))(seen["query"], seen["mean_keys"])  # [H, M]
+    shown = jax.vmap(rq.imbalance)(scores).mean(), seen["share"][..., 0].mean()
+    return jnp.array(shown), seen["query"][0]
+
+
+@jax.jit
+def train_step(params, opt_state, rotation, batch):
+    def loss_fn(params):
+        logits, seen = model.apply({"params": params}, batch, rotation)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+        return loss, seen
+
+    grads, seen = jax.grad(loss_fn, has_aux=True)(params)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, seen
+
+
 def train(roller, num_epochs=8):
-    """Parameters, rolling state, and imbalance `[H]` and rolls `[H]` of each epoch's end."""
+    """Parameters, rolling state, and what `look` saw before and after each epoch's update."""
+    observe, update = jax.jit(roller.observe), jax.jit(roller.update)
     rolling = roller.init(num_modalities=2, dim=DIM // HEADS, num_heads=HEADS)
     first = {name: column[:2] for name, column in data.items()}
     params = jax.jit(model.init)(jax.random.key(0), first, rolling.rotation)["params"]
     opt_state, history = tx.init(params), []
-
-    @jax.jit
-    def train_step(params, opt_state, rolling, batch):
-        def loss_fn(params):
-            logits, seen = model.apply({"params": params}, batch, rolling.rotation)
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
-            return loss, seen
-
-        grads, seen = jax.grad(loss_fn, has_aux=True)(params)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        rolling = roller.observe(rolling, seen["query"], seen["mean_keys"])
-        return optax.apply_updates(params, updates), opt_state, rolling
-
-    for epoch in range(num_epochs):
-        for batch in batches(data, 32, epoch):
-            params, opt_state, rolling = train_step(params, opt_state, rolling, batch)
-        rolling, info = jax.jit(roller.update)(rolling)
-        history.append((np.asarray(info.imbalance), np.asarray(info.rolled)))
-        print(f"epoch {epoch}: imbalance {history[-1][0].round(2)}, rolled {history[-1][1]}")
-    return params, rolling, history
+    for epoch in range(1, num_epochs + 1):
+        for number, batch in enumerate(batches(data, 32, epoch)):  # 16 of them
+            params, opt_state, seen = train_step(params, opt_state, rolling.rotation, batch)
+            if number >= 12:
+                rolling = observe(rolling, seen["query"], seen["mean_keys"])
+        before, query = look(params, rolling.rotation)
+        rolling, info = update(rolling, query)
+        after, _ = look(params, rolling.rotation)
+        history.append(np.array([before, after]))
+        heads = int(info.rolled.sum())
+        rolled = f", after a rotation of {heads} of {HEADS} heads {after[0]:.2f}" if heads else ""
+        print(f"epoch {epoch}: imbalance {before[0]:.2f}{rolled}")
+    return params, rolling, np.array(history)  # [epochs, 2 (before, after), 2]
 
 
 # %% [markdown]
@@ -147,29 +166,30 @@ found = rq.report(see, batches(data, 128, epoch=0), beta=0.1)
 
 # %%
 params, rolling, rolled = train(rq.rolling_query(beta=0.1, max_rotations=None))
-print("rotations:", rolling.count)
+print("rotations:", ", ".join(f"{n} of head {head}" for head, n in enumerate(rolling.count)))
 assert rolling.count.sum() >= 1
 
 # %%
-figure, axes = plt.subplots(figsize=(6, 3.5))
-for name, history, color in (("as it was", plain, "grey"), ("with RollingQ", rolled, "#0072B2")):
-    axes.plot([imbalance.mean() for imbalance, _ in history], color=color, label=name)
-for epoch, (_, heads) in enumerate(rolled):
-    if heads.any():
-        axes.axvline(epoch, color="#AA3377", alpha=0.3)
-axes.axhline(0.1, linestyle=":", color="grey")
-axes.annotate("beta", (0, 0.1), xytext=(0, 3), textcoords="offset points", color="grey")
-axes.set(
-    xlabel="epoch",
-    ylabel="imbalance, mean over heads",
-    title="At each epoch's end; a vertical line is a rotation",
-)
-axes.legend(frameon=False)
+epochs = np.arange(1, len(rolled) + 1)
+figure, axes = plt.subplots(2, 1, figsize=(7, 5.5), sharex=True, layout="constrained")
+for ax, values, still_values in zip(axes, rolled.T, plain.T, strict=True):  # [2, epochs] each
+    ax.plot(epochs, still_values[0], "--", color="#D55E00", label="as it was")
+    ax.plot(np.repeat(epochs, 2), values.T.ravel(), color="#0072B2", label="with RollingQ")
+    turned = np.flatnonzero(values[0] != values[1])
+    ax.vlines(epochs[turned], *values[:, turned], color="#CC79A7", linewidth=4, label="a rotation")
+axes[0].axhline(0.1, linestyle=":", color="grey")
+axes[0].annotate("beta", (1, 0.1), xycoords=("axes fraction", "data"), color="grey", va="center")
+axes[1].axhline(6 / 15, linestyle=":", color="grey")  # 6 tokens of audio, 9 of the image
+axes[1].annotate("even", (1, 0.4), xycoords=("axes fraction", "data"), color="grey", va="center")
+axes[0].set(ylabel="imbalance, mean over heads")
+axes[1].set(ylabel="attention share of the audio", xlabel="epoch")
+figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
 plt.show()
 
 # %% [markdown]
-# Without rotations the imbalance only grows. With them, each is followed by a smaller one, as long as
-# the gradient leans back to the audio; then nothing is due any more.
+# Without rotations the imbalance only grows. Each rotation takes it back at once, and with it the
+# audio's share; both grow again as long as the gradient leans to the audio. An even query is not an
+# even share: what it leaves to the sample goes, here, to the modality that shows the class plainly.
 
 # %% [markdown]
 # ## Fold it away

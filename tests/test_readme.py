@@ -8,6 +8,7 @@ import jax
 import pytest
 
 import rollingq_jax as rq
+from rollingq_jax.analysis import plots
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -73,6 +74,8 @@ def test_links_and_pictures_exist(path):
             continue
         name, _, anchor = target.partition("#")
         page = path.parent / name if name else path
+        if page.parent == ROOT / "docs" / "notebooks":  # docs/notebooks.py makes them
+            page = ROOT / "notebooks" / f"{page.stem}.ipynb"
         assert page.exists(), target
         assert not anchor or anchor in anchors(page), target
 
@@ -81,7 +84,9 @@ def test_each_page_is_in_the_navigation_once():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     listed = re.findall(r"^ +- .*: (\S+\.md)$", text, flags=re.MULTILINE)
     docs = ROOT / "docs"
-    assert sorted(listed) == sorted(p.relative_to(docs).as_posix() for p in docs.rglob("*.md"))
+    pages = [p.relative_to(docs).as_posix() for p in docs.rglob("*.md")]
+    notebooks = [f"notebooks/{p.stem}.md" for p in (ROOT / "notebooks").glob("*.ipynb")]
+    assert sorted(listed) == sorted(pages + notebooks)
 
 
 def test_api_page_has_every_public_name():
@@ -90,5 +95,7 @@ def test_api_page_has_every_public_name():
     subpackages = {"convert", "models", "train"}  # documented by what they hold
     former = {"textbook_attention"}  # an alias
     assert set(rq.__all__) - subpackages - former - entries == set()
+    for package in (rq.convert, rq.models, rq.train, plots):
+        assert set(package.__all__) - entries == set(), package.__name__
     assert all(f"`rq.{name}`" in page for name in subpackages)
     assert len(rq.__all__) <= 40

@@ -40,7 +40,7 @@ from rollingq_jax.analysis.tasks import (
 from rollingq_jax.data.corruption import has_modality
 from rollingq_jax.data.dataset import REGRESSION, Dataset, Subset, label_text
 from rollingq_jax.data.pipeline import eval_batches
-from rollingq_jax.data.sources.media_folder import BYTE_VOCABULARY, byte_pieces
+from rollingq_jax.data.sources.media_folder import BYTE_VOCABULARY, text_pieces
 
 Array = np.ndarray
 SMALL = 0.01  # of the attention: that much more than even is no bias, however sure
@@ -626,13 +626,21 @@ def attention_examples(
                     batch[e.name][row],
                     weights[e.name][row],
                     e.patch,
-                    byte_pieces(batch[e.name][row]) if e.vocab_size == BYTE_VOCABULARY else (),
+                    _pieces(dataset, e.name, batch[e.name][row]),
                 )
                 for e in encoders
             ),
         )
         for row in range(len(indices))
     ]
+
+
+def _pieces(dataset: Dataset, name: str, ids: Array) -> tuple[str, ...]:
+    """The text that each token adds; empty where the modality is none, or no more than its ids."""
+    info, known = dataset.modalities[name], dataset.preprocessing.get(name)
+    tokenizer = ((known and known.media) or {}).get("tokenizer", "")
+    text = info.kind == "tokens" and (tokenizer or info.vocab_size == BYTE_VOCABULARY)
+    return text_pieces(ids, tokenizer) if text else ()
 
 
 def _caption(batch: dict[str, Array], row: int, true: str, predicted: str) -> str:

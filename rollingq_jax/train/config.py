@@ -25,6 +25,7 @@ from rollingq_jax.models.spec import (
     DYNAMIC_FUSIONS,
     ENCODER_FIELDS,
     FLAG,
+    INT32_MAX,
     MODEL_FIELDS,
     Field,
     ModelSpec,
@@ -606,14 +607,20 @@ def config_page() -> str:
         "# Configuration\n\n"
         "Every field of a configuration. Set it in a file of `configs/`, or on the command line\n"
         "as `--config.SECTION.FIELD=VALUE`; `python train.py --help` prints the same. This page\n"
-        "is made by `python -m rollingq_jax.train.config > docs/config.md`.\n"
+        "is made by `python -m rollingq_jax.train.config > docs/config.md`. Integers are at most\n"
+        "2,147,483,647 where no other limit is given.\n"
     ]
     for section, subject, rows in described_sections():
         title = f"config.{section}" if section else "config"
         table = ["| field | default | allowed | meaning |", "| --- | --- | --- | --- |"]
         for name, default, allowed, meaning in rows:
             shown = f"`{default}`" if default else ""
-            cells = (f"`{name}`", shown, allowed, meaning)
+            cells = (
+                f"`{name}`",
+                shown,
+                allowed.replace(f" and at most {INT32_MAX:,}", ""),
+                meaning,
+            )
             table.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         parts.append(f"## {title}\n\n{subject}\n\n" + "\n".join(table) + "\n")
     return "\n".join(parts)

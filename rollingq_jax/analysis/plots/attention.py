@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -71,24 +72,25 @@ def attention_figure(examples: Sequence[AttentionExample]) -> Figure:
     relative = [_relative_weights(example) for example in examples]
     places = np.concatenate([weights[1:] for row in relative for weights in row])
     norm = Normalize(0, max(2.0, float(np.quantile(places, 0.98))))
-    texts = []
+    texts: list[tuple[Axes, list[tuple[str, float]]]] = []
     for row, (example, weights) in enumerate(zip(examples, relative, strict=True)):
         total = sum(float(np.sum(view.weights)) for view in example.views)
-        first = None
+        first: Axes | None = None
         for number, view in enumerate(example.views):
             line, column = divmod(number, _VIEWS_IN_A_LINE)
             line, column = row * lines + line, 2 * column
             share = float(np.sum(view.weights)) / total if total else math.nan
-            name, words = style.named(view.name), f"share {style.signed(share)}"
+            titles = style.named(view.name), f"share {style.signed(share)}"
             if view.kind == "tokens":
                 axes = [figure.add_subplot(grid[line, column : column + 2])]
-                axes[0].set_title(f"{name}, {words}", fontsize=9.5, pad=4)
-                texts.append((axes[0], view, weights[number]))
+                axes[0].set_title(", ".join(titles), fontsize=9.5, pad=4)
+                ids = np.asarray(view.values)
+                texts.append((axes[0], weighted_words(ids, weights[number][1:], view.pieces)))
             else:
                 axes = [figure.add_subplot(grid[line, column + i]) for i in range(2)]
                 _draw_input(axes[0], view)
                 _draw_weights(axes[1], view, weights[number], norm)
-                for one, title in zip(axes, (name, words), strict=True):
+                for one, title in zip(axes, titles, strict=True):
                     if PATCH_AXES[view.kind]:
                         one.set_box_aspect(1 / _aspect(view))
                     one.set_title(title, fontsize=9.5, pad=4)
@@ -121,9 +123,8 @@ def attention_figure(examples: Sequence[AttentionExample]) -> Figure:
     bar.outline.set_visible(False)
     if texts:
         figure.draw_without_rendering()  # lines are broken where the panels have their final width
-        for axes, view, weights in texts:
-            words = weighted_words(np.asarray(view.values), weights[1:], view.pieces)
-            _draw_words(axes, words, norm)
+        for panel, words in texts:
+            _draw_words(panel, words, norm)
     return figure
 
 
@@ -147,7 +148,7 @@ def weighted_words(
       pieces: the text that each token adds, [L]; one of several may hold all of a character. Where
         it is empty each id is a word.
     """
-    real = np.flatnonzero(ids)
+    real = np.flatnonzero(ids).tolist()
     texts = [pieces[i] if pieces else f"{ids[i]} " for i in real]
     owner = np.repeat(np.arange(len(real)), [len(text) for text in texts])
     words = []
@@ -166,7 +167,7 @@ def _draw_words(axes: Axes, words: Sequence[tuple[str, float]], norm: Normalize)
     width, height = box.width * scale, box.height * scale
     axes.set(xlim=(0, width), ylim=(height, 0))  # in points, from the upper left
     most = int((width - 2 * _GAP) / (_ADVANCE * _WORD))
-    x, y = _GAP, _GAP
+    x, y, colors = _GAP, _GAP, colormaps[_HEAT]
     for number, (word, weight) in enumerate(words):
         text, value = style.shorten(word, most), style.signed(weight, ".1f")
         wide = max(_ADVANCE * _WORD * (len(text) + 1), _ADVANCE * _NUMBER * len(value))
@@ -178,7 +179,7 @@ def _draw_words(axes: Axes, words: Sequence[tuple[str, float]], norm: Normalize)
         if y + _LINE > height or (full and number + 1 < len(words) and x + wide > room):
             axes.text(x, y + 1, more, fontsize=_WORD, va="top", color=style.MUTED, in_layout=False)
             return
-        color = ScalarMappable(norm, _HEAT).to_rgba(weight)
+        color = colors(norm(weight))
         light = np.dot(color[:3], (0.299, 0.587, 0.114)) > 0.5
         axes.add_patch(Rectangle((x, y), wide - 1, _WORD * 1.45, color=color, linewidth=0))
         axes.text(

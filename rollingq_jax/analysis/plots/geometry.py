@@ -103,9 +103,10 @@ def polar_figure(
     """Keys of each modality around the class query, before and after a rotation.
 
     Args:
-      keys_before, keys_after: modality -> mean key of each sample, [N, d] or [N, H, d]. The same
-        mapping twice where only the query changed.
-      query_before, query_after: the class query as used then, [d] or [H, d].
+      keys_before: modality -> mean key of each sample, [N, d] or [N, H, d].
+      query_before: the class query as used then, [d] or [H, d].
+      keys_after: as before; the same mapping where only the query changed.
+      query_after: as before.
       anchor: [d] or [H, d], drawn in both panels; `query_after` where it is not given.
       head: which head to show of arrays that have them; heads are put side by side as one long
         vector where it is None.

@@ -54,6 +54,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -774,15 +775,25 @@ def _shifted(values: Any, length: int) -> np.ndarray:
     return ids
 
 
-def byte_pieces(ids: np.ndarray) -> tuple[str, ...]:
-    """The text that each id of `byte_tokens` adds: a character comes with the last of its bytes.
+def text_pieces(ids: np.ndarray, tokenizer: str = "") -> tuple[str, ...]:
+    """The text that each id of `text_tokens` adds; a character comes with the last of its tokens.
+
+    Args:
+      ids: int32 [text_length].
+      tokenizer: as `MediaSizes.tokenizer`; bytes without one.
 
     Examples:
-      >>> byte_pieces(byte_tokens("Öl".encode(), 4))
+      >>> text_pieces(byte_tokens("Öl".encode(), 4))
       ('', 'Ö', 'l', '')
     """
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    return tuple(decoder.decode(bytes([i - 1])) if i else "" for i in ids.tolist())
+    if not tokenizer:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return tuple(decoder.decode(bytes([i - 1])) if i else "" for i in ids.tolist())
+    decode = functools.partial(open_tokenizer(tokenizer).decode, skip_special_tokens=False)
+    real = (ids[ids > 0] - 1).tolist()
+    texts = [decode(real[:end]) for end in range(len(real) + 1)]
+    pieces = [after[len(before) :] for before, after in itertools.pairwise(texts)]
+    return (*pieces, *[""] * (len(ids) - len(pieces)))
 
 
 def sound_features(waveform: np.ndarray, rate: int, sizes: MediaSizes) -> np.ndarray:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from rollingq_jax.analysis.plots import attention as tokens
-from rollingq_jax.data.sources.media_folder import byte_pieces, byte_tokens
+from rollingq_jax.data.sources.media_folder import byte_tokens, text_pieces
 from rollingq_jax.models.encoders import cut_example
 
 SHAPES = {
@@ -67,7 +67,7 @@ def test_words_have_the_mean_weight_of_their_tokens():
     weights = np.arange(12.0)
     # n is byte 0, é bytes 1 and 2; a is byte 4 and b byte 7; what follows is padding.
     words = [("né", 1.0), ("a", 4.0), ("b", 7.0)]
-    assert tokens.weighted_words(ids, weights, byte_pieces(ids)) == words
+    assert tokens.weighted_words(ids, weights, text_pieces(ids)) == words
     subwords = ("un", "even", " ", "key ", "s")
     found = tokens.weighted_words(np.arange(1, 6), np.arange(5.0), subwords)
     assert found == [("uneven", 0.5), ("key", 3.0), ("s", 4.0)]

@@ -14,7 +14,7 @@ from PIL import Image
 from rollingq_jax.analysis import plots
 from rollingq_jax.analysis.plots import style
 from rollingq_jax.analysis.report import describe_key_gap
-from rollingq_jax.data.sources.media_folder import byte_pieces, byte_tokens
+from rollingq_jax.data.sources.media_folder import byte_tokens, text_pieces
 from tests.analysis import analysis_examples as examples
 
 HOSTILE = "<b>$\\frac{$ & _x\x07"
@@ -52,7 +52,7 @@ def text_examples(names=("audio", "text")):
         if i % 2:
             ids = byte_tokens(said.encode(), 300)
             weights = rng.gamma(0.5, size=301)
-            views.append(plots.ModalityView(name, "tokens", ids, weights, None, byte_pieces(ids)))
+            views.append(plots.ModalityView(name, "tokens", ids, weights, None, text_pieces(ids)))
         else:
             sound, weights = rng.normal(size=(32, 32, 1)), rng.gamma(2.0, size=17)
             views.append(plots.ModalityView(name, "spectrogram", sound, weights, (8, 8)))

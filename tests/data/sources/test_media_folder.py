@@ -25,6 +25,7 @@ from rollingq_jax.data.sources.media_folder import (
     open_tokenizer,
     read_manifest,
     sound_features,
+    text_pieces,
 )
 from rollingq_jax.errors import ConfigError, DataError
 from tests.data import media_files
@@ -146,6 +147,9 @@ def test_texts_through_a_tokenizer(texts, tmp_path):
     assert first["read"].tolist() == [3, 7, 6, 5, 4]  # number 8: all of "dog cat ab"
     assert first["said"].tolist() == [3, 6, 2, 4, 0] and second["said"].tolist() == [3, 6, 2, 7, 4]
     assert last["said"].tolist() == [0] * 5 and not last["said_mask"]
+    tokenizer = dataset.preprocessing["said"].media["tokenizer"]
+    pieces = text_pieces(first["said"], tokenizer)  # "bird" is not in the vocabulary
+    assert pieces == ("[CLS]", " cat", " [UNK]", " [SEP]", "")
     short = load({**config, "text_length": 4}, seed=0).splits["test"][1]
     assert short["said"].tolist() == [3, 6, 2, 4]
     assert infer_model(dataset)["encoders"]["said"]["vocab_size"] == 8
