@@ -95,6 +95,7 @@ def test_help_names_every_set(capsys):
     assert all(name in printed for name in prepare.DATA_SETS)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     source = crema_d_tree.make_tree(tmp_path / "CREMA-D", clips=CLIPS[:6], frames=2)
     (source / "AudioWAV" / f"{CLIPS[0]}.wav").write_bytes(b"RIFF")

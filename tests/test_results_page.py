@@ -28,7 +28,11 @@ def result():
         "second_table": None,
         "table": table,
         "selection": {"attention": {"chosen": 1, "tried": tried}},
-        "runs": [],
+        "runs": [
+            {"arm": a, "seed": s, "test_accuracy": t, "attention_share/audio": 0.5}
+            for a, t in (("attention", 0.61), ("rollingq", 0.63))
+            for s in range(5)
+        ],
         "seeds": [0, 1, 2, 3, 4],
         "device": "1 x cpu",
         "versions": {"platform": "somewhere", "jax": "9.9"},

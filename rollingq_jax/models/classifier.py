@@ -11,7 +11,7 @@ from jax import Array
 
 from rollingq_jax import quality
 from rollingq_jax.errors import ConfigError
-from rollingq_jax.models.encoders import Bottleneck, Encoder, Presence, read_inputs, read_mask
+from rollingq_jax.models.encoders import Bottleneck, Encoder, ModalityMask, read_inputs, read_mask
 from rollingq_jax.models.fusion import (
     CROSS_FUSIONS,
     STATIC_FUSIONS,
@@ -26,7 +26,7 @@ from rollingq_jax.models.spec import DTYPES, DYNAMIC_FUSIONS, RESNET, ModelSpec
 from rollingq_jax.shapes import batch_broadcast
 
 
-def _fusion_mask(presence: Presence, tokens: Array) -> Array | None:
+def _fusion_mask(presence: ModalityMask, tokens: Array) -> Array | None:
     """`[B, 1 + L]`, True at real tokens, none without the modality; None where all are real."""
     positions, present = presence
     if present is None:
@@ -210,7 +210,7 @@ class MultimodalTransformer(nn.Module):
         presences = {
             e.name: read_mask(e, inputs[e.name], batch.get(f"{e.name}_mask"))
             if e.name in modalities
-            else Presence(None, absent)
+            else ModalityMask(None, absent)
             for e in self.spec.encoders
         }
         index = jnp.arange(absent.shape[0], dtype=jnp.int32)
@@ -219,7 +219,7 @@ class MultimodalTransformer(nn.Module):
     def _fuse(
         self,
         tokens: Mapping[str, Array],
-        presences: Mapping[str, Presence],
+        presences: Mapping[str, ModalityMask],
         rotation: Array | None,
         **how: Any,
     ) -> tuple[Array, dict[str, Any]]:

@@ -149,7 +149,7 @@ def normalize_pixels(spec: EncoderSpec, x: Array) -> Array:
     return (x - mean.reshape(axes)) / std.reshape(axes)
 
 
-class Presence(NamedTuple):
+class ModalityMask(NamedTuple):
     """The real part of one modality in a batch; None where nothing says otherwise.
 
     Attributes:
@@ -161,8 +161,8 @@ class Presence(NamedTuple):
     present: Array | None = None
 
 
-def read_mask(spec: EncoderSpec, x: Array, mask: Array | None) -> Presence:
-    """Presence from a mask `[B, L]` (real positions) or `[B]` (modality present), or from the ids.
+def read_mask(spec: EncoderSpec, x: Array, mask: Array | None) -> ModalityMask:
+    """The real part from a mask `[B, L]` (real positions) or `[B]` (has the modality), or the ids.
 
     Token ids without a mask of positions are real where they are not 0.
 
@@ -178,14 +178,14 @@ def read_mask(spec: EncoderSpec, x: Array, mask: Array | None) -> Presence:
             f"[{x.shape[0]}] or [{x.shape[0]}, positions]"
         )
     if mask is not None and mask.ndim == 2:
-        return Presence(mask, jnp.any(mask, axis=1))
+        return ModalityMask(mask, jnp.any(mask, axis=1))
     if spec.kind == "tokens":
         positions = x != 0 if mask is None else (x != 0) & mask[:, None]
-        return Presence(positions, jnp.any(positions, axis=1))
-    return Presence(None, mask)
+        return ModalityMask(positions, jnp.any(positions, axis=1))
+    return ModalityMask(None, mask)
 
 
-def make_features(spec: EncoderSpec, x: Array, presence: Presence) -> Array:
+def make_features(spec: EncoderSpec, x: Array, presence: ModalityMask) -> Array:
     """`[B, ...] -> [B, L, P]` float32 (or ids `[B, L]`), zeros where there is nothing real.
 
     So NaN instead of a missing value reaches neither a value nor a gradient.
@@ -366,7 +366,7 @@ class Encoder(nn.Module):
     def __call__(
         self,
         x: Array,
-        presence: Presence | None = None,
+        presence: ModalityMask | None = None,
         *,
         train: bool = False,
         example_index: Array | None = None,
@@ -384,7 +384,7 @@ class Encoder(nn.Module):
           DataError: `x` or the mask does not fit the kind, or not the parameters.
         """
         check_input(self.spec, x)
-        presence = presence or Presence()
+        presence = presence or ModalityMask()
         features = make_features(self.spec, x, presence)
         self._check_width(features)
         tokens = embedding(self.spec, features, self.dtype, "embed")(features)
@@ -414,7 +414,7 @@ class Encoder(nn.Module):
         return Dense(self.dim, dtype=self.dtype, name="project")(tokens)
 
 
-def mean_over_present(copies: list[Array], presences: list[Presence]) -> Array:
+def mean_over_present(copies: list[Array], presences: list[ModalityMask]) -> Array:
     """Mean of one array a modality over the modalities that an example has.
 
     `M x [B, n, d] -> [B, n, d]`; zeros for an example without any.
@@ -456,7 +456,7 @@ class Bottleneck(nn.Module):
     def __call__(
         self,
         tokens: Mapping[str, Array],
-        presences: Mapping[str, Presence],
+        presences: Mapping[str, ModalityMask],
         *,
         train: bool = False,
         example_index: Array,
@@ -465,7 +465,7 @@ class Bottleneck(nn.Module):
 
         Args:
           tokens: each modality's, its class token first.
-          presences: the real part of each; see `Presence`.
+          presences: the real part of each; see `ModalityMask`.
           train: whether dropout applies (key "dropout").
           example_index: `[B]` int32, positions in the global batch.
         """
@@ -506,7 +506,7 @@ class Bottleneck(nn.Module):
             shared = mean_over_present(copies, [presences[m] for m in modalities])
         return streams
 
-    def _mask(self, presence: Presence) -> Array | None:
+    def _mask(self, presence: ModalityMask) -> Array | None:
         """`[B, n + 1 + L]`: bottleneck and class token are real."""
         if presence.positions is None:
             return None

@@ -19,7 +19,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from rollingq_jax.errors import ConfigError, DataError
-from rollingq_jax.models.encoders import Presence, normalize_pixels
+from rollingq_jax.models.encoders import ModalityMask, normalize_pixels
 from rollingq_jax.models.layers import Dense
 from rollingq_jax.models.spec import EncoderSpec
 from rollingq_jax.shapes import batch_broadcast, batch_reshape, batch_sharding
@@ -198,7 +198,7 @@ class ResNet18(nn.Module):
     def __call__(
         self,
         x: Array,
-        presence: Presence | None = None,
+        presence: ModalityMask | None = None,
         *,
         train: bool = False,
         weight: Array | None = None,
@@ -226,7 +226,7 @@ class ResNet18(nn.Module):
                 "'resnet18': [batch, row, column, channel] or [batch, frame, row, column, channel],"
                 " float or uint8"
             )
-        positions, present = presence or Presence()
+        positions, present = presence or ModalityMask()
         if positions is not None:
             raise DataError(
                 f"{self.spec.name}_mask has shape {positions.shape}; allowed for kind 'resnet18': "

@@ -55,6 +55,7 @@ def run(capsys, *arguments):
     return code, *capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_it_writes_numbers_pictures_and_a_report(workdir, capsys):
     code, out, err = run(
         capsys, "--workdir", str(workdir), "--probes", "--levels", "0.5,2",

@@ -156,6 +156,7 @@ def test_a_report_without_anything_but_a_title(tmp_path):
     assert Page(path.read_text()).text.count("Nothing yet") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed (apt-get install chromium)")
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_a_browser_shows_the_report(tmp_path, dark):

@@ -22,6 +22,7 @@ def counted(function, *arguments):
     return timing.cost(jax.jit(function).lower(*arguments).compile())["flops"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fusion_layers", [1, 3])
 def test_formula_is_what_xla_counts(fusion_layers):
     """XLA adds the elementwise work (norms, GELU, softmax, biases), a few per cent at this width.
@@ -105,6 +106,7 @@ assert run.input_pipeline() == []
 """
 
 
+@pytest.mark.slow
 def test_a_machine_with_the_core_alone_is_enough(capfd):
     absent = {"grain", "ml_collections", "orbax", "PIL", "tensorflow_datasets"}
     absent |= {"matplotlib", "sklearn", "tensorboardX", "torch", "tqdm", "av", "soundfile"}

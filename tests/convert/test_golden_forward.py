@@ -133,6 +133,7 @@ def test_folding_the_rotation_gives_the_rolled_logits(case):
     np.testing.assert_allclose(logits, golden["rolled/logits"], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_no_reflections_at_full_width():
     """Upstream's SVD gives a reflection about every other time at d = 768.
 

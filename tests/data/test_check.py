@@ -143,6 +143,7 @@ def test_wrong_shapes_are_found():
         list(read_examples(dataset))
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path):
     save_arrays(tmp_path / "d.npz")
     done = run("--config", "configs/own_data.py", f"--config.data.path={tmp_path}/d.npz", "--quick")

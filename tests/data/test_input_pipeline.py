@@ -13,6 +13,7 @@ from benchmarks import input_pipeline
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs(tmp_path, capsys):
     cores = os.sched_getaffinity(0)
     out = tmp_path / "made" / "result.json"

@@ -18,7 +18,7 @@ from rollingq_jax.models import (
     mapped_attention,
 )
 from rollingq_jax.models.encoders import (
-    Presence,
+    ModalityMask,
     cut_patches,
     make_features,
     normalize_pixels,
@@ -67,7 +67,7 @@ def test_a_patch_over_frames_orders_its_values_frame_row_column_channel():
 
 def test_spectrogram_is_cut_after_its_axes_are_swapped():
     x = np.asarray(values("spectrogram"))  # [B, F=10, T=13, 1]
-    got = make_features(spec("spectrogram"), jnp.asarray(x), Presence())
+    got = make_features(spec("spectrogram"), jnp.asarray(x), ModalityMask())
     expected = [
         x[:, f : f + 4, t : t + 4, 0].swapaxes(1, 2).reshape(BATCH, -1)
         for t in (0, 4, 8)
@@ -87,7 +87,7 @@ def test_a_patch_product_is_the_strided_convolution():
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_number_of_tokens(kind):
-    features = make_features(spec(kind), values(kind), Presence())
+    features = make_features(spec(kind), values(kind), ModalityMask())
     assert features.shape[:2] == (BATCH, KINDS[kind][2])
 
 
@@ -129,7 +129,7 @@ def test_mask_of_positions_and_of_presence():
     read = read_mask(spec("sequence"), x, present)
     assert read.positions is None
     np.testing.assert_array_equal(read.present, present)
-    assert read_mask(spec("sequence"), x, None) == Presence(None, None)
+    assert read_mask(spec("sequence"), x, None) == ModalityMask(None, None)
 
 
 def test_ids_of_zero_are_padding():
@@ -198,7 +198,7 @@ def made_encoder(kind="sequence", depth=2, width=8, dim=8, **fields):
 @pytest.mark.parametrize("kind", ["spectrogram", "image", "video", "sequence", "vector"])
 def test_encoder_equals_numpy(kind):
     encoder, params, x = made_encoder(kind)
-    features = make_features(encoder.spec, x, Presence())
+    features = make_features(encoder.spec, x, ModalityMask())
     expected = numpy_reference.encoder(params, features, num_heads=2, depth=2)
     close(run(encoder, params, x), expected)
 
@@ -215,7 +215,7 @@ def test_padded_positions_are_read_by_nobody():
     encoder, params, x = made_encoder()
     positions = jnp.arange(7)[None] < jnp.array([7, 3, 1, 5])[:, None]
     noisy = jnp.where(positions[..., None], x, jnp.nan)
-    a, b = (run(encoder, params, y, Presence(positions)) for y in (x, noisy))
+    a, b = (run(encoder, params, y, ModalityMask(positions)) for y in (x, noisy))
     real = np.concatenate([np.ones((4, 1), bool), np.asarray(positions)], axis=1)
     np.testing.assert_array_equal(np.asarray(a)[real], np.asarray(b)[real])
     features = np.asarray(x)
@@ -228,7 +228,7 @@ def test_nothing_leaks_from_padding_into_gradients():
     positions = jnp.arange(7)[None] < jnp.array([7, 3, 1, 5])[:, None]
 
     def loss(params, x):
-        return jnp.sum(encoder.apply({"params": params}, x, Presence(positions))[:, 0] ** 2)
+        return jnp.sum(encoder.apply({"params": params}, x, ModalityMask(positions))[:, 0] ** 2)
 
     gradient = jax.jit(jax.grad(loss))
     noisy = jnp.where(positions[..., None], x, jnp.nan)
@@ -249,7 +249,7 @@ def value_and_gradient(rate, masked, scan=False, remat=False):
         depth=2, dropout=rate, scan_layers=scan, remat=remat, attention_fn=dense_attention
     )
     real = jnp.arange(7)[None] < jnp.array([7, 3, 1, 5])[:, None]
-    presence = Presence(real) if masked else Presence()
+    presence = ModalityMask(real) if masked else ModalityMask()
 
     def loss(params):
         rngs = {"dropout": jax.random.key(5)}
@@ -346,7 +346,7 @@ def made_bottleneck(modalities=("audio", "visual"), **fields):
     streams = {
         m: jax.random.normal(k, (3, LENGTHS[m], 8)) for m, k in zip(modalities, keys, strict=True)
     }
-    everything = {m: Presence() for m in modalities}
+    everything = {m: ModalityMask() for m in modalities}
     params = filled(module, streams, everything, example_index=INDEX)
     return module, params, streams, everything
 
@@ -364,7 +364,7 @@ def test_an_absent_modality_adds_nothing_to_the_bottleneck():
     module, params, streams, everything = made_bottleneck(("audio", "text", "visual"))
     present = {"audio": [1, 0, 1], "text": [1, 1, 1], "visual": [0, 1, 1]}
     present = {m: jnp.array(x, jnp.bool_) for m, x in present.items()}
-    presences = {m: Presence(None, x) for m, x in present.items()}
+    presences = {m: ModalityMask(None, x) for m, x in present.items()}
     expected = numpy_reference.bottleneck(
         params, streams, num_layers=2, num_tokens=4, present=present
     )
@@ -376,7 +376,7 @@ def test_an_absent_modality_adds_nothing_to_the_bottleneck():
 
 def test_an_example_without_any_modality_stays_finite():
     module, params, streams, _ = made_bottleneck()
-    presences = {m: Presence(None, jnp.array([True, False, True])) for m in streams}
+    presences = {m: ModalityMask(None, jnp.array([True, False, True])) for m in streams}
     got = run(module, params, streams, presences, example_index=INDEX)
     assert all(bool(jnp.all(jnp.isfinite(x))) for x in got.values())
 
@@ -384,7 +384,7 @@ def test_an_example_without_any_modality_stays_finite():
 def test_padded_positions_change_no_stream_of_the_bottleneck():
     module, params, streams, everything = made_bottleneck()
     positions = jnp.arange(4)[None] < jnp.array([4, 1, 2])[:, None]
-    presences = {**everything, "audio": Presence(positions, jnp.any(positions, axis=1))}
+    presences = {**everything, "audio": ModalityMask(positions, jnp.any(positions, axis=1))}
     padding = jnp.concatenate([jnp.zeros((3, 1), jnp.bool_), ~positions], axis=1)[..., None]
     noisy = {**streams, "audio": jnp.where(padding, 50.0, streams["audio"])}
     a, b = (run(module, params, x, presences, example_index=INDEX) for x in (streams, noisy))
@@ -475,7 +475,7 @@ def test_what_a_resnet_does_not_take():
     with pytest.raises(DataError, match=r"allowed for kind 'resnet18': \[batch, row, column, chan"):
         init(jnp.ones((2, 7, 5)))
     with pytest.raises(DataError, match=r"'resnet18': \[batch\], whether an example has the modal"):
-        init(jnp.ones((2, 7, 5, 1)), Presence(jnp.ones((2, 3), bool), jnp.ones(2, bool)))
+        init(jnp.ones((2, 7, 5, 1)), ModalityMask(jnp.ones((2, 3), bool), jnp.ones(2, bool)))
     for field, value in (("depth", 2), ("width", 64), ("patch", (4, 4))):
         with pytest.raises(ConfigError, match=f"m.{field} is .*; allowed for kind 'resnet18': to"):
             EncoderSpec.from_config(

@@ -252,6 +252,7 @@ def real(*flags):
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ})
 
 
+@pytest.mark.slow
 def test_real_processes_give_up_in_one_line(port):
     alone = real(f"--coordinator=localhost:{port}", "--process_id=0", "--initialization_timeout=6")
     told = alone.communicate(timeout=120)[1].splitlines()

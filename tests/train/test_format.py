@@ -26,6 +26,7 @@ def stopped(tmp_path):
     return config, tmp_path / "stopped", np.load(tmp_path / "expected.npz")
 
 
+@pytest.mark.slow
 def test_a_run_of_format_1_is_read_and_ends_as_it_would_have(stopped):
     config, workdir, expected = stopped
     assert load_run(workdir).step == 6  # the best so far

@@ -104,6 +104,7 @@ def test_rotations_used_up_are_told_once(arrays, tmp_path, capsys, limit):
     assert train_and_evaluate(from_json(stored), tmp_path, quiet=True) == summary
 
 
+@pytest.mark.slow
 def test_a_restart_between_a_roll_and_its_row(often, tmp_path):
     config, undisturbed = often
     with pytest.raises(Interrupted):
