@@ -52,7 +52,8 @@ def load_resnet(
     Args:
       path: `.npz` or `.safetensors` with the names of torchvision's state dict: `conv1.weight`,
         `bn1.running_mean`, `layer2.0.downsample.0.weight`, ...
-      params, batch_stats: of a model; not changed.
+      params: of a model; not changed.
+      batch_stats: its running averages; not changed.
 
     Returns:
       New parameters, new running averages, and a report.

@@ -228,7 +228,8 @@ class DynamicFusion(nn.Module):
 
         Args:
           answers: z_m, `{m: [B, C]}`.
-          tokens, masks: as for every fusion.
+          tokens: as for every fusion.
+          masks: likewise.
           train: whether the weights are those of training.
 
         Returns:
