@@ -85,7 +85,9 @@ BUILDERS: dict[str, Callable[..., Baseline]] = {
     "agm": lambda config, spec, _, active_steps: agm_baseline(
         spec.modalities, config.agm_alpha, active_steps
     ),
-    "gblend": lambda config, spec, *_: gblend_baseline(spec.modalities, config.gblend_weights),
+    "gblend": lambda config, spec, *_: gblend_baseline(
+        spec.modalities, config.gblend_weights, config.gblend_every
+    ),
     "dgl": lambda config, spec, *_: dgl_baseline(spec.modalities, config.dgl_weight),
     "lfm": lambda config, spec, _, active_steps: lfm_baseline(spec.modalities, active_steps),
     "arl": lambda config, spec, epoch_steps, active_steps: arl_baseline(

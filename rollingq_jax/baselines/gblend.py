@@ -7,13 +7,17 @@ start n and an end N:
     G_k = V_n - V_N        O_k = (V_N - T_N) - (V_n - T_n)        w_k = (G_k / O_k^2) / sum
     loss = w_joint CE(z) + sum_m w_m CE(z_m)
 
-with z_m the probe's answer, here with its gradient to the encoder (as in `joint`). Offline: train
-each modality and the joint model on its own, read T and V at the first and the last epoch from
-their `metrics.jsonl`, and give `blending_weights` of them as `gblend_weights`. A head whose
-validation loss rises gets 0, and all get the same where none falls. The online form, which trains
-each head from a copy of the model every few epochs, is not here.
+with z_m the probe's answer, here with its gradient to the encoder (as in `joint`). A head whose
+validation loss rises gets 0, and all get the same where none falls.
+
+Offline: train each modality and the joint model on its own, read T and V at the first and the last
+epoch from their `metrics.jsonl`, and give `blending_weights` of them as `gblend_weights`. Online,
+with `gblend_every` epochs: before every so many, each head is trained alone for as long from a copy
+of the state, without rolls, and the weights made of these losses hold until the next time.
+Rows of validation have them as `loss_weight/<m>` and `loss_weight/joint`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -46,28 +50,56 @@ def blending_weights(
     return jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), even)
 
 
-def gblend_baseline(modalities: tuple[str, ...], weights: tuple[float, ...]) -> Baseline:
-    """Fixed weights in a training step.
+def weigh_heads(
+    state: Any, train_alone: Callable[[Any, int], Any], losses: Callable[[Any], tuple[Array, Array]]
+) -> Array:
+    """w_k, `[K]`, of heads that are each trained alone from the same state.
+
+    Args:
+      state: where each of them starts.
+      train_alone: `(state, k) ->` the state after head k's training; leaves its argument as it is.
+      losses: of a state, the heads' mean losses on training and on validation data, `[K]` each.
+    """
+    train_start, valid_start = losses(state)
+    ends = [losses(train_alone(state, k)) for k in range(len(train_start))]
+    train_end = jnp.stack([train[k] for k, (train, _) in enumerate(ends)])
+    valid_end = jnp.stack([valid[k] for k, (_, valid) in enumerate(ends)])
+    return blending_weights(train_start, valid_start, train_end, valid_end)
+
+
+def gblend_baseline(
+    modalities: tuple[str, ...], weights: tuple[float, ...], every_epochs: int = 0
+) -> Baseline:
+    """Weighted losses in a training step.
 
     Args:
       modalities: names.
       weights: one a modality, in alphabetical order, and the joint one last; empty: all the same,
         1 / (M + 1).
+      every_epochs: how often the weights are made anew, from then on a part of the state; 0: never.
 
     Raises:
-      ConfigError: there are more or fewer.
+      ConfigError: there are more or fewer weights, or some although they are made anew.
     """
     count = len(modalities) + 1
+    if weights and every_epochs:
+        raise ConfigError(
+            f"config.baseline.gblend_weights is {tuple(weights)!r} and gblend_every is "
+            f"{every_epochs}, which makes them; allowed: one of both"
+        )
     if len(weights) not in (0, count):
         raise ConfigError(
             f"config.baseline.gblend_weights is {tuple(weights)!r}; allowed for the modalities "
             f"{', '.join(modalities)}: {count} numbers, one each and the joint one last, or none"
         )
-    *alone, joint = weights or (1 / count,) * count
+    fixed = jnp.asarray(weights or (1 / count,) * count, jnp.float32)
 
     def loss(state: Any, context: StepContext) -> Array:
         label = context.batch["label"]
         losses = unimodal_losses(context.params, context.out, label, modalities, context.loss)
-        return (joint - 1) * context.losses + jnp.einsum("m,mb->b", jnp.asarray(alone), losses)
+        blend = state if every_epochs else fixed
+        return (blend[-1] - 1) * context.losses + jnp.einsum("m,mb->b", blend[:-1], losses)
 
-    return Baseline(loss=loss)
+    if not every_epochs:
+        return Baseline(loss=loss)
+    return Baseline(init=lambda *_: jnp.copy(fixed), loss=loss, blend_every=every_epochs)

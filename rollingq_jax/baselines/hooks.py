@@ -61,6 +61,8 @@ class Baseline(NamedTuple):
       example_numbers: whether batches say which examples they hold, as `EXAMPLE_NUMBER`.
       teachers: whether `state` is to hold the encoders of models of one modality each, which are
         trained first; `init` gives them their form.
+      blend_every: epochs after which `state`, the weights `[M + 1]` of the losses of each modality
+        and of the joint one, is made anew from trainings of each alone; 0: never.
     """
 
     init: Callable[[Any, int], Any] = lambda params, examples: ()
@@ -73,6 +75,7 @@ class Baseline(NamedTuple):
     whole_batch: bool = False
     example_numbers: bool = False
     teachers: bool = False
+    blend_every: int = 0
 
 
 NO_BASELINE = Baseline()

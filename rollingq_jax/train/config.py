@@ -235,6 +235,9 @@ class BaselineConfig:
         ),
         "weights of the losses in G-Blending",
     ] = ()
+    gblend_every: Annotated[
+        int, integer(0), "epochs after which G-Blending measures its weights anew; 0: never"
+    ] = 0
     dgl_weight: Annotated[NotNegative, "weight of each modality's own loss in DGL"] = 4.0
     start_epoch: Annotated[int, integer(0), "the first in which ARL or OPM acts"] = 0
     arl_gamma: Annotated[NotNegative, "weight of each modality's own loss in ARL"] = 4.0

@@ -132,6 +132,11 @@ class Experiment:
                 f"config.baseline.name is {config.baseline.name!r}, whose teachers are built from "
                 "config.model, and a model is given; allowed: another name, or no model"
             )
+        if self.baseline.blend_every and self.selection_split != "valid":
+            raise ConfigError(
+                f"config.baseline.gblend_every is {self.baseline.blend_every}, which needs "
+                "validation data, and there are none; allowed: 0"
+            )
         self._check_micro_batches()
         transform = self.baseline.transform
         self.tx = tx if transform is None else optax.chain(transform, tx)
@@ -265,6 +270,14 @@ class Experiment:
         Raises:
           ConfigError: the batch or the mesh does not fit the devices, or a rule the state.
         """
+        return self._lay_out(self.roll_schedule)
+
+    @functools.cached_property
+    def parallel_without_rolls(self) -> Any:
+        """The same steps, which leave R as it is: for trainings that only measure something."""
+        return self.parallel if self.roll_schedule is None else self._lay_out(None)
+
+    def _lay_out(self, schedule: RollSchedule | None) -> Any:
         smoothing, loss = self.config.label_smoothing, self.task.loss
         if smoothing:
             loss = functools.partial(cross_entropy, label_smoothing=smoothing)
@@ -274,7 +287,7 @@ class Experiment:
             model=self.model,
             tx=self.tx,
             roller=self.roller,
-            schedule=self.roll_schedule,
+            schedule=schedule,
             loss_fn=with_baseline(loss_fn, self.baseline, self.task.loss),
             task=self.task,
             skip_nonfinite=self.config.nonfinite == "skip",
@@ -307,6 +320,11 @@ class Experiment:
     def checks_after(self, step: int) -> bool:
         """Tells if the training step that ended with `step` updates checked the trigger."""
         return self.roll_schedule is not None and bool(self.roll_schedule.is_due(step - 1))
+
+    def blends_before(self, step: int) -> bool:
+        """Tells if G-Blending's weights are made anew before the `step`-th update."""
+        every = self.baseline.blend_every * self.epoch_steps
+        return bool(every) and (step - 1) % every == 0
 
     def initial_state(self, report: Callable[[str], None] = lambda _: None) -> TrainState:
         """The state at step 0, on one device; encoders start from `config.vit_weights` if set:

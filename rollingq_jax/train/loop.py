@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
 from ml_collections import ConfigDict
 
 from rollingq_jax.analysis.tasks import METRICS, Task, task_of
+from rollingq_jax.baselines.gblend import weigh_heads
 from rollingq_jax.baselines.hooks import encoder_part
 from rollingq_jax.data.dataset import Dataset
 from rollingq_jax.data.load import load_dataset
@@ -320,6 +322,8 @@ class TrainLoop:
                         f"{config.patience}: training ends"
                     )
                     return self.best, step - 1
+                if experiment.blends_before(step):
+                    state = self._blend(state)
                 epoch_ends = step % epoch_steps == 0
                 state, sums, roll = train_step(state, batch or self._next_batch(batches))
                 interruption.unsaved = True
@@ -388,10 +392,16 @@ class TrainLoop:
             self.save(state, validate=True)
             self.checkpoints.wait()
             raise Interrupted(step) from None
-        counts = {} if one.rolling is None else {"rotations": int(np.sum(one.rolling.count))}
+        counts: dict[str, Any] = {}
+        if one.rolling is not None:
+            counts["rotations"] = int(np.sum(one.rolling.count))
         labels: dict[str, Any] = {"step": step, "epoch": epoch, "split": "valid"}
         if experiment.selection_split != "valid":
             labels["evaluated_on"] = experiment.selection_split
+        if experiment.baseline.blend_every:
+            heads = (*experiment.model.spec.modalities, "joint")
+            weights = np.asarray(one.baseline).tolist()
+            counts |= {f"loss_weight/{m}": w for m, w in zip(heads, weights, strict=True)}
         row = labels | means | counts | self.metrics.timing()
         if one.rolling is not None and self._used_up(one.rolling.count, means):
             row["rotations_used_up"] = True
@@ -409,6 +419,46 @@ class TrainLoop:
         due = epoch % every == 0 or self.saves.is_due(step)
         if improved or last or due:
             self.save(state)
+
+    def _blend(self, state: TrainState) -> TrainState:
+        """G-Blending's weights for the next epochs, from copies of the state.
+
+        Raises:
+          Interrupted: the run shall stop; its state is saved, and the weights are still to come.
+        """
+        experiment, check = self.experiment, self.interruption.check
+        parallel, count = experiment.parallel_without_rolls, len(experiment.model.spec.modalities)
+        step = int(experiment.parallel.get(state).step)
+        num_steps = experiment.baseline.blend_every * experiment.epoch_steps
+        last = min(step + num_steps, experiment.total_steps)
+
+        def weighed(state: TrainState, weights: jax.Array) -> TrainState:
+            one = experiment.parallel.get(state).replace(baseline=weights)
+            return parallel.put_state(one)
+
+        def train_alone(state: TrainState, head: int) -> TrainState:
+            # A step takes its state's memory, and this one is needed again.
+            state = jax.tree.map(jnp.copy, weighed(state, jnp.eye(count + 1)[head]))
+            with contextlib.closing(experiment.batches(step, last)) as batches:
+                for batch in batches:
+                    check()
+                    state, _, _ = parallel.train_step(state, parallel.put_batch(batch))
+            return state
+
+        def losses(state: TrainState) -> tuple[jax.Array, jax.Array]:
+            heads = [*(f"probe_loss/{m}" for m in experiment.model.spec.modalities), "loss"]
+            rows = [experiment.evaluate(state, split, check)[0] for split in ("train", "valid")]
+            train, valid = jnp.asarray([[row[name] for name in heads] for row in rows])
+            return train, valid
+
+        try:
+            weights = weigh_heads(state, train_alone, losses)
+        except Interrupted:
+            if step:
+                self.save(state)
+                self.checkpoints.wait()
+            raise Interrupted(step) from None
+        return weighed(state, weights)
 
     def _next_batch(self, batches: Iterator[Any]) -> dict[str, jax.Array]:
         """The next batch, on its way to the devices; waiting for it is counted."""

@@ -7,12 +7,14 @@ computed apart from this package, in float64.
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rollingq_jax.baselines import agm, arl, cggm, gblend, inforeg, lfm, opm
 from rollingq_jax.baselines.dgl import disentangle
 from rollingq_jax.baselines.hooks import scale_encoders
 from rollingq_jax.baselines.mmpareto import mmpareto, pareto_gradient
 from rollingq_jax.baselines.ogm import modality_scores
+from rollingq_jax.errors import ConfigError
 
 AUDIO, VISUAL = jnp.asarray([[1.0, 0.0], [0.0, 2.0]]), jnp.asarray([[0.5, 0.5], [-1.0, 1.0]])
 LABEL = jnp.asarray([0, 2])
@@ -113,6 +115,27 @@ def test_gblend_weights_prefer_heads_that_generalize():
     worse = gblend.blending_weights(start, start, ends[0], jnp.asarray([1.4, 1.9, 2.0]))
     near(worse, [1, 0, 0])
     near(gblend.blending_weights(start, start, ends[0], start), [1 / 3] * 3)
+
+
+def test_gblend_reads_of_each_training_the_head_that_was_trained():
+    """Each training ruins the heads that it leaves alone; all start at the same state."""
+    end = np.asarray([[1.0, 1.5, 0.8], [1.4, 1.6, 1.3]])
+
+    def train_alone(state, head):
+        assert state == 1.8
+        return head
+
+    def losses(state):
+        if state == 1.8:
+            return jnp.full(3, 1.8), jnp.full(3, 1.8)
+        return tuple(jnp.asarray(np.where(np.arange(3) == state, row, 9.0)) for row in end)
+
+    near(gblend.weigh_heads(1.8, train_alone, losses), [0.102041, 0.816327, 0.081633])
+
+
+def test_gblend_takes_weights_or_makes_them():
+    with pytest.raises(ConfigError, match="gblend_weights is .* allowed: one of both"):
+        gblend.gblend_baseline(("audio", "visual"), (1.0, 1.0, 1.0), 2)
 
 
 def mean_loss(logits):

@@ -42,9 +42,13 @@ def config(tmp_path):
     return config
 
 
-@pytest.mark.parametrize("name", ["pmr", "ogm_ge", "agm", "cggm", "inforeg", "opm", "qmf", "umt"])
+@pytest.mark.parametrize(
+    "name", ["pmr", "ogm_ge", "agm", "cggm", "inforeg", "opm", "qmf", "umt", "gblend"]
+)
 def test_a_stopped_run_goes_on_to_the_same_end(config, tmp_path, name):
     config.baseline.name = name
+    if name == "gblend":
+        config.baseline.gblend_every = 1
     if name == "qmf":
         config.model.fusion, config.rolling.enabled = "qmf", False
     train_and_evaluate(config, tmp_path / "whole", quiet=True)
@@ -56,3 +60,32 @@ def test_a_stopped_run_goes_on_to_the_same_end(config, tmp_path, name):
     )
     assert first["test_loss"] == second["test_loss"] and first["best"] == second["best"]
     assert load_run(tmp_path / "cut").config.baseline.name == name
+
+
+def test_gblend_measures_its_weights_alike_over_every_layout(config, tmp_path):
+    """Trained alone, a head leaves the run as it was: its rolls are its own, and few."""
+    config.update_from_flattened_dict(
+        {
+            "baseline.name": "gblend",
+            "baseline.gblend_every": 2,
+            "model.fusion": "attention",
+            "rolling.check_every": 3,
+        }
+    )
+    rows = {}
+    for layout in ("jit", "pmap"):
+        config.parallel = layout
+        summary = train_and_evaluate(config, tmp_path / layout, quiet=True)
+        lines = (tmp_path / layout / "metrics.jsonl").read_text().splitlines()
+        rows[layout] = [row for row in map(json.loads, lines) if row["split"] == "valid"]
+        assert 0 < sum(summary["rotations"]) <= 3
+    weights = np.asarray(
+        [
+            [[row[f"loss_weight/{m}"] for m in ("audio", "visual", "joint")] for row in one]
+            for one in rows.values()
+        ]
+    )
+    np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(weights[:, 0], weights[:, 1])
+    assert np.all(weights[:, 1] != weights[:, 2])
+    np.testing.assert_allclose(weights[0], weights[1], rtol=1e-3)

@@ -608,7 +608,7 @@ def cross(fusion, modalities, heads=2, layers=1):
     return module, params, tokens
 
 
-@pytest.mark.parametrize("modalities", [TWO, THREE], ids=len)
+@pytest.mark.parametrize("modalities", [TWO, pytest.param(THREE, marks=pytest.mark.slow)], ids=len)
 @pytest.mark.parametrize("fusion", sorted(CROSS_FUSIONS))
 def test_fusions_between_modalities_are_their_equations(fusion, modalities):
     module, params, tokens = cross(fusion, modalities, layers=2)
@@ -651,6 +651,7 @@ def test_fusions_between_modalities_read_real_tokens_only(fusion):
     np.testing.assert_array_equal(np.asarray(out["attention"][0]).sum(0) == 0, quiet)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fusion", sorted(CROSS_FUSIONS))
 def test_dropout_between_modalities_follows_the_example(fusion):
     module, params, tokens = cross(fusion, TWO)

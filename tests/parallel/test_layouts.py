@@ -31,7 +31,7 @@ def plain():
 
 @pytest.fixture(
     scope="module",
-    params=["fsdp", "jit", pytest.param("pmap", marks=pytest.mark.slow)],
+    params=["jit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "pmap"))],
 )
 def over_eight(request):
     """The same on eight devices."""

@@ -254,6 +254,7 @@ def test_class_weights_are_of_the_weighted_mean(parts):
         np.testing.assert_allclose(sums[name], plain[name], rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_batch_in_parts_is_the_same_step():
     """With dropout, a quality bias, padding, and rolls at the fifth and tenth step."""
     step, first = small_model.step_and_state()

@@ -47,6 +47,7 @@ def batches_of(golden):
     return [batch(10 + j) for j in range(int(golden["meta/steps"]))], batch(99)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", golden_files("train_*.npz"), ids=lambda path: path.stem)
 def test_follows_upstreams_trajectory(path):
     golden = Golden(path)
