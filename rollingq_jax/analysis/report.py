@@ -468,7 +468,7 @@ def run_verdicts(
     else:
         verdicts.append(
             f"Did {metric.words} follow? One run does not tell: on the test data it is {accuracy}; "
-            "`compare` sets it beside plain attention."
+            "compare sets it beside plain attention."
         )
     return verdicts
 

@@ -198,7 +198,7 @@ def test_a_better_row_is_higher_or_of_lower_loss(metric, row, better):
 def test_patience_ends_training_and_a_continuation_at_the_same_step(arrays, tmp_path, capsys):
     config = tiny_config(arrays, epochs=8, patience=1, best_by="macro_f1")
     whole = train_and_evaluate(config, tmp_path / "whole")
-    told = capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())  # lines are folded
     step, epoch = whole["stopped_early"]["step"], whole["stopped_early"]["epoch"]
     rows = read_metrics(tmp_path / "whole")
     scores = [row["macro_f1"] for row in rows if row["split"] == "valid"]
