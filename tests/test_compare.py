@@ -619,7 +619,7 @@ def test_every_fusion_and_method_ends_in_a_row(av_digits_cache, tmp_path, monkey
     printed = capsys.readouterr().out
     table = json.loads((out / "results.json").read_text())["table"]
     assert list(table["test_accuracy"]) == list(arms)
-    assert all(f"\n    {arm} " in printed for arm in arms)
+    assert all(re.search(rf"^ +{re.escape(arm)} ", printed, re.MULTILINE) for arm in arms)
     shares = {"rollingq", "attention", "mbt", *runs.CROSS_FUSIONS, "entropy", "pdf", "qmf"}
     assert set(table["attention_share/audio"]) == shares
     assert {"attention", "rollingq"} <= set(table["quality_correlation"]) <= shares

@@ -177,7 +177,10 @@ ROWS = [
     (fold(kernel=(8, 36)), r"the kernel at 'query' has shape \(8, 36\), which does not end in 3"),
     # models
     (build(fusion="late"), "model.fusion is 'late'; allowed: unimodal, sum"),
-    (build(width=3), "model.width is not a field; allowed: attention_scale, depth, dim"),
+    (
+        build(width=3),
+        "model.width is not a field; allowed: attention_scale, cosine_scale, depth, dim",
+    ),
     (build(dim="wide"), "model.dim is 'wide'; allowed: an integer >= 1"),
     (build(dropout=1.0), r"model.dropout is 1.0; allowed: a number in \[0, 1\)"),
     (build(encoders={}), "model.encoders is empty; allowed: one field a modality"),
