@@ -50,9 +50,14 @@ from rollingq_jax.data.sources.media_folder import (
     text_tokens,
     vocabulary,
 )
-from rollingq_jax.data.sources.tfds import SPECIAL, VALID_NAMES, FeatureAdapter, tensor_adapter
+from rollingq_jax.data.sources.tfds import (
+    VALID_NAMES,
+    FeatureAdapter,
+    read_features,
+    tensor_adapter,
+)
 from rollingq_jax.data.video import decode_image, resize_image
-from rollingq_jax.errors import ConfigError, DataError
+from rollingq_jax.errors import DataError
 
 
 def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None) -> Dataset:
@@ -73,18 +78,7 @@ def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None)
         raise DataError("data.path: not given; a folder that `save_to_disk` of datasets wrote")
     tables = _open(str(local_path(path, "data.path")))
     available = tables["train"].features
-    features = mapping_option(config_data, "features")
-    modalities = {name: f for name, f in sorted(features.items()) if name not in SPECIAL}
-    if "label" not in features or not modalities:
-        raise ConfigError(
-            f"data.features: {features!r}; must give the label and at least one modality, such as "
-            f"'visual=image, label=label'; there are {', '.join(available)}"
-        )
-    for name, feature in features.items():
-        if feature not in available:
-            raise DataError(
-                f"data.features: {name}={feature}; there are {', '.join(sorted(available))}"
-            )
+    features, modalities = read_features(config_data, available)
     tables = {split: _undecoded(table, modalities.values()) for split, table in tables.items()}
     longest = functools.partial(_longest, tables["train"], modalities)
     texts = any(_is_text(available[feature]) for feature in modalities.values())

@@ -25,7 +25,7 @@ the namespaces (`huggingface:`) and arguments that TFDS allows in them.
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +80,29 @@ class TfdsName(NamedTuple):
     version: str | None
 
 
+def read_features(
+    config_data: Any, available: Iterable[str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """`data.features`, our name -> theirs, and those that are modalities, by name.
+
+    Raises:
+      ConfigError: the label or every modality is missing, or the field is malformed.
+      DataError: the data have no such feature.
+    """
+    features = mapping_option(config_data, "features")
+    modalities = {name: f for name, f in sorted(features.items()) if name not in SPECIAL}
+    there = f"there are {', '.join(sorted(available))}"
+    if "label" not in features or not modalities:
+        raise ConfigError(
+            f"data.features: {features!r}; must give the label and at least one modality, such as "
+            f"'visual=image, label=label'; {there}"
+        )
+    for name, feature in features.items():
+        if feature not in available:
+            raise DataError(f"data.features: {name}={feature}; {there}")
+    return features, modalities
+
+
 def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None) -> Dataset:
     """The prepared TFDS data set `config_data.name`.
 
@@ -100,19 +123,8 @@ def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None)
       ConfigError: `features` is missing or malformed.
     """
     builder = _open_builder(config_data)
-    features = mapping_option(config_data, "features")
     available = _flatten(builder.info.features)
-    modalities = {name: f for name, f in sorted(features.items()) if name not in SPECIAL}
-    if "label" not in features or not modalities:
-        raise ConfigError(
-            f"data.features: {features!r}; must give the label and at least one modality, such as "
-            f"'visual=image, label=label'; {config_data.name} has {', '.join(available)}"
-        )
-    for name, feature in features.items():
-        if feature not in available:
-            raise DataError(
-                f"data.features: {name}={feature}; {config_data.name} has {', '.join(available)}"
-            )
+    features, modalities = read_features(config_data, available)
     num_classes = getattr(available[features["label"]], "num_classes", None)
     if not num_classes or num_classes > MAX_CLASSES:
         raise DataError(
