@@ -11,6 +11,7 @@ Examples:
 """
 
 from rollingq_jax.models.classifier import MultimodalTransformer, build_model
+from rollingq_jax.models.cross_fusion import JmtFusion, MmmlFusion, MultFusion
 from rollingq_jax.models.encoders import Bottleneck, Encoder, infer_kind
 from rollingq_jax.models.fusion import (
     AttentionFusion,
@@ -19,9 +20,6 @@ from rollingq_jax.models.fusion import (
     DynamicFusion,
     FilmFusion,
     GatedFusion,
-    JmtFusion,
-    MmmlFusion,
-    MultFusion,
     SumFusion,
 )
 from rollingq_jax.models.layers import (

@@ -11,9 +11,9 @@ from jax import Array
 
 from rollingq_jax import quality
 from rollingq_jax.errors import ConfigError
+from rollingq_jax.models.cross_fusion import CROSS_FUSIONS
 from rollingq_jax.models.encoders import Bottleneck, Encoder, ModalityMask, read_inputs, read_mask
 from rollingq_jax.models.fusion import (
-    CROSS_FUSIONS,
     STATIC_FUSIONS,
     AttentionFusion,
     CosineFusion,

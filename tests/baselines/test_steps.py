@@ -106,6 +106,7 @@ def test_prototypes_come_with_the_first_epochs_end_and_pull_from_then_on():
     assert min(gaps) < 1e-5 < 1e-3 < max(gaps)  # one modality alone, the weak one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["joint", "modality_dropout"])
 def test_a_batch_may_come_in_parts(name):
     """Of four examples in two parts; what compares over the batch says that it may not."""

@@ -22,7 +22,7 @@ from rollingq_jax.models import (
     GatedFusion,
     SumFusion,
 )
-from rollingq_jax.models.fusion import CROSS_FUSIONS
+from rollingq_jax.models.cross_fusion import CROSS_FUSIONS
 from rollingq_jax.train.loop import LoadedRun
 from tests.models import numpy_reference as reference
 from tests.models.model_cases import (
@@ -628,6 +628,7 @@ def test_fusions_between_modalities_are_their_equations(fusion, modalities):
         close(sum(share.values()), jnp.ones_like(share["audio"]), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fusion", sorted(CROSS_FUSIONS))
 def test_fusions_between_modalities_read_real_tokens_only(fusion):
     module, params, tokens = cross(fusion, TWO)
@@ -664,6 +665,7 @@ def test_dropout_between_modalities_follows_the_example(fusion):
     close(again, whole[order], 1e-5)
 
 
+@pytest.mark.slow
 def test_the_rotation_of_jmt_folds_and_that_of_the_others_does_not():
     encoders = {m: {"kind": "vector"} for m in TWO}
     for fusion in sorted(CROSS_FUSIONS):

@@ -9,6 +9,7 @@ from rollingq_jax.models import dense_attention
 from tests.parallel import small_model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("platform", "dtype"), [("tpu", "bfloat16"), ("cuda", "float32")])
 def test_the_training_step_lowers(platform, dtype):
     step, state = small_model.step_and_state(attention_fn=dense_attention, dtype=dtype)
