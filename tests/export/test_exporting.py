@@ -115,6 +115,7 @@ def test_inputs_of_another_size_keep_our_names(run):
     assert not is_upstream(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", [1, 4])
 def test_folded_weights_answer_alike_without_a_rotation(heads, tmp_path):
     run = made_run(heads=heads)

@@ -237,6 +237,7 @@ def with_gradients(function, length, mask):
     return [out, *gradients]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("length", [140, 600])  # in one block of 256, and in two of 384
 def test_flash_attention_on_tpu_is_the_dense_form(length, masked):

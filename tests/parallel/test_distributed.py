@@ -159,6 +159,7 @@ def test_one_process_meets_itself(port):
     meet(f"localhost:{port}", 1, 0, 30)
 
 
+@pytest.mark.slow
 def test_a_process_that_never_starts(port, impatient, capsys):
     began = time.monotonic()
     processes = [Process(f"localhost:{port}", 4, number, 1 + number) for number in (0, 2)]

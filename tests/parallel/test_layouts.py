@@ -201,6 +201,7 @@ def dtypes_by_primitive(function, *args):
     return found
 
 
+@pytest.mark.slow
 def test_bfloat16_is_for_the_encoders_matrices_alone():
     step, state = small_model.step_and_state(dtype="bfloat16")
     batch = {n: jnp.asarray(v) for n, v in small_model.batch(0).items()}
