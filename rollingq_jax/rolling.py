@@ -26,26 +26,15 @@ from rollingq_jax.rotation import (
     HIGHEST,
     ZERO_NORM,
     as_float,
+    compose,
     dot,
     normalize,
-    reorthogonalize,
     rotation_between,
     safe_norm,
 )
 from rollingq_jax.shapes import check_arrays, laid_out_as, whole_sharding
 
 ZERO_SUM = 1e-6  # norm(u) of opposite unit keys is about 6e-8 in float32, not 0
-
-
-def _check_number(name: str, value: Any, more: str = "", finite: bool = False) -> None:
-    """Refuses what is no number >= 0; one that is traced has no value to check."""
-    if isinstance(value, jax.core.Tracer):
-        fits = value.ndim == 0
-    else:
-        number = isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
-        fits = number and bool(value >= 0) and not (finite and bool(value == math.inf))
-    if not fits:
-        raise UserError(f"{name} is {value!r}; allowed: 0 or more{more}")
 
 
 def cosine_scores(query: Array, mean_keys: Array, weight: Array | None = None) -> Array:
@@ -209,15 +198,7 @@ class RollingState(NamedTuple):
     query_weight: Array  # []
 
 
-STATE_AXES = {
-    "rotation": "Hdd",
-    "count": "H",
-    "key_sum": "MHd",
-    "cosine_sum": "MH",
-    "weight_sum": "M",
-    "query_sum": "Hd",
-    "query_weight": "",
-}
+StateLike = RollingState | Mapping[str, Any] | Sequence[Any]
 
 
 def init_state(num_modalities: int | None, dim: int | None, num_heads: int = 1) -> RollingState:
@@ -242,94 +223,6 @@ def init_state(num_modalities: int | None, dim: int | None, num_heads: int = 1) 
         query_sum=jnp.zeros([num_heads, dim], jnp.float32),
         query_weight=jnp.zeros([], jnp.float32),
     )
-
-
-StateLike = RollingState | Mapping[str, Any] | Sequence[Any]
-
-
-def as_state(state: StateLike) -> RollingState:
-    """The state itself, or made from what a checkpoint library gives back without its type.
-
-    Raises:
-      UserError: it is neither a `RollingState`, nor its fields by name, nor all of them in order.
-    """
-    if isinstance(state, RollingState):
-        return state
-    if isinstance(state, Mapping) and set(state) == set(RollingState._fields):
-        return RollingState(**state)
-    if isinstance(state, list | tuple) and len(state) == len(RollingState._fields):
-        return RollingState(*state)
-    more = ""
-    if isinstance(state, Mapping):
-        more = f" with {', '.join(map(str, state)) or 'no field'}"
-    raise UserError(
-        f"state is a {type(state).__name__}{more}; allowed: what `init` made, or its fields "
-        f"{', '.join(RollingState._fields)} by name or in that order"
-    )
-
-
-def state_dims(state: RollingState) -> chex.Dimensions:
-    """M, H and d of a state: broadcasting would take a batch with another number of heads.
-
-    Raises:
-      UserError: its arrays do not have the axes of a state; says where a leading axis of devices
-        comes from.
-    """
-    shapes = {name: tuple(getattr(array, "shape", ())) for name, array in state._asdict().items()}
-    extra = {len(shapes[name]) - len(axes) for name, axes in STATE_AXES.items()}
-    if extra == {0}:
-        dims = chex.Dimensions()
-        dims["MHd"] = shapes["key_sum"]
-        if all(shapes[name] == dims[axes] for name, axes in STATE_AXES.items() if axes):
-            return dims
-    came = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-    hint = "what `init` made, unchanged in shape"
-    if extra == {1} and len({shape[0] for shape in shapes.values()}) == 1:
-        hint = (
-            "a state without the leading axis that `flax.jax_utils.replicate`, pmap or vmap gives: "
-            "call this inside pmap or vmap, or take the axis off first "
-            "(`flax.jax_utils.unreplicate`)"
-        )
-    raise UserError(f"state has the shapes {came}; allowed: {hint}")
-
-
-class ModalityNames(tuple[str, ...]):
-    """Names of modalities, which are part of a program and not of its data."""
-
-
-jax.tree_util.register_static(ModalityNames)
-
-
-def _check_names(modalities: Sequence[str] | None) -> ModalityNames:
-    """The names as a tuple, empty where there are none."""
-    if modalities is None:
-        return ModalityNames()
-    names = () if isinstance(modalities, str) else tuple(modalities)
-    if len(names) < 2 or len(set(names)) < len(names) or not all(isinstance(m, str) for m in names):
-        raise UserError(f"modalities is {modalities!r}; allowed: two or more names, no two alike")
-    return ModalityNames(names)
-
-
-def _stack_named(
-    name: str, values: Any, names: Sequence[str], dims: chex.Dimensions, shape: str
-) -> Any:
-    """`{m: [B, ...]} -> [M, B, ...]`, by name; an array passes where there are no names."""
-    if not isinstance(values, Mapping):
-        if names and values is not None and np.ndim(values) > len(shape):
-            came = getattr(values, "shape", type(values).__name__)
-            raise UserError(
-                f"{name} is one array {came} and the modalities have names; allowed: a mapping "
-                f"with {', '.join(names)}"
-            )
-        return values
-    names = names or sorted(values)
-    if set(values) != set(names) or len(names) != dims.M:
-        raise UserError(
-            f"{name} has {', '.join(sorted(map(str, values))) or 'no modality'}; allowed: "
-            f"{', '.join(names) if len(names) == dims.M else f'{dims.M} modalities'}"
-        )
-    check_arrays(dims, **{f"{name}[{m!r}]": (values[m], shape) for m in names})
-    return jnp.stack([jnp.asarray(values[m], jnp.float32) for m in names])
 
 
 def observe(
@@ -378,31 +271,26 @@ def observe(
     weights = laid_out_as(weights, mean_keys[:, :, 0, 0])
     weights = jax.lax.stop_gradient(weights).astype(jnp.float32)
     query_weight = jnp.max(weights, axis=0)
+    # Samples that do not count are set to 0 first: 0 times NaN would be NaN.
     mean_keys = jnp.where(weights[:, :, None, None] > 0, mean_keys, 0.0)
     query = jnp.where(query_weight[:, None, None] > 0, query, 0.0)
     cosines = dot(normalize(query)[None], normalize(mean_keys))  # [M, B, H]
 
+    # A sum over the batch is whole on every device, also under a mesh with explicit axes.
     def total_over_batch(subscripts: str, weight: Array, x: Array) -> Array:
         whole = whole_sharding(x, x.ndim - 1)
         return jnp.einsum(subscripts, weight, x, precision=HIGHEST, out_sharding=whole)
 
-    increments = (
-        total_over_batch("mb,mbhd->mhd", weights, mean_keys),
-        total_over_batch("mb,mbh->mh", weights, cosines),
-        jnp.sum(weights, axis=1),
-        total_over_batch("b,bhd->hd", query_weight, query),
-        jnp.sum(query_weight),
-    )
-    if axis_name is not None:
+    increments = {
+        "key_sum": total_over_batch("mb,mbhd->mhd", weights, mean_keys),
+        "cosine_sum": total_over_batch("mb,mbh->mh", weights, cosines),
+        "weight_sum": jnp.sum(weights, axis=1),
+        "query_sum": total_over_batch("b,bhd->hd", query_weight, query),
+        "query_weight": jnp.sum(query_weight),
+    }
+    if axis_name is not None:  # before anything is decided, so that all replicas decide alike
         increments = jax.lax.psum(increments, axis_name)
-    key_sum, cosine_sum, weight_sum, query_sum, total = increments
-    return state._replace(
-        key_sum=state.key_sum + key_sum,
-        cosine_sum=state.cosine_sum + cosine_sum,
-        weight_sum=state.weight_sum + weight_sum,
-        query_sum=state.query_sum + query_sum,
-        query_weight=state.query_weight + total,
-    )
+    return state._replace(**{name: getattr(state, name) + x for name, x in increments.items()})
 
 
 def scores_and_means(state: RollingState) -> tuple[Array, Array, Array]:
@@ -416,11 +304,15 @@ def scores_and_means(state: RollingState) -> tuple[Array, Array, Array]:
 
 def reset_sums(state: RollingState, when: bool | Array = True) -> RollingState:
     """The state with empty running sums where `when`; rotation and count as they were."""
-    names = ("key_sum", "cosine_sum", "weight_sum", "query_sum", "query_weight")
-    sums = {name: getattr(state, name) for name in names}
-    return state._replace(
-        **{name: jnp.where(when, jnp.zeros_like(x), x) for name, x in sums.items()}
-    )
+    sums = {name: x for name, x in state._asdict().items() if name not in ("rotation", "count")}
+    return state._replace(**jax.tree.map(lambda x: jnp.where(when, jnp.zeros_like(x), x), sums))
+
+
+class ModalityNames(tuple[str, ...]):
+    """Names of modalities, which are part of a program and not of its data."""
+
+
+jax.tree_util.register_static(ModalityNames)
 
 
 class RollInfo(NamedTuple):
@@ -522,7 +414,7 @@ def roll(
       The state with its new rotations and counts, and what was decided.
     """
     query, mean_keys, scores = (jnp.asarray(x, jnp.float32) for x in (query, mean_keys, scores))
-    if joint:
+    if joint:  # one decision a layer: its heads get the mean of their scores
         together = split_by_layer(scores, layers)
         mean = jnp.mean(together, axis=1, keepdims=True)
         scores = jnp.broadcast_to(mean, together.shape).reshape(scores.shape)
@@ -533,7 +425,7 @@ def roll(
     rolled = (heads_imbalance > beta) & defined & when
     if max_rotations is not None:
         rolled &= state.count < max_rotations
-    if joint:
+    if joint:  # and roll all or none, should one of them have no anchor or no rotation left
         together = split_by_layer(rolled, layers)
         every = jnp.all(together, axis=1, keepdims=True)
         rolled = jnp.broadcast_to(every, together.shape).reshape(rolled.shape)
@@ -543,15 +435,14 @@ def roll(
         rolled = named_layers_only(rolled, layers, [int(i) for i in roll_layers])
 
     def rotated():
-        new = rotation_between(query, anchor, method)
-        new, drifted = reorthogonalize(jnp.matmul(new, state.rotation, precision=HIGHEST))
+        new, drifted = compose(rotation_between(query, anchor, method), state.rotation)
         return jnp.where(rolled[:, None, None], new, state.rotation), drifted & rolled
 
     # The condition keeps O(d^2) products, and the SVD, out of the steps that do not roll.
     rotation, drifted = jax.lax.cond(
         jnp.any(rolled), rotated, lambda: (state.rotation, jnp.zeros_like(rolled))
     )
-    x, y = normalize(query), normalize(anchor)
+    x, y = normalize(query), normalize(anchor)  # arctan2, as arccos loses digits at small angles
     info = RollInfo(
         scores=scores,
         imbalance=heads_imbalance,
@@ -608,34 +499,6 @@ class RollingQuery(NamedTuple):
     init: InitFn
     observe: ObserveFn
     update: UpdateFn
-
-
-def _check_options(
-    beta: Any,
-    rho: Any,
-    max_rotations: Any,
-    method: str,
-    layers: int,
-    roll_layers: str | Sequence[int],
-) -> None:
-    """Refuses what is out of range; see `rolling_query`."""
-    _check_number("beta", beta)
-    _check_number("rho", rho, ", and finite", finite=True)
-    if max_rotations is not None:
-        _check_number("max_rotations", max_rotations, ", or None for no limit")
-    if method not in ("geodesic", "svd"):
-        raise UserError(f"method is {method!r}; allowed: geodesic, svd")
-    if not (isinstance(layers, numbers.Integral) and layers >= 1):
-        raise UserError(f"layers is {layers!r}; allowed: an integer >= 1")
-    if isinstance(roll_layers, str):
-        known = roll_layers in ("lowest first", "all")
-    else:
-        known = bool(roll_layers) and all(i in range(layers) for i in roll_layers)
-    if not known:
-        raise UserError(
-            f"roll_layers is {roll_layers!r}; allowed: 'lowest first', 'all', or numbers of layers "
-            f"from 0 to {layers - 1}"
-        )
 
 
 def rolling_query(
@@ -738,3 +601,134 @@ def rolling_query(
 
     observe_named = functools.partial(observe, modalities=names) if names else observe
     return RollingQuery(init=init, observe=observe_named, update=update)
+
+
+# What callers pass: refused in one line each, and the forms in which a state comes.
+
+
+def _check_number(name: str, value: Any, more: str = "", finite: bool = False) -> None:
+    """Refuses what is no number >= 0; one that is traced has no value to check."""
+    if isinstance(value, jax.core.Tracer):
+        fits = value.ndim == 0
+    else:
+        number = isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
+        fits = number and bool(value >= 0) and not (finite and bool(value == math.inf))
+    if not fits:
+        raise UserError(f"{name} is {value!r}; allowed: 0 or more{more}")
+
+
+def _check_options(
+    beta: Any,
+    rho: Any,
+    max_rotations: Any,
+    method: str,
+    layers: int,
+    roll_layers: str | Sequence[int],
+) -> None:
+    """Refuses what is out of range; see `rolling_query`."""
+    _check_number("beta", beta)
+    _check_number("rho", rho, ", and finite", finite=True)
+    if max_rotations is not None:
+        _check_number("max_rotations", max_rotations, ", or None for no limit")
+    if method not in ("geodesic", "svd"):
+        raise UserError(f"method is {method!r}; allowed: geodesic, svd")
+    if not (isinstance(layers, numbers.Integral) and layers >= 1):
+        raise UserError(f"layers is {layers!r}; allowed: an integer >= 1")
+    if isinstance(roll_layers, str):
+        known = roll_layers in ("lowest first", "all")
+    else:
+        known = bool(roll_layers) and all(i in range(layers) for i in roll_layers)
+    if not known:
+        raise UserError(
+            f"roll_layers is {roll_layers!r}; allowed: 'lowest first', 'all', or numbers of layers "
+            f"from 0 to {layers - 1}"
+        )
+
+
+def _check_names(modalities: Sequence[str] | None) -> ModalityNames:
+    """The names as a tuple, empty where there are none."""
+    if modalities is None:
+        return ModalityNames()
+    names = () if isinstance(modalities, str) else tuple(modalities)
+    if len(names) < 2 or len(set(names)) < len(names) or not all(isinstance(m, str) for m in names):
+        raise UserError(f"modalities is {modalities!r}; allowed: two or more names, no two alike")
+    return ModalityNames(names)
+
+
+STATE_AXES = {
+    "rotation": "Hdd",
+    "count": "H",
+    "key_sum": "MHd",
+    "cosine_sum": "MH",
+    "weight_sum": "M",
+    "query_sum": "Hd",
+    "query_weight": "",
+}
+
+
+def as_state(state: StateLike) -> RollingState:
+    """The state itself, or made from what a checkpoint library gives back without its type.
+
+    Raises:
+      UserError: it is neither a `RollingState`, nor its fields by name, nor all of them in order.
+    """
+    if isinstance(state, RollingState):
+        return state
+    if isinstance(state, Mapping) and set(state) == set(RollingState._fields):
+        return RollingState(**state)
+    if isinstance(state, list | tuple) and len(state) == len(RollingState._fields):
+        return RollingState(*state)
+    more = ""
+    if isinstance(state, Mapping):
+        more = f" with {', '.join(map(str, state)) or 'no field'}"
+    raise UserError(
+        f"state is a {type(state).__name__}{more}; allowed: what `init` made, or its fields "
+        f"{', '.join(RollingState._fields)} by name or in that order"
+    )
+
+
+def state_dims(state: RollingState) -> chex.Dimensions:
+    """M, H and d of a state: broadcasting would take a batch with another number of heads.
+
+    Raises:
+      UserError: its arrays do not have the axes of a state; says where a leading axis of devices
+        comes from.
+    """
+    shapes = {name: tuple(getattr(array, "shape", ())) for name, array in state._asdict().items()}
+    extra = {len(shapes[name]) - len(axes) for name, axes in STATE_AXES.items()}
+    if extra == {0}:
+        dims = chex.Dimensions()
+        dims["MHd"] = shapes["key_sum"]
+        if all(shapes[name] == dims[axes] for name, axes in STATE_AXES.items() if axes):
+            return dims
+    came = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+    hint = "what `init` made, unchanged in shape"
+    if extra == {1} and len({shape[0] for shape in shapes.values()}) == 1:
+        hint = (
+            "a state without the leading axis that `flax.jax_utils.replicate`, pmap or vmap gives: "
+            "call this inside pmap or vmap, or take the axis off first "
+            "(`flax.jax_utils.unreplicate`)"
+        )
+    raise UserError(f"state has the shapes {came}; allowed: {hint}")
+
+
+def _stack_named(
+    name: str, values: Any, names: Sequence[str], dims: chex.Dimensions, shape: str
+) -> Any:
+    """`{m: [B, ...]} -> [M, B, ...]`, by name; an array passes where there are no names."""
+    if not isinstance(values, Mapping):
+        if names and values is not None and np.ndim(values) > len(shape):
+            came = getattr(values, "shape", type(values).__name__)
+            raise UserError(
+                f"{name} is one array {came} and the modalities have names; allowed: a mapping "
+                f"with {', '.join(names)}"
+            )
+        return values
+    names = names or sorted(values)
+    if set(values) != set(names) or len(names) != dims.M:
+        raise UserError(
+            f"{name} has {', '.join(sorted(map(str, values))) or 'no modality'}; allowed: "
+            f"{', '.join(names) if len(names) == dims.M else f'{dims.M} modalities'}"
+        )
+    check_arrays(dims, **{f"{name}[{m!r}]": (values[m], shape) for m in names})
+    return jnp.stack([jnp.asarray(values[m], jnp.float32) for m in names])

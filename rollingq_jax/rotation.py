@@ -209,10 +209,14 @@ def rotate(rotation: Array, query: Array) -> Array:
     return rotated.astype(query.dtype) if jnp.issubdtype(query.dtype, jnp.floating) else rotated
 
 
+def _gram_and_identity(rotation: Array) -> tuple[Array, Array]:
+    gram = jnp.einsum("...ki,...kj->...ij", rotation, rotation, precision=HIGHEST)
+    return gram, jnp.broadcast_to(jnp.eye(rotation.shape[-1], dtype=rotation.dtype), gram.shape)
+
+
 def orthogonality_error(rotation: Array) -> Array:
     """max |R^T R - I|: `[..., d, d] -> [...]`."""
-    gram = jnp.einsum("...ki,...kj->...ij", rotation, rotation, precision=HIGHEST)
-    identity = jnp.broadcast_to(jnp.eye(rotation.shape[-1], dtype=rotation.dtype), gram.shape)
+    gram, identity = _gram_and_identity(rotation)
     return jnp.max(jnp.abs(gram - identity), axis=(-2, -1))
 
 
@@ -221,23 +225,18 @@ def orthonormalize(rotation: Array) -> Array:
 
     One Newton-Schulz step, R (3 I - R^T R) / 2, which squares the orthogonality error.
     """
-    gram = jnp.einsum("...ki,...kj->...ij", rotation, rotation, precision=HIGHEST)
-    identity = jnp.broadcast_to(jnp.eye(rotation.shape[-1], dtype=rotation.dtype), gram.shape)
+    gram, identity = _gram_and_identity(rotation)
     return jnp.matmul(rotation, 1.5 * identity - 0.5 * gram, precision=HIGHEST)
 
 
-def reorthogonalize(rotation: Array) -> tuple[Array, Array]:
-    """R, orthonormalized where R^T R is further than `MAX_DRIFT` from I; and where that was.
+def compose(new: Array, rotation: Array) -> tuple[Array, Array]:
+    """R_new R, orthonormalized where rounding took R^T R beyond `MAX_DRIFT` from I; and where so.
 
-    `[..., d, d] -> [..., d, d], [...]` bool.
+    `[..., d, d] x 2 -> [..., d, d], [...]` bool.
     """
-    drifted = orthogonality_error(rotation) > MAX_DRIFT
-    return jnp.where(drifted[..., None, None], orthonormalize(rotation), rotation), drifted
-
-
-def compose(new: Array, rotation: Array) -> Array:
-    """R_new R, reorthogonalized where rounding has drifted: `[..., d, d] x 2 -> [..., d, d]`."""
-    return reorthogonalize(jnp.matmul(new, rotation, precision=HIGHEST))[0]
+    product = jnp.matmul(new, rotation, precision=HIGHEST)
+    drifted = orthogonality_error(product) > MAX_DRIFT
+    return jnp.where(drifted[..., None, None], orthonormalize(product), product), drifted
 
 
 def fold_projection(

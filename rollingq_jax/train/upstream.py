@@ -143,7 +143,7 @@ def upstream_roll(
     )
     if rotation is None:
         return state, info
-    new = compose(jnp.asarray(rotation, jnp.float32), rolling_state.rotation)
+    new, _ = compose(jnp.asarray(rotation, jnp.float32), rolling_state.rotation)
     turned = jnp.where(info.rolled[:, None, None], new, rolling_state.rotation)
     return state._replace(rotation=turned), info
 
