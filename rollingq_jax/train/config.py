@@ -356,7 +356,7 @@ def with_typed_data_fields(config: ConfigDict, arguments: Iterable[str]) -> Conf
     """A copy that has, with their defaults, the fields of its data set that are typed.
 
     A configuration need not list the fields of the data set that `data.name` on the command line
-    makes of it.
+    makes of it, and those that only its own data set has go with that.
 
     Args:
       config: a whole configuration.
@@ -368,8 +368,11 @@ def with_typed_data_fields(config: ConfigDict, arguments: Iterable[str]) -> Conf
         if argument.lstrip("-").startswith("config.data.")
     )
     changed = copy.deepcopy(config)
-    known = fields_of(str(typed.get("name") or changed.data.get("name", "")))
+    before = str(changed.data.get("name", ""))
+    known = fields_of(str(typed.get("name") or before))
     with changed.data.unlocked():
+        for name in (changed.data.keys() & fields_of(before).keys()) - known.keys() - typed.keys():
+            del changed.data[name]
         for name in typed.keys() & known.keys() - changed.data.keys():
             changed.data[name] = as_typed(known[name].default)
     return changed

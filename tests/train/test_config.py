@@ -146,6 +146,16 @@ def test_every_field_of_the_data_set_can_be_typed_and_no_other():
         TRAIN.parse([*own, "--config.data.imge_size=32"])
 
 
+def test_another_data_set_leaves_behind_the_fields_of_the_files_own():
+    demo = ["train", "--config", "av_digits", "--workdir=w", "--config.data.name=arrays"]
+    config = TRAIN.parse([*demo, "--config.data.path=x.npz"]).config
+    check_config(config)
+    assert not {"regime", "test_pairings"} & set(config.data.keys())
+    assert TRAIN.parse([*demo[:4], "--config.data.name=av_digits"]).config.data.regime
+    with pytest.raises(ConfigError, match="regime is a field of av_digits, not of data.name"):
+        check_config(TRAIN.parse([*demo, "--config.data.regime=clean"]).config)
+
+
 def test_a_field_that_a_configuration_did_not_list_yet_is_its_default():
     older = TRAIN.parse(["train", "--config", "crema_d", "--workdir=w"]).config
     with older.data.unlocked():
