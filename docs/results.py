@@ -28,7 +28,7 @@ from rollingq_jax.comparison.results import (
     written_difference,
     written_mean,
 )
-from rollingq_jax.comparison.runs import setting_name
+from rollingq_jax.comparison.runs import run_folder
 from rollingq_jax.train.config import default_config
 
 PAGE = Path(__file__).parent / "results.md"
@@ -85,10 +85,9 @@ def probe_runs(workdir: Path, result: Mapping[str, Any]) -> dict[str, list[dict[
 
     found: dict[str, list[dict[str, Any]]] = {}
     for arm in set(ARMS) & {"attention", "rollingq"}:
-        chosen = result["selection"][arm]["chosen"]
-        setting = setting_name(chosen, result["selection"][arm]["tried"][chosen]["setting"])
+        entry = result["selection"][arm]
         for seed in result["seeds"]:
-            run = workdir / "runs" / arm / setting / f"seed_{seed}"
+            run = run_folder(workdir, arm, entry["chosen"], entry["setting"], seed)
             if not (run / "evaluation.json").exists():
                 evaluate(run, full_probes=True, levels=LEVELS)
             found.setdefault(arm, []).append(json.loads((run / "evaluation.json").read_text()))

@@ -38,7 +38,7 @@ from rollingq_jax.comparison.runs import (
     parse_arms,
     probe_of,
     read_json,
-    setting_name,
+    run_folder,
     with_fields,
 )
 from rollingq_jax.data.dataset import ArraySource, Dataset
@@ -282,13 +282,13 @@ def _measured(
     values: dict[str, list[dict[int, float]]] = {arm: [{} for _ in spec.levels] for arm in arms}
     for run in found["runs"]:
         chosen = found["selection"][run["arm"]]
-        place = folder / "runs" / run["arm"] / setting_name(chosen["chosen"], chosen["setting"])
+        place = run_folder(folder, run["arm"], chosen["chosen"], chosen["setting"], run["seed"])
         for column, level in enumerate(spec.levels):
             value = run[field] if level == 0 else None
             if value is None:
                 noise = f"0..{QUALITY_NOISE:g}" if level == 0 else f"{level:g}"
                 corruption = ", ".join(f"{m}={noise}" for m in noisy)
-                scores = scores_under(place / f"seed_{run['seed']}", corruption)
+                scores = scores_under(place, corruption)
                 value = scores.get(field.removeprefix("test_"))
             if value is not None and np.isfinite(value):
                 values[run["arm"]][column][run["seed"]] = float(value)

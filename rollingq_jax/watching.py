@@ -15,6 +15,7 @@ from rollingq_jax.errors import UserError
 from rollingq_jax.rolling import rolling_query
 
 See = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+Columns = dict[str, np.ndarray]  # {m: [B]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +116,7 @@ def report(
     """
     roller, state, rng = rolling_query(max_rotations=0), None, np.random.default_rng(seed)
     observe = jax.jit(roller.observe)
-    shares: list[dict[str, np.ndarray]] = []
-    evens: list[dict[str, np.ndarray]] = []
-    noise_shares: list[dict[str, np.ndarray]] = []
-    weights: list[dict[str, np.ndarray]] = []
-    quality: list[dict[str, np.ndarray]] = []
+    parts: list[dict[str, Columns]] = []
     for batch in batches:
         out = see(batch)
         missing = [name for name in ("query", "mean_keys") if name not in out]
@@ -133,32 +130,40 @@ def report(
         query = np.asarray(out["query"])
         if state is None:
             state = roller.init(len(keys), query.shape[-1], query.shape[-2])
-        weights.append(_weights(batch, out, keys))
-        state = observe(state, query, keys, weights[-1])
-        shares.append(_shares(out))
-        evens.append(_shares(out, "uniform_share"))
-        quality.append(
-            {m: np.asarray(batch[f"quality_{m}"]) for m in keys if f"quality_{m}" in batch}
-        )
-        replaced = [m for m in keys if noise and m in batch and shares[-1]]
-        noise_shares.append(
-            {m: _shares(see({**batch, m: _noise(rng, batch[m])}))[m] for m in replaced}
-        )
+        weight, share = _weights(batch, out, keys), _shares(out)
+        state = observe(state, query, keys, weight)
+        replaced = [m for m in keys if noise and m in batch and share]
+        part = {
+            "weight": weight,
+            "share": share,
+            "even": _shares(out, "uniform_share"),
+            "noise": {m: _shares(see({**batch, m: _noise(rng, batch[m])}))[m] for m in replaced},
+            "quality": {
+                m: np.asarray(batch[f"quality_{m}"]) for m in keys if f"quality_{m}" in batch
+            },
+        }
+        parts.append(part)
     if state is None:
         raise UserError("batches is empty; allowed: at least one batch")
     _, info = roller.update(state)
-    modalities = tuple(weights[0])
+    # What the first batch has, all have.
+    seen = {
+        kind: {m: np.concatenate([part[kind][m] for part in parts]) for m in columns}
+        for kind, columns in parts[0].items()
+    }
+    weights = seen["weight"]
+    modalities = tuple(weights)
     equal = dict.fromkeys(modalities, 1 / len(modalities))
-    uniform_shares = uniform_shares or _means(evens, weights) or equal
+    uniform_shares = uniform_shares or _means(seen["even"], weights) or equal
     found = Report(
         modalities=modalities,
-        num_examples=sum(int(np.any([w[m] > 0 for m in w], axis=0).sum()) for w in weights),
+        num_examples=int(np.any([weight > 0 for weight in weights.values()], axis=0).sum()),
         scores=dict(zip(modalities, np.mean(info.scores, axis=0).tolist(), strict=True)),
         imbalance=np.asarray(info.imbalance),
-        shares=_means(shares, weights),
-        uniform_shares={m: float(uniform_shares[m]) for m in shares[0]},
-        noise_shares=_means(noise_shares, weights),
-        quality_correlation=_correlations(shares, quality, weights),
+        shares=_means(seen["share"], weights),
+        uniform_shares={m: float(uniform_shares[m]) for m in seen["share"]},
+        noise_shares=_means(seen["noise"], weights),
+        quality_correlation=_correlations(seen["share"], seen["quality"], weights),
         beta=beta,
     )
     found = dataclasses.replace(found, verdict=_verdict(found))
@@ -169,7 +174,7 @@ def report(
 
 def _weights(
     batch: Mapping[str, Any], out: Mapping[str, Any], keys: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+) -> Columns:
     """`{m: [B]}` float32, 0 for padding and for an example without the modality."""
     present, weights = out.get("present", {}), {}
     for m, key in keys.items():
@@ -178,7 +183,7 @@ def _weights(
     return weights
 
 
-def _shares(out: Mapping[str, Any], name: str = "attention_share") -> dict[str, np.ndarray]:
+def _shares(out: Mapping[str, Any], name: str = "attention_share") -> Columns:
     """`{m: [B]}`, means over the heads; empty where the model gives no shares."""
     shares = out.get(name, {})
     return {m: np.asarray(x).reshape(len(x), -1).mean(axis=1) for m, x in sorted(shares.items())}
@@ -194,35 +199,25 @@ def _noise(rng: np.random.Generator, values: Any) -> np.ndarray:
     return drawn
 
 
-def _joined(parts: list[dict[str, np.ndarray]], m: str) -> np.ndarray:
-    return np.concatenate([part[m] for part in parts])
-
-
-def _means(
-    parts: list[dict[str, np.ndarray]], weights: list[dict[str, np.ndarray]]
-) -> dict[str, float]:
-    """Weighted means of `{m: [B]}` over all batches."""
+def _means(columns: Columns, weights: Columns) -> dict[str, float]:
+    """Weighted means."""
     means = {}
-    for m in parts[0]:
-        weight = _joined(weights, m)
-        values = np.where(weight > 0, _joined(parts, m), 0.0)
-        means[m] = float(np.sum(values * weight) / max(np.sum(weight), 1e-12))
+    for m, values in columns.items():
+        # A value that does not count may be NaN, which 0 times it is too.
+        real = np.where(weights[m] > 0, values, 0.0)
+        means[m] = float(np.sum(real * weights[m]) / max(np.sum(weights[m]), 1e-12))
     return means
 
 
-def _correlations(
-    shares: list[dict[str, np.ndarray]],
-    quality: list[dict[str, np.ndarray]],
-    weights: list[dict[str, np.ndarray]],
-) -> dict[str, float]:
+def _correlations(shares: Columns, quality: Columns, weights: Columns) -> dict[str, float]:
     """Pearson's r of share and quality over the examples that have the modality."""
     found = {}
-    for m in set(shares[0]) & set(quality[0]):
-        real = _joined(weights, m) > 0
-        share, given = _joined(shares, m)[real], _joined(quality, m)[real]
+    for m in sorted(shares.keys() & quality.keys()):
+        real = weights[m] > 0
+        share, given = shares[m][real], quality[m][real]
         constant = len(share) < 2 or np.std(share) == 0 or np.std(given) == 0
         found[m] = float("nan") if constant else float(np.corrcoef(share, given)[0, 1])
-    return dict(sorted(found.items()))
+    return found
 
 
 def _verdict(found: Report) -> str:

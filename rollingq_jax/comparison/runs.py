@@ -28,7 +28,7 @@ from rollingq_jax.comparison.results import Run, run_record
 from rollingq_jax.data.dataset import Dataset, fingerprint, first_difference
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.errors import CheckpointError, ConfigError, NonFiniteError
-from rollingq_jax.models.spec import CROSS_FUSIONS, ModelSpec
+from rollingq_jax.models.spec import CROSS_FUSIONS, STATIC_FUSIONS, ModelSpec
 from rollingq_jax.train.config import (
     allowed_in,
     check_config,
@@ -62,6 +62,10 @@ STATIC = PLAIN | {  # they have no class token that attends
     "model.quality_shuffled": False,
 }
 CONCAT = STATIC | {"model.fusion": "concat"}
+CONCAT_METHODS = (
+    *("ogm", "ogm-ge", "pmr", "modality_dropout", "joint", "mmpareto", "agm", "gblend", "dgl"),
+    *("lfm", "arl", "opm", "inforeg", "cggm", "umt"),
+)
 
 ATTENTION = PLAIN | {"model.fusion": "attention"}
 ROLLINGQ = ATTENTION | {"rolling.enabled": True}
@@ -83,11 +87,7 @@ ENERGY = QUALITY | {"model.quality_bias": 0.5, "model.quality_signal": "energy"}
 # The methods of comparison stand on concat, as the paper has them; on another fusion they are
 # written as NAME=FUSION:baseline.name=METHOD.
 ARMS: dict[str, Overrides] = {
-    "sum": STATIC | {"model.fusion": "sum"},
-    "concat": CONCAT,
-    "film": STATIC | {"model.fusion": "film"},
-    "gated": STATIC | {"model.fusion": "gated"},
-    "mmcosine": STATIC | {"model.fusion": "mmcosine"},
+    **{n: STATIC | {"model.fusion": n} for n in STATIC_FUSIONS if n != "unimodal"},
     # The loss of a dynamic fusion has each modality's own already.
     "entropy": STATIC | {"model.fusion": "entropy", "baseline.name": ""},
     "pdf": STATIC | {"model.fusion": "pdf", "baseline.name": ""},
@@ -106,30 +106,14 @@ ARMS: dict[str, Overrides] = {
     # The control: each sample gets the bias of another one.
     "uniform-shuffled": UNIFORM | QUALITY | {"model.quality_shuffled": True},
     "mbt": PLAIN | {"model.fusion": "mbt"},
-    "mbt+rollingq": PLAIN
-    | {"model.fusion": "mbt", "model.mbt_head": "attention", "rolling.enabled": True},
+    "mbt+rollingq": ROLLINGQ | {"model.fusion": "mbt", "model.mbt_head": "attention"},
     # As the paper counts its parameters: four layers, and a head on the class tokens.
     "mbt-paper": STATIC
     | {"model.fusion": "mbt", "model.mbt_layers": 4, "model.mbt_head": "concat"},
     **CROSS,
-    "ogm": CONCAT | {"baseline.name": "ogm"},
-    "ogm-ge": CONCAT | {"baseline.name": "ogm_ge"},
-    "pmr": CONCAT | {"baseline.name": "pmr"},
-    "modality_dropout": CONCAT | {"baseline.name": "modality_dropout"},
-    "joint": CONCAT | {"baseline.name": "joint"},
-    "mmpareto": CONCAT | {"baseline.name": "mmpareto"},
-    "agm": CONCAT | {"baseline.name": "agm"},
-    "gblend": CONCAT | {"baseline.name": "gblend"},
-    "dgl": CONCAT | {"baseline.name": "dgl"},
-    "lfm": CONCAT | {"baseline.name": "lfm"},
-    "arl": CONCAT | {"baseline.name": "arl"},
-    "opm": CONCAT | {"baseline.name": "opm"},
-    "inforeg": CONCAT | {"baseline.name": "inforeg"},
-    "cggm": CONCAT | {"baseline.name": "cggm"},
-    "umt": CONCAT | {"baseline.name": "umt"},
+    **{name: CONCAT | {"baseline.name": name.replace("-", "_")} for name in CONCAT_METHODS},
     "config": {},  # the configuration as it is, to build own arms on
 }
-FRESH_BASES = ("concat", "attention", "uniform", "rollingq")
 FORM = "NAME, or NAME=BASE:FIELD=VALUE:FIELD=VALUE with BASE the name of an arm"
 
 
@@ -138,7 +122,8 @@ def known_arms(modalities: tuple[str, ...]) -> dict[str, Overrides]:
     # No method against imbalance fits one modality, whose loss is its own in any case.
     alone = STATIC | {"model.fusion": "unimodal", "baseline.name": ""}
     noise = {"data.corruptions": fresh_noise(modalities)}
-    fresh = {f"{base}-fresh": ARMS[base] | noise for base in FRESH_BASES}
+    bases = ("concat", "attention", "uniform", "rollingq")
+    fresh = {f"{base}-fresh": ARMS[base] | noise for base in bases}
     return {m: alone | {"model.modality": m} for m in modalities} | ARMS | fresh
 
 
@@ -287,12 +272,13 @@ def settings_of(grid: Any) -> list[Setting]:
     ]
 
 
-def setting_name(number: int, setting: Setting) -> str:
-    """Name of its folder."""
-    if not setting:
-        return "fixed"
+def run_folder(
+    folder: epath.Path, arm: str, number: int, setting: Setting, seed: int
+) -> epath.Path:
+    """Where a run of a comparison lies, of its arm with the setting of that number."""
     text = ",".join(f"{field.rpartition('.')[2]}={value}" for field, value in setting.items())
-    return f"{number}-" + re.sub(r"[^\w.+=,-]", "_", text)[:80]
+    name = f"{number}-" + re.sub(r"[^\w.+=,-]", "_", text)[:80] if setting else "fixed"
+    return folder / "runs" / arm / name / f"seed_{seed}"
 
 
 def choose(scores: Sequence[Sequence[float | None]], metric: str = "accuracy") -> int | None:
@@ -316,19 +302,12 @@ def selected(
     arm: str,
     metric: str = "accuracy",
 ) -> dict[str, Any]:
-    """An arm's entry in `selection.json`.
-
-    Args:
-      settings: all that were tried.
-      seeds: on which.
-      scores: best validation score of each setting and seed; None where training failed.
-      arm: name, for the message.
-      metric: the score.
+    """An arm's entry in `selection.json`; without seeds there was nothing to choose.
 
     Raises:
       ConfigError: no setting could be trained with.
     """
-    best = choose(scores, metric)
+    best = choose(scores, metric) if seeds else 0
     if best is None:
         raise ConfigError(
             f"arm {arm!r}: loss or gradient is NaN or infinite with every setting of "
@@ -337,26 +316,15 @@ def selected(
     tried = [
         {"setting": setting, f"validation_{metric}": list(row)}
         for setting, row in zip(settings, scores, strict=True)
+        if seeds
     ]
     return {
         "chosen": best,
         "setting": settings[best],
-        "settings_tried": len(settings),
-        "runs": len(settings) * len(seeds),
+        "settings_tried": len(tried),
+        "runs": len(tried) * len(seeds),
         "seeds": list(seeds),
         "tried": tried,
-    }
-
-
-def fixed(setting: Setting) -> dict[str, Any]:
-    """The entry where there is nothing to choose."""
-    return {
-        "chosen": 0,
-        "setting": setting,
-        "settings_tried": 0,
-        "runs": 0,
-        "seeds": [],
-        "tried": [],
     }
 
 
@@ -409,8 +377,7 @@ class Plan(NamedTuple):
 
     def run_folder(self, arm: str, number: int, seed: int) -> epath.Path:
         """Where that run lies."""
-        setting = setting_name(number, self.settings[number])
-        return self.folder / "runs" / arm / setting / f"seed_{seed}"
+        return run_folder(self.folder, arm, number, self.settings[number], seed)
 
 
 def dataset_of(config: ConfigDict) -> Dataset:
@@ -428,17 +395,13 @@ def make_plan(
     first_seed: int | None = None,
     allow_reuse: bool = False,
 ) -> Plan:
-    """A plan in which every run's configuration is known to fit the data.
+    """A plan in which every run's configuration is known to fit the data; see `compare`.
 
     Args:
-      config: with `config.compare`; its seed is the first.
-      arms: name -> changed fields.
-      num_seeds: of each arm.
-      folder: of the comparison.
-      dataset: of the first seed.
-      first_seed: of those on which arms are compared; by default the first that no setting is
-        chosen on, or with `allow_reuse` the configuration's.
-      allow_reuse: whether arms may be compared on seeds that settings were chosen on.
+      config: its seed is the first of those that settings are chosen on.
+      arms, num_seeds, folder: as in `Plan`.
+      dataset: of that seed.
+      first_seed, allow_reuse: as `compare` takes them.
 
     Raises:
       ConfigError: a field is wrong; says in which arm. Or seeds of the choice are among those of
@@ -449,9 +412,8 @@ def make_plan(
     tune = config.compare.tune_seeds if len(settings) > 1 else 0
     if not arms:
         raise ConfigError("arms are empty; allowed: one or more")
-    start = first_seed
-    if start is None:
-        start = first if allow_reuse else first + tune
+    # What settings are chosen on confirms nothing: by default arms are compared on later seeds.
+    start = (first if allow_reuse else first + tune) if first_seed is None else first_seed
     if not 0 <= start <= MOST_SEED - num_seeds:
         raise ConfigError(
             f"--first_seed is {start} with {num_seeds} seeds; "
@@ -610,10 +572,7 @@ def tune_arms(plan: Plan, interruption: Interruption, progress: Progress) -> dic
                 words = f"validation {METRICS[plan.metric].words}"
                 what = "not finite" if found is None else f"{words} {found:.3f}"
                 progress.end(f"{arm}, {words}, seed {seed}: {what}")
-        if plan.tune_seeds:
-            selection[arm] = selected(plan.settings, plan.tune_seeds, scores, arm, plan.metric)
-        else:
-            selection[arm] = fixed(plan.settings[0])
+        selection[arm] = selected(plan.settings, plan.tune_seeds, scores, arm, plan.metric)
     write_json(path, selection)
     return selection
 
