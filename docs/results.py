@@ -22,6 +22,7 @@ from configs.av_digits import get_config
 from rollingq_jax.comparison.results import (
     difference,
     make_table,
+    markdown,
     metrics_of,
     verdicts,
     written,
@@ -45,12 +46,6 @@ LARGEST = 300_000  # bytes of a picture
 ARMS = ("concat", "attention", "uniform", "rollingq")
 LEVELS = (4.0, 8.0)  # of the noise in the probes, in standard deviations of the training data
 TUNED_FROM, TESTED_FROM = 60, 62  # seeds; the demo's regime was looked for on 11 to 59
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def metric_table(metric: str, lines: Mapping[str, Mapping[str, Any]], against: str) -> str:

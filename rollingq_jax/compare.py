@@ -138,17 +138,16 @@ def gather(
     """The table and what it says, as `results.json` holds them."""
     arms = list(plan.arms)
     main = numbers.make_table(records, arms, reference)
-    second_reference = "concat" if "concat" in arms and reference != "concat" else None
     second = None
-    if second_reference and len(arms) > 2:
-        second = numbers.make_table(records, arms, second_reference)
-        second = {name: second[name] for name in [numbers.main_of(second)]}
+    if "concat" in arms and reference != "concat" and len(arms) > 2:
+        lines = numbers.make_table(records, arms, "concat")
+        second = {name: lines[name] for name in [numbers.main_of(lines)]}
     return {
         "verdicts": numbers.verdicts(main, records, reference),
         "conclusion": numbers.conclude(main, second, reference, "concat", len(plan.seeds)),
         "search": search_line({arm: selection[arm] for arm in arms}),
         "reference": reference,
-        "second_reference": second_reference if second else None,
+        "second_reference": "concat" if second else None,
         "seeds": plan.seeds,
         "arms": plan.arms,
         "selection": {arm: selection[arm] for arm in arms},

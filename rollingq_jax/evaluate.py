@@ -17,6 +17,7 @@ if __name__ == "__main__":  # before the imports that need an extra, so that it 
     sys.exit(run("evaluate", sys.argv))
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -32,15 +33,8 @@ from rollingq_jax.data.corruption import parse_corruptions
 from rollingq_jax.data.dataset import SINGLE_LABEL, Dataset, Source, ids_of, label_text
 from rollingq_jax.data.new_data import as_dataset, open_new_data
 from rollingq_jax.errors import ConfigError, DataError
-from rollingq_jax.train.cli import (
-    MOST_AT_ONCE,
-    WORKDIR,
-    Command,
-    Flag,
-    integer,
-    switch,
-    text,
-)
+from rollingq_jax.inference import probe_of
+from rollingq_jax.train.cli import MOST_AT_ONCE, WORKDIR, Command, Flag, integer, switch, text
 from rollingq_jax.train.logging import device_line, table, versions
 from rollingq_jax.train.loop import LoadedRun, load_run
 from rollingq_jax.train.workdir import check_workdir, write_json
@@ -85,6 +79,7 @@ def evaluate(
     """
     folder = check_workdir(workdir)
     run = load_run(folder)
+    spec = run.model.spec
     if ood_paths and run.task.name != SINGLE_LABEL:
         raise ConfigError(
             f"--ood is given, whose scores are of probabilities of classes, and the run's task is "
@@ -96,15 +91,13 @@ def evaluate(
         raise ConfigError(f"split: {split!r}; one of {', '.join(dataset.splits)}")
     for specification in corrupt:  # a mistake is told before the first pass
         parse_corruptions(specification, dataset.modalities)
-    probe = Probe(
-        metrics.predict_fn(run.model, run.variables, run.rotation, run.task.answer),
+    probe = probe_of(
+        run,
         dataset,
-        split,
+        split=split,
         # Batches are filled up with padding: none is larger than the split.
         batch_size=min(batch_size or run.config.batch_size, len(dataset.splits[split])),
         seed=run.config.seed if seed is None else seed,
-        encoders=run.config.model.encoders,
-        task=run.task,
     )
     clean = probes.predict(probe)
     result = {
@@ -122,12 +115,21 @@ def evaluate(
     }
     if full_probes:
         result |= all_probes(probe, clean, levels)
-        if run.model.spec.uses_class_query:
+        if spec.uses_class_query:
             result["attention_scale"] = probes.attention_scale_curve(
-                probe, lambda scale: _with_query_times(run, scale), clean=clean
+                probe,
+                lambda tau: _predict_with(run, attention_scale=tau * spec.attention_scale),
+                clean=clean,
             )
-        if run.model.spec.quality_bias:
-            result["quality_shuffled"] = _with_shuffled_bias(probe, run, clean)
+        if spec.quality_bias:
+            # Each example gets the bias of another one, which says nothing of it.
+            shuffled = _predict_with(run, quality_shuffled=True)
+            found = probes.predict(probe._replace(predict=shuffled))
+            result["quality_shuffled"] = {
+                **probe.score(found),
+                **run.task.changed(found, clean),
+                "attention_share": metrics.mean_shares(found),
+            }
     if ood_paths:
         result["ood"] = _told_apart(run, probe, ood_paths)
     result |= {"versions": versions(), "device": device_line()}
@@ -137,25 +139,10 @@ def evaluate(
     return result
 
 
-def _with_query_times(run: LoadedRun, scale: float) -> metrics.PredictFn:
-    """The run's answers with the class token's query times a factor."""
-    spec = run.model.spec
-    scaled = dataclasses.replace(spec, attention_scale=scale * spec.attention_scale)
-    model = run.model.clone(spec=scaled)
+def _predict_with(run: LoadedRun, **fields: Any) -> metrics.PredictFn:
+    """The run's answers with fields of its `ModelSpec` changed."""
+    model = run.model.clone(spec=dataclasses.replace(run.model.spec, **fields))
     return metrics.predict_fn(model, run.variables, run.rotation, run.task.answer)
-
-
-def _with_shuffled_bias(probe: Probe, run: LoadedRun, clean: metrics.Predictions) -> dict[str, Any]:
-    """Scores where each example gets the quality bias of another one, which says nothing of it."""
-    spec = dataclasses.replace(run.model.spec, quality_shuffled=True)
-    model = run.model.clone(spec=spec)
-    shuffled = metrics.predict_fn(model, run.variables, run.rotation, run.task.answer)
-    found = probes.predict(probe._replace(predict=shuffled))
-    return {
-        **probe.score(found),
-        **probe.task.changed(found, clean),
-        "attention_share": metrics.mean_shares(found),
-    }
 
 
 def _told_apart(run: LoadedRun, probe: Probe, paths: Sequence[str]) -> list[dict[str, Any]]:
@@ -205,16 +192,14 @@ def write_predictions(
     """Writes `predictions.csv`, as `rollingq_jax.predict` does for new data."""
     classes, ids, task = run.inputs.classes, ids_of(source), run.task
     header = csv_header(task.columns(classes), tuple(answers.attention_share), labeled=True)
+    rows = csv_rows(
+        task.cells(classes, answers.probabilities),
+        range(len(answers.label)) if ids is None else list(ids),
+        answers.attention_share,
+        [label_text(label, task.name, classes) for label in answers.label],
+    )
     with csv_writer(folder / "predictions.csv") as write:
-        write(iter([header]))
-        write(
-            csv_rows(
-                task.cells(classes, answers.probabilities),
-                range(len(answers.label)) if ids is None else list(ids),
-                answers.attention_share,
-                [label_text(label, task.name, classes) for label in answers.label],
-            )
-        )
+        write(itertools.chain([header], rows))
 
 
 def condition(probe: Probe, corruption: str, clean: Predictions, config: Any) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from rollingq_jax.data.dataset import REGRESSION
 from rollingq_jax.data.preprocessing import CLIP, Preprocessing
 from rollingq_jax.errors import ConfigError, UserError
 from rollingq_jax.files import write_whole
-from rollingq_jax.models import ModelSpec, build_model, dense_attention
+from rollingq_jax.models import build_model, dense_attention
 from rollingq_jax.models.resnet import BATCH_STATS
 from rollingq_jax.quality import COLLECTION, collection, model_variables
 from rollingq_jax.rotation import fold_rotation
@@ -142,6 +142,7 @@ def model_card(
         name: {"shape": ["N", *one.shape[1:]], "dtype": str(one.dtype)}
         for name, one in input_shapes(run, 1, standardized).items()
     }
+    answers = "values" if run.task.name == REGRESSION else "probabilities"
     card = {
         "description": "Multimodal Transformer trained with rollingq-jax",
         "method": "Rolling Query, arXiv 2506.11465",
@@ -150,12 +151,7 @@ def model_card(
         "inputs_are": "standardized" if standardized else "raw",
         "preprocessing": run.inputs.to_json()["modalities"],
         "task": run.task.name,
-        "outputs": {
-            "values" if run.task.name == REGRESSION else "probabilities": [
-                "N",
-                run.model.spec.num_classes,
-            ]
-        },
+        "outputs": {answers: ["N", run.model.spec.num_classes]},
         "masks": "True: real. An example lacks a modality where its mask is False throughout.",
         "class_names": list(run.inputs.class_names),
         "num_parameters": sum(leaf.size for leaf in jax.tree.leaves(run.params)),
@@ -193,14 +189,15 @@ def named_tensors(run: LoadedRun, fold: bool) -> tuple[dict[str, np.ndarray], st
     Raises:
       UserError: `fold` is asked for, and there is no class query.
     """
-    params, rotation = run.params, run.rotation
-    if fold:
-        params, rotation = folded(run), None
-    rotation_is = "folded" if fold else None
+    params, rotation = (folded(run), None) if fold else (run.params, run.rotation)
+
+    def place(name: str) -> str | None:
+        if fold:
+            return "folded"
+        return None if rotation is None else name
+
     if is_upstream(run):
-        if rotation is not None:
-            rotation_is = UPSTREAM_ROTATION
-        return to_upstream(params, rotation), "upstream", rotation_is
+        return to_upstream(params, rotation), "upstream", place(UPSTREAM_ROTATION)
     flat = traverse_util.flatten_dict(params, sep=".")
     if run.quality is not None:
         flat |= traverse_util.flatten_dict({COLLECTION: collection(run.quality)}, sep=".")
@@ -208,9 +205,8 @@ def named_tensors(run: LoadedRun, fold: bool) -> tuple[dict[str, np.ndarray], st
         flat |= traverse_util.flatten_dict({BATCH_STATS: run.batch_stats}, sep=".")
     tensors = {name: np.asarray(leaf) for name, leaf in sorted(flat.items())}
     if rotation is not None:
-        rotation_is = ROTATION
         tensors[ROTATION] = np.asarray(rotation)
-    return tensors, "own", rotation_is
+    return tensors, "own", place(ROTATION)
 
 
 def folded(run: LoadedRun) -> dict[str, Any]:
@@ -219,34 +215,35 @@ def folded(run: LoadedRun) -> dict[str, Any]:
     Raises:
       UserError: there is no rotation, there are several fusion layers, or a norm bias.
     """
+    spec = run.model.spec
     if run.rotation is None:
-        spec = run.model.spec
         raise UserError(
             f"--fold is given and model.fusion is {spec.fusion!r} with head {spec.head!r}, which "
             "has no class query; allowed: attention"
         )
-    if run.model.spec.fusion in ("mult", "mmml"):
+    if spec.fusion in ("mult", "mmml"):
         raise UserError(
-            f"--fold is given and model.fusion is {run.model.spec.fusion!r}; allowed: attention or "
+            f"--fold is given and model.fusion is {spec.fusion!r}; allowed: attention or "
             "jmt, since one projection makes the class token's query and those of the other "
             "tokens; without --fold the rotation is stored beside it"
         )
-    if run.model.spec.fusion_layers > 1:
+    if spec.fusion_layers > 1:
         raise UserError(
-            f"--fold is given and model.fusion_layers is {run.model.spec.fusion_layers}; allowed: "
+            f"--fold is given and model.fusion_layers is {spec.fusion_layers}; allowed: "
             "1, since lower layers make every token's queries with one projection, which cannot "
             "take the class token's rotation; without --fold the rotation is stored beside them"
         )
-    if run.model.spec.quality_bias:
+    if spec.quality_bias:
         raise UserError(
-            f"--fold is given and model.quality_bias is {run.model.spec.quality_bias:g}; allowed: "
+            f"--fold is given and model.quality_bias is {spec.quality_bias:g}; allowed: "
             "0, since an ordinary Transformer has no such bias; without --fold its statistics and "
             "the rotation are stored beside the weights"
         )
-    if run.model.spec.fusion != "jmt":
+    if spec.fusion != "jmt":
         return fold_rotation(run.params, run.rotation)
     params = run.params
-    streams = [*(f"stream_{m}" for m in run.model.spec.modalities), "joint_stream"]
+    # One roller has the heads of all streams; each stream has a projection of its own.
+    streams = [*(f"stream_{m}" for m in spec.modalities), "joint_stream"]
     for name, rotation in zip(streams, jnp.split(run.rotation, len(streams)), strict=True):
         params = fold_rotation(params, rotation, ("fusion", f"{name}_attention", "query"))
     return params
@@ -259,19 +256,6 @@ def is_upstream(run: LoadedRun) -> bool:
     not stored in a state dict, and positions are for inputs of one size: those have to be its own.
     """
     spec = run.model.spec
-    return _has_upstreams_parts(spec) and _has_upstreams_inputs(run)
-
-
-def _has_upstreams_inputs(run: LoadedRun) -> bool:
-    shapes = [upstream_shapes(dataset) for dataset in ("CREMAD", "KineticSound")]
-    lengths = {"audio": slice(None), "visual": slice(1, None)}  # any number of frames
-    return all(
-        run.inputs.modalities[m].info.shape[lengths[m]] in [one[m][lengths[m]] for one in shapes]
-        for m in run.model.spec.modalities
-    )
-
-
-def _has_upstreams_parts(spec: ModelSpec) -> bool:
     fusion = spec.mbt_head if spec.fusion == "mbt" else spec.fusion
     try:
         theirs = upstream_model(
@@ -288,13 +272,22 @@ def _has_upstreams_parts(spec: ModelSpec) -> bool:
     structure += ["fusion_pooling", "fusion_residual", "fusion_norm"]
     structure += ["attention_scale", "quality_bias"]  # a state dict has no place for them
     structure += ["mbt_tokens", "mbt_layers", "mbt_head"] if spec.fusion == "mbt" else []
-    encoder = ("kind", "patch", "depth", "width", "num_heads")
-    same = all(getattr(spec, name) == getattr(theirs, name) for name in structure)
-    return same and all(
-        getattr(ours, name) == getattr(other, name)
-        for ours, other in zip(spec.encoders, theirs.encoders, strict=True)
-        for name in encoder
+    encoder = ["kind", "patch", "depth", "width", "num_heads"]
+    # The shapes are compared last: upstream has some for its own modalities only.
+    if not _alike(spec, theirs, structure) or not all(
+        _alike(*pair, encoder) for pair in zip(spec.encoders, theirs.encoders, strict=True)
+    ):
+        return False
+    shapes = [upstream_shapes(dataset) for dataset in ("CREMAD", "KineticSound")]
+    lengths = {"audio": slice(None), "visual": slice(1, None)}  # any number of frames
+    return all(
+        run.inputs.modalities[m].info.shape[lengths[m]] in [one[m][lengths[m]] for one in shapes]
+        for m in spec.modalities
     )
+
+
+def _alike(ours: Any, theirs: Any, names: Sequence[str]) -> bool:
+    return all(getattr(ours, name) == getattr(theirs, name) for name in names)
 
 
 def save_safetensors(
@@ -321,12 +314,7 @@ def _need(package: str, flag: str) -> None:
         )
 
 
-def serialize(
-    run: LoadedRun,
-    fold: bool,
-    standardized: bool = False,
-    platforms: Sequence[str] = PLATFORMS,
-) -> bytes:
+def serialize(run: LoadedRun, fold: bool, standardized: bool = False) -> bytes:
     """`batch -> (probabilities [B, C], attention_share {m: [B, n H]})` with the weights inside.
 
     The probabilities are the task's answers; of a regression the values in the unit of the labels.
@@ -366,7 +354,7 @@ def serialize(
         return probabilities, out.get("attention_share", {})
 
     (examples,) = jax.export.symbolic_shape("examples")
-    exported = jax.export.export(function, platforms=platforms)(
+    exported = jax.export.export(function, platforms=PLATFORMS)(
         input_shapes(run, examples, standardized)
     )
     return bytes(exported.serialize())
@@ -388,7 +376,9 @@ def input_shapes(
         dtype = np.dtype(name).newbyteorder("=")
         if not standardized and dtype.itemsize > 4 and not _fits_32_bits(one, dtype):
             dtype = np.dtype("float32")
-        shapes[m] = jax.ShapeDtypeStruct((size, *shape), _at_most_32_bits(dtype))
+        if dtype.itemsize > 4:
+            dtype = np.dtype(f"{dtype.kind}4")
+        shapes[m] = jax.ShapeDtypeStruct((size, *shape), dtype)
         positions = info.shape[:1] if info.kind in ("sequence", "tokens") else ()
         shapes[f"{m}_mask"] = jax.ShapeDtypeStruct((size, *positions), np.dtype(bool))
     return shapes
@@ -404,10 +394,6 @@ def _fits_32_bits(one: Preprocessing, dtype: np.dtype) -> bool:
     largest = np.iinfo(f"{dtype.kind}4").max
     low = mean - spread if dtype.kind == "i" else -mean
     return bool((low > -largest).all() and (mean + spread < largest).all())
-
-
-def _at_most_32_bits(dtype: np.dtype) -> np.dtype:
-    return np.dtype(f"{dtype.kind}4") if dtype.itemsize > 4 else dtype
 
 
 def read_exported(path: epath.PathLike) -> tuple[dict[str, Any], jax.Array | None]:
@@ -471,21 +457,15 @@ def command(argv: Sequence[str]) -> None:
         fold=given.fold,
         standardized=given.standardized,
     )
+    rotation = card["weights"]["rotation"]
+    said = {None: "none", "folded": "folded into the query projection"}
     rows = [
         ("weights", f"{given.out}, {card['weights']['names']} names"),
         ("parameters", f"{card['num_parameters']:,}"),
-        ("rotation", rotation_line(card["weights"])),
+        ("rotation", said.get(rotation, f"stored as {rotation}")),
         ("model card", str(epath.Path(given.out).with_suffix(".json"))),
     ]
     if "function" in card:
         platforms = ", ".join(card["function"]["platforms"])
         rows.append(("function", f"{given.stablehlo}, for {platforms}"))
     print(table(rows))
-
-
-def rotation_line(weights: Mapping[str, Any]) -> str:
-    """What became of the rotation, in words."""
-    if weights["rotation"] is None:
-        return "none"
-    folded = weights["rotation"] == "folded"
-    return "folded into the query projection" if folded else f"stored as {weights['rotation']}"

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from rollingq_jax.analysis.metrics import forward
+from rollingq_jax.analysis.metrics import PredictFn, predict_fn
+from rollingq_jax.analysis.probes import Probe
 from rollingq_jax.analysis.tasks import Task, task_of
-from rollingq_jax.data.dataset import ModalityInfo
+from rollingq_jax.data.dataset import Dataset, ModalityInfo
 from rollingq_jax.data.preprocessing import InputSpec, Preprocessing, complete
 from rollingq_jax.data.sources.media_folder import MediaSizes, read_value
 from rollingq_jax.errors import DataError, UserError
@@ -84,17 +85,9 @@ class Predictor:
         return self.inputs.class_names
 
     @functools.cached_property
-    def _variables(self) -> dict[str, Any]:
-        return model_variables(self.params, self.quality, self.batch_stats)
-
-    @functools.cached_property
-    def _apply(self) -> Any:
-        def apply(variables: Any, rotation: Any, batch: Batch) -> tuple[jax.Array, Any]:
-            answer = self.task.answer
-            probabilities, out = forward(self.model, variables, rotation, batch, answer=answer)
-            return probabilities, out.get("attention_share", {})
-
-        return jax.jit(apply)
+    def _predict(self) -> PredictFn:
+        variables = model_variables(self.params, self.quality, self.batch_stats)
+        return predict_fn(self.model, variables, self.rotation, self.task.answer)
 
     def predict(self, batch: Batch, *, standardized: bool = False) -> Prediction:
         """Class probabilities, or the task's answers, and which modality the class query looked at.
@@ -148,8 +141,9 @@ class Predictor:
                 m: one.apply(part[m], part.get(f"{m}_mask"))
                 for m, one in self.preprocessing.items()
             }
-        probabilities, shares = jax.device_get(self._apply(self._variables, self.rotation, part))
-        return Prediction(probabilities[:rows], {m: x[:rows] for m, x in shares.items()})
+        found = jax.device_get(self._predict(part))
+        shares = {m: share[:rows] for m, share in found["attention_share"].items()}
+        return Prediction(found["probabilities"][:rows], shares)
 
 
 def check_batch_size(size: int) -> None:
@@ -247,12 +241,23 @@ def load(workdir: epath.PathLike, *, max_batch_size: int = 256) -> Predictor:
 
 def predictor_of(run: LoadedRun, max_batch_size: int) -> Predictor:
     """The predictor of a run that has been read."""
-    return Predictor(
-        run.model,
-        run.params,
-        run.rotation,
-        run.inputs,
-        max_batch_size,
-        run.quality,
-        run.batch_stats,
+    learned = {"quality": run.quality, "batch_stats": run.batch_stats}
+    return Predictor(run.model, run.params, run.rotation, run.inputs, max_batch_size, **learned)
+
+
+def probe_of(run: LoadedRun, dataset: Dataset | None = None, **fields: Any) -> Probe:
+    """A run that has been read and its test split, or that of other data.
+
+    Args:
+      run: from `load_run`.
+      dataset: by default the run's own.
+      fields: of `Probe`, which would be the run's.
+    """
+    own = {"batch_size": run.config.batch_size, "seed": run.config.seed}
+    return Probe(
+        predict_fn(run.model, run.variables, run.rotation, run.task.answer),
+        run.dataset if dataset is None else dataset,
+        encoders=run.config.model.encoders,
+        task=run.task,
+        **own | fields,
     )

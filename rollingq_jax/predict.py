@@ -92,25 +92,18 @@ def predict(
     classes, labeled, task = run.inputs.classes, any(data.labels), run.task
     target.parent.mkdir(parents=True, exist_ok=True)
     answered, missing = 0, dict.fromkeys(names, 0)
-    if task is SINGLE:
-        known = np.array([label in classes for label in data.labels], bool)
-    else:
-        known = np.array([bool(label) for label in data.labels], bool)
+    # An example of another class has no label here that an answer could be.
+    is_known = classes.__contains__ if task is SINGLE else bool
+    known = np.array([is_known(label) for label in data.labels], bool)
     answers: list[np.ndarray] = []  # to the known ones
     with csv_writer(target) as write:
         shares = names if run.model.spec.has_shares else ()
         write(iter([csv_header(task.columns(classes), shares, labeled)]))
         for place, batch, found in _answers(predictor, data, batch_size, quiet):
             rows = slice(place, place + len(found.probabilities))
-            ids, labels = data.ids[rows], data.labels[rows]
-            write(
-                csv_rows(
-                    task.cells(classes, found.probabilities),
-                    ids,
-                    found.attention_share,
-                    labels if labeled else None,
-                )
-            )
+            ids, labels = data.ids[rows], data.labels[rows] if labeled else None
+            cells = task.cells(classes, found.probabilities)
+            write(csv_rows(cells, ids, found.attention_share, labels))
             answered += int(np.isfinite(found.probabilities).all(axis=-1).sum())
             answers.append(found.probabilities[known[rows]])
             for m in names:
@@ -119,8 +112,8 @@ def predict(
     result: dict[str, Any] = {"examples": len(data.ids), "missing": missing}
     if labeled:
         result |= {"labeled": int(known.sum())}
-        labels = list(itertools.compress(data.labels, known))
-        result |= _scores(task, run.inputs, labels, answers)
+        known_labels = list(itertools.compress(data.labels, known))
+        result |= _scores(task, run.inputs, known_labels, answers)
     if answered < len(data.ids):
         result["nonfinite"] = len(data.ids) - answered
     unknown = sum(bool(label) for label in data.labels) - int(known.sum())

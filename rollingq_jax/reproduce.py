@@ -19,7 +19,7 @@ if __name__ == "__main__":  # before the imports that need an extra, so that it 
     sys.exit(run("reproduce", sys.argv))
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,13 +30,12 @@ from ml_collections import ConfigDict
 
 from rollingq_jax.analysis import metrics, probes
 from rollingq_jax.compare import MOST_SEEDS, compare
-from rollingq_jax.comparison.results import make_line
+from rollingq_jax.comparison.results import make_line, markdown
 from rollingq_jax.comparison.runs import (
     Overrides,
     dataset_of,
     known_arms,
     parse_arms,
-    probe_of,
     read_json,
     run_folder,
     with_fields,
@@ -45,15 +44,24 @@ from rollingq_jax.data.dataset import ArraySource, Dataset
 from rollingq_jax.data.records import clip_modalities
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.files import write_whole
+from rollingq_jax.inference import probe_of
 from rollingq_jax.train.cli import Command, Flag, integer, switch, text
 from rollingq_jax.train.config import check_config
 from rollingq_jax.train.experiment import Experiment
 from rollingq_jax.train.logging import count
+from rollingq_jax.train.loop import load_run
 from rollingq_jax.train.preemption import Interruption
 from rollingq_jax.train.workdir import check_workdir, write_json
 
 # The columns of published figures: `data.name` -> heading.
 SETS = {"crema_d": "CREMA-D", "kinetics_sounds": "Kinetics-Sounds", "cmu_mosei": "CMU-MOSEI"}
+# What a table measures -> its name in a run's record, factor and digits where it is printed.
+# Parameters need no run.
+MEASURES = {
+    "accuracy": ("test_accuracy", 100.0, 1),
+    "correlation": ("quality_correlation", 1.0, 2),
+    "parameters": ("", 1e-6, 2),
+}
 # Third-party notes of the paper gave them; its own tables were not seen.
 SECOND_HAND = (
     "Published figures are second-hand, from notes on the paper, whose tables were not seen."
@@ -86,10 +94,8 @@ class PaperTable(NamedTuple):
     """A table of the paper.
 
     Attributes:
-      title: what it shows.
-      measure: "accuracy" and "correlation" are written in percent and as they are; "parameters", in
-        millions, need no run.
-      rows: in order.
+      title, rows: as they are printed.
+      measure: a name in `MEASURES`.
       levels: noise in every modality, in training-set standard deviations: a column each.
       note: what has to be known beside it.
     """
@@ -242,8 +248,7 @@ def reproduce(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{table}.json", result)
     cells = written_cells(result)
-    rule = ["---"] * len(cells[0])
-    page = "\n".join("| " + " | ".join(line) + " |" for line in (cells[0], rule, *cells[1:]))
+    page = markdown(cells[0], cells[1:])
     write_whole(folder / f"{table}.md", f"{spec.title}\n\n{page}\n\n{spec.note}\n")
     return result
 
@@ -260,12 +265,6 @@ def _arms(spec: PaperTable, dataset: Dataset, only: Sequence[str]) -> dict[str, 
     return arms
 
 
-def _reference(arm: str, arms: Collection[str]) -> str | None:
-    """The arm that it is compared with: the same without rotations, or attention."""
-    twins = (arm.replace("rollingq", "attention"), "attention")
-    return next((twin for twin in twins if twin != arm and twin in arms), None)
-
-
 def _measured(
     spec: PaperTable,
     config: ConfigDict,
@@ -277,7 +276,7 @@ def _measured(
 ) -> dict[str, list[dict[str, Any]]]:
     """Arm -> for each level a mean with its interval and the paired difference to attention."""
     found = compare(config, folder, arms=arms, num_seeds=num_seeds, interruption=interruption)
-    field = {"accuracy": "test_accuracy", "correlation": "quality_correlation"}[spec.measure]
+    field = MEASURES[spec.measure][0]
     noisy = [m for m, info in dataset.modalities.items() if info.kind != "tokens"]
     values: dict[str, list[dict[int, float]]] = {arm: [{} for _ in spec.levels] for arm in arms}
     for run in found["runs"]:
@@ -292,15 +291,15 @@ def _measured(
                 value = scores.get(field.removeprefix("test_"))
             if value is not None and np.isfinite(value):
                 values[run["arm"]][column][run["seed"]] = float(value)
-    return {
-        arm: [
-            make_line(one, values[reference][i] if reference else None)
-            for i, one in enumerate(columns)
-        ]
-        for arm, columns in values.items()
-        for reference in [_reference(arm, values)]
-        if all(columns)
-    }
+    lines = {}
+    for arm, columns in values.items():
+        if all(columns):
+            # It is compared with the same arm without rotations, or with attention.
+            twins = (arm.replace("rollingq", "attention"), "attention")
+            twin = next((one for one in twins if one != arm and one in values), None)
+            references = [None] * len(columns) if twin is None else values[twin]
+            lines[arm] = [make_line(*pair) for pair in zip(columns, references, strict=True)]
+    return lines
 
 
 def scores_under(folder: epath.Path, corruption: str) -> dict[str, Any]:
@@ -308,7 +307,7 @@ def scores_under(folder: epath.Path, corruption: str) -> dict[str, Any]:
     path = folder / "reproduce.json"
     kept = dict(read_json(path) or {})
     if corruption not in kept:
-        probe = probe_of(folder)
+        probe = probe_of(load_run(folder))
         found = probes.predict(probe, corruption)
         scores = metrics.scores(found, probe.dataset.num_classes)
         names = ("accuracy", "quality_correlation")
@@ -386,8 +385,7 @@ def _written(measure: str, line: Any, *fields: str) -> str:
 
 def _number(measure: str, value: float, sign: str = "", *, published: bool = False) -> str:
     """As the paper writes it: percent, a correlation, or millions."""
-    scale = {"accuracy": 100.0, "correlation": 1.0, "parameters": 1e-6}[measure]
-    digits = {"accuracy": 1, "correlation": 2, "parameters": 2}[measure]
+    _, scale, digits = MEASURES[measure]
     return f"{value if published else scale * value:{sign}.{digits}f}"
 
 

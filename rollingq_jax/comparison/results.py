@@ -59,17 +59,20 @@ def run_record(arm: str, seed: int, setting: Mapping[str, Any], summary: Mapping
         record |= {f"{kind}/{m}": value for m, value in summary.get(kind, {}).items()}
     counts = summary.get("modality_examples", {})
     record |= {f"examples/{m}": count for m, count in counts.items()}
-    if "test_nonfinite" in summary:
-        record["test_nonfinite"] = summary["test_nonfinite"]
-    return record
+    return record | {n: summary[n] for n in ("test_nonfinite",) if n in summary}
 
 
 def metrics_of(runs: Sequence[Run]) -> dict[str, str]:
     """The metrics of the table, with their words; the share of each modality has its own."""
     names = {name for run in runs for name in run}
     shares = sorted(name for name in names if name.startswith("attention_share/"))
-    found = {name: METRICS[name].words for name in (*judged_by(names), "quality_correlation")}
-    return found | {name: f"attention share of {name.partition('/')[2]}" for name in shares}
+    shown = (*judged_by(names), "quality_correlation", *shares)
+    return {name: metric_of(name).words for name in shown}
+
+
+def metric_of(name: str) -> Metric:
+    """One of `METRICS`, or a modality's share of attention, of which more counts as better."""
+    return METRICS.get(name) or Metric(f"attention share of {name.partition('/')[2]}")
 
 
 def judged_by(names: Collection[str]) -> list[str]:
@@ -112,7 +115,7 @@ def make_table(runs: Sequence[Run], arms: Sequence[str], against: str) -> Table:
             values = values_of(runs, arm, metric)
             if values:
                 paired = None if arm == against else reference
-                lines[arm] = make_line(values, paired, is_better_higher(metric))
+                lines[arm] = make_line(values, paired, metric_of(metric).higher_is_better)
         if lines:
             table[metric] = lines
     return table
@@ -145,11 +148,6 @@ def finite_or_none(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def is_better_higher(metric: str) -> bool:
-    """Tells if more of a metric is better; a share of attention counts as such."""
-    return metric not in METRICS or METRICS[metric].higher_is_better
-
-
 def difference(
     first: Sequence[float], second: Sequence[float], higher_is_better: bool = True
 ) -> dict[str, Any]:
@@ -178,7 +176,7 @@ def verdict(metric: str, line: Mapping[str, Any]) -> str:
     if line["pairs"] < MIN_PAIRS or line["low"] is None:
         return "too few pairs to count"
     more, less = ("a gain", "a loss") if metric in METRICS else ("higher", "lower")
-    if not is_better_higher(metric):
+    if not metric_of(metric).higher_is_better:
         more, less = less, more
     if line["low"] > 0:
         return more
@@ -210,18 +208,18 @@ def verdicts(table: Table, runs: Sequence[Run], reference: str) -> list[str]:
       runs: from `run_record`; an arm rolls where one of its runs was rotated.
       reference: the arm without rolls.
     """
-    shares = {name: lines for name, lines in table.items() if name.startswith("attention_share/")}
-    shares = {name: lines for name, lines in shares.items() if reference in lines}
+    shares = {
+        name: lines
+        for name, lines in table.items()
+        if name.startswith("attention_share/") and reference in lines
+    }
     if len(shares) < 2:
         return []
     evens = even_shares(runs, [name.partition("/")[2] for name in shares])
-    excess = {
-        name: lines[reference]["mean"] - evens[name.partition("/")[2]]
-        for name, lines in shares.items()
-    }
-    biased = max(excess, key=excess.__getitem__)
-    modality, line = biased.partition("/")[2], shares[biased][reference]
-    even = evens[modality]
+    excess = {m: shares[f"attention_share/{m}"][reference]["mean"] - evens[m] for m in evens}
+    modality = max(excess, key=excess.__getitem__)
+    even, biased = evens[modality], f"attention_share/{modality}"
+    line = shares[biased][reference]
     if line["mean_low"] is None or line["runs"] < MIN_PAIRS:
         answer = "Too few seeds to say"
     else:
@@ -234,7 +232,7 @@ def verdicts(table: Table, runs: Sequence[Run], reference: str) -> list[str]:
     for arm, line in shares[biased].items():
         if arm in rolled and "difference" in line:
             nearer = {"lower": "Yes", "higher": "No"}.get(verdict(biased, line), "Not shown")
-            if nearer == "Yes" and even - line["mean"] > excess[biased]:
+            if nearer == "Yes" and even - line["mean"] > excess[modality]:
                 nearer = "No, they went too far"
             said.append(
                 f"Did the rolls last? {nearer}: {arm} gives {modality} "
@@ -258,7 +256,9 @@ def conclude(
       against, second_against: those arms.
       num_seeds: of the comparison.
     """
-    parts = [_seeds(num_seeds)]
+    seeds = "1 seed" if num_seeds == 1 else f"{num_seeds} seeds"
+    few = f": too few for any difference to count; {MIN_PAIRS} are the least"
+    parts = [f"{seeds}{few if num_seeds < MIN_PAIRS else ''}."]
     main = main_of(table)
     for metric in (main, "quality_correlation"):
         parts += _sentence(table, metric, against)
@@ -275,20 +275,12 @@ def conclude(
     return " ".join(parts)
 
 
-def _seeds(count: int) -> str:
-    words = "1 seed" if count == 1 else f"{count} seeds"
-    if count < MIN_PAIRS:
-        return f"{words}: too few for any difference to count; {MIN_PAIRS} are the least."
-    return f"{words}."
-
-
 def _power(table: Table, against: str) -> list[str]:
     """What the seeds can detect in the main metric, an estimate."""
     main = main_of(table)
-    lines = table.get(main, {})
     claims = [
-        f"{written_detectable(main, line)} for {arm}"
-        for arm, line in lines.items()
+        f"{written(main, line['detectable'], 'points')} for {arm}"
+        for arm, line in table.get(main, {}).items()
         if line.get("detectable") is not None and line["pairs"] >= MIN_PAIRS
     ]
     if not claims:
@@ -309,14 +301,9 @@ def _sentence(table: Table, metric: str, against: str) -> list[str]:
     return [f"{METRICS[metric].title} against {against}{level}: {'; '.join(claims)}."]
 
 
-def written(metric: str, value: float) -> str:
-    """A value as text."""
-    return f"{100 * value:.1f} %" if in_percent(metric) else f"{value:.3f}"
-
-
-def in_percent(metric: str) -> bool:
-    """Tells if a metric is written in percent; shares of attention are not."""
-    return metric in METRICS and METRICS[metric].percent
+def written(metric: str, value: float, unit: str = "%") -> str:
+    """A value as text; the unit is of metrics in percent."""
+    return f"{100 * value:.1f} {unit}" if metric_of(metric).percent else f"{value:.3f}"
 
 
 def written_mean(metric: str, line: Mapping[str, Any]) -> str:
@@ -329,7 +316,7 @@ def written_mean(metric: str, line: Mapping[str, Any]) -> str:
 
 def written_difference(metric: str, line: Mapping[str, Any]) -> str:
     """A difference as text, with its interval and what it shows."""
-    scale, digits, unit = (100, 1, " points") if in_percent(metric) else (1, 3, "")
+    scale, digits, unit = (100, 1, " points") if metric_of(metric).percent else (1, 3, "")
     text = f"{scale * line['difference']:+.{digits}f}{unit}"
     if line["low"] is not None:
         low, high = (f"{scale * line[end]:+.{digits}f}" for end in ("low", "high"))
@@ -337,10 +324,10 @@ def written_difference(metric: str, line: Mapping[str, Any]) -> str:
     return f"{text}, {line['wins']} won and {line['losses']} lost: {verdict(metric, line)}"
 
 
-def written_detectable(metric: str, line: Mapping[str, Any]) -> str:
-    """The difference that would be detected, as text."""
-    percent = in_percent(metric)
-    return f"{100 * line['detectable']:.1f} points" if percent else f"{line['detectable']:.3f}"
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def as_csv(runs: Sequence[Run]) -> str:
@@ -359,12 +346,7 @@ def as_csv(runs: Sequence[Run]) -> str:
 
 
 def differences_figure(table: Table, against: str) -> Figure | None:
-    """Each arm's paired difference to one arm, with its interval; None if nothing is paired.
-
-    Args:
-      table: from `results.make_table`.
-      against: the arm at zero.
-    """
+    """Each arm's paired difference to one arm, with its interval; None if nothing is paired."""
     shown = (main_of(table), "quality_correlation")
     panels = [m for m in shown if any("difference" in v for v in table.get(m, {}).values())]
     if not panels:
@@ -373,7 +355,7 @@ def differences_figure(table: Table, against: str) -> Figure | None:
     figure = style.new_figure(4.6 * len(panels) + 0.6, 0.42 * len(names) + 1.5)
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, metric in zip(grid, panels, strict=True):
-        scale = 100 if in_percent(metric) else 1
+        scale = METRICS[metric].scale
         axes.axvline(0, color=style.MUTED, linewidth=1)
         for place, name in enumerate(names):
             line = table[metric].get(name, {})
@@ -416,31 +398,31 @@ def all_figures(
     if differences is not None:
         words = result["conclusion"]
         yield "differences", ReportFigure(f"Against {against}", differences, words)
-    how = HOW_TO_READ
     main = main_of(result["table"]).removeprefix("test_")
     metric = SCORES[main]
     label = f"validation {metric.words}" + " (0 to 1)" * metric.percent
     alt = f"Validation {metric.words} of each arm over training."
     figure = plots.arms_figure(rows, fields={main: label})
-    yield main, ReportFigure(f"{metric.title} over training", figure, alt, how["arms"])
+    yield main, ReportFigure(f"{metric.title} over training", figure, alt, HOW_TO_READ["arms"])
     if any("imbalance" in row for runs in rows.values() for one in runs for row in one):
         alt = "Imbalance and attention share of each arm over training."
         figure = plots.arms_figure(rows)
-        yield "dynamics", ReportFigure("Imbalance and share", figure, alt, how["arms"])
+        yield "dynamics", ReportFigure("Imbalance and share", figure, alt, HOW_TO_READ["arms"])
     shares = [name for run in result["runs"] for name in run if name.startswith("attention_share/")]
     even = even_shares(result["runs"], sorted({name.partition("/")[2] for name in shares}))
     if samples:
         found = {arm: (p.shares(), p.quality) for arm, p in samples.items()}
         alt = "Attention share of each test example against its quality, an arm a panel."
-        text = how["share_quality"] + " One run of each arm."
+        text = HOW_TO_READ["share_quality"] + " One run of each arm."
         figure = plots.share_quality_figure(found, even=even)
         yield "share_quality", ReportFigure("Does attention follow quality?", figure, alt, text)
     if noise:
         alt = (
             f"{metric.title} and attention share while one modality turns to noise, an arm a line."
         )
+        title, text = f"{metric.title} against noise", HOW_TO_READ["noise"]
         figure = plots.noise_figure(noise, metric=main, even=even)
-        yield "noise", ReportFigure(f"{metric.title} against noise", figure, alt, how["noise"])
+        yield "noise", ReportFigure(title, figure, alt, text)
 
 
 def report_tables(result: Mapping[str, Any]) -> list[ReportTable]:

@@ -22,12 +22,13 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from rollingq_jax.analysis import probes
-from rollingq_jax.analysis.metrics import Predictions, predict_fn
+from rollingq_jax.analysis.metrics import Predictions
 from rollingq_jax.analysis.tasks import MAIN, METRICS
 from rollingq_jax.comparison.results import Run, run_record
 from rollingq_jax.data.dataset import Dataset, fingerprint, first_difference
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.errors import CheckpointError, ConfigError, NonFiniteError
+from rollingq_jax.inference import probe_of
 from rollingq_jax.models.spec import CROSS_FUSIONS, STATIC_FUSIONS, ModelSpec
 from rollingq_jax.train.config import (
     allowed_in,
@@ -636,7 +637,7 @@ def tested_summary(
 
 def answers_of(folder: epath.Path) -> Predictions:
     """A finished run's answers on its test split."""
-    return probes.predict(probe_of(folder))
+    return probes.predict(probe_of(load_run(folder)))
 
 
 def noise_of(folder: epath.Path, levels: Sequence[float]) -> list[dict[str, Any]]:
@@ -646,7 +647,7 @@ def noise_of(folder: epath.Path, levels: Sequence[float]) -> list[dict[str, Any]
     """
     kept = read_json(folder / "noise.json")
     if kept is None or kept["levels"] != list(levels):
-        probe = probe_of(folder)
+        probe = probe_of(load_run(folder))
         clean = probes.predict(probe)
         points = [
             point
@@ -657,19 +658,6 @@ def noise_of(folder: epath.Path, levels: Sequence[float]) -> list[dict[str, Any]
         kept = {"levels": list(levels), "points": points}
         write_json(folder / "noise.json", kept)
     return kept["points"]
-
-
-def probe_of(folder: epath.Path) -> probes.Probe:
-    """A finished run and its test split."""
-    run = load_run(folder)
-    return probes.Probe(
-        predict_fn(run.model, run.variables, run.rotation, run.task.answer),
-        run.dataset,
-        batch_size=run.config.batch_size,
-        seed=run.config.seed,
-        encoders=run.config.model.encoders,
-        task=run.task,
-    )
 
 
 @contextlib.contextmanager
