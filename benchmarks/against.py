@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.paper_scale import Scale
-from rollingq_jax.analysis.metrics import bootstrap_mean
+from benchmarks.timing import ratio_with_interval
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,8 +84,7 @@ def main() -> None:
                 worker.process.kill()
             remove = ["git", "-C", str(ROOT), "worktree", "remove", "--force", str(before)]
             subprocess.run(remove, check=False, capture_output=True)
-    found = bootstrap_mean(np.log(np.array(times["now"]) / np.array(times["before"])))
-    mean, low, high = (float(np.exp(x)) for x in (found.mean, found.low, found.high))
+    mean, low, high = ratio_with_interval(times["now"], times["before"])
     print(f"now / before: {mean:.3f} [{low:.3f}, {high:.3f}] over {arguments.rounds} pairs")
     for name in times:
         print(f"{name}: median {np.median(times[name]):.3f} s, last loss {losses[name][-1]!r}")

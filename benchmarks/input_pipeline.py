@@ -10,7 +10,6 @@ pixels stay uint8; the model normalizes on the device. The process is held to on
 
 import argparse
 import contextlib
-import dataclasses
 import io
 import json
 import os
@@ -26,6 +25,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from benchmarks.timing import processor
 from rollingq_jax.data.dataset import Dataset
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.pipeline import train_batches
@@ -34,31 +34,6 @@ from rollingq_jax.data.sources.crema_d import EMOTIONS
 
 BATCH_SIZE = 64
 SOURCE_SIZE = (360, 480)
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What was measured.
-
-    Attributes:
-      examples_per_second: by the clock.
-      examples_per_core_second: by the processor time that the process used; the figure that other
-        work on the machine does not spoil.
-      stored_frame: (height, width) of a stored frame.
-      stored_bytes: mean size of a stored frame.
-    """
-
-    examples_per_second: float
-    examples_per_core_second: float
-    examples: int
-    frames_per_example: int
-    stored_frame: tuple[int, int]
-    stored_bytes: int
-    output_size: int
-    batch_size: int
-    python: str
-    pillow: str
-    machine: str
 
 
 def natural_image(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
@@ -120,10 +95,10 @@ def measure(dataset: Dataset, seconds: float) -> tuple[int, float, float]:
     examples, start, used = 0, time.perf_counter(), time.process_time()
     while time.perf_counter() - start < seconds:
         examples += int(next(batches)["example_mask"].sum())
-    elapsed, processor = time.perf_counter() - start, time.process_time() - used
+    elapsed, used = time.perf_counter() - start, time.process_time() - used
     if hasattr(batches, "close"):
         batches.close()
-    return examples, elapsed, processor
+    return examples, elapsed, used
 
 
 @contextlib.contextmanager
@@ -140,37 +115,35 @@ def one_core() -> Iterator[None]:
         os.sched_setaffinity(0, cores)
 
 
-def run(num_clips: int, seconds: float) -> Result:
-    """Makes the clips and measures."""
+def run(num_clips: int, seconds: float) -> dict[str, Any]:
+    """Makes the clips and measures.
+
+    Returns:
+      What the JSON file holds: among others "examples_per_second" by the clock,
+      "examples_per_core_second" by the processor time that the process used, which other work on
+      the machine does not spoil, and of the stored frames "stored_frame", (height, width), and
+      "stored_bytes", their mean size.
+    """
     with tempfile.TemporaryDirectory() as folder, one_core():
         dataset = prepared_clips(Path(folder), num_clips)
         frames = dataset.splits["train"][0]["visual"]
         with Image.open(io.BytesIO(frames[0])) as image:
             width, height = image.size
-        examples, elapsed, processor = measure(dataset, seconds)
+        examples, elapsed, used = measure(dataset, seconds)
     shape = dataset.modalities["visual"].shape
-    return Result(
-        examples_per_second=examples / elapsed,
-        examples_per_core_second=examples / processor,
-        examples=examples,
-        frames_per_example=shape[0],
-        stored_frame=(height, width),
-        stored_bytes=round(sum(map(len, frames)) / len(frames)),
-        output_size=shape[1],
-        batch_size=BATCH_SIZE,
-        python=platform.python_version(),
-        pillow=Image.__version__,
-        machine=_processor(),
-    )
-
-
-def _processor() -> str:
-    """The processor's name, where the system tells it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return {
+        "examples_per_second": examples / elapsed,
+        "examples_per_core_second": examples / used,
+        "examples": examples,
+        "frames_per_example": shape[0],
+        "stored_frame": (height, width),
+        "stored_bytes": round(sum(map(len, frames)) / len(frames)),
+        "output_size": shape[1],
+        "batch_size": BATCH_SIZE,
+        "python": platform.python_version(),
+        "pillow": Image.__version__,
+        "machine": processor(),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -183,18 +156,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=10.0, help="time to measure (10)")
     arguments = parser.parse_args(argv)
     result = run(arguments.clips, arguments.seconds)
-    height, width = result.stored_frame
+    height, width = result["stored_frame"]
     print(
-        f"{result.frames_per_example} JPEG frames of {width} x {height} "
-        f"({result.stored_bytes / 1000:.1f} kB each) to "
-        f"{result.output_size} x {result.output_size}: "
-        f"{result.examples_per_core_second:.0f} examples/s a core "
-        f"({result.examples_per_second:.0f} by the clock), {result.machine}"
+        f"{result['frames_per_example']} JPEG frames of {width} x {height} "
+        f"({result['stored_bytes'] / 1000:.1f} kB each) to "
+        f"{result['output_size']} x {result['output_size']}: "
+        f"{result['examples_per_core_second']:.0f} examples/s a core "
+        f"({result['examples_per_second']:.0f} by the clock), {result['machine']}"
     )
     if arguments.out:
-        fields: dict[str, Any] = dataclasses.asdict(result)
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

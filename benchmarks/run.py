@@ -4,7 +4,6 @@ Prints a table and writes JSON with machine and versions. Without names it runs 
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ def input_pipeline() -> list[Row]:
     except ImportError as error:
         print(f"input_pipeline: skipped, since {error.name} is not installed")
         return []
-    found = dataclasses.asdict(pipeline.run(num_clips=192, seconds=10.0))
+    found = pipeline.run(num_clips=192, seconds=10.0)
     rate = found["examples_per_core_second"]
     return [
         {"benchmark": "input pipeline, one core", "case": "CREMA-D clips", "median_ms": 1e3 / rate}

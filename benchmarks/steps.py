@@ -15,8 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import paper_scale
 from benchmarks.paper_scale import Scale, Stepper, compiled_alone, compiled_step, model_flops
-from benchmarks.timing import Row, cost, interleaved, rows
-from rollingq_jax.analysis.metrics import bootstrap_mean
+from benchmarks.timing import Row, cost, interleaved, ratio_with_interval, rows
 
 PAPER = Scale()
 SMALL = Scale(depth=1, batch_size=4)
@@ -84,13 +83,8 @@ def rolling_cost(scale: Scale = SMALL, counted: Scale = PAPER, rounds: int = 40)
     table = rows(f"RollingQ, B {scale.batch_size}, depth {scale.depth}", times, "off")
     for row in table:
         base = "on" if row["case"] == "on again" else "off"
-        ratios = np.log(np.array(times[row["case"]]) / np.array(times[base]))
-        found = bootstrap_mean(ratios)
-        row |= {"baseline": base, "ratio": float(np.exp(found.mean))}
-        row |= {
-            "interval_low": float(np.exp(found.low)),
-            "interval_high": float(np.exp(found.high)),
-        }
+        ratio, low, high = ratio_with_interval(times[row["case"]], times[base])
+        row |= {"baseline": base, "ratio": ratio, "interval_low": low, "interval_high": high}
     return table + rolling_counts(counted)
 
 
@@ -110,7 +104,16 @@ def rolling_counts(scale: Scale = PAPER) -> list[Row]:
 
 
 LAYOUT = Scale(batch_size=16, dim=192, depth=2, num_heads=4)
-ONE_LAYOUT = "import sys; from benchmarks import steps; print(steps.one_layout(sys.argv[1]))"
+
+
+def in_process(devices: int, expression: str) -> Any:
+    """The value of an expression in a process that sees so many devices on the processor."""
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag}
+    code = f"import json; from benchmarks import steps; print(json.dumps({expression}))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def one_layout(parallel: str) -> float:
@@ -137,17 +140,9 @@ def devices() -> list[Row]:
     found = {}
     for count in (1, 8):
         for parallel in ("jit", "pmap"):
-            flag = f"--xla_force_host_platform_device_count={count}"
-            environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag}
-            command = [sys.executable, "-c", ONE_LAYOUT, parallel]
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, check=True
-            )
-            found[f"{count} device(s), {parallel}"] = [float(done.stdout.splitlines()[-1])]
+            median = in_process(count, f"steps.one_layout({parallel!r})")
+            found[f"{count} device(s), {parallel}"] = [median]
     return rows("devices on one processor, B 16, d 192", found, "1 device(s), jit")
-
-
-THREE_LAYOUTS = "import json; from benchmarks import steps; print(json.dumps(steps.sharding()))"
 
 
 def sharding(rounds: int = 7) -> list[Row]:
@@ -192,8 +187,4 @@ def sharding(rounds: int = 7) -> list[Row]:
 
 def fsdp() -> list[Row]:
     """`sharding` in a process that sees eight devices."""
-    flag = "--xla_force_host_platform_device_count=8"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag}
-    command = [sys.executable, "-c", THREE_LAYOUTS]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return list(json.loads(done.stdout.splitlines()[-1]))
+    return in_process(8, "steps.sharding()")

@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
+
+from rollingq_jax.analysis.metrics import bootstrap_mean
 
 Row = dict[str, Any]
 
@@ -55,6 +58,13 @@ def rows(benchmark: str, times: Mapping[str, list[float]], baseline: str) -> lis
     ]
 
 
+def ratio_with_interval(times: list[float], base: list[float]) -> tuple[float, float, float]:
+    """The mean of the paired ratios of two lists of seconds, and its bootstrap 95 % interval."""
+    found = bootstrap_mean(np.log(np.array(times) / np.array(base)))
+    mean, low, high = (float(np.exp(x)) for x in (found.mean, found.low, found.high))
+    return mean, low, high
+
+
 def cost(compiled: Any) -> dict[str, float]:
     """FLOPs, bytes accessed and temporary bytes of a compiled function, as XLA counts them."""
     analysis = compiled.cost_analysis() or {}
@@ -92,4 +102,4 @@ def processor() -> str:
             names = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
     except OSError:
         names = []
-    return names[0] if names else platform.processor()
+    return names[0] if names else platform.processor() or platform.machine()

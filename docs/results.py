@@ -127,24 +127,19 @@ def measured(
 ) -> str:
     """The page's part that is made from `results.json` and, where given, the runs' probes."""
     words = metrics_of(result["runs"])
-    against, second = result["reference"], result["second_reference"]
+    main, against, second = "test_accuracy", result["reference"], result["second_reference"]
     found = verdicts(result["table"], result["runs"], against)
     parts = ["\n".join(f"- {line}" for line in found)] if found else []
     parts += [result["conclusion"], result["search"]]
     for metric, lines in result["table"].items():
         parts += [f"### {words[metric].capitalize()}", metric_table(metric, lines, against)]
     if second:
-        lines = result["second_table"]["test_accuracy"]
-        parts += [
-            f"### Test accuracy against {second}",
-            metric_table("test_accuracy", lines, second),
-        ]
+        lines = result["second_table"][main]
+        parts += [f"### Test accuracy against {second}", metric_table(main, lines, second)]
     if "uniform" in result["selection"]:
-        lines = make_table(result["runs"], list(result["selection"]), "uniform")["test_accuracy"]
-        parts += [
-            "### Test accuracy against attention held even",
-            metric_table("test_accuracy", lines, "uniform"),
-        ]
+        lines = make_table(result["runs"], list(result["selection"]), "uniform")[main]
+        heading = "### Test accuracy against attention held even"
+        parts += [heading, metric_table(main, lines, "uniform")]
     if probes:
         parts += [
             "### Test accuracy with the trained query times tau",

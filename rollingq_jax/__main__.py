@@ -72,12 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(name, [f"{program} {name}", *argv[2:]])
 
 
-def run(name: str, argv: Sequence[str]) -> int:
+def run(name: str, argv: Sequence[str] | None = None) -> int:
     """Runs one of the commands; returns its exit code.
 
     Args:
       name: of the command.
-      argv: the program, as its help shall name it, and the command's arguments.
+      argv: the program, as its help shall name it, and the command's arguments; by default
+        `sys.argv`.
     """
     module, function, _ = COMMANDS[name]
     try:
@@ -85,7 +86,7 @@ def run(name: str, argv: Sequence[str]) -> int:
         run_command = import_or_say("rollingq_jax.train.cli").run_command
     except ModuleNotFoundError as error:
         return _fail(str(error))
-    return run_command(command, argv)
+    return run_command(command, sys.argv if argv is None else argv)
 
 
 def completion() -> str:

@@ -8,12 +8,10 @@ kinds, shapes, quality and files that cannot be read; last, the command that tra
 with code 2 where something is wrong.
 """
 
-import sys
-
 if __name__ == "__main__":  # before the imports that need an extra, so that it can be named
     from rollingq_jax.__main__ import run
 
-    sys.exit(run("check", sys.argv))
+    raise SystemExit(run("check"))
 
 import shlex
 from collections.abc import Iterator, Sequence

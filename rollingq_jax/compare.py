@@ -8,12 +8,10 @@ Leaves `selection.json` (before any test set is read), `results.json`, `results.
 the same table. More seeds or arms can be added by naming them in another call.
 """
 
-import sys
-
 if __name__ == "__main__":  # before the imports that need an extra, so that it can be named
     from rollingq_jax.__main__ import run
 
-    sys.exit(run("compare", sys.argv))
+    raise SystemExit(run("compare"))
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,7 +47,7 @@ from rollingq_jax.files import write_whole
 from rollingq_jax.train.cli import Command, integer, switch, text
 from rollingq_jax.train.config import check_config
 from rollingq_jax.train.logging import device_line, read_rows, table, versions
-from rollingq_jax.train.output import wrapped
+from rollingq_jax.train.output import progress_bar, wrapped
 from rollingq_jax.train.preemption import Interruption
 from rollingq_jax.train.workdir import check_workdir, locked, write_json
 
@@ -103,6 +101,7 @@ def compare(
             raise ConfigError(
                 f"--seeds is {num_seeds}; allowed: an integer >= 1 and at most {MOST_SEEDS:,}"
             )
+        # What may be wrong is told before anything is written.
         folder = check_workdir(workdir)
         dataset = dataset_of(config)
         if isinstance(arms, str):
@@ -119,8 +118,10 @@ def compare(
             print(line)
         stack.enter_context(locked(folder))
         stack.enter_context(compiled_programs(folder / "compiled"))
-        progress = stack.enter_context(Progress(plan))
+        total = len(arms) * (plan.runs_to_choose + len(plan.seeds))
+        progress = Progress(stack.enter_context(progress_bar(total, "run")))
         claim(plan, dataset)
+        # All choices are made, and written down, before the first test set is read.
         selection = tune_arms(plan, interruption, progress)
         records = run_tests(plan, selection, interruption, progress)
         result = gather(plan, selection, records, reference, dataset.description)

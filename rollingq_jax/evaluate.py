@@ -9,12 +9,10 @@ example, `predictions.csv` into the workdir. With `--path NEW` other data are ev
 The parameters are those of the best checkpoint by validation.
 """
 
-import sys
-
 if __name__ == "__main__":  # before the imports that need an extra, so that it can be named
     from rollingq_jax.__main__ import run
 
-    sys.exit(run("evaluate", sys.argv))
+    raise SystemExit(run("evaluate"))
 
 import dataclasses
 import itertools
@@ -159,14 +157,11 @@ def _told_apart(run: LoadedRun, probe: Probe, paths: Sequence[str]) -> list[dict
         )
 
     own = _own_dataset(run)
-    names, first = run.model.spec.modalities, run.inputs.classes[0]
     train = outputs(own.splits["train"], own)
     inside = outputs(probe.dataset.splits[probe.split], probe.dataset)
     found = []
     for path in paths:
-        data = open_new_data(path, run.config.data, run.inputs, names, seed=run.config.seed)
-        data = data._replace(labels=[first] * len(data.labels))  # of which none may be of the model
-        foreign = as_dataset(data, run.inputs, names, "test", run.config.model.encoders)
+        foreign = _new_dataset(run, path, read_labels=False)
         source = foreign.splits["test"]
         scores = ood.compare_scores(train, inside, outputs(source, foreign))
         found.append({"path": path, "num_examples": len(source), **scores})
@@ -180,9 +175,13 @@ def _own_dataset(run: LoadedRun) -> Dataset:
         raise DataError(f"{error}; --path names the place of data that have moved") from error
 
 
-def _new_dataset(run: LoadedRun, path: str, split: str | None) -> Dataset:
+def _new_dataset(
+    run: LoadedRun, path: str, split: str | None = None, *, read_labels: bool = True
+) -> Dataset:
     names, seed = run.model.spec.modalities, run.config.seed
     data = open_new_data(path, run.config.data, run.inputs, names, split=split, seed=seed)
+    if not read_labels:  # none of them may be of a class that the model has
+        data = data._replace(labels=[run.inputs.classes[0]] * len(data.labels))
     return as_dataset(data, run.inputs, names, split or "test", run.config.model.encoders)
 
 

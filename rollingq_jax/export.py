@@ -10,12 +10,10 @@ where the architecture is upstream's, else ours, joined by dots, with the rotati
 `rolling.rotation`.
 """
 
-import sys
-
 if __name__ == "__main__":  # before the imports that need an extra, so that it can be named
     from rollingq_jax.__main__ import run
 
-    sys.exit(run("export", sys.argv))
+    raise SystemExit(run("export"))
 
 import hashlib
 import importlib.util
@@ -108,6 +106,7 @@ def export_run(
     standardized: bool = False,
 ) -> dict[str, Any]:
     """`export` of a run that has been read."""
+    # Both are made before a file is written: what cannot be exported leaves nothing behind.
     tensors, names, rotation = named_tensors(run, fold)
     function = None if function_path is None else serialize(run, fold, standardized)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -333,7 +332,8 @@ def serialize(run: LoadedRun, fold: bool, standardized: bool = False) -> bytes:
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.params))
     if size >= LARGEST:
         raise UserError(f"the weights have {size} bytes; allowed with --stablehlo: under {LARGEST}")
-    model = build_model(run.model.spec, attention_fn=dense_attention)  # the same on all platforms
+    # The platform's own attention would be that of this process and not of the one that calls.
+    model = build_model(run.model.spec, attention_fn=dense_attention)
     if model.spec.quality_shuffled:
         raise UserError(
             "--stablehlo is given and model.quality_shuffled is True; allowed: False, since the "

@@ -10,12 +10,10 @@ an example may have any number of labels, they stand with | between, and each la
 probability; of a regression there is the predicted value.
 """
 
-import sys
-
 if __name__ == "__main__":  # before the imports that need an extra, so that it can be named
     from rollingq_jax.__main__ import run
 
-    sys.exit(run("predict", sys.argv))
+    raise SystemExit(run("predict"))
 
 import itertools
 import logging
@@ -96,6 +94,7 @@ def predict(
     is_known = classes.__contains__ if task is SINGLE else bool
     known = np.array([is_known(label) for label in data.labels], bool)
     answers: list[np.ndarray] = []  # to the known ones
+    # A line is written as soon as it is known: the answers need not fit into memory.
     with csv_writer(target) as write:
         shares = names if run.model.spec.has_shares else ()
         write(iter([csv_header(task.columns(classes), shares, labeled)]))

@@ -9,12 +9,10 @@ command is given again. Files that cannot be read are left out and listed at the
 with ``--strict``.
 """
 
-import sys
-
 if __name__ == "__main__":  # before the imports that need an extra, so that it can be named
     from rollingq_jax.__main__ import run
 
-    sys.exit(run("prepare", sys.argv))
+    raise SystemExit(run("prepare"))
 
 import importlib
 import os
@@ -77,15 +75,14 @@ def _options(given: SimpleNamespace) -> dict[str, Any]:
       ConfigError: one was given that this set does not have.
     """
     _, own = DATA_SETS[given.data_set]
-    for name in DEFAULTS:
-        value = getattr(given, name)
-        if value is not None and name not in own:
+    chosen = {n: getattr(given, n) for n in DEFAULTS if getattr(given, n) is not None}
+    for name, value in chosen.items():
+        if name not in own:
             takers = ", ".join(key for key, (_, options) in DATA_SETS.items() if name in options)
             raise ConfigError(
                 f"--{name} is {value}; allowed with {takers}; {given.data_set} has no clips"
             )
-    values = {name: getattr(given, name) for name in own}
-    return {name: DEFAULTS[name] if value is None else value for name, value in values.items()}
+    return {name: DEFAULTS[name] for name in own} | chosen
 
 
 def command(argv: Sequence[str]) -> None:

@@ -11,12 +11,10 @@ scaled down.
 A table is a list of rows, and a row names an arm of `compare`: another one is a line in `TABLES`.
 """
 
-import sys
-
 if __name__ == "__main__":  # before the imports that need an extra, so that it can be named
     from rollingq_jax.__main__ import run
 
-    sys.exit(run("reproduce", sys.argv))
+    raise SystemExit(run("reproduce"))
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence

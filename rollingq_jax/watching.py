@@ -114,6 +114,7 @@ def report(
       imbalance of 1 heads: 1.00
       a is favored: cosine 1.00 against 0.00 of b; 1 of 1 heads would roll at beta = 0.1
     """
+    # Without rotations `update` measures as ever and changes nothing.
     roller, state, rng = rolling_query(max_rotations=0), None, np.random.default_rng(seed)
     observe = jax.jit(roller.observe)
     parts: list[dict[str, Columns]] = []

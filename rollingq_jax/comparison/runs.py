@@ -40,7 +40,6 @@ from rollingq_jax.train.config import (
 )
 from rollingq_jax.train.experiment import Experiment
 from rollingq_jax.train.loop import load_run, train_and_evaluate
-from rollingq_jax.train.output import progress_bar
 from rollingq_jax.train.preemption import Interruption
 from rollingq_jax.train.workdir import read_summary, write_json
 
@@ -352,8 +351,7 @@ class Plan(NamedTuple):
       arms: name -> changed fields, in the order of the table.
       settings: those that every arm is tried with.
       tune_seeds: on which; none if there is one setting.
-      seeds: of the comparison.
-      folder: of the comparison.
+      seeds, folder: of the comparison.
       metric: the main one of the data's task, by which settings are chosen.
     """
 
@@ -364,6 +362,11 @@ class Plan(NamedTuple):
     seeds: list[int]
     folder: epath.Path
     metric: str = "accuracy"
+
+    @property
+    def runs_to_choose(self) -> int:
+        """How many runs an arm's setting is chosen by."""
+        return len(self.settings) * len(self.tune_seeds)
 
     def run_config(self, arm: str, number: int, seed: int) -> ConfigDict:
         """The configuration of one run.
@@ -522,19 +525,10 @@ def claim(plan: Plan, dataset: Dataset) -> None:
 
 
 class Progress:
-    """A bar over runs, and a line for each that has ended. A context manager."""
+    """A bar over runs, and a line for each that has ended."""
 
-    def __init__(self, plan: Plan) -> None:
-        tuning = len(plan.settings) * len(plan.tune_seeds)
-        self.total = len(plan.arms) * (tuning + len(plan.seeds))
-        self.done = 0
-
-    def __enter__(self) -> "Progress":
-        self._bar = progress_bar(self.total, "run")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
+    def __init__(self, bar: tqdm) -> None:
+        self._bar, self._done = bar, 0  # a bar that is not shown does not count
 
     def begin(self, text: str) -> None:
         """A run is under way."""
@@ -542,9 +536,9 @@ class Progress:
 
     def end(self, text: str, runs: int = 1) -> None:
         """Runs have ended."""
-        self.done += runs
+        self._done += runs
         self._bar.update(runs)
-        tqdm.write(f"{self.done}/{self.total}  {text}")
+        tqdm.write(f"{self._done}/{self._bar.total}  {text}")
 
 
 def tune_arms(plan: Plan, interruption: Interruption, progress: Progress) -> dict[str, Any]:
@@ -559,9 +553,8 @@ def tune_arms(plan: Plan, interruption: Interruption, progress: Progress) -> dic
     selection = dict(read_json(path) or {})
     for arm in plan.arms:
         if arm in selection:
-            runs = len(plan.settings) * len(plan.tune_seeds)
-            if runs:
-                progress.end(f"{arm}: has its setting already", runs)
+            if plan.runs_to_choose:
+                progress.end(f"{arm}: has its setting already", plan.runs_to_choose)
             continue
         scores: list[list[float | None]] = [[] for _ in plan.settings]
         for seed in plan.tune_seeds:
