@@ -151,6 +151,7 @@ def test_settings_are_chosen_on_validation_before_any_test_is_read(
     assert counts == {(2, 4, (0, 1))}
     assert {seed for _, _, seed, *_ in tests} == {2, 3, 4, 5}  # none that was chosen on
     told = " ".join(capsys.readouterr().out.split())
+    assert "rollingq, optimizer.learning_rate=0.1, seed 1: validation accuracy 0.710" in told
     words = "Settings tried for each arm: 2, on validation data of seeds 0, 1; 12 runs in all."
     assert words in told and words in (tmp_path / "out" / "report.html").read_text()
 

@@ -563,9 +563,9 @@ def tune_arms(plan: Plan, interruption: Interruption, progress: Progress) -> dic
                 progress.begin(f"{arm}, {words}, seed {seed}")
                 found = tuned_score(plan, arm, number, seed, interruption)
                 scores[number].append(found)
-                words = f"validation {METRICS[plan.metric].words}"
-                what = "not finite" if found is None else f"{words} {found:.3f}"
-                progress.end(f"{arm}, {words}, seed {seed}: {what}")
+                score = f"validation {METRICS[plan.metric].words}"
+                score = "not finite" if found is None else f"{score} {found:.3f}"
+                progress.end(f"{arm}, {words}, seed {seed}: {score}")
         selection[arm] = selected(plan.settings, plan.tune_seeds, scores, arm, plan.metric)
     write_json(path, selection)
     return selection
