@@ -44,9 +44,7 @@ SHOWN = 20
 def describe(dataset: Dataset, encoders: Any = None) -> Iterator[str]:
     """Lines on splits, classes and modalities, from labels and descriptions alone.
 
-    Args:
-      dataset: to describe.
-      encoders: ``config.model.encoders``, for the number of tokens.
+    `encoders`, those of `config.model`, say how many tokens a modality has.
 
     Raises:
       ConfigError: the encoders do not fit the data.
@@ -90,11 +88,7 @@ def _told(labels: np.ndarray, dataset: Dataset) -> list[str]:
 
 
 def read_examples(dataset: Dataset, most: int | None = None) -> Iterator[str]:
-    """Reads examples; lines on ranges of quality, missing modalities and unreadable files.
-
-    Args:
-      dataset: to read.
-      most: how many examples of each split; None for all.
+    """Reads all examples, or so many of each split; lines on quality, missing modalities and files.
 
     Raises:
       DataError: after the last line, if any example could not be read.
@@ -159,13 +153,9 @@ def _missing_files(config_data: Any) -> Iterator[str]:
 
 
 def next_command(program: str, given: SimpleNamespace, fields: Sequence[str], train: int) -> str:
-    """The command that trains on what was checked.
+    """The command that trains on what was checked, called as this one was, `fields` as typed.
 
-    Args:
-      program: of this command, as it was called.
-      given: the flags.
-      fields: of the configuration, as they were typed.
-      train: number of training examples.
+    Batches are no larger than `train`, the number of training examples.
     """
     if given.config_json is not None:
         config = ["--config_json", given.config_json]
@@ -213,12 +203,15 @@ def command(argv: Sequence[str]) -> None:
     else:
         config = CHECK.read_config(given, fields)
         config_data, encoders, seed = config.data, config.model.encoders, config.seed
-    for line in _missing_files(config_data):
+
+    def lines() -> Iterator[str]:
+        # In this order: a file that is missing is named even where the data cannot be loaded.
+        yield from _missing_files(config_data)
+        dataset = load_dataset(config_data, seed=seed, encoders=encoders)
+        yield from describe(dataset, encoders)
+        yield from read_examples(dataset, QUICK if given.quick else None)
+        yield "train on it with"
+        yield f"  {next_command(argv[0], given, fields, len(dataset.splits['train']))}"
+
+    for line in lines():
         print(printable(line))
-    dataset = load_dataset(config_data, seed=seed, encoders=encoders)
-    for line in describe(dataset, encoders):
-        print(printable(line))
-    for line in read_examples(dataset, QUICK if given.quick else None):
-        print(printable(line))
-    print("train on it with")
-    print(f"  {printable(next_command(argv[0], given, fields, len(dataset.splits['train'])))}")

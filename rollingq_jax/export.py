@@ -317,13 +317,10 @@ def serialize(run: LoadedRun, fold: bool, standardized: bool = False) -> bytes:
     """`batch -> (probabilities [B, C], attention_share {m: [B, n H]})` with the weights inside.
 
     The probabilities are the task's answers; of a regression the values in the unit of the labels.
-
-    The batch holds raw arrays, as they stood in the training file, which the function preprocesses;
-    with `standardized` what the model reads.
-
-    For any batch size, through `jax.export`: `jax.export.deserialize(content).call(batch)` runs it
-    where there are jax and flatbuffers without this package. The batch holds each modality and its
-    mask, as `input_shapes` says.
+    The batch, of any size, holds each modality and its mask, as `input_shapes` says: raw arrays, as
+    they stood in the training file, which the function preprocesses; with `standardized` what the
+    model reads. `jax.export.deserialize(content).call(batch)` runs it where there are jax and
+    flatbuffers without this package.
 
     Raises:
       UserError: the weights are too large for one function, or flatbuffers is not installed.

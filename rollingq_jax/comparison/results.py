@@ -95,12 +95,7 @@ def values_of(runs: Sequence[Run], arm: str, metric: str) -> dict[int, float]:
 
 
 def make_table(runs: Sequence[Run], arms: Sequence[str], against: str) -> Table:
-    """metric -> arm -> mean, standard deviation, and the paired difference to one arm.
-
-    Args:
-      runs: from `run_record`.
-      arms: in the order of the table.
-      against: the arm that the others are compared with, seed by seed.
+    """metric -> arm -> mean, standard deviation, and the paired difference to the arm `against`.
 
     Returns:
       For each metric the arms that have it: "mean", "mean_low", "mean_high" (its bootstrap 95 %
@@ -253,10 +248,8 @@ def conclude(
     """What the data do and do not support, in a paragraph.
 
     Args:
-      table: differences to `against`.
-      second: differences of the main metric to another arm, or None.
-      against, second_against: those arms.
-      num_seeds: of the comparison.
+      table: differences to the arm `against`.
+      second: differences of the main metric to the arm `second_against`, or None.
     """
     seeds = "1 seed" if num_seeds == 1 else f"{num_seeds} seeds"
     few = f": too few for any difference to count; {MIN_PAIRS} are the least"

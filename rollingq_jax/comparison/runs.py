@@ -220,12 +220,9 @@ def resets(config: ConfigDict, arms: Mapping[str, Overrides]) -> list[str]:
 
 
 def with_fields(config: ConfigDict, fields: Mapping[str, Any], where: str) -> ConfigDict:
-    """A copy of the configuration with some fields changed.
+    """A copy of the configuration with some fields changed, `{"rolling.beta": 0.1}`.
 
-    Args:
-      config: a whole configuration.
-      fields: `{"rolling.beta": 0.1}`.
-      where: what asks for it, for messages.
+    `where` says in messages what asks for it.
 
     Raises:
       ConfigError: there is no such field, or the value has another type.
@@ -240,10 +237,7 @@ def with_fields(config: ConfigDict, fields: Mapping[str, Any], where: str) -> Co
             there = ", ".join(sorted(node.keys())) if isinstance(node, ConfigDict) else "no fields"
             raise ConfigError(f"{where}: config.{field} is not a field; allowed there: {there}")
         try:
-            if value is None:
-                with changed.ignore_type():
-                    node[name] = None
-            else:
+            with changed.ignore_type() if value is None else contextlib.nullcontext():
                 node[name] = value
         except TypeError:
             allowed = allowed_in(field, config)
