@@ -112,7 +112,8 @@ def evaluate(
         "corrupted": [condition(probe, one, clean, run.config) for one in corrupt],
     }
     if full_probes:
-        result |= all_probes(probe, clean, levels)
+        result["noise"] = noise_points(probe, clean, sorted({0.0, *levels}))
+        result["reliance"] = {m: probes.reliance(probe, m, clean) for m in dataset.modalities}
         if spec.uses_class_query:
             result["attention_scale"] = probes.attention_scale_curve(
                 probe,
@@ -215,18 +216,14 @@ def condition(probe: Probe, corruption: str, clean: Predictions, config: Any) ->
     return result
 
 
-def all_probes(probe: Probe, clean: Predictions, levels: Sequence[float]) -> dict[str, Any]:
-    """Noise curves (not of token ids, which cannot take noise) and reliance, for each modality."""
-    modalities = probe.dataset.modalities
-    curves = [
-        probes.corruption_curve(probe, m, sorted({0.0, *levels}), clean=clean)
-        for m, info in modalities.items()
+def noise_points(probe: Probe, clean: Predictions, levels: Sequence[float]) -> list[dict[str, Any]]:
+    """The noise curves of all modalities but token ids, which cannot take noise."""
+    return [
+        point
+        for m, info in probe.dataset.modalities.items()
         if info.kind != "tokens"
+        for point in probes.corruption_curve(probe, m, levels, clean=clean)
     ]
-    return {
-        "noise": [point for curve in curves for point in curve],
-        "reliance": {m: probes.reliance(probe, m, clean) for m in modalities},
-    }
 
 
 class _Levels(flags.ArgumentParser):

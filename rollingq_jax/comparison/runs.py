@@ -28,6 +28,7 @@ from rollingq_jax.comparison.results import Run, run_record
 from rollingq_jax.data.dataset import Dataset, fingerprint, first_difference
 from rollingq_jax.data.load import load_dataset
 from rollingq_jax.errors import CheckpointError, ConfigError, NonFiniteError
+from rollingq_jax.evaluate import noise_points
 from rollingq_jax.inference import probe_of
 from rollingq_jax.models.spec import CROSS_FUSIONS, STATIC_FUSIONS, ModelSpec
 from rollingq_jax.train.config import (
@@ -424,15 +425,8 @@ def make_plan(
             f"--first_seed is {start}, and settings are chosen on seed {reused[0]}; allowed: seeds "
             "that nothing is chosen on, or --allow_reuse"
         )
-    plan = Plan(
-        config,
-        {name: dict(fields) for name, fields in arms.items()},
-        settings,
-        tuning,
-        seeds,
-        folder,
-        MAIN[dataset.task],
-    )
+    own_arms = {name: dict(fields) for name, fields in arms.items()}
+    plan = Plan(config, own_arms, settings, tuning, seeds, folder, MAIN[dataset.task])
     for arm, fields in plan.arms.items():
         check_name(arm)
         if "seed" in fields or "seed" in settings[0]:
@@ -628,20 +622,11 @@ def answers_of(folder: epath.Path) -> Predictions:
 
 
 def noise_of(folder: epath.Path, levels: Sequence[float]) -> list[dict[str, Any]]:
-    """Score and share under noise in each modality of a finished run, kept in `noise.json`.
-
-    Token ids cannot take noise and are left out.
-    """
+    """Score and share under noise in each modality of a finished run, kept in `noise.json`."""
     kept = read_json(folder / "noise.json")
     if kept is None or kept["levels"] != list(levels):
         probe = probe_of(load_run(folder))
-        clean = probes.predict(probe)
-        points = [
-            point
-            for m, info in probe.dataset.modalities.items()
-            if info.kind != "tokens"
-            for point in probes.corruption_curve(probe, m, levels, clean=clean)
-        ]
+        points = noise_points(probe, probes.predict(probe), levels)
         kept = {"levels": list(levels), "points": points}
         write_json(folder / "noise.json", kept)
     return kept["points"]
