@@ -44,7 +44,7 @@ from rollingq_jax.errors import ConfigError, UserError
 from rollingq_jax.files import write_whole
 from rollingq_jax.models import build_model, dense_attention
 from rollingq_jax.models.resnet import BATCH_STATS
-from rollingq_jax.quality import COLLECTION, collection, model_variables
+from rollingq_jax.quality import COLLECTION, model_variables
 from rollingq_jax.rotation import fold_rotation
 from rollingq_jax.train.cli import WORKDIR, Command, switch, text
 from rollingq_jax.train.logging import table, versions
@@ -197,11 +197,8 @@ def named_tensors(run: LoadedRun, fold: bool) -> tuple[dict[str, np.ndarray], st
 
     if is_upstream(run):
         return to_upstream(params, rotation), "upstream", place(UPSTREAM_ROTATION)
-    flat = traverse_util.flatten_dict(params, sep=".")
-    if run.quality is not None:
-        flat |= traverse_util.flatten_dict({COLLECTION: collection(run.quality)}, sep=".")
-    if run.batch_stats is not None:
-        flat |= traverse_util.flatten_dict({BATCH_STATS: run.batch_stats}, sep=".")
+    state = model_variables(params, run.quality, run.batch_stats)
+    flat = traverse_util.flatten_dict(state.pop("params") | state, sep=".")
     tensors = {name: np.asarray(leaf) for name, leaf in sorted(flat.items())}
     if rotation is not None:
         tensors[ROTATION] = np.asarray(rotation)

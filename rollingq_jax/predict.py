@@ -90,11 +90,11 @@ def predict(
     classes, labeled, task = run.inputs.classes, any(data.labels), run.task
     target.parent.mkdir(parents=True, exist_ok=True)
     answered, missing = 0, dict.fromkeys(names, 0)
-    # An example of another class has no label here that an answer could be.
+    # A label of no class of the model counts in no score.
     is_known = classes.__contains__ if task is SINGLE else bool
     known = np.array([is_known(label) for label in data.labels], bool)
     answers: list[np.ndarray] = []  # to the known ones
-    # A line is written as soon as it is known: the answers need not fit into memory.
+    # Batch by batch: of examples without a label no answer stays in memory.
     with csv_writer(target) as write:
         shares = names if run.model.spec.has_shares else ()
         write(iter([csv_header(task.columns(classes), shares, labeled)]))
