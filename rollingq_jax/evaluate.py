@@ -132,6 +132,7 @@ def evaluate(
     if ood_paths:
         result["ood"] = _told_apart(run, probe, ood_paths)
     result |= {"versions": versions(), "device": device_line()}
+    # The numbers first: a picture that cannot be drawn costs none of them.
     write_json(folder / "evaluation.json", result)
     write_predictions(folder, run, dataset.splits[split], clean)
     write_evaluation(folder, run, probe, clean, result)

@@ -282,7 +282,7 @@ def _measured(
         place = run_folder(folder, run["arm"], chosen["chosen"], chosen["setting"], run["seed"])
         for column, level in enumerate(spec.levels):
             value = run[field] if level == 0 else None
-            if value is None:
+            if value is None:  # noise; or the data have no quality, and noise of each example's own
                 noise = f"0..{QUALITY_NOISE:g}" if level == 0 else f"{level:g}"
                 corruption = ", ".join(f"{m}={noise}" for m in noisy)
                 scores = scores_under(place, corruption)

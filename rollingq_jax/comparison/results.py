@@ -229,6 +229,7 @@ def verdicts(table: Table, runs: Sequence[Run], reference: str) -> list[str]:
     for arm, line in shares[biased].items():
         if arm in rolled and "difference" in line:
             nearer = {"lower": "Yes", "higher": "No"}.get(verdict(biased, line), "Not shown")
+            # Farther from even than it was, on the other side.
             if nearer == "Yes" and even - line["mean"] > excess[modality]:
                 nearer = "No, they went too far"
             said.append(

@@ -439,6 +439,8 @@ def make_plan(
             )
         for number in range(len(settings)):
             changed = plan.run_config(arm, number, first)
+            # Built and let go: what the model or the data refuse is told now, and not when the
+            # runs before it are done. Data that an arm does not change are read once.
             own = any(name.startswith("data.") for name in fields | settings[number])
             try:
                 check_config(changed)
@@ -475,7 +477,9 @@ def check_same(plan: Plan, dataset: Dataset) -> None:
             f"workdir {plan.folder} holds another comparison: config.{name} is {ours!r} and was "
             f"{before!r}; allowed: the same, or another workdir"
         )
-    changed = first_difference(fingerprint(dataset), theirs.get("signature", fingerprint(dataset)))
+    data = fingerprint(dataset)
+    # A comparison of an earlier version has no signature, and is believed.
+    changed = first_difference(data, theirs.get("signature", data))
     if changed:
         raise CheckpointError(
             f"workdir {plan.folder} holds a comparison on other data: {changed} has other values; "
@@ -595,7 +599,7 @@ def tuned_score(
             )
             record = {name: found["best"][plan.metric]}
         except NonFiniteError as error:
-            interruption.unsaved = False
+            interruption.unsaved = False  # the run has ended: an interruption loses none of it
             record = {name: None, "failure": str(error)}
         write_json(folder / "tuning.json", record)
     return record[name]
