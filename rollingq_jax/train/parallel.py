@@ -165,7 +165,7 @@ def with_jit(train_step: Callable[..., Any], eval_step: Callable[..., Any]) -> P
     replicated = NamedSharding(mesh, EVERYWHERE)
     split = PartitionSpec(AXIS)
 
-    def evaluate(state: TrainState, batch: dict[str, jax.Array]):
+    def evaluate(state: TrainState, batch: dict[str, jax.Array]) -> Any:
         return eval_step(state.variables, state.rotation, batch, axis_name=AXIS)
 
     mapped = functools.partial(
@@ -259,7 +259,7 @@ def with_fsdp(
         )
         return mapped(state.replace(opt_state=(), ema=None), batch, weight)
 
-    def evaluate(state: TrainState, batch: dict[str, jax.Array]):
+    def evaluate(state: TrainState, batch: dict[str, jax.Array]) -> Any:
         def on_parts(state, batch):
             name = "params" if state.ema is None else "ema"
             whole = gather(getattr(state, name), getattr(specs, name))
@@ -366,7 +366,7 @@ def with_pmap(train_step: Callable[..., Any], eval_step: Callable[..., Any]) -> 
             for name, value in batch.items()
         }
 
-    def evaluate(state: TrainState, batch: dict[str, jax.Array]):
+    def evaluate(state: TrainState, batch: dict[str, jax.Array]) -> Any:
         return eval_step(state.variables, state.rotation, batch, axis_name=AXIS)
 
     def get_rows(tree: Any) -> Any:
