@@ -194,12 +194,12 @@ ROWS = [
     ),
     # converters
     (lambda: rq.convert.from_upstream({}), "no tensor has a name of upstream's"),
-    (lambda: rq.convert.from_upstream(None), "."),
-    (lambda: rq.convert.from_upstream({"weight": np.ones(3)}), "weight|tensors"),
-    (lambda: rq.convert.to_upstream({}), "."),
-    (lambda: rq.convert.upstream_model(dataset="MNIST"), "MNIST"),
+    (lambda: rq.convert.from_upstream(None), "is a NoneType; allowed: a mapping of names"),
+    (lambda: rq.convert.from_upstream({"weight": np.ones(3)}), "no tensor has a name"),
+    (lambda: rq.convert.to_upstream({}), "encoders for nothing; upstream has audio, vis"),
+    (lambda: rq.convert.upstream_model(dataset="MNIST"), "'MNIST'; allowed: CREMAD, K"),
     (lambda: rq.convert.upstream_model(dataset="CREMAD", fusion_method="late"), "late"),
-    (lambda: rq.convert.upstream_batch(ONES((2, 3)), ONES((2, 3, 1, 4, 4))), "2, 3"),
+    (lambda: rq.convert.upstream_batch(ONES((2, 3)), ONES((2, 3, 1, 4, 4))), r"\(2, 3\); allowed"),
     (lambda: rq.convert.load_vit("missing.npz", {}), "missing.npz"),
     # runs
     (lambda: train_and_evaluate(None, "unused"), "config is None; allowed: a mapping of fields"),

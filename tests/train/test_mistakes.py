@@ -225,45 +225,38 @@ def test_help_is_no_mistake(capsys):
     assert "--config FILE" in capsys.readouterr().out
 
 
-@pytest.fixture
-def foreign(here):
-    """A folder that holds something else, and what the line has to say."""
-    run = here / "new"
-    run.mkdir()
-
-    def fill(kind):
-        config = tiny_config("tiny.npz")
-        config.model.num_classes = 3
-        config.model.encoders = {m: {"kind": "vector"} for m in "ab"}
-        (run / "config.json").write_text(json.dumps(config.to_dict()))
-        if kind == "config.json is cut":
-            (run / "config.json").write_text('{"seed": ')
-            return "config.json is not JSON"
-        if kind == "config.json is a list":
-            (run / "config.json").write_text("[]")
-            return "config.json holds list; allowed: a JSON object"
-        if kind == "another seed":
-            (run / "config.json").write_text(json.dumps(config.to_dict() | {"seed": 5}))
-            (run / "checkpoints" / "6").mkdir(parents=True)
-            return "holds another run: config.seed is 0 and was 5"
-        if kind == "checkpoints alone":
-            (run / "config.json").unlink()
-            (run / "checkpoints").mkdir()
-            return (
-                "holds checkpoints and no config.json; allowed: an empty folder, or one with both"
-            )
-        (run / "summary.json").write_text("{}")
-        return "summary.json is damaged; allowed: the summary of a run"
-
-    return fill
+OURS = tiny_config("tiny.npz").to_dict()
+OURS["model"] |= {"num_classes": 3, "encoders": {m: {"kind": "vector"} for m in "ab"}}
 
 
 @pytest.mark.parametrize(
-    "kind",
-    ["config.json is cut", "config.json is a list", "another seed", "checkpoints alone", "summary"],
+    ("content", "line"),  # None: a folder
+    [
+        ({"config.json": '{"seed": '}, "config.json is not JSON"),
+        ({"config.json": "[]"}, "config.json holds list; allowed: a JSON object"),
+        (
+            {"config.json": json.dumps(OURS | {"seed": 5}), "checkpoints/6": None},
+            "holds another run: config.seed is 0 and was 5",
+        ),
+        (
+            {"checkpoints": None},
+            "holds checkpoints and no config.json; allowed: an empty folder, or one with both",
+        ),
+        (
+            {"config.json": json.dumps(OURS), "summary.json": "{}"},
+            "summary.json is damaged; allowed: the summary of a run",
+        ),
+    ],
+    ids=["cut", "a list", "another seed", "checkpoints alone", "summary"],
 )
-def test_a_folder_that_holds_something_else(here, foreign, capsys, kind):
-    line = foreign(kind)
+def test_a_folder_that_holds_something_else(here, capsys, content, line):
+    for name, text in content.items():
+        path = here / "new" / name
+        if text is None:
+            path.mkdir(parents=True)
+        else:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
     before = files(here)
     assert run_command(train_command, typed(TINY)) == 2
     printed = capsys.readouterr().err
