@@ -7,7 +7,7 @@ measured: statistics, sizes and class names are the model's.
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,9 +30,14 @@ from rollingq_jax.data.dataset import (
     labels_of,
 )
 from rollingq_jax.data.load import LOADERS, load_dataset
-from rollingq_jax.data.options import array_path, local_path, mapping_option
+from rollingq_jax.data.options import array_path, fields_of, local_path, mapping_option
 from rollingq_jax.data.preprocessing import InputSpec, Preprocessed, Preprocessing, complete
-from rollingq_jax.data.sources.arrays import check_memory, open_arrays, unpacked
+from rollingq_jax.data.sources.arrays import (
+    RawArraySource,
+    check_memory,
+    open_arrays,
+    unpacked,
+)
 from rollingq_jax.data.sources.media_folder import is_manifest
 from rollingq_jax.errors import ConfigError, DataError
 
@@ -91,7 +96,7 @@ def open_new_data(
         )
         return NewData(source, ids, label_texts(np.array(labels, str), inputs))
     name = config_data.name
-    arrays = place.suffix.lower() in (".npz", ".npy") or _is_folder_of_arrays(place)
+    arrays = place.suffix.lower() in (".npz", ".npy") or _is_folder_of_arrays(place, used)
     if arrays or name in ("arrays", "folder", "av_digits"):
         return _open_arrays(place, used, inputs, split)
     if name in LOADERS:
@@ -101,10 +106,10 @@ def open_new_data(
     return NewData(*open_tfds(config_data, used, path=path, split=split))
 
 
-def _is_folder_of_arrays(place: Path | epath.Path) -> bool:
-    """Tells if `.npy` files lie in a local folder, or in those of its splits."""
+def _is_folder_of_arrays(place: Path | epath.Path, modalities: Iterable[str]) -> bool:
+    """Tells if a modality's `.npy` file lies in a local folder, or in those of its splits."""
     folders = (place, *(place / split for split in SPLITS)) if isinstance(place, Path) else ()
-    return any(any(folder.glob("*.npy")) for folder in folders)
+    return any((folder / f"{m}.npy").is_file() for folder in folders for m in modalities)
 
 
 def _open_arrays(
@@ -221,18 +226,30 @@ def _name(number: int, classes: Sequence[str]) -> str:
 def _open_prepared(
     path: str, config_data: Any, inputs: InputSpec, split: str, seed: int
 ) -> NewData:
-    """The prepared data of a built-in set, elsewhere; what its examples pass through is applied."""
+    """The prepared data of a built-in set, elsewhere; what its examples pass through is applied.
+
+    What that folder's own training split would have measured or named gives way to the model's:
+    lengths of sounds and texts, means and deviations, and the numbers of the classes.
+    """
     moved = copy.deepcopy(config_data)
+    media = [one.media for one in inputs.modalities.values() if one.media]
+    sizes = {n: v for m in media for n, v in m.items() if n in fields_of(config_data.name)}
     with moved.unlocked():
-        moved.path = path
+        moved.update({**sizes, "path": path})
     dataset = load_dataset(moved, seed=seed)
     if split not in dataset.splits:
         raise ConfigError(f"split is {split!r}; allowed: {', '.join(dataset.splits)}")
     source = dataset.splits[split]
-    labels = label_texts(labels_of(source), inputs)
+    if isinstance(source, Preprocessed | RawArraySource):
+        source = copy.copy(source)
+        source.modalities = {m: inputs.modalities.get(m, x) for m, x in source.modalities.items()}
+    values = labels_of(source)
+    if dataset.class_names and dataset.task == SINGLE_LABEL:
+        values = np.array(dataset.class_names, str)[values]
     ids = ids_of(source)
     names = [str(number) for number in range(len(source))] if ids is None else list(map(str, ids))
-    return NewData(_Transformed(source, dataset.eval_transforms), names, labels, standardized=True)
+    transformed = _Transformed(source, dataset.eval_transforms)
+    return NewData(transformed, names, label_texts(values, inputs), standardized=True)
 
 
 class _Transformed:

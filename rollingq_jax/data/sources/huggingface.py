@@ -19,6 +19,7 @@ Where a feature is None the example lacks the modality. The splits are train, te
 (valid, val, dev); what is missing is set aside from train.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -104,7 +105,15 @@ def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None)
     }
     splits, measured = standardize(
         complete_splits(sources, seed=seed),
-        {n: Preprocessing(f.info, f.info.shape, f.info.dtype) for n, f in adapters.items()},
+        {
+            name: Preprocessing(
+                adapter.info,
+                adapter.info.shape,
+                adapter.info.dtype,
+                media=_media(available[modalities[name]], sizes),
+            )
+            for name, adapter in adapters.items()
+        },
         most=sizes.stats_examples,
         floats=option(config_data, "standardize", True),
     )
@@ -145,6 +154,15 @@ def _undecoded(table: Any, features: Any) -> Any:
         if isinstance(table.features[feature], datasets.Image | datasets.Audio):
             table = table.cast_column(feature, type(table.features[feature])(decode=False))
     return table
+
+
+def _media(feature: Any, sizes: MediaSizes) -> dict[str, Any] | None:
+    """What a model trained on the feature says of files for it, as `Preprocessing.media`."""
+    import datasets
+
+    types = {datasets.Image: "image", datasets.Audio: "audio"}
+    type_ = "string" if _is_text(feature) else types.get(type(feature))
+    return type_ and {"type": type_, **dataclasses.asdict(sizes)}
 
 
 def _is_text(feature: Any) -> bool:

@@ -418,7 +418,9 @@ def _read_tokenizer(config_data: Any, texts: bool) -> str:
         return ""
     if not texts:
         raise ConfigError(f"data.tokenizer is {given!r}; allowed without a modality of text: none")
-    path = given.partition(CHECKSUM)[0]
+    path, known, _ = given.partition(CHECKSUM)
+    if known:  # a trained model's, which `open_tokenizer` compares
+        return given
     with reading(path, "data.tokenizer"):
         content = epath.Path(path).expanduser().read_bytes()
     return f"{path}{CHECKSUM}{hashlib.sha256(content).hexdigest()}"

@@ -5,10 +5,13 @@ import sys
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from rollingq_jax.data.dataset import groups_of, ids_of, labels_of
 from rollingq_jax.data.load import load_dataset
+from rollingq_jax.data.new_data import open_new_data
 from rollingq_jax.data.pipeline import eval_batches
+from rollingq_jax.data.preprocessing import input_spec
 from rollingq_jax.data.video import encode_jpeg
 from rollingq_jax.errors import ConfigError, DataError
 
@@ -100,6 +103,17 @@ def test_one_table_is_divided_with_groups_whole_and_gaps_masked(saved):
         for place, number in enumerate(ids_of(source).tolist()):
             masks[number] = bool(source[place]["words_mask"])
     assert [number for number, there in masks.items() if not there] == [3] and len(masks) == 40
+
+
+def test_what_was_measured_goes_with_the_model(saved, tmp_path):
+    features = "words=txt, picture=img, label=label"
+    inputs = input_spec(read(saved / "both", features, **SIZES, text_length=4))
+    config = ConfigDict({"name": "huggingface", "features": features, **SIZES})
+    other = open_new_data(str(saved / "both"), config, inputs, ["picture", "words"])
+    assert other.source[0]["words"].shape == (4,) and other.labels[:2] == ["cat", "dog"]
+    (tmp_path / "new.csv").write_text("words:string,label\nno. 32,cat\n")
+    files = open_new_data(str(tmp_path / "new.csv"), config, inputs, ["picture", "words"])
+    np.testing.assert_array_equal(files.source[0]["words"], other.source[0]["words"])
 
 
 @pytest.mark.parametrize(
