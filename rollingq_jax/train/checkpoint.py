@@ -45,6 +45,7 @@ ROOM = 1 << 20  # bytes on top of the arrays: their metadata, one block at least
 # The arrays that inference reads, and the parts that trees of older versions lack.
 LEARNED = ("params/", "ema/", "rolling/rotation", "quality/", "batch_stats/")
 LATER = ("quality", "ema", "batch_stats")
+OPTIONAL = ("rolling", *LATER)  # fields of the state that may be None
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -131,7 +132,10 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints there are, damaged ones too, newest first."""
-        return found_steps(self._directory)
+        names = (
+            [path.name for path in self._directory.iterdir()] if self._directory.exists() else []
+        )
+        return sorted((int(name) for name in names if re.fullmatch(r"\d+", name)), reverse=True)
 
     def save(self, state: TrainState, record: Mapping[str, Any]) -> None:
         """Begins to save the state, with a JSON record, under its step number.
@@ -154,7 +158,9 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         sums = checksums(tree)
-        check_finite(sums, step)
+        for name, one in sums.items():
+            if not one.finite:
+                raise NonFiniteError(f"step {step}: {name} is not finite, and is not saved")
         record = {
             **record,
             "format_version": FORMAT_VERSION,
@@ -163,7 +169,7 @@ class Checkpoints:
         }
         with convert_save_errors(self._directory):
             self.wait()
-            check_room(self._directory, tree_bytes(tree))
+            check_room(self._directory, sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -244,7 +250,8 @@ class Checkpoints:
             names = [name for name in record["arrays"] if name.startswith(LEARNED)]
             if any(name.startswith("ema/") for name in names):
                 names = [name for name in names if not name.startswith("params/")]
-            tree = self._read_arrays(step, record, nested(dict.fromkeys(names, 0)))
+            wanted = flax.traverse_util.unflatten_dict(dict.fromkeys(names, 0), sep="/")
+            tree = self._read_arrays(step, record, wanted)
         try:
             params, rolling = tree["ema" if "ema" in tree else "params"], tree.get("rolling") or {}
             rotation = rolling.get("rotation")
@@ -262,7 +269,7 @@ class Checkpoints:
         return Learned(step, params, rotation, quality, batch_stats), record
 
     def _read_format_1(self, step: int, record: Mapping[str, Any]) -> Any:
-        """All arrays of a checkpoint of format 1, on the host."""
+        """All arrays of a checkpoint of format 1, on the host: its one checksum is over all."""
         tree = self._read(step, "state", ocp.args.PyTreeRestore())
         try:
             tree = jax.tree.map(np.asarray, tree)
@@ -416,17 +423,15 @@ def as_tree(state: TrainState) -> dict[str, Any]:
     """
     abstract = isinstance(state.rng, jax.ShapeDtypeStruct)
     bits_of = functools.partial(jax.eval_shape, jax.random.key_data)
-    tree = flax.serialization.to_state_dict(
-        state.replace(
-            rng=bits_of(state.rng) if abstract else jax.random.key_data(state.rng),
-            rolling=state.rolling or (),
-            quality=state.quality or (),
-            ema=state.ema or (),
-            batch_stats=state.batch_stats or (),
-        )
-    )
+    rng = bits_of(state.rng) if abstract else jax.random.key_data(state.rng)
+    tree = flax.serialization.to_state_dict(_none_as_empty(state).replace(rng=rng))
     # Trees of runs without them are those of older versions.
     return {name: part for name, part in tree.items() if name not in LATER or part}
+
+
+def _none_as_empty(state: TrainState) -> TrainState:
+    """The same with () in the place of None, which flax cannot restore into."""
+    return state.replace(**{name: getattr(state, name) or () for name in OPTIONAL})
 
 
 def key_type(key: jax.Array | None = None) -> str:
@@ -450,21 +455,12 @@ def to_host(state: TrainState) -> dict[str, Any]:
 
 def from_host(tree: Mapping[str, Any], like: TrainState) -> TrainState:
     """The state that `to_host` took apart; `like` gives the structure, and may be abstract."""
-    target = like.replace(
-        rolling=like.rolling or (),
-        quality=like.quality or (),
-        ema=like.ema or (),
-        batch_stats=like.batch_stats or (),
-    )
     lacking: dict[str, Any] = {name: {} for name in LATER}
-    state = flax.serialization.from_state_dict(target, lacking | dict(tree))
+    state = flax.serialization.from_state_dict(_none_as_empty(like), lacking | dict(tree))
     state = jax.tree.map(lambda x: x if is_divided(x) else jax.numpy.asarray(x), state)
     return state.replace(
         rng=jax.random.wrap_key_data(state.rng),
-        rolling=state.rolling or None,
-        quality=state.quality or None,
-        ema=state.ema or None,
-        batch_stats=state.batch_stats or None,
+        **{name: getattr(state, name) or None for name in OPTIONAL},
     )
 
 
@@ -474,11 +470,6 @@ def tree_names(tree: Any) -> list[str]:
     return ["/".join(str(key.key) for key in path) for path, _ in paths]
 
 
-def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"a/b": 1} -> {"a": {"b": 1}}`: the tree whose names are given."""
-    return flax.traverse_util.unflatten_dict(dict(leaves), sep="/")
-
-
 def tree_spec(tree: Any) -> dict[str, str]:
     """`{"params/fusion/cls": "float32[64]", ...}`."""
     specs = [f"{leaf.dtype}{list(np.shape(leaf))}" for leaf in jax.tree.leaves(tree)]
@@ -486,15 +477,10 @@ def tree_spec(tree: Any) -> dict[str, str]:
 
 
 class Checksum(NamedTuple):
-    """What is known of an array without holding it whole.
+    """Facts about an array that need no host to hold it whole."""
 
-    Attributes:
-      told: dtype, shape and checksum, as a record has them.
-      finite: whether all elements are; True of integers.
-    """
-
-    told: str
-    finite: bool
+    told: str  # dtype, shape and checksum, as a record has them
+    finite: bool  # whether all elements are; True of integers
 
 
 def checksums(tree: Any) -> dict[str, Checksum]:
@@ -571,29 +557,13 @@ def checksum_1(tree: Any) -> str:
     return digest.hexdigest()
 
 
-def tree_bytes(tree: Any) -> int:
-    """Bytes of all leaves."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
 def record_digest(record: Mapping[str, Any]) -> str:
     """SHA-256 of a JSON record."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def check_finite(sums: Mapping[str, Checksum], step: int) -> None:
-    """Raises NonFiniteError where an array of the state is NaN or infinite somewhere."""
-    for name, one in sums.items():
-        if not one.finite:
-            raise NonFiniteError(f"step {step}: {name} is not finite, and is not saved")
-
-
 def _check_key_type(step: int, record: Mapping[str, Any], rng: str | None) -> None:
-    """The run goes on with the kind of random numbers with which it began.
-
-    Raises:
-      CheckpointError: names the setting of JAX that differs.
-    """
+    """Checks that the run goes on with the kind of random numbers with which it began."""
     ours = key_type()
     # A record of an older version does not have the name; the width of the key tells it.
     older = {"uint32[2]": "threefry2x32", "uint32[4]": "rbg"}.get(rng or "", ours)
@@ -606,11 +576,7 @@ def _check_key_type(step: int, record: Mapping[str, Any], rng: str | None) -> No
 
 
 def _check_structure(step: int, theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:
-    """The arrays of a checkpoint, as `tree_spec` tells them, are those of the model they are for.
-
-    Raises:
-      CheckpointError: names the first array that is not.
-    """
+    """Checks that a checkpoint's arrays, as `tree_spec` tells them, are those of the model."""
     for name in sorted(theirs.keys() | ours.keys()):
         if theirs.get(name) != ours.get(name):
             raise CheckpointError(
@@ -652,12 +618,6 @@ class LiteralPath(type(epath.Path("/"))):  # type: ignore[misc]
 
 
 epath.register_path_cls(LiteralPath)
-
-
-def found_steps(directory: epath.Path) -> list[int]:
-    """Steps of the checkpoints in a folder, damaged ones too, newest first."""
-    names = [path.name for path in directory.iterdir()] if directory.exists() else []
-    return sorted((int(name) for name in names if re.fullmatch(r"\d+", name)), reverse=True)
 
 
 def check_room(directory: epath.Path, size: int) -> None:
@@ -727,13 +687,10 @@ def with_last_checkpoint(newest: Callable[[], int | None]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise type(error)(f"{error}; {_left(newest())}") from error
-
-
-def _left(step: int | None) -> str:
-    """The newest checkpoint in words."""
-    return (
-        "there is no checkpoint yet"
-        if step is None
-        else f"the last good checkpoint is of step {step}"
-    )
+        step = newest()
+        left = (
+            "there is no checkpoint yet"
+            if step is None
+            else f"the last good checkpoint is of step {step}"
+        )
+        raise type(error)(f"{error}; {left}") from error

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +18,6 @@ from rollingq_jax.data.dataset import (
     REGRESSION,
     SINGLE_LABEL,
     Dataset,
-    ModalityInfo,
     fingerprint,
     first_difference,
     infer_model,
@@ -70,9 +69,6 @@ class Experiment:
       baseline: the method of comparison.
       epoch_steps, total_steps: lengths in steps.
       given: the `model` and `tx` that came from outside, or None.
-      inputs: preprocessing and classes, which inference needs without the data.
-      task: what is learned.
-      signature: of the data, so that no run resumes with others.
 
     Args:
       config: checked, see `check_config`.
@@ -376,15 +372,28 @@ class Experiment:
 
     def batches(self, start_step: int, num_steps: int) -> "CheckedBatches":
         """Training batches of the steps `start_step .. num_steps - 1`, this process's rows."""
-        batches = train_batches(
-            self.dataset.splits["train"],
+        return self._read(
+            train_batches,
+            "train",
             transforms=self.dataset.train_transforms,
             start_step=start_step,
             num_steps=num_steps,
             number_as=EXAMPLE_NUMBER if self.baseline.example_numbers else "",
-            **self._reading(),
         )
-        return self._checked(batches)
+
+    def _read(self, read: Callable[..., Any], split: str, **options: Any) -> "CheckedBatches":
+        processes = jax.process_count()
+        batches = read(
+            self.dataset.splits[split],
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            process_index=jax.process_index(),
+            process_count=processes,
+            prefetch=self.config.data.prefetch,
+            **options,
+        )
+        rows = self.config.batch_size // processes
+        return CheckedBatches(batches, self.dataset, self.model.spec.modalities, rows)
 
     def evaluate(
         self, state: TrainState, split: str, check: Callable[[], None] = lambda: None
@@ -404,12 +413,10 @@ class Experiment:
         Raises:
           NonFiniteError: the logits of every example are NaN or infinite.
         """
-        batches = eval_batches(
-            self.dataset.splits[split], transforms=self.dataset.eval_transforms, **self._reading()
-        )
+        batches = self._read(eval_batches, split, transforms=self.dataset.eval_transforms)
         sums: dict[str, Any] = {}
         columns: dict[str, list[np.ndarray]] = {}
-        for batch in self._checked(batches):
+        for batch in batches:
             check()
             placed = self.parallel.put_batch(batch)
             batch_sums, examples = self.parallel.eval_step(state, placed)
@@ -451,19 +458,6 @@ class Experiment:
                 found[f"probe_{task.main}/{m}"] = task.main_score(answers)
         return found
 
-    def _reading(self) -> dict[str, Any]:
-        return {
-            "batch_size": self.config.batch_size,
-            "seed": self.config.seed,
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
-            "prefetch": self.config.data.prefetch,
-        }
-
-    def _checked(self, batches: Any) -> "CheckedBatches":
-        rows = self.config.batch_size // jax.process_count()
-        return CheckedBatches(batches, self.dataset, self.model.spec.modalities, rows)
-
     def identity(self) -> dict[str, Any]:
         """The configuration and the data of the run, as JSON, for checkpoints and the summary.
 
@@ -476,15 +470,6 @@ class Experiment:
             "signature": self.signature,
             "inputs": self.inputs.to_json(),
         }
-
-    def record(self, best: Mapping[str, Any], **rest: Any) -> dict[str, Any]:
-        """The JSON that a checkpoint holds as well as the state.
-
-        Args:
-          best: the best checkpoint so far.
-          rest: everything else that the loop needs to resume.
-        """
-        return {"best": best, **self.identity(), **rest}
 
     def check_record(self, record: Mapping[str, Any], workdir: Any) -> None:
         """Checks that a checkpoint in the folder is this run's.
@@ -542,15 +527,6 @@ def resolve_config(config: Any, dataset: Dataset) -> Any:
     return resolved
 
 
-def by_modality(modalities: Sequence[str], columns: Columns, name: str) -> dict[str, np.ndarray]:
-    """Columns of a share, `present` or `quality` as `{modality: [N]}`, else empty."""
-    if name in ("attention_share", "uniform_share", "present"):
-        values = columns.get(name)
-        return {} if values is None else {m: values[:, i] for i, m in enumerate(modalities)}
-    found = {m: columns[f"quality_{m}"] for m in modalities if f"quality_{m}" in columns}
-    return found if len(found) == len(modalities) else {}
-
-
 class CheckedBatches:
     """Iterates over batches and checks them.
 
@@ -573,9 +549,14 @@ class CheckedBatches:
     ) -> None:
         self._batches, self._dataset = batches, dataset
         self._modalities, self._rows = modalities, rows
-        sizes = {m: dataset.modalities[m].vocab_size for m in modalities}
-        self._vocabularies = {m: size for m, size in sizes.items() if size is not None}
-        self._first: dict[str, tuple[tuple[int, ...], np.dtype]] | None = None
+        self._limits: dict[str, tuple[int, str]] = {}  # of integers, and what sets it
+        if dataset.task == SINGLE_LABEL:
+            self._limits["label"] = dataset.num_classes, f"{dataset.num_classes} classes"
+        for m in modalities:
+            size = dataset.modalities[m].vocab_size
+            if size is not None:
+                self._limits[m] = size, f"vocab_size {size}"
+        self._first: dict[str, str] = {}
 
     def __iter__(self) -> "CheckedBatches":
         return self
@@ -586,19 +567,23 @@ class CheckedBatches:
         except OSError as error:
             name = "" if error.filename is None else f"{error.filename}: "
             raise DataError(f"data: {name}{error.strerror or error}") from error
-        forms = {name: (value.shape, value.dtype) for name, value in batch.items()}
-        if self._first is None:
+        forms = {name: f"{value.dtype}{list(value.shape)}" for name, value in batch.items()}
+        if not self._first:
             check_batch(batch, self._dataset, self._modalities, self._rows)
             self._first = forms
         elif forms != self._first:
             odd = next(n for n in {**forms, **self._first} if forms.get(n) != self._first.get(n))
             raise DataError(
-                f"batch: {odd!r} is {_form(forms, odd)}; "
-                f"allowed: {_form(self._first, odd)}, as in the batches before"
+                f"batch: {odd!r} is {forms.get(odd, 'absent')}; "
+                f"allowed: {self._first.get(odd, 'absent')}, as in the batches before"
             )
-        if self._dataset.task == SINGLE_LABEL:
-            check_labels(batch["label"], self._dataset.num_classes)
-        check_ids(batch, self._vocabularies)
+        for name, (limit, what) in self._limits.items():
+            low, high = batch[name].min(), batch[name].max()
+            if low < 0 or high >= limit:
+                wrong = low if low < 0 else high
+                raise DataError(
+                    f"batch: {name!r} holds {wrong}; allowed: 0 to {limit - 1} ({what})"
+                )
         return batch
 
     def close(self) -> None:
@@ -626,15 +611,12 @@ def check_batch(
     for name in modalities:
         info = dataset.modalities[name]
         expect(batch, name, [(rows, *info.shape)], np.dtype(info.dtype).kind)
-        expect(batch, f"{name}_mask", mask_shapes(info, rows), "b")
+        # Whether an example has the modality, or its real positions.
+        masks = [(rows,)] + ([(rows, info.shape[0])] if info.kind in POSITIONS else [])
+        expect(batch, f"{name}_mask", masks, "b")
         expect(batch, f"quality_{name}", [(rows,)], "f")
         if batch[name].dtype.kind == "f" and not np.isfinite(batch[name]).all():
             raise DataError(f"batch: {name!r} holds NaN or infinity; allowed: finite numbers")
-
-
-def mask_shapes(info: ModalityInfo, rows: int) -> list[tuple[int, ...]]:
-    """`[B]`, whether an example has the modality, or `[B, L]`, its real positions."""
-    return [(rows,)] + ([(rows, info.shape[0])] if info.kind in POSITIONS else [])
 
 
 def expect(
@@ -652,39 +634,3 @@ def expect(
     if value.shape not in shapes or value.dtype != np.dtype(words):
         wanted = " or ".join(f"{words}{list(shape)}" for shape in shapes)
         raise DataError(f"batch: {name!r} is {value.dtype}{list(value.shape)}; allowed: {wanted}")
-
-
-def check_labels(label: np.ndarray, num_classes: int) -> None:
-    """Labels lie in 0 .. num_classes - 1.
-
-    Raises:
-      DataError: one does not.
-    """
-    low, high = label.min(), label.max()
-    if low < 0 or high >= num_classes:
-        wrong = low if low < 0 else high
-        raise DataError(
-            f"batch: 'label' holds {wrong}; allowed: 0 to {num_classes - 1} ({num_classes} classes)"
-        )
-
-
-def check_ids(batch: Mapping[str, np.ndarray], vocabularies: Mapping[str, int]) -> None:
-    """Token ids lie in 0 .. vocab_size - 1.
-
-    Raises:
-      DataError: one does not.
-    """
-    for name, size in vocabularies.items():
-        low, high = batch[name].min(), batch[name].max()
-        if low < 0 or high >= size:
-            wrong = low if low < 0 else high
-            raise DataError(
-                f"batch: {name!r} holds {wrong}; allowed: 0 to {size - 1} (vocab_size {size})"
-            )
-
-
-def _form(forms: Mapping[str, tuple[tuple[int, ...], np.dtype]], name: str) -> str:
-    if name not in forms:
-        return "absent"
-    shape, dtype = forms[name]
-    return f"{dtype}{list(shape)}"

@@ -370,7 +370,7 @@ class TrainLoop:
         """
         rows, pending = self.metrics.pending()
         self.report(rows)
-        record = self.experiment.record(self.best, validate=validate, **pending)
+        record = {"best": self.best, **self.experiment.identity(), "validate": validate, **pending}
         self.checkpoints.save(self.experiment.parallel.get(state), record)
         self.saves.mark_saved()
 

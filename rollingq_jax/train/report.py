@@ -33,7 +33,7 @@ from rollingq_jax.analysis.tasks import HEADLINES, MAIN, METRICS, task_name
 from rollingq_jax.data.dataset import REGRESSION
 from rollingq_jax.train.checkpoint import Checkpoints, DamagedError
 from rollingq_jax.train.config import flatten
-from rollingq_jax.train.experiment import Columns, Experiment, by_modality
+from rollingq_jax.train.experiment import Columns, Experiment
 from rollingq_jax.train.logging import (
     Callback,
     MetricsWriter,
@@ -206,15 +206,22 @@ def chosen_by(summary: Mapping[str, Any]) -> str:
 def predictions_of(experiment: Experiment, columns: Columns) -> Predictions:
     """The columns of a pass over a split in the form that the analysis reads."""
     modalities = experiment.model.spec.modalities
-    present = by_modality(modalities, columns, "present")
-    quality = by_modality(modalities, columns, "quality")
+
+    def by_modality(name: str) -> dict[str, np.ndarray]:
+        values = columns.get(name)
+        return {} if values is None else {m: values[:, i] for i, m in enumerate(modalities)}
+
+    present = by_modality("present")
+    quality: dict[str, np.ndarray] = {}
+    if all(f"quality_{m}" in columns for m in modalities):
+        quality = {m: where_present(columns[f"quality_{m}"], present.get(m)) for m in modalities}
     return Predictions(
         probabilities=columns["probabilities"],
         label=columns["label"],
-        attention_share=by_modality(modalities, columns, "attention_share"),
-        quality={m: where_present(q, present.get(m)) for m, q in quality.items()},
+        attention_share=by_modality("attention_share"),
+        quality=quality,
         present=present,
-        uniform_share=by_modality(modalities, columns, "uniform_share"),
+        uniform_share=by_modality("uniform_share"),
     )
 
 
