@@ -132,9 +132,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints there are, damaged ones too, newest first."""
-        names = (
-            [path.name for path in self._directory.iterdir()] if self._directory.exists() else []
-        )
+        paths = self._directory.iterdir() if self._directory.exists() else ()
+        names = [path.name for path in paths]
         return sorted((int(name) for name in names if re.fullmatch(r"\d+", name)), reverse=True)
 
     def save(self, state: TrainState, record: Mapping[str, Any]) -> None:
@@ -218,6 +217,7 @@ class Checkpoints:
             found = tree_spec(tree)
         else:
             found = {name: told.rpartition(" ")[0] for name, told in record["arrays"].items()}
+        # Before the structure: where keys are of another kind, the state has another shape too.
         _check_key_type(step, record, found.get("rng"))
         _check_structure(step, found, tree_spec(target))
         if record["format_version"] != 1:
@@ -262,11 +262,8 @@ class Checkpoints:
                 f"checkpoint {step} is damaged: its structure is not as it was saved"
             ) from error
         _check_structure(step, tree_spec({"params": params}), expected)
-        params, quality, batch_stats = jax.tree.map(
-            jax.numpy.asarray, (params, quality, tree.get("batch_stats"))
-        )
-        rotation = None if rotation is None else jax.numpy.asarray(rotation)
-        return Learned(step, params, rotation, quality, batch_stats), record
+        parts = params, rotation, quality, tree.get("batch_stats")
+        return Learned(step, *jax.tree.map(jax.numpy.asarray, parts)), record
 
     def _read_format_1(self, step: int, record: Mapping[str, Any]) -> Any:
         """All arrays of a checkpoint of format 1, on the host: its one checksum is over all."""

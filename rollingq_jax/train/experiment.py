@@ -612,7 +612,9 @@ def check_batch(
         info = dataset.modalities[name]
         expect(batch, name, [(rows, *info.shape)], np.dtype(info.dtype).kind)
         # Whether an example has the modality, or its real positions.
-        masks = [(rows,)] + ([(rows, info.shape[0])] if info.kind in POSITIONS else [])
+        masks: list[tuple[int, ...]] = [(rows,)]
+        if info.kind in POSITIONS:
+            masks.append((rows, info.shape[0]))
         expect(batch, f"{name}_mask", masks, "b")
         expect(batch, f"quality_{name}", [(rows,)], "f")
         if batch[name].dtype.kind == "f" and not np.isfinite(batch[name]).all():
@@ -622,11 +624,7 @@ def check_batch(
 def expect(
     batch: Mapping[str, np.ndarray], name: str, shapes: list[tuple[int, ...]], kind: str
 ) -> None:
-    """A field, where it is present, has one of the shapes and a dtype of that kind.
-
-    Raises:
-      DataError: it does not.
-    """
+    """Checks that a field, where it is present, has one of the shapes and that kind of dtype."""
     if name not in batch:
         return
     value = batch[name]

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from rollingq_jax.analysis.metrics import counted, written
 from rollingq_jax.analysis.tasks import MAIN, METRICS
-from rollingq_jax.data.dataset import KEPT, Dataset
+from rollingq_jax.data.dataset import KEPT
 from rollingq_jax.errors import CheckpointError, NonFiniteError, printable, said
 from rollingq_jax.files import write_whole
 from rollingq_jax.train.output import progress_bar, wrapped
@@ -155,7 +155,9 @@ class MetricAccumulator:
 
     def roll_rows(self, step: int, roll: RollRecord) -> list[Row]:
         """A row for each head that rolled after `step`."""
-        self._rotation = first_head_rotation(roll) or self._rotation
+        if roll.info.rolled[0]:
+            query, anchor = np.asarray(roll.query[0]), np.asarray(roll.info.anchor[0])
+            self._rotation = {"query": query.tolist(), "anchor": anchor.tolist()}
         rows = []
         for head in np.flatnonzero(roll.info.rolled):
             row = self._labels(step, "roll") | {
@@ -221,7 +223,7 @@ def read_rows(path: epath.PathLike) -> list[Row]:
 
 
 def _is_row(row: Any) -> bool:
-    """Tells if a run may have written the row, so that its readers find what they need."""
+    """Tells if a run may have written the row: its readers then find what they need."""
     if not (isinstance(row, dict) and isinstance(row.get("split"), str)):
         return False
     step = row.get("step")
@@ -375,16 +377,6 @@ class Snapshot(NamedTuple):
     anchor: np.ndarray
 
 
-def first_head_rotation(roll: RollRecord) -> RotationEvent | None:
-    """Query and anchor of the first head, as JSON has them; None if that head did not roll."""
-    if not roll.info.rolled[0]:
-        return None
-    return {
-        "query": np.asarray(roll.query[0]).tolist(),
-        "anchor": np.asarray(roll.info.anchor[0]).tolist(),
-    }
-
-
 def save_snapshot(
     workdir: epath.Path,
     step: int,
@@ -488,18 +480,10 @@ def versions() -> dict[str, str]:
 class Console:
     """A header, a progress bar, a line for each rotation and one for each epoch; or nothing."""
 
-    def __init__(
-        self,
-        state: TrainState,
-        dataset: Dataset,
-        *,
-        epoch_steps: int,
-        total_steps: int,
-        quiet: bool = False,
-    ) -> None:
+    def __init__(self, experiment: Any, state: TrainState, *, quiet: bool = False) -> None:
         self._first = jax.process_index() == 0 and not quiet
-        self._state, self._dataset = state, dataset
-        self._epoch_steps, self._total_steps = epoch_steps, total_steps
+        self._state, self._dataset = state, experiment.dataset
+        self._epoch_steps, self._total_steps = experiment.epoch_steps, experiment.total_steps
         self._bar: Any = None
         self._kept: collections.Counter[str] = collections.Counter()
         self._kept_said = False
@@ -508,14 +492,14 @@ class Console:
 
     def __enter__(self) -> "Console":
         step = int(self._state.step)
-        self._print(f"devices: {device_line()}")
+        self.note(f"devices: {device_line()}")
         sizes = ", ".join(f"{len(s):,} {name}" for name, s in self._dataset.splits.items())
-        self._print(f"data: {sizes} examples, {self._dataset.learned}")
-        self._print(parameter_table(self._state.params))
+        self.note(f"data: {sizes} examples, {self._dataset.learned}")
+        self.note(parameter_table(self._state.params))
         if step:
-            self._print(f"continuing from step {step} of {self._total_steps}")
+            self.note(f"continuing from step {step} of {self._total_steps}")
         if step < self._total_steps:
-            self._print("compiling the first step ...")
+            self.note("compiling the first step ...")
         quiet = {} if self._first else {"disable": True}
         self._bar = progress_bar(self._total_steps, "step", initial=step, mininterval=0.5, **quiet)
         return self
@@ -523,13 +507,10 @@ class Console:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def _print(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """Prints lines of their own, above the bar."""
         if self._first:
             tqdm.write("\n".join(map(wrapped, text.split("\n"))))
-
-    def note(self, text: str) -> None:
-        """A line of its own."""
-        self._print(text)
 
     def advance(self) -> None:
         """One step is under way."""
@@ -546,7 +527,7 @@ class Console:
             return
         self._kept_said = True
         for modality, count in sorted(self._kept.items()):
-            self._print(
+            self.note(
                 f"data.corruptions: in epoch {row['epoch']}, {count} examples keep {modality}, "
                 "which was to be dropped, because it is their last modality"
             )
@@ -559,7 +540,7 @@ class Console:
                 self._bar.set_postfix_str(", ".join(shown))
                 self._count_kept(row)
                 if row.get("skipped"):
-                    self._print(
+                    self.note(
                         f"epoch {row['epoch']}, step {row['step']}: skipped {row['skipped']} "
                         "updates whose loss or gradient was NaN or infinite"
                     )
@@ -568,19 +549,19 @@ class Console:
                 if self._rotations_shown > ROTATIONS_SHOWN:
                     continue
                 mended = "; R had drifted from orthogonal and is mended"
-                self._print(
+                self.note(
                     f"epoch {row['epoch']}, head {row['head']}: rotated the query by "
                     f"{row['angle_degrees']:.1f} degrees; imbalance "
                     f"{written(row['imbalance_before'])} -> {written(row['imbalance_after'])}"
                     f"{mended if row.get('mended') else ''}"
                 )
                 if self._rotations_shown == ROTATIONS_SHOWN:
-                    self._print("further rotations are counted in the epochs' lines alone")
+                    self.note("further rotations are counted in the epochs' lines alone")
             else:
-                self._print(epoch_line(row))
+                self.note(epoch_line(row))
                 if row.get("rotations_used_up") and not self._used_up_said:
                     self._used_up_said = True
-                    self._print(
+                    self.note(
                         f"epoch {row['epoch']}: no rotations are left, and imbalance stands above "
                         f"config.rolling.beta at {written(row['imbalance'])}; "
                         "--config.rolling.max_rotations=None sets no limit"

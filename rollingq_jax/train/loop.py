@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -55,24 +55,18 @@ from rollingq_jax.train.workdir import (
     claim,
     convert_io_errors,
     locked,
-    moved,
     read_config,
     read_summary,
     remember,
+    updated,
     with_absolute_paths,
-    with_inputs,
 )
 
 log = logging.getLogger(__name__)
 
 FIRST_TRACED, LAST_TRACED = 4, 8  # calls of the step; the first compile, and fill the pipeline
-
-
 # Fields of `config.model` that a model of one modality may not have.
-FUSION_FIELDS = (
-    *("cosine_scale", "fusion_layers"),
-    *("quality_bias", "quality_signal", "quality_shuffled"),
-)
+FUSION_FIELDS = "cosine_scale fusion_layers quality_bias quality_signal quality_shuffled".split()
 # Before there is a best checkpoint. One has its main metric and what it was chosen by.
 NO_BEST = {"step": -1, "epoch": -1}
 
@@ -149,13 +143,13 @@ def train_and_evaluate(
                 dataset = load_dataset(config.data, seed=config.seed, encoders=encoders)
             experiment = Experiment(config, dataset, model=model, tx=tx)
             hand_in(workdir, run_facts(experiment.identity()))
+        # What can be refused is refused before the folder is touched.
         experiment.prepare()
         check_free(workdir, experiment.config)
         summary = read_summary(workdir)
         if summary is not None:
             experiment.check_data(summary, f"the summary in {workdir}")
-            summary = moved(workdir, summary, experiment.config)
-            summary = with_inputs(workdir, summary, experiment.inputs)
+            summary = updated(workdir, summary, experiment.config, experiment.inputs)
         else:
             if config.vit_weights and not (workdir / "checkpoints").exists():
                 experiment.initial_state()  # a wrong file is told while the folder is as it was
@@ -182,14 +176,9 @@ def train_and_evaluate(
 
 
 class TrainLoop:
-    """One run's loop, from the newest checkpoint to the summary.
+    """One run's loop, from the newest checkpoint in its claimed folder to the summary.
 
-    Args:
-      experiment: the parts of the run.
-      workdir: its folder, claimed.
-      checkpoints: in that folder.
-      interruption: what may stop the run.
-      max_steps, quiet, profile, callbacks: as in `train_and_evaluate`.
+    The other arguments are those of `train_and_evaluate`.
     """
 
     def __init__(
@@ -216,10 +205,9 @@ class TrainLoop:
         found = checkpoints.restore_newest(experiment.abstract_state(), check)
         if found is not None:  # its data are the same, wherever they are now
             remember(workdir, experiment.config)
-        silent = self.quiet or jax.process_index() > 0
-        state, record = found or (experiment.initial_state(_ignore if silent else print), {})
+        state, record = found or (experiment.initial_state(self._say), {})
         if found is None and experiment.baseline.teachers:
-            state = state.replace(baseline=self._train_teachers(_ignore if silent else print))
+            state = state.replace(baseline=self._train_teachers())
         with with_last_checkpoint(lambda: checkpoints.newest), convert_io_errors(workdir):
             best, step = self.train(state, record)
             checkpoints.wait()
@@ -228,37 +216,33 @@ class TrainLoop:
                 return {"best": best}
             plain = None
             if experiment.config.plain_twin and experiment.roll_schedule is not None:
-                plain = self._train_plain_twin()
+                self._say("The same without rotations, to compare with ...")
+                config = copy.deepcopy(experiment.config)
+                config.rolling.enabled, config.plain_twin = False, False
+                plain = self._train_in(workdir / "plain", config)
             from rollingq_jax.train.report import finish_run
 
             return finish_run(experiment, workdir, checkpoints, best, step, self.callbacks, plain)
 
-    def _train_teachers(self, report: Callable[[str], None]) -> dict[str, Any]:
-        """The encoders of a run of each modality alone, which lies in `teachers/<m>` of the run.
+    def _say(self, text: str) -> None:
+        if not self.quiet and jax.process_index() == 0:
+            print(text)
 
-        The test data are not read. Interrupted, the run that they belong to resumes them.
-        """
+    def _train_teachers(self) -> dict[str, Any]:
+        """The encoders of a run of each modality alone, which lies in `teachers/<m>` of the run."""
         encoders: dict[str, Any] = {}
         for m in self.experiment.model.spec.modalities:
             folder = self.workdir / "teachers" / m
-            report(f"The teacher of {m} ...")
+            self._say(f"The teacher of {m} ...")
             self._train_in(folder, alone(self.experiment.config, m))
             encoders |= encoder_part(load_run(folder).params, m)
         return encoders
 
-    def _train_plain_twin(self) -> dict[str, Any]:
-        """The same run without rotations, in the folder `plain` of the run, to compare with.
-
-        Returns its best checkpoint. Interrupted, the run that it belongs to resumes it.
-        """
-        config = copy.deepcopy(self.experiment.config)
-        config.rolling.enabled, config.plain_twin = False, False
-        if not self.quiet and jax.process_index() == 0:
-            print("The same without rotations, to compare with ...")
-        return self._train_in(self.workdir / "plain", config)
-
     def _train_in(self, folder: epath.Path, config: Any) -> dict[str, Any]:
-        """Another run on the same data, as far as before its test; returns its best checkpoint."""
+        """Another run on the same data, as far as before its test; returns its best checkpoint.
+
+        Interrupted, the run that it belongs to resumes it.
+        """
         found = train_and_evaluate(
             config,
             folder,
@@ -277,75 +261,77 @@ class TrainLoop:
           state: on one device.
           record: of the checkpoint that it comes from; empty at step 0.
         """
-        experiment, interruption = self.experiment, self.interruption
-        config, parallel, start_step = experiment.config, experiment.parallel, int(state.step)
-        epoch_steps, total_steps = experiment.epoch_steps, experiment.total_steps
+        experiment, start_step = self.experiment, int(state.step)
+        config, parallel = experiment.config, experiment.parallel
         self.best = {**NO_BEST, **record.get("best", {})}
         validate_first = record.get("validate", False)
+        self.writer = MetricsWriter(
+            self.workdir, start_step, validate=validate_first, callbacks=self.callbacks
+        )
+        self.saves = CheckpointSchedule(
+            config.checkpoint.every_steps, config.checkpoint.every_minutes, config.log_every
+        )
+        self.metrics = MetricAccumulator(
+            state.params,
+            record,
+            get=parallel.get,
+            epoch_steps=experiment.epoch_steps,
+            learning_rate=experiment.learning_rate,
+            skip_nonfinite=config.nonfinite == "skip",
+        )
         with contextlib.ExitStack() as stack:
-            self.writer = MetricsWriter(
-                self.workdir, start_step, validate=validate_first, callbacks=self.callbacks
-            )
-            self.saves = CheckpointSchedule(
-                config.checkpoint.every_steps, config.checkpoint.every_minutes, config.log_every
-            )
-            self.metrics = MetricAccumulator(
-                state.params,
-                record,
-                get=parallel.get,
-                epoch_steps=epoch_steps,
-                learning_rate=experiment.learning_rate,
-                skip_nonfinite=config.nonfinite == "skip",
-            )
-            console = Console(
-                state,
-                experiment.dataset,
-                epoch_steps=epoch_steps,
-                total_steps=total_steps,
-                quiet=self.quiet,
-            )
-            self.console = stack.enter_context(console)
+            self.console = stack.enter_context(Console(experiment, state, quiet=self.quiet))
             state = parallel.put_state(state)
             if validate_first:
                 self.validate(state)
-            batches = experiment.batches(start_step, total_steps)
+            batches = experiment.batches(start_step, experiment.total_steps)
             stack.enter_context(contextlib.closing(batches))
             train_step = parallel.train_step
             if self.profile:
                 train_step = stack.enter_context(profiled(train_step, self.workdir / "profile"))
-            batch = None
-            for step in range(start_step + 1, total_steps + 1):
-                if self.is_exhausted(step - 1):
-                    self.console.note(
-                        f"epoch {(step - 1) // epoch_steps}: validation was best in epoch "
-                        f"{self.best['epoch']} ({config.best_by}), config.patience is "
-                        f"{config.patience}: training ends"
-                    )
-                    return self.best, step - 1
-                if experiment.blends_before(step):
-                    state = self._blend(state)
-                epoch_ends = step % epoch_steps == 0
-                state, sums, roll = train_step(state, batch or self._next_batch(batches))
-                interruption.unsaved = True
-                self.metrics.add(step, sums, roll if experiment.checks_after(step) else None)
-                self.console.advance()
-                # The next batch goes to the devices while they are at this one.
-                batch = None if epoch_ends else self._next_batch(batches)
-                if epoch_ends or step % config.log_every == 0:
-                    self.report(self.metrics.rows(step))
-                    self.checkpoints.check()
-                if epoch_ends:
-                    if experiment.rolls_after_epoch:
-                        state = self._roll_between_epochs(state)
-                    self.validate(state)
-                stop = interruption.reached(step) or step == self.max_steps
-                stop = stop and step < total_steps
-                if stop or (not epoch_ends and self.saves.is_due(step)):
-                    self.save(state)
-                if stop:
-                    self.checkpoints.wait()
-                    raise Interrupted(step)
-        return self.best, total_steps
+            last = self._train_steps(start_step, state, train_step, batches)
+        return self.best, last
+
+    def _train_steps(
+        self, start_step: int, state: TrainState, train_step: Callable[..., Any], batches: Any
+    ) -> int:
+        """The loop itself; returns the last step that was done."""
+        experiment, config = self.experiment, self.experiment.config
+        epoch_steps, total_steps = experiment.epoch_steps, experiment.total_steps
+        batch = None
+        for step in range(start_step + 1, total_steps + 1):
+            # Asked before a step, so that a run resumed after its last epoch ends here too.
+            if self.is_exhausted(step - 1):
+                self.console.note(
+                    f"epoch {(step - 1) // epoch_steps}: validation was best in epoch "
+                    f"{self.best['epoch']} ({config.best_by}), config.patience is "
+                    f"{config.patience}: training ends"
+                )
+                return step - 1
+            if experiment.blends_before(step):
+                state = self._blend(state)
+            epoch_ends = step % epoch_steps == 0
+            state, sums, roll = train_step(state, batch or self._next_batch(batches))
+            self.interruption.unsaved = True
+            self.metrics.add(step, sums, roll if experiment.checks_after(step) else None)
+            self.console.advance()
+            # The next batch goes to the devices while they are at this one; at an epoch's end,
+            # which may be the last, there may be none.
+            batch = None if epoch_ends else self._next_batch(batches)
+            if epoch_ends or step % config.log_every == 0:
+                self.report(self.metrics.rows(step))
+                self.checkpoints.check()
+            if epoch_ends:
+                if experiment.rolls_after_epoch:
+                    state = self._roll_between_epochs(state)
+                self.validate(state)
+            # Asked after every step, the last too: several processes agree in these calls.
+            stop = self.interruption.reached(step) or step == self.max_steps
+            if stop and step < total_steps:
+                self.stop(step, state)
+            if not epoch_ends and self.saves.is_due(step):  # `validate` sees to an epoch's end
+                self.save(state)
+        return total_steps
 
     def is_exhausted(self, step: int) -> bool:
         """Tells if training ends after this step, before the last: `config.patience` is used up.
@@ -374,6 +360,12 @@ class TrainLoop:
         self.checkpoints.save(self.experiment.parallel.get(state), record)
         self.saves.mark_saved()
 
+    def stop(self, step: int, state: TrainState, *, validate: bool = False) -> NoReturn:
+        """Ends the run early, once its state is on the disk."""
+        self.save(state, validate=validate)
+        self.checkpoints.wait()
+        raise Interrupted(step) from None
+
     def validate(self, state: TrainState) -> None:
         """An epoch's end: validation, its row, the picture of a rotation, a checkpoint if due.
 
@@ -389,20 +381,18 @@ class TrainLoop:
                 state, experiment.selection_split, self.interruption.check
             )
         except Interrupted:
-            self.save(state, validate=True)
-            self.checkpoints.wait()
-            raise Interrupted(step) from None
-        counts: dict[str, Any] = {}
-        if one.rolling is not None:
-            counts["rotations"] = int(np.sum(one.rolling.count))
-        labels: dict[str, Any] = {"step": step, "epoch": epoch, "split": "valid"}
+            self.stop(step, state, validate=True)
+        row: Row = {"step": step, "epoch": epoch, "split": "valid"}
         if experiment.selection_split != "valid":
-            labels["evaluated_on"] = experiment.selection_split
+            row["evaluated_on"] = experiment.selection_split
+        row |= means
+        if one.rolling is not None:
+            row["rotations"] = int(np.sum(one.rolling.count))
         if experiment.baseline.blend_every:
             heads = (*experiment.model.spec.modalities, "joint")
             weights = np.asarray(one.baseline).tolist()
-            counts |= {f"loss_weight/{m}": w for m, w in zip(heads, weights, strict=True)}
-        row = labels | means | counts | self.metrics.timing()
+            row |= {f"loss_weight/{m}": w for m, w in zip(heads, weights, strict=True)}
+        row |= self.metrics.timing()
         if one.rolling is not None and self._used_up(one.rolling.count, means):
             row["rotations_used_up"] = True
         self.report([row])
@@ -455,8 +445,7 @@ class TrainLoop:
             weights = weigh_heads(state, train_alone, losses)
         except Interrupted:
             if step:
-                self.save(state)
-                self.checkpoints.wait()
+                self.stop(step, state)
             raise Interrupted(step) from None
         return weighed(state, weights)
 
@@ -490,10 +479,6 @@ def alone(config: Any, modality: str) -> Any:
     with config.unlocked():  # a complete configuration lacks the fields that are None
         config.model.update(plain | {"fusion": "unimodal", "modality": modality})
     return config
-
-
-def _ignore(_: str) -> None:
-    pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -591,16 +576,7 @@ def load_run(workdir: epath.PathLike) -> LoadedRun:
             learned, record = checkpoints.restore_params(best, like)
     inputs = recorded_inputs(record, summary, path).with_outputs(config.model.num_classes)
     inputs = inputs.with_tokenizer(str(path / TOKENIZER))
-    return LoadedRun(
-        model,
-        learned.params,
-        learned.rotation,
-        config,
-        inputs,
-        learned.step,
-        learned.quality,
-        learned.batch_stats,
-    )
+    return LoadedRun(model=model, config=config, inputs=inputs, **learned._asdict())
 
 
 def recorded_inputs(
@@ -676,12 +652,6 @@ def profiled(train_step: Callable[..., Any], folder: epath.Path) -> Iterator[Cal
     remote = "://" in os.fspath(folder)
     local = tempfile.mkdtemp() if remote else os.fspath(folder)
 
-    def start(args: Any) -> None:
-        nonlocal tracing
-        jax.block_until_ready(args)
-        jax.profiler.start_trace(local, create_perfetto_trace=True)
-        tracing = True
-
     def stop() -> None:
         nonlocal tracing
         jax.profiler.stop_trace()
@@ -690,10 +660,12 @@ def profiled(train_step: Callable[..., Any], folder: epath.Path) -> Iterator[Cal
             copy_tree(local, folder)
 
     def traced(*args: Any) -> Any:
-        nonlocal calls
+        nonlocal calls, tracing
         calls += 1
         if calls == FIRST_TRACED:
-            start(args)
+            jax.block_until_ready(args)
+            jax.profiler.start_trace(local, create_perfetto_trace=True)
+            tracing = True
         results = train_step(*args)
         if calls == LAST_TRACED:
             jax.block_until_ready(results)

@@ -76,14 +76,11 @@ def finish_run(
     predictions = predictions_of(experiment, columns)
     without = None if plain is None else plain_predictions(experiment, workdir, plain)
     probe = f"probe_{experiment.task.main}"
+    probes = {n.removeprefix(f"{probe}/"): v for n, v in means.items() if n.startswith(f"{probe}/")}
     found = test_scores(predictions, experiment) | {
         "test_loss": means["loss"],
         "task": experiment.task.name,
-        probe: {
-            name.partition("/")[2]: value
-            for name, value in means.items()
-            if name.startswith(f"{probe}/")
-        },
+        probe: probes,
         "best": best,
         "rotations": rotations,
         "num_parameters": count(state.params),
@@ -283,74 +280,68 @@ def report_figures(
     rows: list[Row],
 ) -> dict[str, ReportFigure]:
     """Every figure by the name of its file, with its words."""
-    task = experiment.task
-    figures = {
-        task.main: ReportFigure(
-            f"{task.metric.title} of the model and of its probes",
-            plots.accuracy_figure(rows, score=task.main, **task.guesses(predictions)),
-            report.describe_accuracy(rows, task.main),
-            report.HOW_TO_READ["accuracy"],
-        )
-    }
+    task, beta = experiment.task, experiment.config.rolling.beta
+    figures: dict[str, ReportFigure] = {}
+
+    def add(name: str, title: str, figure: Any, words: str, how: str = "") -> None:
+        figures[name] = ReportFigure(title, figure, words, report.HOW_TO_READ[how or name])
+
+    add(
+        task.main,
+        f"{task.metric.title} of the model and of its probes",
+        plots.accuracy_figure(rows, score=task.main, **task.guesses(predictions)),
+        report.describe_accuracy(rows, task.main),
+        "accuracy",
+    )
     if task.name == REGRESSION:
-        names = experiment.dataset.class_names
-        figures["values"] = ReportFigure(
+        add(
+            "values",
             "Predicted and true values",
-            plots.values_figure(predictions, names),
+            plots.values_figure(predictions, experiment.dataset.class_names),
             "Scatter plot of predicted against true values, test data.",
-            report.HOW_TO_READ["values"],
         )
     if not predictions.attention_share:
         return figures
     plain = read_rows(workdir / "plain" / "metrics.jsonl") if experiment.config.plain_twin else []
-    figures["dynamics"] = ReportFigure(
+    add(
+        "dynamics",
         "Imbalance and attention share",
-        plots.dynamics_figure(rows, beta=experiment.config.rolling.beta, plain=plain),
+        plots.dynamics_figure(rows, beta=beta, plain=plain),
         report.describe_dynamics(rows, plain),
-        report.HOW_TO_READ["dynamics"],
     )
     if any("key_gap" in row for row in rows):
-        figures["keys"] = ReportFigure(
-            "Gap of the keys",
-            plots.key_gap_figure(rows, plain=plain),
-            report.describe_key_gap(rows, plain),
-            report.HOW_TO_READ["keys"],
-        )
+        words = report.describe_key_gap(rows, plain)
+        add("keys", "Gap of the keys", plots.key_gap_figure(rows, plain=plain), words)
     panels = rotation_panels(load_snapshots(workdir, experiment.total_steps))
     if panels:
-        figures["rotation"] = ReportFigure(
-            "Keys around the query, before and after a rotation",
-            plots.polar_panels(panels),
-            report.describe_rolls(rows),
-            report.HOW_TO_READ["polar"],
-        )
+        title = "Keys around the query, before and after a rotation"
+        words = report.describe_rolls(rows)
+        add("rotation", title, plots.polar_panels(panels), words, "polar")
     if predictions.quality:
-        figures["share_quality"] = ReportFigure(
+        pairs = {"": (predictions.shares(), predictions.quality)}
+        add(
+            "share_quality",
             "Does attention follow quality?",
-            plots.share_quality_figure(
-                {"": (predictions.shares(), predictions.quality)}, even=uniform_shares(predictions)
-            ),
+            plots.share_quality_figure(pairs, even=uniform_shares(predictions)),
             "Scatter plot of attention share against the difference in quality, test data.",
-            report.HOW_TO_READ["share_quality"],
         )
-    if not experiment.model.spec.uses_class_query:
-        return figures
-    examples = attention_examples(
-        experiment.model,
-        state.variables,
-        state.rotation,
-        experiment.dataset,
-        "test",
-        choose_examples(predictions),
-        seed=experiment.config.seed,
-        task=task,
-    )
-    figures["attention"] = ReportFigure(
-        "What the class token looks at",
-        plots.attention_figure(examples),
-        "Attention weights drawn over the inputs of some test examples.",
-        report.HOW_TO_READ["attention"],
-    )
+    if experiment.model.spec.uses_class_query:
+        examples = attention_examples(
+            experiment.model,
+            state.variables,
+            state.rotation,
+            experiment.dataset,
+            "test",
+            choose_examples(predictions),
+            seed=experiment.config.seed,
+            task=task,
+        )
+        add(
+            "attention",
+            "What the class token looks at",
+            plots.attention_figure(examples),
+            "Attention weights drawn over the inputs of some test examples.",
+        )
     return figures
 
 

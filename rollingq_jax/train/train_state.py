@@ -184,15 +184,12 @@ def make_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTrans
         decoupled = {"adamw": optax.adamw, "lion": optax.lion, "lamb": optax.lamb}[config.name]
         parts.append(decoupled(schedule, weight_decay=config.weight_decay, mask=mask))
     if config.layer_decay < 1:
-        parts.append(
-            optax.stateless(
-                lambda updates, _: jax.tree.map(
-                    lambda update, scale: scale * update,
-                    updates,
-                    layer_scales(updates, config.layer_decay),
-                )
-            )
-        )
+
+        def scaled(updates: Any, _: Any) -> Any:
+            scales = layer_scales(updates, config.layer_decay)
+            return jax.tree.map(lambda update, scale: scale * update, updates, scales)
+
+        parts.append(optax.stateless(scaled))
     return optax.chain(*parts)
 
 

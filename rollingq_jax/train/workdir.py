@@ -230,34 +230,26 @@ def read_summary(workdir: epath.Path) -> dict[str, Any] | None:
     return summary
 
 
-def moved(workdir: epath.Path, summary: dict[str, Any], config: Any) -> dict[str, Any]:
-    """A finished run's summary with the place where its data are now, which `config` says.
+def updated(
+    workdir: epath.Path, summary: dict[str, Any], config: Any, inputs: Any
+) -> dict[str, Any]:
+    """A finished run's summary with the place where its data are now, which `config` says, and with
+    what inference needs of them, which older versions left out.
 
-    To be called when the data are known to be the same. The summary and `config.json` are written
-    anew where that has changed.
+    To be called when the data are known to be the same. The files are written anew where that has
+    changed.
     """
-    places = {name: config.data.get(name) for name in ("path", "cache_dir")}
-    told = summary.get("config")
-    if not isinstance(told, dict) or not isinstance(told.get("data"), dict):
-        return summary
-    if all(told["data"].get(name) == place for name, place in places.items()):
-        return summary
-    summary = summary | {"config": told | {"data": told["data"] | places}}
-    if jax.process_index() == 0:
-        write_json(workdir / "summary.json", summary)
-    remember(workdir, config)
-    return summary
-
-
-def with_inputs(workdir: epath.Path, summary: dict[str, Any], inputs: Any) -> dict[str, Any]:
-    """A finished run's summary, with what inference needs of its data if an older version left it
-    out; the file is then written anew."""
-    if "inputs" in summary:
-        return summary
-    summary = summary | {"inputs": json_ready(inputs.to_json())}
-    if jax.process_index() == 0:
-        write_json(workdir / "summary.json", summary)
-    return summary
+    told, new = summary.get("config"), summary
+    if isinstance(told, dict) and isinstance(told.get("data"), dict):
+        places = {name: config.data.get(name) for name in ("path", "cache_dir")}
+        if any(told["data"].get(name) != place for name, place in places.items()):
+            new = new | {"config": told | {"data": told["data"] | places}}
+            remember(workdir, config)
+    if "inputs" not in summary:
+        new = new | {"inputs": json_ready(inputs.to_json())}
+    if new is not summary and jax.process_index() == 0:
+        write_json(workdir / "summary.json", new)
+    return new
 
 
 @contextlib.contextmanager
