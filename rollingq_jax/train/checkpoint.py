@@ -153,6 +153,7 @@ class Checkpoints:
         """
         tree = to_host(state)
         step = int(tree["step"])
+        # Before the save, after which Orbax deletes what the policy does not keep.
         self._preserve.best = record["best"]["step"]
         if step in self._manager.all_steps():
             return

@@ -158,19 +158,17 @@ class Experiment:
                     f"config.best_by is {config.best_by!r}, which is of one value in -3 .. 3; "
                     f"allowed with these labels: {MAIN_METRIC}, loss, mae, correlation, ccc"
                 )
-        if task != REGRESSION and config.regression_loss != default_config().regression_loss:
-            raise ConfigError(
-                f"config.regression_loss is {config.regression_loss!r}, and the data's task is "
-                f"{task}; allowed there: {default_config().regression_loss!r}"
-            )
-        if task == SINGLE_LABEL:
-            return
-        for field, plain in (("class_weights", ()), ("label_smoothing", 0.0)):
+        of_others = [] if task == REGRESSION else ["regression_loss"]
+        of_others += [] if task == SINGLE_LABEL else ["class_weights", "label_smoothing"]
+        for field in of_others:
+            plain = default_config()[field]
             if config[field] != plain:
                 raise ConfigError(
                     f"config.{field} is {config[field]!r}, and the data's task is {task}; "
                     f"allowed there: {plain!r}"
                 )
+        if task == SINGLE_LABEL:
+            return
         spec = self.model.spec
         if spec.fusion in (*DYNAMIC_FUSIONS, "mmcosine"):
             raise ConfigError(

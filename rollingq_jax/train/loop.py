@@ -175,28 +175,21 @@ def train_and_evaluate(
     return summary
 
 
+@dataclasses.dataclass
 class TrainLoop:
     """One run's loop, from the newest checkpoint in its claimed folder to the summary.
 
-    The other arguments are those of `train_and_evaluate`.
+    The last fields are arguments of `train_and_evaluate`.
     """
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        workdir: epath.Path,
-        checkpoints: Checkpoints,
-        interruption: Interruption,
-        *,
-        max_steps: int | None = None,
-        quiet: bool = False,
-        profile: bool = False,
-        callbacks: Sequence[Callback] = (),
-    ) -> None:
-        self.experiment, self.workdir = experiment, workdir
-        self.checkpoints, self.interruption = checkpoints, interruption
-        self.max_steps, self.quiet, self.profile = max_steps, quiet, profile
-        self.callbacks = tuple(callbacks)
+    experiment: Experiment
+    workdir: epath.Path
+    checkpoints: Checkpoints
+    interruption: Interruption
+    max_steps: int | None
+    quiet: bool
+    profile: bool
+    callbacks: Sequence[Callback]
 
     def run(self, test: bool = True) -> dict[str, Any]:
         """Trains to the last step and tests; without a test, returns the best by validation."""
@@ -354,6 +347,7 @@ class TrainLoop:
 
         `validate` marks one at an epoch's end whose validation is still to come.
         """
+        # Rows first: a run that resumes cuts those of later steps, and does not make earlier ones.
         rows, pending = self.metrics.pending()
         self.report(rows)
         record = {"best": self.best, **self.experiment.identity(), "validate": validate, **pending}
@@ -571,6 +565,7 @@ def load_run(workdir: epath.PathLike) -> LoadedRun:
         if newest is None:
             raise CheckpointError(f"workdir {path} holds no checkpoint yet")
         learned, record = newest
+        # The summary knows best: a run whose best was damaged has tested another checkpoint.
         best = (summary or record)["best"]["step"]
         if best not in (-1, learned.step):
             learned, record = checkpoints.restore_params(best, like)

@@ -95,10 +95,10 @@ def finish_run(
     if step < experiment.total_steps:
         found["stopped_early"] = {"step": step, "epoch": epoch}
     summary = json_ready(found)
-    state = experiment.parallel.get_learned(state)
+    state = experiment.parallel.get_learned(state)  # in which all processes take part
     if jax.process_index() == 0:
         writer = MetricsWriter(workdir, step, callbacks=callbacks)
-        writer.remove("test")
+        writer.remove("test")  # of an earlier try, cut off before its summary
         writer.write([{"step": step, "epoch": epoch, "split": "test"} | means])
         spent = used_up(writer.rows)
         if spent is not None:

@@ -52,16 +52,11 @@ def absolute(workdir: epath.PathLike) -> epath.Path:
 def with_absolute_paths(config: Any) -> Any:
     """The configuration with the paths of `data` absolute, so that the run's data are found from
     another folder too; an address such as gs:// stays."""
-    relative = {
-        name: value
-        for name in ("path", "cache_dir", "tokenizer")
-        if isinstance(value := config.data.get(name), str) and value and "://" not in value
-    }
-    if not relative:
-        return config
     config = copy.deepcopy(config)
-    for name, value in relative.items():
-        config.data[name] = os.path.abspath(os.path.expanduser(value))
+    for name in ("path", "cache_dir", "tokenizer"):
+        value = config.data.get(name)
+        if isinstance(value, str) and value and "://" not in value:
+            config.data[name] = os.path.abspath(os.path.expanduser(value))
     return config
 
 
