@@ -134,6 +134,7 @@ class Experiment:
                 "validation data, and there are none; allowed: 0"
             )
         self._check_micro_batches()
+        # The method of comparison comes first: it sees gradients, not clipped or scaled ones.
         transform = self.baseline.transform
         self.tx = tx if transform is None else optax.chain(transform, tx)
         self._make_rolling()

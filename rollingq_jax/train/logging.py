@@ -360,21 +360,13 @@ class EventLog:
 
 
 class Snapshot(NamedTuple):
-    """The first head around one rotation.
-
-    Attributes:
-      step, epoch: when.
-      keys: modality -> mean keys of the validation examples that have it, `[N_m, d_h]`, at the
-        epoch's end.
-      query: `[d_h]`, just before the rotation.
-      anchor: `[d_h]`, where it went.
-    """
+    """The first head around one rotation."""
 
     step: int
     epoch: int
-    keys: dict[str, np.ndarray]
-    query: np.ndarray
-    anchor: np.ndarray
+    keys: dict[str, np.ndarray]  # of validation examples with the modality, `[N_m, d_h]`, after it
+    query: np.ndarray  # `[d_h]`, just before the rotation
+    anchor: np.ndarray  # `[d_h]`, where it went
 
 
 def save_snapshot(

@@ -59,39 +59,35 @@ class Output:
 
     def write(self, text: str) -> int:
         """Writes the text; returns its length."""
-        if self._open and self._stream is not None:
-            encoding = getattr(self._stream, "encoding", None) or "utf-8"
-            safe = printable(text).encode(encoding, "backslashreplace").decode(encoding)
-            try:
-                self._stream.write(safe)
-                if "\n" in text:
-                    self._stream.flush()
-            except OSError as error:
-                self._give_up(error)
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        self._call("write", printable(text).encode(encoding, "backslashreplace").decode(encoding))
+        if "\n" in text:
+            self.flush()
         return len(text)
 
     def flush(self) -> None:
         """Hands on what has been written."""
-        if self._open and self._stream is not None:
-            try:
-                self._stream.flush()
-            except OSError as error:
-                self._give_up(error)
+        self._call("flush")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def _give_up(self, error: OSError) -> None:
-        closed = isinstance(error, BrokenPipeError)
-        self._open, self.failed = False, not closed
-        what = "was closed" if closed else f"cannot be written ({said(error)})"
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            # What is still in the stream's buffer shall not fail once more when Python ends.
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self._stream.fileno())  # type: ignore[union-attr]
-            os.close(null)
-        with contextlib.suppress(OSError):
-            print(f"standard output {what}; the command goes on without it", file=sys.stderr)
+    def _call(self, method: str, *args: str) -> None:
+        if not self._open:
+            return
+        try:
+            getattr(self._stream, method)(*args)
+        except OSError as error:
+            closed = isinstance(error, BrokenPipeError)
+            self._open, self.failed = False, not closed
+            what = "was closed" if closed else f"cannot be written ({said(error)})"
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                # What is still in the stream's buffer shall not fail once more when Python ends.
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self._stream.fileno())  # type: ignore[union-attr]
+                os.close(null)
+            with contextlib.suppress(OSError):
+                print(f"standard output {what}; the command goes on without it", file=sys.stderr)
 
 
 @contextlib.contextmanager
