@@ -674,14 +674,7 @@ def silence_closed_loops() -> None:
 
 @contextlib.contextmanager
 def with_last_checkpoint(newest: Callable[[], int | None]) -> Iterator[None]:
-    """Says in an error what is left: the step of the newest checkpoint.
-
-    Args:
-      newest: tells that step, None if there is no checkpoint.
-
-    Raises:
-      UserError: the error that came, with that added.
-    """
+    """Adds to an error what is left: the step of the newest checkpoint, None if there is none."""
     try:
         yield
     except UserError as error:

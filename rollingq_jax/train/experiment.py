@@ -527,16 +527,10 @@ def resolve_config(config: Any, dataset: Dataset) -> Any:
 
 
 class CheckedBatches:
-    """Iterates over batches and checks them.
+    """Iterates over batches of `rows` examples with the model's modalities, and checks them.
 
     The first batch is checked whole, the others against the first; labels and token ids are checked
     in each, since a wrong one would pass as NaN or as another class.
-
-    Args:
-      batches: from the pipeline.
-      dataset: what a batch should be.
-      modalities: those that the model uses.
-      rows: B, examples in each batch.
 
     Raises:
       DataError: a file cannot be read any more, or a batch is not as the data set says; names the

@@ -70,14 +70,9 @@ def create_state(
     baseline: Callable[[Any], Any] = lambda params: (),
     ema: bool = False,
 ) -> TrainState:
-    """Initial state: parameters drawn from `seed`, R = I.
+    """Initial state: parameters drawn from `seed` with the shapes of one `batch`, R = I.
 
     Args:
-      model: from `build_model`.
-      tx: the optimizer.
-      roller: from `rolling_query`.
-      seed: of parameters and dropout.
-      batch: one batch, for its shapes.
       baseline: `params ->` the initial state of a method of comparison.
       ema: whether an average of the parameters is kept.
     """
