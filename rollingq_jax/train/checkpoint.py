@@ -428,7 +428,7 @@ def as_tree(state: TrainState) -> dict[str, Any]:
 
 
 def _none_as_empty(state: TrainState) -> TrainState:
-    """The same with () in the place of None, which flax cannot restore into."""
+    """The same with () in the place of None, so that the part is an empty dict in the tree."""
     return state.replace(**{name: getattr(state, name) or () for name in OPTIONAL})
 
 

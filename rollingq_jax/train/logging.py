@@ -360,11 +360,11 @@ class EventLog:
 
 
 class Snapshot(NamedTuple):
-    """The first head around one rotation."""
+    """The first head around one rotation; the keys are those of the epoch's end."""
 
     step: int
     epoch: int
-    keys: dict[str, np.ndarray]  # of validation examples with the modality, `[N_m, d_h]`, after it
+    keys: dict[str, np.ndarray]  # of the validation examples that have it, `[N_m, d_h]`
     query: np.ndarray  # `[d_h]`, just before the rotation
     anchor: np.ndarray  # `[d_h]`, where it went
 
