@@ -1,6 +1,7 @@
 """Strict settings for every test: 8 fake devices, no silent promotion, no network."""
 
 import os
+import tempfile
 
 # Small programs run once or twice: compiling them fast matters more than running them fast. XLA
 # spends more than half of its compiling in the CPU's fusion emitters, and here one part per module
@@ -12,6 +13,14 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
+# Compiling takes most of the time, and many tests and the commands that they start compile the
+# same: programs of this session are shared by all its processes, which inherit the variable, and
+# gone with it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="rollingq-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import contextlib
 import socket
@@ -21,6 +30,29 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Of the slow suite and of the faults, longest first. `--dist=loadfile` gives a file to one process:
+# a long one that began last would leave the others idle.
+LONGEST = (
+    "test_whole_runs.py",
+    "test_layouts.py",
+    "test_compare.py",
+    "test_loop.py",
+    "test_resume.py",
+    "test_examples.py",
+    "test_task_runs.py",
+    "test_explicit_axes.py",
+    "test_kills.py",
+    "test_damage.py",
+    "test_signals.py",
+    "test_killed_comparison.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the longest files first; the rest stays in order."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +67,14 @@ def _no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Runs leave out figures and report, which take as long as training a tiny model does."""
+    from rollingq_jax.train import report
+
+    monkeypatch.setattr(report, "draw", lambda *args, **kwargs: None)
 
 
 @pytest.fixture(scope="session")

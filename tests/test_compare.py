@@ -21,7 +21,6 @@ from rollingq_jax.data.sources import av_digits
 from rollingq_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from rollingq_jax.models import spec
 from rollingq_jax.models.spec import ModelSpec
-from rollingq_jax.train import report as train_report
 from rollingq_jax.train.cli import read_python, run_command
 from rollingq_jax.train.config import check_config, default_config
 from rollingq_jax.train.preemption import Interrupted
@@ -525,6 +524,7 @@ def test_the_conclusion_says_what_the_intervals_allow(differences, words):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_real_runs_killed_in_the_middle_give_the_same_table(config_file, tmp_path, monkeypatch):
     arguments = ("--arms", "attention,rollingq", "--seeds", "2", "--config.compare.tune_seeds=1")
     assert run(config_file, tmp_path / "whole", *arguments, "--noise") == 0
@@ -589,10 +589,10 @@ EVERY_FUSION = {  # the first arm of each
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_every_fusion_and_method_ends_in_a_row(av_digits_cache, tmp_path, monkeypatch, capsys):
     """On some of the demo's data, with a model as small as they allow."""
     monkeypatch.setattr(report, "png_bytes", lambda figure: b"PNG")
-    monkeypatch.setattr(train_report, "draw", lambda *_: None)  # other tests have the pictures
     monkeypatch.setattr(compare, "answers_of", some_answers)
     digits = av_digits.load(SimpleNamespace(cache_dir=av_digits_cache), seed=0)
     few = {

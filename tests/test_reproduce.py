@@ -125,6 +125,7 @@ def test_mistakes_are_told_in_one_line(arguments, words, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_tables_run_what_is_missing_and_share_their_runs(config, tmp_path, capsys):
     out = tmp_path / "out"
     file = tmp_path / "config.json"

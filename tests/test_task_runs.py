@@ -11,7 +11,7 @@ from rollingq_jax import compare, evaluate, export, predict
 from rollingq_jax.train.cli import run_command, train_command
 from tests.train.train_cases import read_metrics
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_pictures")]
 FLAGS = [
     "--config=configs/own_data.py",
     "--config.epochs=6",

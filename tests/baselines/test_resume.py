@@ -8,7 +8,7 @@ import pytest
 from rollingq_jax.train import default_config, load_run, train_and_evaluate
 from rollingq_jax.train.preemption import Interrupted
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_pictures")]
 
 
 @pytest.fixture

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # `benchmarks` is no part of the package
+from benchmarks import flops, kernels, paper_scale, run, timing
+from rollingq_jax import build_model
+from rollingq_jax.models import dense_attention
 
-from benchmarks import flops, kernels, paper_scale, run, timing  # noqa: E402
-from rollingq_jax import build_model  # noqa: E402
-from rollingq_jax.models import dense_attention  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 
 def counted(function, *arguments):

@@ -17,7 +17,7 @@ from rollingq_jax.export import export
 from rollingq_jax.predict import predict
 from rollingq_jax.train import default_config, train_and_evaluate
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_pictures")]
 CLASSES = 3
 COUNTS = {"train": 48, "valid": 16, "test": 24}
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import jax
 import pytest
 
 from tests.faults.fault_cases import Command, result
@@ -17,7 +16,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def command(tmp_path_factory):
-    """`train.py` with data, and with programs that are compiled once."""
+    """`train.py` with data."""
     return Command(tmp_path_factory.mktemp("command"))
 
 
@@ -27,13 +26,3 @@ def undisturbed(command, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
     assert command.run(workdir) == (0, "")
     return result(workdir)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _compilation_cache(command):
-    """Runs within this process keep their programs beside those of the commands."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", command.environment["JAX_COMPILATION_CACHE_DIR"])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)

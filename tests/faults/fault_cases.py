@@ -2,20 +2,19 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from tests.parallel.processes import ROOT, free_address
+from tests.train.train_cases import files, read_metrics, tiny_config, write_arrays  # noqa: F401
 
-from tests.train.train_cases import files, read_metrics, tiny_config, write_arrays  # noqa: E402, F401
-
-# A configuration is code. This one makes each step, or the wait for a checkpoint, take its time.
+# A configuration is code. This one makes each step, or the wait for a checkpoint, take its time;
+# pictures are left out.
 CONFIG = """
 import os, time
+from rollingq_jax.train import report
 from rollingq_jax.train.checkpoint import Checkpoints
 from rollingq_jax.train.logging import MetricAccumulator
 from tests.train.train_cases import tiny_config
@@ -26,6 +25,7 @@ def slower(method, seconds):
         return method(*args)
     return slow
 
+report.draw = lambda *args, **kwargs: None
 MetricAccumulator.add = slower(MetricAccumulator.add, float(os.environ.get("STEP_SECONDS", 0)))
 Checkpoints.wait = slower(Checkpoints.wait, float(os.environ.get("WAIT_SECONDS", 0)))
 
@@ -40,7 +40,7 @@ class Command:
     """Starts `train.py` in processes of their own.
 
     Args:
-      folder: for the configuration, the data and compiled programs.
+      folder: for the configuration and the data.
     """
 
     def __init__(self, folder):
@@ -52,9 +52,6 @@ class Command:
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
             "MPLBACKEND": "agg",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
 
     def start(self, workdir, *arguments, json=None, **environment):
@@ -76,10 +73,7 @@ class Command:
         if not second.exists():
             workdir.mkdir()
             second.symlink_to(workdir)  # each has its own output files
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        flags = [f"--coordinator={address}", "--num_processes=2", *arguments]
+        flags = [f"--coordinator={free_address()}", "--num_processes=2", *arguments]
         return [
             self.start(path, *flags, f"--process_id={number}", **environment)
             for number, path in enumerate((workdir, second))

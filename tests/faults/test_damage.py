@@ -6,13 +6,13 @@ import shutil
 
 import pytest
 
-from rollingq_jax.train import report
 from rollingq_jax.train.experiment import Experiment
 from rollingq_jax.train.loop import train_and_evaluate
 from rollingq_jax.train.preemption import Interrupted
 from tests.faults.fault_cases import files, result, steps_saved, tiny_config
 
 NEWEST, BEFORE = 16, 12
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +139,7 @@ def content_of(path):
 
 
 @pytest.mark.parametrize("damage", KINDS, ids=lambda damage: damage.__name__)
-def test_damage(config, expected, stopped, tmp_path, monkeypatch, caplog, damage):
-    monkeypatch.setattr(report, "draw", lambda *args, **kwargs: None)
+def test_damage(config, expected, stopped, tmp_path, caplog, damage):
     workdir = tmp_path / "run"
     shutil.copytree(stopped, workdir)
     damaged = workdir / "checkpoints" / str(NEWEST)
@@ -157,9 +156,8 @@ def test_damage(config, expected, stopped, tmp_path, monkeypatch, caplog, damage
     assert result(workdir) == expected
 
 
-def test_metadata_that_are_gone_are_not_missed(config, expected, stopped, tmp_path, monkeypatch):
+def test_metadata_that_are_gone_are_not_missed(config, expected, stopped, tmp_path):
     """The record says what arrays there are, and their checksums tell that they are right."""
-    monkeypatch.setattr(report, "draw", lambda *args, **kwargs: None)
     workdir = tmp_path / "run"
     shutil.copytree(stopped, workdir)
     without_its_metadata(workdir / "checkpoints" / str(NEWEST))
@@ -177,7 +175,6 @@ def test_a_damaged_best_checkpoint_is_told_and_the_newest_is_tested(
         means, columns = evaluate(self, state, split, check)
         return means | ({"accuracy": 1 / int(state.step)} if split == "valid" else {}), columns
 
-    monkeypatch.setattr(report, "draw", lambda *args, **kwargs: None)
     monkeypatch.setattr(Experiment, "evaluate", worse)
     with pytest.raises(Interrupted):
         train_and_evaluate(config, tmp_path, max_steps=NEWEST)

@@ -8,6 +8,7 @@ import sys
 
 import jax
 
+from rollingq_jax.train import report
 from rollingq_jax.train.cli import TRAIN, join_processes
 from rollingq_jax.train.config import from_json
 from rollingq_jax.train.loop import train_and_evaluate
@@ -15,6 +16,7 @@ from rollingq_jax.train.preemption import Interrupted
 
 if any(argument.startswith("--coordinator") for argument in sys.argv):
     jax.config.update("jax_num_cpu_devices", 2)
+report.draw = lambda *args, **kwargs: None  # pictures take as long as all the rest
 config, settings, workdir, max_steps, *flags = sys.argv[1:]
 join_processes(TRAIN.parse_flags(["worker", "--workdir=unused", *flags])[0])
 with open(config, encoding="utf-8") as file:

@@ -1,8 +1,6 @@
 """The layout over devices and processes changes nothing: losses, rotations, what is compiled."""
 
 import functools
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +17,7 @@ from rollingq_jax.train.parallel import WRAPPERS, with_fsdp
 from rollingq_jax.train.steps import eval_step, train_step
 from rollingq_jax.train.train_state import create_state
 from tests.parallel import small_model
+from tests.parallel.processes import environment, free_address
 
 HERE = Path(__file__).parent
 
@@ -66,12 +65,17 @@ def test_eight_devices_give_the_rotations_of_one(plain, over_eight):
     assert np.abs(np.asarray(theirs.rotation) - np.eye(4)).max() > 0.1
 
 
+@pytest.fixture(scope="module", params=["mult", "mmml", "jmt"])
+def attending(request):
+    """A run on one device of modalities that attend to each other, behind what it was made of."""
+    fields = {"fusion": request.param, "quality_bias": 0.0, "steps": 10}
+    return fields, *small_model.run_plain(**fields)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", sorted(small_model.LAYOUTS))
-@pytest.mark.parametrize("fusion", ["mult", "mmml", "jmt"])
-def test_modalities_that_attend_to_each_other_roll_as_on_one_device(fusion, parallel):
-    fields = {"fusion": fusion, "quality_bias": 0.0, "steps": 10}
-    records, state = small_model.run_plain(**fields)
+def test_modalities_that_attend_to_each_other_roll_as_on_one_device(attending, parallel):
+    fields, records, state = attending
     ours, found, _ = small_model.run_layout(small_model.LAYOUTS[parallel], **fields)
     assert_same(ours, records)
     assert np.asarray(state.rolling.count).min() == 2
@@ -148,16 +152,12 @@ def test_eight_devices_give_the_norms_of_one(plain, over_eight):
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", sorted(small_model.LAYOUTS))
 def test_two_processes_of_two_devices_give_the_same(plain, parallel, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parents[1])}
-    environment.pop("XLA_FLAGS")
+    address = free_address()
     workers = [
         subprocess.Popen(
             [sys.executable, HERE / "worker.py", parallel, str(tmp_path / f"{i}.npz")]
-            + [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}"],
-            env=environment,
+            + [f"--coordinator={address}", "--num_processes=2", f"--process_id={i}"],
+            env=environment(),
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -12,7 +12,7 @@ from rollingq_jax.train.steps import eval_step
 from tests.parallel import small_model
 from tests.train.train_cases import tiny_config, write_arrays
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_pictures")]
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's name for the event
 EPOCHS = 4

@@ -3,17 +3,15 @@
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
+from tests.parallel.processes import ROOT, environment, free_address
 from tests.train.train_cases import write_arrays
 
-ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 60
 CONFIG = """
 import os
@@ -32,25 +30,19 @@ def both(tmp_path):
     (tmp_path / "config.py").write_text(CONFIG)
     write_arrays(tmp_path / "tiny.npz")
     shutil.copy(tmp_path / "tiny.npz", tmp_path / "same.npz")  # another place is no difference
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = [f"--coordinator=localhost:{port}", "--num_processes=2"]
+    flags = [f"--coordinator={free_address()}", "--num_processes=2"]
 
     def run(first=(), second=(), data=("tiny.npz", "same.npz"), workdirs=("w", "w"), join=None):
         began, processes = time.monotonic(), []
         for number, arguments in enumerate((first, second)):
-            environment = os.environ | {
-                "DATA": str(tmp_path / data[number]),
-                "PYTHONPATH": str(ROOT),
-                "JAX_PLATFORMS": "cpu",
-                **(join(number) if join else {}),
-            }
+            told = {"DATA": str(tmp_path / data[number]), **(join(number) if join else {})}
             command = [sys.executable, ROOT / "train.py", f"--config={tmp_path / 'config.py'}"]
             command += ["--workdir", tmp_path / workdirs[number], *arguments]
             command += ["--distributed"] if join else [*flags, f"--process_id={number}"]
             processes.append(
-                subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+                subprocess.Popen(
+                    command, env=environment(8) | told, stderr=subprocess.PIPE, text=True
+                )
             )
         printed = [process.communicate(timeout=2 * SECONDS)[1] for process in processes]
         assert time.monotonic() - began < SECONDS

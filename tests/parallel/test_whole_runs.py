@@ -1,8 +1,6 @@
 """Whole runs that go from one number of devices to another."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +9,9 @@ import numpy as np
 import pytest
 
 from rollingq_jax.train.config import default_config
+from tests.parallel.processes import environment, free_address
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 SIZES = {"train": 44, "valid": 18, "test": 20}
 
 pytestmark = pytest.mark.slow
@@ -55,13 +53,10 @@ def config(tmp_path_factory):
 
 
 def start(config, workdir, devices, max_steps=0, flags=(), **fields):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-    if devices:
-        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     settings = json.dumps(fields)
     command = [sys.executable, HERE / "run_worker.py", config, settings, workdir, str(max_steps)]
     command += flags
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment(devices), stderr=subprocess.PIPE, text=True)
 
 
 def finish(*processes):
@@ -138,10 +133,7 @@ def test_in_parts_a_run_resumes_to_the_last_bit(config, on_one, tmp_path):
 
 @pytest.mark.parametrize("fields", [{}, IN_PARTS | {"mesh.fsdp": 2}, IN_PARTS], ids=str)
 def test_two_processes_write_the_run_of_one(config, on_one, tmp_path, fields):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
+    flags = [f"--coordinator={free_address()}", "--num_processes=2"]
 
     def both(max_steps):
         processes = [[*flags, f"--process_id={i}"] for i in range(2)]
