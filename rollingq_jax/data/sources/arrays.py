@@ -154,7 +154,7 @@ def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None)
             "already: none"
         )
     root = cache_root(option(config_data, "cache_dir", ""))
-    return _build(
+    return from_arrays(
         open_arrays(path),
         seed=seed,
         kinds=mapping_option(config_data, "kinds") | dict(kinds or {}),
@@ -167,14 +167,15 @@ def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None)
 
 
 def from_arrays(
-    arrays: Mapping[str, np.ndarray],
+    arrays: Mapping[str, Stored],
     *,
     seed: int = 0,
     kinds: Mapping[str, str] | None = None,
-    modalities: tuple[str, ...] = (),
+    modalities: Sequence[str] = (),
     standardize: bool = True,
     task: str = "auto",
     description: str = "arrays",
+    keep: Callable[[Any, Measure], dict[str, Preprocessing]] = lambda asked, measure: measure(),
 ) -> Dataset:
     """A data set from arrays under the keys that this module's docstring lists.
 
@@ -186,36 +187,14 @@ def from_arrays(
       standardize: whether float modalities are standardized.
       task: one of `TASKS`, or "auto": what the labels can only be.
       description: of the data set.
+      keep: (what is asked, function that measures it) -> the preprocessing, from an earlier run
+        where it is known.
 
     Raises:
       DataError: as `load`.
     """
-    return _build(
-        arrays,
-        seed=seed,
-        kinds=kinds or {},
-        modalities=modalities,
-        standardize=standardize,
-        task=task,
-        description=description,
-        keep=lambda asked, measure: measure(),
-    )
-
-
-def _build(
-    arrays: Mapping[str, Stored],
-    *,
-    seed: int,
-    kinds: Mapping[str, str],
-    modalities: Sequence[str],
-    standardize: bool,
-    task: str,
-    description: str,
-    keep: Callable[[Any, Measure], dict[str, Preprocessing]],
-) -> Dataset:
-    """As `from_arrays`; `keep` may know already what is asked to be measured."""
     stored, kind_of, class_names = _sort_keys(arrays)
-    kind_of |= kinds
+    kind_of |= kinds or {}
     present = sorted({key for of_split in stored.values() for key in of_split if _is_modality(key)})
     names = sorted(modalities or present)
     for name in (*names, *kind_of):
@@ -434,22 +413,20 @@ def _quality(values: Mapping[str, np.ndarray], split: str, name: str) -> np.ndar
     return quality
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class RawArraySource:
-    """The examples of one split: a `Preprocessing` and a stored array for each modality."""
+    """The examples of one split: a `Preprocessing` and a stored array for each modality.
 
-    def __init__(
-        self,
-        modalities: Mapping[str, Preprocessing],
-        arrays: Mapping[str, np.ndarray],
-        labels: np.ndarray,
-        masks: Mapping[str, np.ndarray],
-        qualities: Mapping[str, np.ndarray],
-        groups: np.ndarray | None = None,
-        ids: np.ndarray | None = None,
-    ) -> None:
-        self.modalities, self.arrays, self.labels = dict(modalities), dict(arrays), labels
-        self.masks, self.qualities = dict(masks), dict(qualities)
-        self.groups, self.ids = groups, ids  # not in the examples: a batch holds no strings
+    Groups and ids are held apart from the examples, since a batch holds no strings.
+    """
+
+    modalities: Mapping[str, Preprocessing]
+    arrays: Mapping[str, np.ndarray]
+    labels: np.ndarray
+    masks: Mapping[str, np.ndarray]
+    qualities: Mapping[str, np.ndarray]
+    groups: np.ndarray | None = None
+    ids: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

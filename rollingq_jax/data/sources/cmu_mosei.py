@@ -25,13 +25,13 @@ from rollingq_jax.data.dataset import (
     SINGLE_LABEL,
     SPLITS,
     Dataset,
-    Example,
     ModalityInfo,
     Source,
 )
 from rollingq_jax.data.options import choice, local_path, option
-from rollingq_jax.data.preprocessing import Preprocessing, preprocessed
+from rollingq_jax.data.preprocessing import Preprocessing
 from rollingq_jax.data.restricted_pickle import load_pickle
+from rollingq_jax.data.sources.arrays import RawArraySource
 from rollingq_jax.errors import ConfigError, DataError
 
 NAME = "cmu_mosei"
@@ -371,13 +371,13 @@ def load(config_data: Any, *, seed: int) -> Dataset:
     if unknown := [name for name in modalities if name not in MODALITIES]:
         raise ConfigError(f"data.modalities: {unknown[0]!r}; allowed: of {', '.join(MODALITIES)}")
     rule = choice(config_data, "label_rule", tuple(LABEL_RULES))
-    splits: dict[str, Source] = {}
-    for split in SPLITS:
-        sentiment = np.array(_open_array(folder / f"{split}_labels.npy", info["counts"][split]))
-        labels = sentiment[:, None] if rule == REGRESSION else classify(sentiment, rule)
-        splits[split] = SentenceSource(folder, split, modalities, labels)
-    example = splits["train"][0]
-    infos = {name: ModalityInfo(name, "sequence", example[name].shape) for name in modalities}
+
+    def open_all(split: str, suffix: str = "") -> dict[str, np.ndarray]:
+        count = info["counts"][split]
+        return {m: _open_array(folder / f"{split}_{m}{suffix}.npy", count) for m in modalities}
+
+    train = open_all("train")
+    infos = {m: ModalityInfo(m, "sequence", train[m].shape[1:]) for m in modalities}
     scale: dict[str, dict[str, Any]] = {name: {} for name in modalities}
     if option(config_data, "standardize", False):
         scale = {n: {k: tuple(info["moments"][n][k]) for k in ("mean", "std")} for n in modalities}
@@ -385,9 +385,15 @@ def load(config_data: Any, *, seed: int) -> Dataset:
         name: Preprocessing(one, one.shape, one.dtype, clip=None, **scale[name])
         for name, one in infos.items()
     }
+    splits: dict[str, Source] = {}
+    for split in SPLITS:
+        sentiment = np.array(_open_array(folder / f"{split}_labels.npy", info["counts"][split]))
+        labels = sentiment[:, None] if rule == REGRESSION else classify(sentiment, rule)
+        masks = open_all(split, "_mask")
+        splits[split] = RawArraySource(preprocessing, open_all(split), labels, masks, {})
     counts = ", ".join(f"{len(splits[split])} {split}" for split in SPLITS)
     return Dataset(
-        splits=preprocessed(splits, preprocessing),
+        splits=splits,
         modalities=infos,
         preprocessing=preprocessing,
         num_classes=len(LABEL_RULES[rule]),
@@ -399,42 +405,6 @@ def load(config_data: Any, *, seed: int) -> Dataset:
         ),
         task=REGRESSION if rule == REGRESSION else SINGLE_LABEL,
     )
-
-
-class SentenceSource:
-    """Sentences of one split from memory-mapped arrays.
-
-    Args:
-      folder: of the arrays.
-      split: "train", "valid" or "test".
-      modalities: those to give.
-      labels: int32 [N], or the sentiments, float32 [N, 1].
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        split: str,
-        modalities: tuple[str, ...],
-        labels: np.ndarray,
-    ) -> None:
-        self.labels = labels
-        self._sequences = {
-            m: _open_array(folder / f"{split}_{m}.npy", len(labels)) for m in modalities
-        }
-        self._masks = {
-            m: _open_array(folder / f"{split}_{m}_mask.npy", len(labels)) for m in modalities
-        }
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> Example:
-        example: Example = {"label": self.labels[index]}
-        for name, sequences in self._sequences.items():
-            example[name] = np.array(sequences[index])
-            example[f"{name}_mask"] = np.array(self._masks[name][index])
-        return example
 
 
 def _open_array(path: Path, count: int) -> np.ndarray:

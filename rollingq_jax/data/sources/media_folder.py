@@ -135,6 +135,7 @@ SUFFIXES = {
     "video": (".mp4", ".flv", ".avi", ".mkv", ".mov", ".webm", ".m4v"),
     "text": (".txt",),
 }
+_TYPE_OF_SUFFIX = {suffix: type_ for type_, suffixes in SUFFIXES.items() for suffix in suffixes}
 TYPES = tuple(KIND_OF_TYPE)
 SPLIT_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(
     ("valid", "val", "validation"), "valid"
@@ -198,11 +199,7 @@ class Manifest:
     @functools.cached_property
     def missing(self) -> tuple[str, ...]:
         """Paths that are named and not there, as the manifest writes them."""
-        return self.missing_of(self.rows)
-
-    def missing_of(self, rows: Sequence[Row]) -> tuple[str, ...]:
-        """As `missing`, of some of the rows."""
-        cells = [(n, cell) for row in rows for n, cell in row.values.items()]
+        cells = [(n, cell) for row in self.rows for n, cell in row.values.items()]
         files = [
             cell
             for name, cell in cells
@@ -285,8 +282,7 @@ def from_manifest(
     manifest: Manifest, config_data: Any, *, seed: int, task: str = SINGLE_LABEL
 ) -> Dataset:
     """The data set that a manifest describes; see `load` for the fields and the errors."""
-    if manifest.missing:
-        raise DataError(_describe_missing(manifest))
+    _check_files(manifest)
     rows = _rows_of_splits(manifest)
     if task == "auto":
         task = _infer_task([row.label for row in manifest.rows], manifest.path.name)
@@ -546,15 +542,15 @@ class FolderSource:
         return example
 
 
-def _describe_missing(manifest: Manifest, rows: Sequence[Row] | None = None) -> str:
-    """One line on files that are named (by some of the rows) and not there; empty if none are."""
-    missing = manifest.missing if rows is None else manifest.missing_of(rows)
+def _check_files(manifest: Manifest) -> None:
+    """Refuses a manifest that names files which are not there."""
+    missing = manifest.missing
     if not missing:
-        return ""
+        return
     shown = ", ".join(repr(name) for name in missing[:3])
     more = ", ..." if len(missing) > 3 else ""
     files = "file" if len(missing) == 1 else "files"
-    return f"{manifest.path.name}: {len(missing)} missing {files}: {shown}{more}"
+    raise DataError(f"{manifest.path.name}: {len(missing)} missing {files}: {shown}{more}")
 
 
 def open_manifest(
@@ -596,8 +592,7 @@ def open_manifest(
         if not rows:
             names = ", ".join(sorted(there - {""})) or "none"
             raise DataError(f"{manifest.path.name}: no rows of split {split!r}; there are {names}")
-    if missing := _describe_missing(manifest, rows):
-        raise DataError(missing)
+    _check_files(dataclasses.replace(manifest, rows=tuple(rows)))
     has_id = "id" in manifest.special
     ids = [row.id if has_id else str(row.number) for row in rows]
     labels = [str(int(r.label)) if is_class_number(r.label) else r.label for r in rows]
@@ -821,7 +816,7 @@ def is_manifest(path: Any) -> bool:
     if path.suffix.lower() in MANIFEST_SUFFIXES:
         return True
     return isinstance(path, Path) and any(
-        is_file(path / f"manifest{suffix}") for suffix in MANIFEST_SUFFIXES
+        os.path.isfile(path / f"manifest{suffix}") for suffix in MANIFEST_SUFFIXES
     )
 
 
@@ -870,9 +865,12 @@ def read_manifest(
         name: _type(path, name, header, stated, (types or {}).get(name), records)
         for name, (header, stated) in sorted(found_columns.items())
     }
-    quality_of = _quality_columns(path, special, type_of, wanted)
+    qualities = _rated_modalities(path, special, type_of, wanted)
     root, rows = Path(os.path.realpath(path.parent)), []
+    needed = types is None
     for number, (where, record) in enumerate(records):
+        aside = {name: record.get(header) for name, header in special.items()}
+        rated = {name: aside[f"quality_{name}"] for name in qualities}
         values: dict[str, Path | str | None] = {}
         for name, type_ in type_of.items():
             cell = _cell(record, header_of[name], where)
@@ -885,12 +883,12 @@ def read_manifest(
         rows.append(
             Row(
                 number,
-                _split(record, special.get("split"), where, needed=types is None),
-                _label(record, special.get("label"), where, needed=types is None),
+                _split(aside["split"], where, needed=needed) if "split" in aside else "",
+                _label(aside.get("label"), where, needed=needed),
                 values,
-                _qualities(record, quality_of, where, decimal_comma),
-                _tag(record, "group", special, where, needed=types is None),
-                _tag(record, "id", special, where, needed=True),
+                _qualities(rated, where, decimal_comma),
+                _tag(aside["group"], "group", where, needed=needed) if "group" in aside else "",
+                _tag(aside["id"], "id", where, needed=True) if "id" in aside else "",
             )
         )
     return Manifest(path, type_of, tuple(rows), tuple(name for name in SPECIAL if name in special))
@@ -1064,19 +1062,16 @@ def _check_needed(
         )
 
 
-def _quality_columns(
+def _rated_modalities(
     path: Path, special: Mapping[str, str], types: Mapping[str, str], wanted: Sequence[str]
-) -> dict[str, str]:
-    """{modality: column of its quality}."""
-    found = {
-        name.removeprefix("quality_"): header
-        for name, header in special.items()
-        if name.startswith("quality_")
-    }
+) -> list[str]:
+    """The modalities that have a column of their quality."""
+    found = [name.removeprefix("quality_") for name in special if name.startswith("quality_")]
     for name in found:
         if name not in types and not wanted:
-            raise DataError(f"{path.name}: column {found[name]!r}: there is no such modality")
-    return {name: header for name, header in found.items() if name in types}
+            header = special[f"quality_{name}"]
+            raise DataError(f"{path.name}: column {header!r}: there is no such modality")
+    return [name for name in found if name in types]
 
 
 def _type(
@@ -1097,13 +1092,12 @@ def _infer_type(path: Path, name: str, header: str, records: list) -> str:
     """The type that all suffixes of a column belong to."""
     for where, record in records:
         if cell := _cell(record, header, where):
-            suffix = PurePosixPath(cell).suffix.lower()
-            for type_, suffixes in SUFFIXES.items():
-                if suffix in suffixes:
-                    return type_
+            type_ = _TYPE_OF_SUFFIX.get(PurePosixPath(cell).suffix.lower())
+            if type_ is not None:
+                return type_
             raise DataError(
                 f"{where}: {name}: {cell[:80]!r} has no known suffix "
-                f"({' '.join(s for group in SUFFIXES.values() for s in group)}); for text in the "
+                f"({' '.join(_TYPE_OF_SUFFIX)}); for text in the "
                 f"cell itself, name the column '{name[:80]}:string'; {DECLARE}"
             )
     raise DataError(f"{path.name}: column {header!r} is empty in every row")
@@ -1121,9 +1115,8 @@ def _cell(record: Mapping[str, Any], header: str, where: str) -> str:
     return value.strip()
 
 
-def _split(record: Mapping[str, Any], header: str | None, where: str, *, needed: bool) -> str:
-    value = None if header is None else record.get(header)
-    if header is None or (not needed and (value is None or value == "")):
+def _split(value: Any, where: str, *, needed: bool) -> str:
+    if not needed and value in (None, ""):
         return ""
     name = str("" if value is None else value).strip().lower()
     if name not in SPLIT_NAMES:
@@ -1131,9 +1124,8 @@ def _split(record: Mapping[str, Any], header: str | None, where: str, *, needed:
     return SPLIT_NAMES[name]
 
 
-def _label(record: Mapping[str, Any], header: str | None, where: str, *, needed: bool) -> str:
-    value = None if header is None else record.get(header)
-    if not needed and (value is None or value == ""):
+def _label(value: Any, where: str, *, needed: bool) -> str:
+    if not needed and value in (None, ""):
         return ""
     if isinstance(value, list):
         if not all(isinstance(name, str) and len(split_names(name)) == 1 for name in value):
@@ -1149,13 +1141,8 @@ def _label(record: Mapping[str, Any], header: str | None, where: str, *, needed:
     return str(value).strip()
 
 
-def _tag(
-    record: Mapping[str, Any], name: str, special: Mapping[str, str], where: str, *, needed: bool
-) -> str:
+def _tag(value: Any, name: str, where: str, *, needed: bool) -> str:
     """The group or id of an example."""
-    if name not in special:
-        return ""
-    value = record.get(special[name])
     if isinstance(value, bool | float | list | dict):
         raise DataError(f"{where}: {name} {str(value)[:60]!r}; an integer or a string")
     text = "" if value is None else str(value).strip()
@@ -1164,13 +1151,10 @@ def _tag(
     return text
 
 
-def _qualities(
-    record: Mapping[str, Any], columns: Mapping[str, str], where: str, decimal_comma: bool
-) -> dict[str, float]:
+def _qualities(rated: Mapping[str, Any], where: str, decimal_comma: bool) -> dict[str, float]:
     qualities = {}
-    for name, header in columns.items():
-        value = record.get(header)
-        if value is None or value == "":
+    for name, value in rated.items():
+        if value in (None, ""):
             continue
         if decimal_comma and isinstance(value, str) and _DECIMAL_COMMA.fullmatch(value.strip()):
             value = value.replace(",", ".")
@@ -1241,12 +1225,4 @@ def is_there(path: Path, type_: str) -> bool:
     """Tells if a cell's file, or folder of frames, is there."""
     if type_ == "flow":
         return path.is_dir() and (path.parent.with_name("v") / path.name).is_dir()
-    return is_file(path) or (type_ == "frames" and path.is_dir())
-
-
-def is_file(path: Path) -> bool:
-    """Tells if there is such a file, as far as one can know."""
-    try:
-        return path.is_file()
-    except OSError:  # a name too long, a folder that may not be entered
-        return False
+    return os.path.isfile(path) or (type_ == "frames" and path.is_dir())
