@@ -6,10 +6,10 @@ what a reader has to open to follow it.
 """
 
 import ast
+import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = "rollingq_jax"
@@ -58,11 +58,6 @@ WAYS = {
 STACKS = {"from the command to the trigger": {"roll"}, "saving": {"seal", "record_digest"}}
 
 
-def sources(root: Path) -> Iterator[Path]:
-    """The package's modules."""
-    return (path for path in sorted((root / PACKAGE).rglob("*.py")))
-
-
 def imports(path: Path) -> int:
     """Lines of a module that belong to import statements."""
     nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
@@ -84,13 +79,11 @@ def files_between(
 
 def main() -> None:
     """Prints the counts of a checkout."""
-    import json
-
     root = Path(sys.argv[1] if len(sys.argv) > 1 else ".").resolve()
-    modules = [path for path in sources(root) if path.name != "__init__.py"]
-    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in sources(root)}
-    total, imported = sum(lines.values()), sum(map(imports, sources(root)))
-    print(f"modules {len(modules)}")
+    sources = sorted((root / PACKAGE).rglob("*.py"))
+    lines = [len(path.read_text(encoding="utf-8").splitlines()) for path in sources]
+    total, imported = sum(lines), sum(map(imports, sources))
+    print(f"modules {sum(path.name != '__init__.py' for path in sources)}")
     print(f"lines {total:,}; {total / len(lines):.0f} in the mean")
     print(f"imports {imported:,} lines, {100 * imported / total:.1f} %")
     with tempfile.TemporaryDirectory() as folder:

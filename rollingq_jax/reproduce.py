@@ -348,14 +348,12 @@ def written_cells(result: Mapping[str, Any]) -> list[list[str]]:
     """The table as text, its head first: published figures, what was measured, and differences."""
     spec = TABLES[result["table"]]
     sets = [name for name in SETS if any(name in row["published"] for row in result["rows"])]
-    several = len(spec.levels) > 1
-    levels = [f", noise {level:g}" if several else "" for level in spec.levels]
+    levels = [f", noise {level:g}" for level in spec.levels] if len(spec.levels) > 1 else [""]
     ours = SETS.get(result["data_name"], result["data_name"])
-    head = ["", *(f"paper, {SETS[name]}{level}" for name in sets for level in levels)]
-    head += [f"measured, {ours}{level}" for level in levels]
     paired = any("difference" in (row["measured"] or [{}])[0] for row in result["rows"])
-    head += [f"to attention{level}" for level in levels] if paired else []
-    lines = [head]
+    columns = [*(f"paper, {SETS[name]}" for name in sets), f"measured, {ours}"]
+    columns += ["to attention"] if paired else []
+    lines = [["", *(f"{column}{level}" for column in columns for level in levels)]]
     for row in result["rows"]:
         line = [row["label"]]
         for name in sets:
@@ -389,13 +387,10 @@ def _number(measure: str, value: float, sign: str = "", *, published: bool = Fal
 
 def aligned(cells: Sequence[Sequence[str]]) -> Iterator[str]:
     """Lines of columns as wide as their widest cell, the first to the left."""
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    for line in cells:
-        first, *rest = (
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        yield "  ".join([first, *rest]).rstrip()
+    first_width, *widths = (max(map(len, column)) for column in zip(*cells, strict=True))
+    for first, *rest in cells:
+        numbers = (cell.rjust(width) for cell, width in zip(rest, widths, strict=True))
+        yield "  ".join([first.ljust(first_width), *numbers]).rstrip()
 
 
 REPRODUCE = Command(

@@ -262,9 +262,7 @@ def settings_of(grid: Any) -> list[Setting]:
             raise ConfigError(
                 f"config.compare.grid.{field} is {values!r}; allowed: a tuple of values to try"
             )
-    return [
-        dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())
-    ]
+    return [dict(zip(fields, one, strict=True)) for one in itertools.product(*fields.values())]
 
 
 def run_folder(
