@@ -9,9 +9,10 @@ from rollingq_jax.data.load import load_dataset
 from rollingq_jax.data.pipeline import eval_batches, train_batches
 from rollingq_jax.data.sources import kinetics_sounds
 from rollingq_jax.data.video import read_video_audio
-from rollingq_jax.errors import ConfigError, UserError
+from rollingq_jax.errors import ConfigError
 from rollingq_jax.train.cli import run_command
 from tests.data import media_files
+from tests.data.media_files import refuses
 
 TRAIN = [f"train{i:06d}_{i:06d}_{i + 10:06d}" for i in range(12)]
 TEST = [f"-test_{i:05d}" for i in range(4)]  # eleven characters, - and _ among them
@@ -175,24 +176,15 @@ def test_names(name, expected):
     assert kinetics_sounds.split_name(name) == expected
 
 
-def fails(call, *words):
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
-
-
 def test_missing_folder_lists_or_media(tmp_path):
     prepare_it = lambda: kinetics_sounds.prepare(tmp_path / "KS", tmp_path / "data")  # noqa: E731
-    fails(prepare_it, "no such folder", "ks_train_overlap.txt", "cvdfoundation/kinetics-dataset")
+    refuses(prepare_it, "no such folder", "ks_train_overlap.txt", "cvdfoundation/kinetics-dataset")
     (tmp_path / "KS").mkdir()
-    fails(prepare_it, "holds no lists", "--source")
+    refuses(prepare_it, "holds no lists", "--source")
     write_lists(tmp_path / "KS")
-    fails(prepare_it, "neither videos nor train_spec/ but ks_test_overlap.txt")
-    fails(lambda: load_dataset(config(""), seed=0), "data.path: not given")
-    fails(
+    refuses(prepare_it, "neither videos nor train_spec/ but ks_test_overlap.txt")
+    refuses(lambda: load_dataset(config(""), seed=0), "data.path: not given")
+    refuses(
         lambda: load_dataset(config(tmp_path), seed=0),
         "python -m rollingq_jax.prepare kinetics_sounds",
     )
@@ -216,7 +208,7 @@ def test_bad_lists(tmp_path, kind):
     content, message = BAD_LISTS[kind]
     path = tmp_path / "ks_train_overlap.txt"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    fails(lambda: kinetics_sounds.read_list(path), message)
+    refuses(lambda: kinetics_sounds.read_list(path), message)
 
 
 def test_lists_with_marks_line_ends_and_suffixes(tmp_path):
@@ -227,13 +219,15 @@ def test_lists_with_marks_line_ends_and_suffixes(tmp_path):
 
 def test_a_clip_in_both_lists(tmp_path):
     write_lists(tmp_path, train=TRAIN, test=[TRAIN[0]])
-    fails(lambda: kinetics_sounds.prepare(tmp_path, tmp_path / "data"), "duplicate clip", TRAIN[0])
+    refuses(
+        lambda: kinetics_sounds.prepare(tmp_path, tmp_path / "data"), "duplicate clip", TRAIN[0]
+    )
 
 
 def test_class_names_must_be_31(tmp_path):
     source = make_preprocessed(tmp_path / "KS", num_frames=1)
     (source / "classes.txt").write_text("a\nb\n")
-    fails(lambda: kinetics_sounds.prepare(source, tmp_path / "data"), "2 different names", "31")
+    refuses(lambda: kinetics_sounds.prepare(source, tmp_path / "data"), "2 different names", "31")
 
 
 def damage_tree(root, kind):
@@ -299,7 +293,7 @@ def test_no_readable_test_clip(tmp_path):
     write_lists(source)
     make_videos(source, TRAIN[:3], num_frames=25)
     kinetics_sounds.prepare(source, tmp_path / "data")
-    fails(lambda: load_dataset(config(tmp_path / "data"), seed=0), "no clip of test is readable")
+    refuses(lambda: load_dataset(config(tmp_path / "data"), seed=0), "no clip of test is readable")
 
 
 def test_bad_fields(data_dir):
