@@ -162,7 +162,7 @@ def _media(feature: Any, sizes: MediaSizes) -> dict[str, Any] | None:
 
     types = {datasets.Image: "image", datasets.Audio: "audio"}
     type_ = "string" if _is_text(feature) else types.get(type(feature))
-    return type_ and {"type": type_, **dataclasses.asdict(sizes)}
+    return None if type_ is None else {"type": type_, **dataclasses.asdict(sizes)}
 
 
 def _is_text(feature: Any) -> bool:
