@@ -241,8 +241,11 @@ def _open_prepared(
         raise ConfigError(f"split is {split!r}; allowed: {', '.join(dataset.splits)}")
     source = dataset.splits[split]
     if isinstance(source, Preprocessed | RawArraySource):
-        source = copy.copy(source)
-        source.modalities = {m: inputs.modalities.get(m, x) for m, x in source.modalities.items()}
+        models = {m: inputs.modalities.get(m, one) for m, one in source.modalities.items()}
+        if isinstance(source, Preprocessed):
+            source = Preprocessed(source.source, models)
+        else:
+            source = dataclasses.replace(source, modalities=models)
     values = labels_of(source)
     if dataset.class_names and dataset.task == SINGLE_LABEL:
         values = np.array(dataset.class_names, str)[values]
