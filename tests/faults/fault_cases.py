@@ -40,7 +40,7 @@ class Command:
     """Starts `train.py` in processes of their own.
 
     Args:
-      folder: for the configuration and the data.
+      folder: for the configuration, the data and compiled programs.
     """
 
     def __init__(self, folder):
@@ -52,6 +52,9 @@ class Command:
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
             "MPLBACKEND": "agg",
+            # Of this test process alone: JAX warns on standard error, which is to stay empty, where
+            # it reads a program that another process has written half of.
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         }
 
     def start(self, workdir, *arguments, json=None, **environment):
