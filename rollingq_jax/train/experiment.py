@@ -331,25 +331,24 @@ class Experiment:
           ConfigError: the file of pretrained weights cannot be used.
         """
         state = self._drawn_state()
-        if self.config.vit_weights:
-            from rollingq_jax.convert import fetch_weights, is_resnet, load_resnet, load_vit
+        if not self.config.vit_weights:
+            return state
+        from rollingq_jax.convert import fetch_weights, is_resnet, load_resnet, load_vit
 
-            folder = cache_root(self.config.data.cache_dir) / "weights"
-            path = fetch_weights(self.config.vit_weights, folder)
-            batch_stats = state.batch_stats
-            if is_resnet(path):
-                params, batch_stats, used = load_resnet(path, state.params, batch_stats or {})
-            else:
-                params, used = load_vit(path, state.params)
-            report(f"{self.config.vit_weights}: {used}")
-            ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, params)
-            state = state.replace(
-                params=params,
-                opt_state=self.tx.init(params),
-                ema=ema,
-                batch_stats=batch_stats,
-            )
-        return state
+        folder = cache_root(self.config.data.cache_dir) / "weights"
+        path = fetch_weights(self.config.vit_weights, folder)
+        batch_stats = state.batch_stats
+        if is_resnet(path):
+            params, batch_stats, used = load_resnet(path, state.params, batch_stats or {})
+        else:
+            params, used = load_vit(path, state.params)
+        report(f"{self.config.vit_weights}: {used}")
+        # An optimizer that keeps the parameters, and their average, begin with the loaded ones. The
+        # average is a copy, since a step takes the memory of its state.
+        ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, params)
+        return state.replace(
+            params=params, opt_state=self.tx.init(params), ema=ema, batch_stats=batch_stats
+        )
 
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of every state of the run, laid out as a checkpoint is read."""
@@ -421,6 +420,7 @@ class Experiment:
             batch_sums, examples = self.parallel.eval_step(state, placed)
             batch_sums = self.parallel.get(batch_sums)
             sums = add_sums(sums, {name: np.asarray(v) for name, v in batch_sums.items()})
+            # Back from the devices: with several processes, this one has read only its own rows.
             given = {
                 name: placed[name]
                 for name in batch

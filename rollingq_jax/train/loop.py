@@ -370,6 +370,8 @@ class TrainLoop:
         one = experiment.parallel.get(state)
         step = int(one.step)
         epoch = step // experiment.epoch_steps
+        # A pass over the data takes long. Asked to stop in it, the run saves, and validates when it
+        # resumes.
         try:
             means, columns = experiment.evaluate(
                 state, experiment.selection_split, self.interruption.check
@@ -393,6 +395,7 @@ class TrainLoop:
         rotation = self.metrics.pop_last_rotation()
         if rotation is not None and jax.process_index() == 0:
             save_snapshot(self.workdir, step, epoch, rotation, columns)
+        # Before the checkpoint, whose record says which one is the best and has to stay.
         metric = experiment.config.best_by
         improved = improves(means, self.best, metric)
         if improved:

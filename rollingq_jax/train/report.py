@@ -138,6 +138,8 @@ def plain_predictions(
 
 def print_summary(summary: Mapping[str, Any], workdir: epath.Path) -> None:
     """Verdicts and a table at the end of a run; of a summary that lacks something, what it has."""
+    if jax.process_index() > 0:
+        return
     best = summary["best"]
 
     def mapping(name: str) -> Mapping[str, Any]:
@@ -148,50 +150,39 @@ def print_summary(summary: Mapping[str, Any], workdir: epath.Path) -> None:
         count = count if isinstance(count, int) else None
         return written(value if is_number(value) else None, form, count)
 
-    counts = mapping("modality_examples")  # where some example lacks one
     headlines = HEADLINES[task_name(summary)]
     main, metric = headlines[0], chosen_by(summary)
     by = "" if metric == "accuracy" else f" {METRICS[metric].words}"
-    rows = [
-        (f"best epoch by {selected_on(summary)}{by}", f"{best['epoch']} ({shown(best[metric])})"),
-        *(
-            (f"test {METRICS[name].words}", shown(summary.get(f"test_{name}")))
-            for name in headlines
-            if f"test_{name}" in summary
-        ),
-    ]
+    chosen = f"best epoch by {selected_on(summary)}{by}"
+    rows = {chosen: f"{best['epoch']} ({shown(best[metric])})"}
+    for name in headlines:
+        if f"test_{name}" in summary:
+            rows[f"test {METRICS[name].words}"] = shown(summary[f"test_{name}"])
     if "stopped_early" in summary:
-        rows.append(
-            ("training ended early, after epoch", f"{mapping('stopped_early').get('epoch')}")
-        )
+        rows["training ended early, after epoch"] = str(mapping("stopped_early").get("epoch"))
     if "test_nonfinite" in summary:
-        rows.append(("test examples with NaN or infinite logits", str(summary["test_nonfinite"])))
-    for words, name in (
-        (f"test {METRICS[main].words}, {{}} alone", f"probe_{main}"),
-        ("attention share, {}", "attention_share"),
-    ):
-        rows += [
-            (words.format(m), shown(value, count=counts.get(m)))
-            for m, value in mapping(name).items()
-        ]
+        rows["test examples with NaN or infinite logits"] = str(summary["test_nonfinite"])
+    counts = mapping("modality_examples")  # where some example lacks one
+    for m, value in mapping(f"probe_{main}").items():
+        rows[f"test {METRICS[main].words}, {m} alone"] = shown(value, count=counts.get(m))
+    for m, value in mapping("attention_share").items():
+        rows[f"attention share, {m}"] = shown(value, count=counts.get(m))
     if "quality_correlation" in summary:
         value = summary["quality_correlation"]  # undefined where a quality is constant
         examples = [n for n in mapping("contrast_examples").values() if isinstance(n, int)]
-        count = min(examples, default=None)
-        rows.append(("correlation of share and quality", shown(value, "+.3f", count)))
+        rows["correlation of share and quality"] = shown(value, "+.3f", min(examples, default=None))
     rotations = summary.get("rotations")
     if isinstance(rotations, list) and all(map(is_number, rotations)):
-        rows.append(("rotations in the best checkpoint", str(sum(rotations))))
+        rows["rotations in the best checkpoint"] = str(sum(rotations))
     used_up = mapping("rotations_used_up")
     if used_up:
         text = f"epoch {used_up.get('epoch')}, imbalance then {shown(used_up.get('imbalance'))}"
-        rows.append(("all rotations used, imbalance above beta", text))
-    if jax.process_index() == 0:
-        verdicts = summary.get("verdicts")
-        for line in verdicts if isinstance(verdicts, list) else ():
-            print(wrapped(str(line)))
-        print(table(rows))
-        print(f"figures, report.html and summary.json are in {workdir}")
+        rows["all rotations used, imbalance above beta"] = text
+    verdicts = summary.get("verdicts")
+    for line in verdicts if isinstance(verdicts, list) else ():
+        print(wrapped(str(line)))
+    print(table(rows.items()))
+    print(f"figures, report.html and summary.json are in {workdir}")
 
 
 def chosen_by(summary: Mapping[str, Any]) -> str:

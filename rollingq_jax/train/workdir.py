@@ -73,7 +73,7 @@ def check_path(workdir: epath.PathLike) -> None:
             f"workdir is {path!r}; allowed: a path without a backslash, which TensorStore, where "
             "checkpoints are kept, reads as /"
         )
-    if not path.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in path):
+    if any("\ud800" <= letter <= "\udfff" for letter in path):
         raise ConfigError(f"workdir is {path!r}; allowed: a path in UTF-8")
     for scheme in ("gs:", "s3:"):
         if scheme in path.split("/") and "://" not in path:
