@@ -23,23 +23,24 @@ encoders again, on zeros instead of the modality.
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rollingq_jax.baselines.hooks import Baseline, StepContext, fused, probability_of_label
+from rollingq_jax.baselines.hooks import (
+    Baseline,
+    RunningMean,
+    Setting,
+    StepContext,
+    fused,
+    mean_of_others,
+    probability_of_label,
+)
 
 MOST = 10.0  # of the difference of ratios, as the authors bound it
 LEAST_PROBABILITY = 1e-8
-
-
-class RunningScores(NamedTuple):
-    """S_m: the mean of s_m over the steps so far, `[M]` float32, and their number, `[]`."""
-
-    mean: Array
-    steps: Array
 
 
 def shapley_parts(
@@ -68,21 +69,20 @@ def mean_losses(
     return total / count
 
 
-def factors(scores: Array, running: RunningScores, alpha: float) -> Array:
+def factors(scores: Array, running: RunningMean, alpha: float) -> Array:
     """k_m, `[M]`, from s_m `[M]` and S_m."""
 
     def ratio(s: Array) -> Array:
-        others = (jnp.sum(s) - s) / (s.shape[0] - 1)
-        return jnp.exp(others - s)
+        return jnp.exp(mean_of_others(s) - s)
 
     before = jnp.where(running.steps > 0, running.mean, scores)
     return jnp.exp(alpha * jnp.minimum(ratio(before) - ratio(scores), MOST))
 
 
-def add_scores(running: RunningScores, scores: Array) -> RunningScores:
+def add_scores(running: RunningMean, scores: Array) -> RunningMean:
     """S_m with one step more."""
     steps = running.steps + 1
-    return RunningScores(running.mean + (scores - running.mean) / steps, steps)
+    return RunningMean(running.mean + (scores - running.mean) / steps, steps)
 
 
 def modulation_loss(logits: Array, parts: Array, label: Array, factor: Array) -> Array:
@@ -99,14 +99,9 @@ def modulation_loss(logits: Array, parts: Array, label: Array, factor: Array) ->
     return jnp.einsum("bc,mbc,m->b", gradient, parts, factor - 1)
 
 
-def agm_baseline(modalities: tuple[str, ...], alpha: float, active_steps: int) -> Baseline:
-    """AGM in a training step.
-
-    Args:
-      modalities: names, two or more; the fusion sees each set of them once a step.
-      alpha: how strongly.
-      active_steps: the first steps, in which gradients are modulated.
-    """
+def agm_baseline(setting: Setting) -> Baseline:
+    """AGM in a training step; the fusion sees each set of modalities once a step."""
+    modalities, alpha = setting.spec.modalities, setting.config.agm_alpha
 
     def read(context: StepContext) -> tuple[Array, Array]:
         parts = shapley_parts(lambda seen: fused(context, seen), context.logits, modalities)
@@ -114,13 +109,14 @@ def agm_baseline(modalities: tuple[str, ...], alpha: float, active_steps: int) -
         label = context.batch["label"]
         return parts, mean_losses(still, label, context.weight, context.reduce)
 
-    def loss(state: RunningScores, context: StepContext) -> Array:
+    def loss(state: RunningMean, context: StepContext) -> Array:
         parts, scores = read(context)
-        factor = jnp.where(context.step < active_steps, factors(scores, state, alpha), 1.0)
+        active = context.step < setting.active_steps
+        factor = jnp.where(active, factors(scores, state, alpha), 1.0)
         return modulation_loss(context.logits, parts, context.batch["label"], factor)
 
     return Baseline(
-        init=lambda *_: RunningScores(jnp.zeros(len(modalities)), jnp.zeros([])),
+        init=lambda *_: RunningMean.of_nothing(len(modalities)),
         loss=loss,
         update=lambda state, context: add_scores(state, read(context)[1]),
         whole_batch=True,

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rollingq_jax.baselines.alone import logits_alone, losses_alone
-from rollingq_jax.baselines.hooks import Baseline, StepContext, scale_encoders
+from rollingq_jax.baselines.hooks import Baseline, Setting, StepContext, scale_encoders
+from rollingq_jax.baselines.unimodal import logits_alone, losses_alone
 
 LEAST_SHARE = 0.3
 
@@ -40,31 +40,19 @@ def encoder_factors(
     return 1 + jax.nn.softmax(temperature * sure * (1 - used) / (used.shape[0] - 1))
 
 
-def arl_baseline(
-    modalities: tuple[str, ...],
-    gamma: float,
-    temperature: float,
-    *,
-    start_step: int,
-    active_steps: int,
-) -> Baseline:
-    """ARL in a training step.
-
-    Args:
-      modalities: names.
-      gamma: weight of the modalities' own losses, from `start_step` on.
-      temperature: T.
-      start_step, active_steps: the steps between which gradients are multiplied.
-    """
+def arl_baseline(setting: Setting) -> Baseline:
+    """ARL in a training step."""
+    config, modalities = setting.config, setting.spec.modalities
 
     def loss(state: Any, context: StepContext) -> Array:
-        weight = jnp.where(context.step < start_step, 1.0, gamma)
+        weight = jnp.where(context.step < setting.start_step, 1.0, config.arl_gamma)
         return weight * jnp.sum(losses_alone(context, modalities), axis=0)
 
     def gradient_args(state: Any, context: StepContext) -> dict[str, Any]:
         logits = logits_alone(context, modalities)
+        temperature = config.arl_temperature
         factors = encoder_factors(logits, context.weight, temperature, context.reduce)
-        active = (start_step <= context.step) & (context.step < active_steps)
+        active = (setting.start_step <= context.step) & (context.step < setting.active_steps)
         return {"factors": jnp.where(active, factors, 1.0)}
 
     return Baseline(

@@ -8,7 +8,7 @@ from rollingq_jax.baselines.arl import arl_baseline
 from rollingq_jax.baselines.cggm import cggm_baseline
 from rollingq_jax.baselines.dgl import dgl_baseline
 from rollingq_jax.baselines.gblend import gblend_baseline
-from rollingq_jax.baselines.hooks import NO_BASELINE, Baseline
+from rollingq_jax.baselines.hooks import NO_BASELINE, Baseline, Setting
 from rollingq_jax.baselines.inforeg import inforeg_baseline
 from rollingq_jax.baselines.joint import joint_baseline
 from rollingq_jax.baselines.lfm import lfm_baseline
@@ -23,98 +23,25 @@ from rollingq_jax.data.dataset import SINGLE_LABEL
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.models.spec import ModelSpec
 
-
-def _ogm(noise: bool) -> Callable[..., Baseline]:
-    def build(config: Any, spec: ModelSpec, epoch_steps: int, active_steps: int) -> Baseline:
-        if spec.head not in ("concat", "sum"):
-            raise ConfigError(
-                f"config.baseline.name is {config.name!r}, which needs each modality's part in the "
-                f"logits, and config.model.fusion is {spec.fusion!r}; allowed: concat, sum, or mbt "
-                "with one of them as mbt_head"
-            )
-        return ogm_baseline(spec, config.ogm_alpha, noise=noise, active_steps=active_steps)
-
-    return build
-
-
-def _pmr(config: Any, spec: ModelSpec, epoch_steps: int, active_steps: int) -> Baseline:
-    return pmr_baseline(
-        spec,
-        config.pmr_alpha,
-        config.pmr_momentum,
-        epoch_steps=epoch_steps,
-        active_steps=active_steps,
-    )
-
-
-def _qmf(config: Any, spec: ModelSpec, epoch_steps: int, active_steps: int) -> Baseline:
-    if spec.fusion != "qmf":
-        raise ConfigError(
-            f"config.baseline.name is 'qmf', which ranks the weights of that fusion, and "
-            f"config.model.fusion is {spec.fusion!r}; allowed: qmf"
-        )
-    return qmf_baseline(spec.modalities, config.qmf_weight)
-
-
-def _umt(config: Any, spec: ModelSpec, epoch_steps: int, active_steps: int) -> Baseline:
-    if spec.fusion == "mbt":
-        raise ConfigError(
-            "config.baseline.name is 'umt', whose teachers see one modality each, and "
-            "config.model.fusion is 'mbt', whose class tokens have seen all; allowed: other fusions"
-        )
-    if spec.has_batch_stats:
-        raise ConfigError(
-            "config.baseline.name is 'umt', which keeps its teachers' parameters, and an encoder "
-            "is of kind 'resnet18', whose running averages it does not keep; allowed: other kinds"
-        )
-    return umt_baseline(spec.modalities, config.umt_weight)
-
-
-BUILDERS: dict[str, Callable[..., Baseline]] = {
-    "": lambda config, spec, epoch_steps, active_steps: NO_BASELINE,
-    "ogm": _ogm(noise=False),
-    "ogm_ge": _ogm(noise=True),
-    "pmr": _pmr,
-    "modality_dropout": lambda config, spec, *_: modality_dropout_baseline(
-        spec.modalities, config.drop_rate
-    ),
-    "joint": lambda config, spec, *_: joint_baseline(spec.modalities, config.joint_weight),
-    "mmpareto": lambda config, spec, _, active_steps: mmpareto_baseline(
-        spec.modalities, config.mmpareto_gamma, active_steps
-    ),
-    "agm": lambda config, spec, _, active_steps: agm_baseline(
-        spec.modalities, config.agm_alpha, active_steps
-    ),
-    "gblend": lambda config, spec, *_: gblend_baseline(
-        spec.modalities, config.gblend_weights, config.gblend_every
-    ),
-    "dgl": lambda config, spec, *_: dgl_baseline(spec.modalities, config.dgl_weight),
-    "lfm": lambda config, spec, _, active_steps: lfm_baseline(spec.modalities, active_steps),
-    "arl": lambda config, spec, epoch_steps, active_steps: arl_baseline(
-        spec.modalities,
-        config.arl_gamma,
-        config.arl_temperature,
-        start_step=config.start_epoch * epoch_steps,
-        active_steps=active_steps,
-    ),
-    "opm": lambda config, spec, epoch_steps, active_steps: opm_baseline(
-        spec,
-        config.opm_base,
-        config.opm_strength,
-        config.opm_chance,
-        start_step=config.start_epoch * epoch_steps,
-        active_steps=active_steps,
-    ),
-    "inforeg": lambda config, spec, epoch_steps, active_steps: inforeg_baseline(
-        spec, config.inforeg_beta, epoch_steps=epoch_steps, active_steps=active_steps
-    ),
-    "cggm": lambda config, spec, _, active_steps: cggm_baseline(
-        spec.modalities, config.cggm_rho, config.cggm_decay, active_steps
-    ),
-    "qmf": _qmf,
-    "umt": _umt,
+BUILDERS: dict[str, Callable[[Setting], Baseline]] = {
+    "": lambda setting: NO_BASELINE,
+    "ogm": ogm_baseline,
+    "ogm_ge": ogm_baseline,
+    "pmr": pmr_baseline,
+    "modality_dropout": modality_dropout_baseline,
+    "joint": joint_baseline,
+    "mmpareto": mmpareto_baseline,
+    "agm": agm_baseline,
+    "gblend": gblend_baseline,
+    "dgl": dgl_baseline,
+    "lfm": lfm_baseline,
+    "arl": arl_baseline,
+    "opm": opm_baseline,
+    "inforeg": inforeg_baseline,
+    "cggm": cggm_baseline,
+    "qmf": qmf_baseline,
+    "umt": umt_baseline,
 }
-
 
 # Methods that ask for losses alone. All others read the probability of an example's class, or
 # compare classes: they are not defined for sets of labels and for values.
@@ -151,4 +78,4 @@ def build_baseline(
             "allowed there: an empty name"
         )
     active_steps = config.epochs * epoch_steps if config.epochs else total_steps
-    return BUILDERS[config.name](config, spec, epoch_steps, active_steps)
+    return BUILDERS[config.name](Setting(config, spec, epoch_steps, active_steps))

@@ -13,21 +13,21 @@ Their term for the gradients' directions reads the classifiers' weights instead 
 not here.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
-from rollingq_jax.baselines.hooks import Baseline, StepContext, presence, scale_encoders
+from rollingq_jax.baselines.hooks import (
+    Baseline,
+    RunningMean,
+    Setting,
+    StepContext,
+    presence,
+    scale_encoders,
+)
 
 EPSILON = 1e-8
-
-
-class Accuracies(NamedTuple):
-    """eps_m, `[M]` float32, and the number of steps that it is of, `[]`."""
-
-    mean: Array
-    steps: Array
 
 
 def balance(before: Array, after: Array) -> Array:
@@ -39,40 +39,32 @@ def balance(before: Array, after: Array) -> Array:
     return jnp.where(some, jnp.clip(found, 0.0, 2.0), (count - 1) / count)
 
 
-def observe(accuracies: Accuracies, current: Array, decay: float) -> Accuracies:
-    """One step more: the first accuracy is taken as it is."""
+def observe(accuracies: RunningMean, current: Array, decay: float) -> RunningMean:
+    """eps_m with one step more: the first accuracy is taken as it is."""
     mixed = decay * accuracies.mean + (1 - decay) * current
     mean = jnp.where(accuracies.steps > 0, mixed, current)
-    return Accuracies(mean, accuracies.steps + 1)
+    return RunningMean(mean, accuracies.steps + 1)
 
 
-def cggm_baseline(
-    modalities: tuple[str, ...], rho: float, decay: float, active_steps: int
-) -> Baseline:
-    """CGGM's magnitudes in a training step.
+def cggm_baseline(setting: Setting) -> Baseline:
+    """CGGM's magnitudes in a training step."""
+    config, modalities = setting.config, setting.spec.modalities
 
-    Args:
-      modalities: names.
-      rho: factor on all encoders' gradients.
-      decay: of the mean of the accuracies.
-      active_steps: the first steps, in which gradients are multiplied.
-    """
-
-    def observed(state: Accuracies, context: StepContext) -> Accuracies:
+    def observed(state: RunningMean, context: StepContext) -> RunningMean:
         answers = jnp.stack([jnp.argmax(context.out["probe_logits"][m], -1) for m in modalities])
         weight = presence(context.out, modalities) * context.weight[None]
         right = (answers == context.batch["label"][None]).astype(jnp.float32)
         total, count = context.reduce((jnp.sum(right * weight, 1), jnp.sum(weight, 1)))
-        return observe(state, total / jnp.maximum(count, 1.0), decay)
+        return observe(state, total / jnp.maximum(count, 1.0), config.cggm_decay)
 
-    def gradient_args(state: Accuracies, context: StepContext) -> dict[str, Any]:
+    def gradient_args(state: RunningMean, context: StepContext) -> dict[str, Any]:
         after = observed(state, context).mean
         before = jnp.where(state.steps > 0, state.mean, after)
-        factors = rho * balance(before, after)
-        return {"factors": jnp.where(context.step < active_steps, factors, 1.0)}
+        factors = config.cggm_rho * balance(before, after)
+        return {"factors": jnp.where(context.step < setting.active_steps, factors, 1.0)}
 
     return Baseline(
-        init=lambda *_: Accuracies(jnp.zeros(len(modalities)), jnp.zeros([])),
+        init=lambda *_: RunningMean.of_nothing(len(modalities)),
         update=observed,
         transform=scale_encoders(modalities),
         gradient_args=gradient_args,

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from rollingq_jax.baselines.alone import losses_alone
-from rollingq_jax.baselines.hooks import Baseline, StepContext
+from rollingq_jax.baselines.hooks import Baseline, Setting, StepContext, stateless
+from rollingq_jax.baselines.unimodal import losses_alone
 
 
 def disentangle(weight: float) -> optax.GradientTransformationExtraArgs:
@@ -29,28 +29,24 @@ def disentangle(weight: float) -> optax.GradientTransformationExtraArgs:
     Its `update` takes `apart`, the gradient of sum_m CE(u_m), a tree like the first.
     """
 
-    def update(
-        updates: Mapping[str, Any],
-        state: Any,
-        params: Any = None,
-        *,
-        apart: Mapping[str, Any],
-        **_: Any,
-    ) -> tuple[Any, Any]:
+    def change(
+        gradient: Mapping[str, Any], *, apart: Mapping[str, Any], **_: Any
+    ) -> dict[str, Any]:
         own = {
             name: jax.tree.map(lambda g: weight * g, apart[name])
-            for name in updates
+            for name in gradient
             if not name.startswith(("fusion", "probe_"))
         }
-        return {**updates, **own}, state
+        return {**gradient, **own}
 
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    return stateless(change)
 
 
-def dgl_baseline(modalities: tuple[str, ...], weight: float) -> Baseline:
-    """DGL in a training step; `weight` is that of the modalities' own losses."""
+def dgl_baseline(setting: Setting) -> Baseline:
+    """DGL in a training step."""
 
     def apart(state: Any, context: StepContext) -> Array:
-        return jnp.sum(losses_alone(context, modalities), axis=0)
+        return jnp.sum(losses_alone(context, setting.spec.modalities), axis=0)
 
-    return Baseline(apart=apart, transform=disentangle(weight), whole_batch=True)
+    transform = disentangle(setting.config.dgl_weight)
+    return Baseline(apart=apart, transform=transform, whole_batch=True)

@@ -23,8 +23,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from rollingq_jax.baselines.hooks import Baseline, StepContext
-from rollingq_jax.baselines.joint import unimodal_losses
+from rollingq_jax.baselines.hooks import Baseline, Setting, StepContext
+from rollingq_jax.baselines.joint import probe_losses
 from rollingq_jax.errors import ConfigError
 
 EPSILON = 1e-8
@@ -67,20 +67,14 @@ def weigh_heads(
     return blending_weights(train_start, valid_start, train_end, valid_end)
 
 
-def gblend_baseline(
-    modalities: tuple[str, ...], weights: tuple[float, ...], every_epochs: int = 0
-) -> Baseline:
-    """Weighted losses in a training step.
-
-    Args:
-      modalities: names.
-      weights: one a modality, in alphabetical order, and the joint one last; empty: all the same,
-        1 / (M + 1).
-      every_epochs: how often the weights are made anew, from then on a part of the state; 0: never.
+def gblend_baseline(setting: Setting) -> Baseline:
+    """Weighted losses in a training step; weights that are made anew are its state.
 
     Raises:
       ConfigError: there are more or fewer weights, or some although they are made anew.
     """
+    modalities = setting.spec.modalities
+    weights, every_epochs = setting.config.gblend_weights, setting.config.gblend_every
     count = len(modalities) + 1
     if weights and every_epochs:
         raise ConfigError(
@@ -95,8 +89,7 @@ def gblend_baseline(
     fixed = jnp.asarray(weights or (1 / count,) * count, jnp.float32)
 
     def loss(state: Any, context: StepContext) -> Array:
-        label = context.batch["label"]
-        losses = unimodal_losses(context.params, context.out, label, modalities, context.loss)
+        losses = probe_losses(context, modalities)
         blend = state if every_epochs else fixed
         return (blend[-1] - 1) * context.losses + jnp.einsum("m,mb->b", blend[:-1], losses)
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from rollingq_jax.models.spec import ModelSpec
+
 Batch = dict[str, Array]
 EXAMPLE_NUMBER = "example_number"  # [B] int32, place of an example in the training data
 
@@ -81,6 +83,39 @@ class Baseline(NamedTuple):
 NO_BASELINE = Baseline()
 
 
+class Setting(NamedTuple):
+    """What a method is built for.
+
+    Attributes:
+      config: `config.baseline`, with the method's own fields.
+      spec: of the model.
+      epoch_steps: steps in an epoch.
+      active_steps: the first steps, in which a method with such a phase acts.
+    """
+
+    config: Any
+    spec: ModelSpec
+    epoch_steps: int
+    active_steps: int
+
+    @property
+    def start_step(self) -> int:
+        """The first step of the first epoch in which ARL or OPM acts."""
+        return self.config.start_epoch * self.epoch_steps
+
+
+class RunningMean(NamedTuple):
+    """A mean over steps, `[M]` float32, and the number of steps that it is of, `[]`."""
+
+    mean: Array
+    steps: Array
+
+    @classmethod
+    def of_nothing(cls, size: int) -> "RunningMean":
+        """Before the first step."""
+        return cls(jnp.zeros(size), jnp.zeros([]))
+
+
 def presence(out: Mapping[str, Any], modalities: tuple[str, ...]) -> Array:
     """`[M, B]` float32: 1 where the example has the modality."""
     return jnp.stack([out["present"][m] for m in modalities]).astype(jnp.float32)
@@ -105,22 +140,39 @@ def encoder_part(tree: Mapping[str, Any], modality: str) -> dict[str, Any]:
     return {name: tree[name] for name in (f"encoder_{modality}", f"norm_{modality}")}
 
 
+def encoder_parts(tree: Mapping[str, Any], modalities: Sequence[str]) -> dict[str, Any]:
+    """Those parameters of all modalities."""
+    return {name: part for m in modalities for name, part in encoder_part(tree, m).items()}
+
+
+def stateless(change: Callable[..., Any]) -> optax.GradientTransformationExtraArgs:
+    """A transformation that reads its extra arguments only: `change(gradient, **arguments)`."""
+
+    def update(updates: Any, state: Any, params: Any = None, **arguments: Any) -> tuple[Any, Any]:
+        return change(updates, **arguments), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
 def scale_encoders(modalities: Sequence[str]) -> optax.GradientTransformationExtraArgs:
     """Multiplies the gradient of each encoder; its `update` takes `factors` `[M]`."""
 
-    def update(
-        updates: Mapping[str, Any], state: Any, params: Any = None, *, factors: Array, **_: Any
-    ) -> tuple[Any, Any]:
-        scaled = dict(updates)
+    def change(gradient: Mapping[str, Any], *, factors: Array, **_: Any) -> dict[str, Any]:
+        scaled = dict(gradient)
         for factor, m in zip(factors, modalities, strict=True):
-            part = encoder_part(updates, m)
+            part = encoder_part(gradient, m)
             scaled |= jax.tree.map(lambda g, f=factor: f.astype(g.dtype) * g, part)
-        return scaled, state
+        return scaled
 
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    return stateless(change)
 
 
 def probability_of_label(logits: Array, label: Array) -> Array:
     """softmax(z)_y: `[B, C], [B] -> [B]`."""
     chosen = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), label[:, None], axis=-1)
     return chosen[:, 0]
+
+
+def mean_of_others(scores: Array) -> Array:
+    """mean_{n != m} s_n of each m, `[M] -> [M]`."""
+    return (jnp.sum(scores) - scores) / (scores.shape[0] - 1)

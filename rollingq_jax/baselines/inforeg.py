@@ -25,10 +25,17 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from rollingq_jax.baselines.alone import part_logits
-from rollingq_jax.baselines.hooks import Baseline, StepContext, encoder_part, presence
-from rollingq_jax.baselines.ogm import modality_scores
-from rollingq_jax.models.spec import ModelSpec
+from rollingq_jax.baselines.hooks import (
+    Baseline,
+    Setting,
+    StepContext,
+    encoder_part,
+    encoder_parts,
+    mean_of_others,
+    presence,
+)
+from rollingq_jax.baselines.ogm import batch_scores
+from rollingq_jax.baselines.unimodal import part_logits
 
 EPOCHS = 10  # in each of the two sums
 LEAST_RISE = 0.05
@@ -56,7 +63,7 @@ def rise(past: Array) -> Array:
 
 def strengths(scores: Array, beta: float) -> Array:
     """beta exp(tanh(s_m - mean of the others)) where s_m is the highest, else 0: `[M]`."""
-    others = (jnp.sum(scores) - scores) / (scores.shape[0] - 1)
+    others = mean_of_others(scores)
     ahead = (scores == jnp.max(scores)) & (scores > others)
     return jnp.where(ahead, beta * jnp.exp(jnp.tanh(scores - others)), 0.0)
 
@@ -78,17 +85,15 @@ def inforeg(beta: float, modalities: tuple[str, ...]) -> optax.GradientTransform
       modalities: names; the parameters have `encoder_<m>` and `norm_<m>` for each.
     """
 
-    def encoders(params: Any) -> dict[str, Any]:
-        return {name: part for m in modalities for name, part in encoder_part(params, m).items()}
-
     def init(params: Any) -> Information:
         count = len(modalities)
-        start = jax.tree.map(jnp.copy, encoders(params))
+        start = jax.tree.map(jnp.copy, encoder_parts(params, modalities))
         return Information(start, jnp.zeros(count), jnp.zeros((count, EPOCHS + 1)))
 
     def begin(state: Information, params: Any) -> Information:
         past = jnp.concatenate([state.past[:, 1:], state.current[:, None]], axis=1)
-        return Information(encoders(params), jnp.zeros_like(state.current), past)
+        start = encoder_parts(params, modalities)
+        return Information(start, jnp.zeros_like(state.current), past)
 
     def update(
         updates: Any,
@@ -118,17 +123,9 @@ def inforeg(beta: float, modalities: tuple[str, ...]) -> optax.GradientTransform
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def inforeg_baseline(
-    spec: ModelSpec, beta: float, *, epoch_steps: int, active_steps: int
-) -> Baseline:
-    """InfoReg in a training step.
-
-    Args:
-      spec: of the model.
-      beta: as `inforeg`.
-      epoch_steps: steps in an epoch.
-      active_steps: the first steps, in which encoders are held.
-    """
+def inforeg_baseline(setting: Setting) -> Baseline:
+    """InfoReg in a training step."""
+    spec = setting.spec
 
     def loss(state: Any, context: StepContext) -> Array:
         logits = part_logits(context, spec)
@@ -140,17 +137,15 @@ def inforeg_baseline(
         return jnp.sum(jnp.stack(losses) * here, axis=0)
 
     def gradient_args(state: Any, context: StepContext) -> dict[str, Any]:
-        logits = part_logits(context, spec)
-        scores = modality_scores(logits, context.batch["label"], context.weight)
         return {
-            "scores": context.reduce(scores),
-            "begins": context.step % epoch_steps == 0,
-            "active": context.step < active_steps,
+            "scores": batch_scores(context, spec),
+            "begins": context.step % setting.epoch_steps == 0,
+            "active": context.step < setting.active_steps,
         }
 
     return Baseline(
         loss=loss,
-        transform=inforeg(beta, spec.modalities),
+        transform=inforeg(setting.config.inforeg_beta, spec.modalities),
         gradient_args=gradient_args,
         whole_batch=True,
     )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from rollingq_jax.baselines.hooks import Baseline, StepContext, class_tokens, presence
+from rollingq_jax.baselines.hooks import Baseline, Setting, StepContext, class_tokens, presence
 from rollingq_jax.rotation import HIGHEST
 
 
@@ -36,12 +36,17 @@ def unimodal_losses(
     return jnp.stack(losses) * presence(out, modalities)
 
 
-def joint_baseline(modalities: tuple[str, ...], weight: float) -> Baseline:
-    """The unimodal losses in a training step, times `weight`."""
+def probe_losses(context: StepContext, modalities: tuple[str, ...]) -> Array:
+    """`unimodal_losses` of a training step, `[M, B]`."""
+    label = context.batch["label"]
+    return unimodal_losses(context.params, context.out, label, modalities, context.loss)
+
+
+def joint_baseline(setting: Setting) -> Baseline:
+    """The weighted unimodal losses in a training step."""
 
     def loss(state: Any, context: StepContext) -> Array:
-        given = context.params, context.out, context.batch["label"], modalities
-        losses = unimodal_losses(*given, context.loss)
-        return weight * jnp.sum(losses, axis=0)
+        losses = probe_losses(context, setting.spec.modalities)
+        return setting.config.joint_weight * jnp.sum(losses, axis=0)
 
     return Baseline(loss=loss)

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rollingq_jax.baselines.alone import logits_alone
-from rollingq_jax.baselines.hooks import Baseline, StepContext
+from rollingq_jax.baselines.hooks import Baseline, Setting, StepContext
+from rollingq_jax.baselines.unimodal import logits_alone
 
 EPOCHS = 200  # of the authors' schedule
 SCHEDULE = (  # of e^0, e^1, ...
@@ -52,12 +52,12 @@ def alignment(logits: Array) -> Array:
     return sum((divergence(log_p[m], log_p[n]) for m, n in pairs), start=jnp.zeros([])) / len(pairs)
 
 
-def lfm_baseline(modalities: tuple[str, ...], schedule_steps: int) -> Baseline:
-    """LFM in a training step; its schedule lasts `schedule_steps`."""
+def lfm_baseline(setting: Setting) -> Baseline:
+    """LFM in a training step; its schedule lasts as long as it is active."""
 
     def loss(state: Any, context: StepContext) -> Array:
-        share = share_of_task(context.step / schedule_steps)
-        aligned = alignment(logits_alone(context, modalities))
+        share = share_of_task(context.step / setting.active_steps)
+        aligned = alignment(logits_alone(context, setting.spec.modalities))
         return (2 * share - 1) * context.losses + 2 * (1 - share) * aligned
 
     return Baseline(loss=loss)

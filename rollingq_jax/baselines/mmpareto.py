@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from rollingq_jax.baselines.hooks import Baseline, StepContext, encoder_part
-from rollingq_jax.baselines.joint import unimodal_losses
+from rollingq_jax.baselines.hooks import Baseline, Setting, encoder_part, stateless
+from rollingq_jax.baselines.joint import probe_losses
 
 
 def pareto_gradient(joint: Any, alone: Any, gamma: float) -> Any:
@@ -56,37 +56,30 @@ def mmpareto(gamma: float, modalities: tuple[str, ...]) -> optax.GradientTransfo
       modalities: names; the gradient has `encoder_<m>` and `norm_<m>` for each.
     """
 
-    def update(
-        updates: Mapping[str, Any],
-        state: Any,
-        params: Any = None,
+    def change(
+        gradient: Mapping[str, Any],
         *,
         apart: Mapping[str, Any],
         active: Array | bool = True,
         **_: Any,
-    ) -> tuple[Any, Any]:
-        total = dict(jax.tree.map(jnp.add, updates, apart))
+    ) -> dict[str, Any]:
+        total = dict(jax.tree.map(jnp.add, gradient, apart))
         for m in modalities:
-            found = pareto_gradient(encoder_part(updates, m), encoder_part(apart, m), gamma)
+            found = pareto_gradient(encoder_part(gradient, m), encoder_part(apart, m), gamma)
             total |= jax.tree.map(
                 lambda new, old: jnp.where(active, new, old), found, encoder_part(total, m)
             )
-        return total, state
+        return total
 
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    return stateless(change)
 
 
-def mmpareto_baseline(modalities: tuple[str, ...], gamma: float, active_steps: int) -> Baseline:
-    """MMPareto in a training step; after `active_steps` the plain sum of losses."""
-
-    def apart(state: Any, context: StepContext) -> Array:
-        label = context.batch["label"]
-        losses = unimodal_losses(context.params, context.out, label, modalities, context.loss)
-        return jnp.sum(losses, axis=0)
-
+def mmpareto_baseline(setting: Setting) -> Baseline:
+    """MMPareto in a training step; after the active ones the plain sum of losses."""
+    modalities = setting.spec.modalities
     return Baseline(
-        apart=apart,
-        transform=mmpareto(gamma, modalities),
-        gradient_args=lambda state, context: {"active": context.step < active_steps},
+        apart=lambda state, context: jnp.sum(probe_losses(context, modalities), axis=0),
+        transform=mmpareto(setting.config.mmpareto_gamma, modalities),
+        gradient_args=lambda state, context: {"active": context.step < setting.active_steps},
         whole_batch=True,
     )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rollingq_jax.baselines.hooks import Baseline, Batch
+from rollingq_jax.baselines.hooks import Baseline, Batch, Setting
 
 
 def drop_modalities(
@@ -43,8 +43,9 @@ def drop_modalities(
     }
 
 
-def modality_dropout_baseline(modalities: tuple[str, ...], rate: float) -> Baseline:
+def modality_dropout_baseline(setting: Setting) -> Baseline:
     """Modality dropout in a training step."""
+    rate, modalities = setting.config.drop_rate, setting.spec.modalities
 
     def change_batch(state: Any, batch: Batch, rng: Array, example_index: Array) -> Batch:
         return drop_modalities(batch, rng, example_index, rate=rate, modalities=modalities)

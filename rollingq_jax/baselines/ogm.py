@@ -24,8 +24,15 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from rollingq_jax.baselines.hooks import Baseline, StepContext, probability_of_label
-from rollingq_jax.baselines.unimodal import unimodal_logits
+from rollingq_jax.baselines.hooks import (
+    Baseline,
+    Setting,
+    StepContext,
+    probability_of_label,
+    stateless,
+)
+from rollingq_jax.baselines.unimodal import part_logits
+from rollingq_jax.errors import ConfigError
 from rollingq_jax.models.spec import ModelSpec
 
 
@@ -34,6 +41,12 @@ def modality_scores(logits: Mapping[str, Array], label: Array, weight: Array) ->
     return jnp.stack(
         [jnp.sum(weight * probability_of_label(logits[m], label)) for m in sorted(logits)]
     )
+
+
+def batch_scores(context: StepContext, spec: ModelSpec) -> Array:
+    """s_m over the batch of all devices, `[M]`, of `part_logits`."""
+    logits = part_logits(context, spec)
+    return context.reduce(modality_scores(logits, context.batch["label"], context.weight))
 
 
 def damping(scores: Array, alpha: float) -> Array:
@@ -58,34 +71,31 @@ def ogm(
       noise: whether noise makes up for the smaller gradient.
     """
 
-    def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
+    def change(
+        gradient: Mapping[str, Any],
         *,
         scores: Array,
         active: Array | bool = True,
         rng: Array | None = None,
         **_: Any,
-    ) -> tuple[Any, Any]:
+    ) -> dict[str, Any]:
         if noise and rng is None:
             raise ValueError("rng is None; OGM-GE draws noise and needs a key")
         scales = jnp.where(active, damping(scores, alpha), 1.0)
-        updates = dict(updates)
+        changed = dict(gradient)
         for number, m in enumerate(modalities):
-            name = f"encoder_{m}"
-            leaves, structure = jax.tree.flatten(updates[name])
-            wide = [i for i, leaf in enumerate(leaves) if leaf.ndim > 1]
-            for i in wide:
-                gradient = leaves[i]
-                leaves[i] = gradient * scales[number].astype(gradient.dtype)
+            leaves, structure = jax.tree.flatten(gradient[f"encoder_{m}"])
+            for i, leaf in enumerate(leaves):
+                if leaf.ndim < 2:
+                    continue
+                leaves[i] = leaf * scales[number].astype(leaf.dtype)
                 if noise and rng is not None:
                     key = jax.random.fold_in(jax.random.fold_in(rng, number), i)
-                    leaves[i] += jnp.where(active, like_gradient(key, gradient), 0.0)
-            updates[name] = jax.tree.unflatten(structure, leaves)
-        return updates, state
+                    leaves[i] += jnp.where(active, like_gradient(key, leaf), 0.0)
+            changed[f"encoder_{m}"] = jax.tree.unflatten(structure, leaves)
+        return changed
 
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    return stateless(change)
 
 
 def like_gradient(rng: Array, gradient: Array) -> Array:
@@ -94,26 +104,29 @@ def like_gradient(rng: Array, gradient: Array) -> Array:
     return deviation * jax.random.normal(rng, gradient.shape, gradient.dtype)
 
 
-def ogm_baseline(spec: ModelSpec, alpha: float, *, noise: bool, active_steps: int) -> Baseline:
-    """OGM or OGM-GE in a training step.
+def ogm_baseline(setting: Setting) -> Baseline:
+    """OGM, or by the name "ogm_ge" OGM-GE, in a training step.
 
-    Args:
-      spec: of the model, whose head is "concat" or "sum".
-      alpha, noise: as `ogm`.
-      active_steps: the first steps, in which the gradient is modulated.
+    Raises:
+      ConfigError: the fusion does not add the modalities' parts.
     """
+    config, spec = setting.config, setting.spec
+    if spec.head not in ("concat", "sum"):
+        raise ConfigError(
+            f"config.baseline.name is {config.name!r}, which needs each modality's part in the "
+            f"logits, and config.model.fusion is {spec.fusion!r}; allowed: concat, sum, or mbt "
+            "with one of them as mbt_head"
+        )
 
     def gradient_args(state: Any, context: StepContext) -> dict[str, Any]:
-        logits = unimodal_logits(context.params, context.out, spec)
-        scores = modality_scores(logits, context.batch["label"], context.weight)
         return {
-            "scores": context.reduce(scores),
-            "active": context.step < active_steps,
+            "scores": batch_scores(context, spec),
+            "active": context.step < setting.active_steps,
             "rng": context.rng,
         }
 
     return Baseline(
-        transform=ogm(alpha, spec.modalities, noise=noise),
+        transform=ogm(config.ogm_alpha, spec.modalities, noise=config.name == "ogm_ge"),
         gradient_args=gradient_args,
         whole_batch=True,
     )

@@ -19,53 +19,37 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rollingq_jax.baselines.alone import part_logits
-from rollingq_jax.baselines.hooks import Baseline, Batch, StepContext
+from rollingq_jax.baselines.hooks import Baseline, Batch, Setting, StepContext, mean_of_others
 from rollingq_jax.baselines.modality_dropout import drop_modalities
-from rollingq_jax.baselines.ogm import modality_scores
-from rollingq_jax.models.spec import ModelSpec
+from rollingq_jax.baselines.ogm import batch_scores
 
 
 def drop_rates(scores: Array, base: float, strength: float) -> Array:
     """q_m, `[M]`, from s_m `[M]`."""
-    others = (jnp.sum(scores) - scores) / (scores.shape[0] - 1)
-    ahead = scores / jnp.maximum(others, 1e-12)
+    ahead = scores / jnp.maximum(mean_of_others(scores), 1e-12)
     rates = jnp.minimum(base * (1 + strength * jnp.tanh(ahead - 1)), 1.0)
     return jnp.where(ahead > 1, rates, 0.0)
 
 
-def opm_baseline(
-    spec: ModelSpec,
-    base: float,
-    strength: float,
-    chance: float,
-    *,
-    start_step: int,
-    active_steps: int,
-) -> Baseline:
-    """OPM in a training step; its state is q_m `[M]` for the next.
-
-    Args:
-      spec: of the model.
-      base, strength: of q_m.
-      chance: that a batch is changed.
-      start_step, active_steps: the steps between which batches are.
-    """
+def opm_baseline(setting: Setting) -> Baseline:
+    """OPM in a training step; its state is q_m `[M]` for the next."""
+    config, modalities = setting.config, setting.spec.modalities
 
     def change_batch(state: Array, batch: Batch, rng: Array, example_index: Array) -> Batch:
         batch_rng, rng = jax.random.split(rng)
-        rates = jnp.where(jax.random.bernoulli(batch_rng, chance), state, 0.0)
-        return drop_modalities(batch, rng, example_index, rate=rates, modalities=spec.modalities)
+        changed = jax.random.bernoulli(batch_rng, config.opm_chance)
+        rates = jnp.where(changed, state, 0.0)
+        return drop_modalities(batch, rng, example_index, rate=rates, modalities=modalities)
 
     def update(state: Array, context: StepContext) -> Array:
-        logits = part_logits(context, spec)
-        scores = modality_scores(logits, context.batch["label"], context.weight)
-        rates = drop_rates(context.reduce(scores), base, strength)
+        scores = batch_scores(context, setting.spec)
+        rates = drop_rates(scores, config.opm_base, config.opm_strength)
         following = context.step + 1
-        return jnp.where((start_step <= following) & (following < active_steps), rates, 0.0)
+        active = (setting.start_step <= following) & (following < setting.active_steps)
+        return jnp.where(active, rates, 0.0)
 
     return Baseline(
-        init=lambda *_: jnp.zeros(len(spec.modalities)),
+        init=lambda *_: jnp.zeros(len(modalities)),
         change_batch=change_batch,
         update=update,
         whole_batch=True,

@@ -25,12 +25,12 @@ from jax import Array
 
 from rollingq_jax.baselines.hooks import (
     Baseline,
+    Setting,
     StepContext,
     class_tokens,
     presence,
     probability_of_label,
 )
-from rollingq_jax.models.spec import ModelSpec
 
 EPSILON = 1e-12
 NEVER = -1e9  # similarity to a class without a prototype; finite, so that no gradient is NaN
@@ -118,32 +118,22 @@ def renew(state: Prototypes, momentum: float) -> Prototypes:
     )
 
 
-def pmr_baseline(
-    spec: ModelSpec, alpha: float, momentum: float, *, epoch_steps: int, active_steps: int
-) -> Baseline:
-    """PMR in a training step.
-
-    Args:
-      spec: of the model; any fusion of two modalities or more.
-      alpha: weight of the term.
-      momentum: mu.
-      epoch_steps: steps in an epoch.
-      active_steps: the first steps, in which the term counts.
-    """
+def pmr_baseline(setting: Setting) -> Baseline:
+    """PMR in a training step."""
+    config, spec, epoch_steps = setting.config, setting.spec, setting.epoch_steps
     names = spec.modalities
     window = max(1, epoch_steps // 10)
 
     def read(context: StepContext) -> tuple[Array, Array]:
-        return jnp.stack(list(class_tokens(context.out, names).values())), presence(
-            context.out, names
-        )
+        tokens = jnp.stack(list(class_tokens(context.out, names).values()))
+        return tokens, presence(context.out, names)
 
     def loss(state: Prototypes, context: StepContext) -> Array:
         tokens, present = read(context)
         whole = context.weight * jnp.prod(present, axis=0)
-        active = (context.step < active_steps).astype(jnp.float32)
+        active = (context.step < setting.active_steps).astype(jnp.float32)
         losses = prototype_loss(tokens, context.batch["label"], whole, state, context.reduce)
-        return alpha * active * losses
+        return config.pmr_alpha * active * losses
 
     def update(state: Prototypes, context: StepContext) -> Prototypes:
         tokens, present = read(context)
@@ -151,9 +141,8 @@ def pmr_baseline(
         counted = (place >= epoch_steps - window).astype(jnp.float32)
         weight = present * context.weight[None] * counted
         state = add_tokens(state, tokens, context.batch["label"], weight, context.reduce)
-        return jax.lax.cond(
-            place == epoch_steps - 1, lambda s: renew(s, momentum), lambda s: s, state
-        )
+        ends = place == epoch_steps - 1
+        return jax.lax.cond(ends, lambda s: renew(s, config.pmr_momentum), lambda s: s, state)
 
     return Baseline(
         init=lambda *_: init_prototypes(len(names), spec.num_classes, spec.dim),

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from rollingq_jax.baselines.hooks import EXAMPLE_NUMBER, Baseline, StepContext, presence
+from rollingq_jax.baselines.hooks import EXAMPLE_NUMBER, Baseline, Setting, StepContext, presence
+from rollingq_jax.errors import ConfigError
 from rollingq_jax.models.fusion import energy
 
 
@@ -43,13 +44,18 @@ def following(context: StepContext, values: Array) -> Array:
     return context.reduce(everyone)[..., (place + 1) % size]
 
 
-def qmf_baseline(modalities: tuple[str, ...], weight: float) -> Baseline:
+def qmf_baseline(setting: Setting) -> Baseline:
     """The ranking loss in a training step; its state is the losses added up, `[M, N]`.
 
-    Args:
-      modalities: names.
-      weight: of the term.
+    Raises:
+      ConfigError: the fusion is another.
     """
+    modalities = setting.spec.modalities
+    if setting.spec.fusion != "qmf":
+        raise ConfigError(
+            f"config.baseline.name is 'qmf', which ranks the weights of that fusion, and "
+            f"config.model.fusion is {setting.spec.fusion!r}; allowed: qmf"
+        )
 
     def logits(context: StepContext) -> Array:
         return jnp.stack([context.out["probe_logits"][m] for m in modalities])
@@ -60,7 +66,7 @@ def qmf_baseline(modalities: tuple[str, ...], weight: float) -> Baseline:
         counts = presence(context.out, modalities) * context.weight[None]
         counts = counts * following(context, counts)
         pairs = ranking_loss(sure, following(context, sure), hard, following(context, hard))
-        return weight * jnp.sum(pairs * counts, axis=0)
+        return setting.config.qmf_weight * jnp.sum(pairs * counts, axis=0)
 
     def update(state: Array, context: StepContext) -> Array:
         losses = jax.vmap(optax.softmax_cross_entropy_with_integer_labels, (0, None))

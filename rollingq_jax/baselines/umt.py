@@ -10,7 +10,6 @@ for the fusion, in `teachers/<m>` of its folder, and takes the best checkpoint o
 validation. Their encoders are part of the run's state from then on, and do not learn.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,34 +18,43 @@ from jax import Array
 
 from rollingq_jax.baselines.hooks import (
     Baseline,
+    Setting,
     StepContext,
     class_tokens,
-    encoder_part,
+    encoder_parts,
     presence,
 )
+from rollingq_jax.errors import ConfigError
 
 
-def teachers_part(params: Mapping[str, Any], modalities: tuple[str, ...]) -> dict[str, Any]:
-    """A copy of the encoders and their norms, by name."""
-    parts = {name: x for m in modalities for name, x in encoder_part(params, m).items()}
-    return jax.tree.map(jnp.copy, parts)
+def umt_baseline(setting: Setting) -> Baseline:
+    """The distillation in a training step; its state is the teachers' encoders and their norms.
 
-
-def umt_baseline(modalities: tuple[str, ...], weight: float) -> Baseline:
-    """The distillation in a training step; its state is the teachers' encoders.
-
-    Args:
-      modalities: names.
-      weight: of the term.
+    Raises:
+      ConfigError: encoders see more than their modality, or have a state of their own.
     """
+    modalities = setting.spec.modalities
+    if setting.spec.fusion == "mbt":
+        raise ConfigError(
+            "config.baseline.name is 'umt', whose teachers see one modality each, and "
+            "config.model.fusion is 'mbt', whose class tokens have seen all; allowed: other fusions"
+        )
+    if setting.spec.has_batch_stats:
+        raise ConfigError(
+            "config.baseline.name is 'umt', which keeps its teachers' parameters, and an encoder "
+            "is of kind 'resnet18', whose running averages it does not keep; allowed: other kinds"
+        )
 
     def loss(state: Any, context: StepContext) -> Array:
         taught = jax.lax.stop_gradient({**context.params, **state})
         _, out = context.apply(taught)  # of which only the encoders' part is computed
         theirs, ours = class_tokens(out, modalities), class_tokens(context.out, modalities)
         gaps = jnp.stack([jnp.mean((ours[m] - theirs[m]) ** 2, axis=-1) for m in modalities])
-        return weight * jnp.sum(gaps * presence(context.out, modalities), axis=0)
+        return setting.config.umt_weight * jnp.sum(gaps * presence(context.out, modalities), axis=0)
 
     return Baseline(
-        init=lambda params, examples: teachers_part(params, modalities), loss=loss, teachers=True
+        # A copy: a step that donates its state may not be given the parameters' arrays twice.
+        init=lambda params, _: jax.tree.map(jnp.copy, encoder_parts(params, modalities)),
+        loss=loss,
+        teachers=True,
     )

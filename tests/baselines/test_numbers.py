@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 
 from rollingq_jax.baselines import agm, arl, cggm, gblend, inforeg, lfm, opm
+from rollingq_jax.baselines.build import build_baseline
 from rollingq_jax.baselines.dgl import disentangle
-from rollingq_jax.baselines.hooks import scale_encoders
+from rollingq_jax.baselines.hooks import RunningMean, scale_encoders
 from rollingq_jax.baselines.mmpareto import mmpareto, pareto_gradient
 from rollingq_jax.baselines.ogm import modality_scores
 from rollingq_jax.errors import ConfigError
+from rollingq_jax.train.config import default_config
+from tests.baselines.baseline_cases import small_model
 
 AUDIO, VISUAL = jnp.asarray([[1.0, 0.0], [0.0, 2.0]]), jnp.asarray([[0.5, 0.5], [-1.0, 1.0]])
 LABEL = jnp.asarray([0, 2])
@@ -82,7 +85,7 @@ def test_agm_parts_of_three_modalities_are_shapley_values():
 def test_agm_factors_compare_this_step_with_the_mean_of_those_before():
     scores = agm.mean_losses(PARTS, LABEL, jnp.ones(2))
     near(scores, [0.847135, 1.275769])
-    running = agm.RunningScores(jnp.zeros(2), jnp.zeros([]))
+    running = RunningMean.of_nothing(2)
     near(agm.factors(scores, running, 1.0), [1, 1])
     running = agm.add_scores(
         agm.add_scores(running, jnp.asarray([1.0, 1.0])), jnp.asarray([2.0, 1.0])
@@ -134,8 +137,10 @@ def test_gblend_reads_of_each_training_the_head_that_was_trained():
 
 
 def test_gblend_takes_weights_or_makes_them():
+    config = default_config().baseline
+    config.update({"name": "gblend", "gblend_weights": (1.0, 1.0, 1.0), "gblend_every": 2})
     with pytest.raises(ConfigError, match="gblend_weights is .* allowed: one of both"):
-        gblend.gblend_baseline(("audio", "visual"), (1.0, 1.0, 1.0), 2)
+        build_baseline(config, small_model("concat")[0].spec, 2, 4)
 
 
 def mean_loss(logits):
@@ -198,7 +203,7 @@ def test_cggm_gives_more_to_the_modality_that_improves_less():
     near(cggm.balance(before, after), [2 / 3, 1 / 3])
     near(cggm.balance(before, before), [0.5, 0.5])
     near(cggm.balance(before, jnp.asarray([0.4, 0.36])), [2.0, 0.0])  # 11 and -10 without bounds
-    first = cggm.observe(cggm.Accuracies(jnp.zeros(2), jnp.zeros([])), before, 0.9)
+    first = cggm.observe(RunningMean.of_nothing(2), before, 0.9)
     near(first.mean, before)
     near(cggm.observe(first, after, 0.9).mean, [0.525, 0.3])
 
