@@ -25,6 +25,8 @@ from rollingq_jax.errors import NonFiniteError
 log = logging.getLogger(__name__)
 
 Array = np.ndarray
+CONFIDENCE = 0.95  # of intervals
+CALIBRATION_BINS = 15
 Batch = Mapping[str, Array]
 # Batch -> {"probabilities": [B, C], "attention_share": {m: [B] or [B, H]}, "uniform_share":
 # {m: [B]}, "present": {m: [B]}}. The shares are empty or absent where there is no attention, or it
@@ -117,8 +119,13 @@ def where_present(values: Array, present: Array | None) -> Array:
 
 def class_probabilities(logits: Any) -> Any:
     """softmax(logits) `[B, C]`; NaN, all of an example's, where one of its logits is not finite."""
-    finite = jnp.all(jnp.isfinite(logits), axis=-1, keepdims=True)
-    return jnp.where(finite, jax.nn.softmax(logits, axis=-1), jnp.nan)
+    return where_finite(logits, jax.nn.softmax(logits, axis=-1))
+
+
+def where_finite(outputs: Any, answers: Any) -> Any:
+    """Answers `[B, C]`, NaN for an example of whose outputs `[B, C]` one is not finite."""
+    finite = jnp.all(jnp.isfinite(outputs), axis=-1, keepdims=True)
+    return jnp.where(finite, answers, jnp.nan)
 
 
 def check_answers(
@@ -265,22 +272,17 @@ def class_scores(
       "f1", "examples"}}. A number that the data do not define is NaN.
     """
     confusion = confusion_matrix(predictions.predicted, predictions.label, num_classes)
-    accuracy = per_class_accuracy(confusion)
-    f1 = per_class_f1(confusion)
+    calibration = expected_calibration_error(predictions.probabilities, predictions.label)
+    accuracy, f1 = per_class_accuracy(confusion), per_class_f1(confusion)
+    examples = confusion.sum(axis=1)
     names = class_names or [str(label) for label in range(num_classes)]
     return {
         "accuracy": predictions.accuracy,
         "macro_f1": macro_f1(confusion),
         "weighted_f1": weighted_f1(confusion),
-        "calibration_error": expected_calibration_error(
-            predictions.probabilities, predictions.label
-        ),
+        "calibration_error": calibration,
         "per_class": {
-            name: {
-                "accuracy": float(accuracy[i]),
-                "f1": float(f1[i]),
-                "examples": int(confusion[i].sum()),
-            }
+            name: {"accuracy": float(accuracy[i]), "f1": float(f1[i]), "examples": int(examples[i])}
             for i, name in enumerate(names)
         },
     }
@@ -389,18 +391,20 @@ def _mean_known(values: Sequence[Array]) -> Array:
     """Mean over those of several [N] that are finite, example by example; NaN where none is."""
     stacked = np.stack(values)
     known = np.isfinite(stacked)
-    count = known.sum(axis=0)
-    total = np.where(known, stacked, 0.0).sum(axis=0)
-    return np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
+    return ratio(np.where(known, stacked, 0.0).sum(axis=0), known.sum(axis=0))
+
+
+def ratio(part: Any, whole: Any) -> Array:
+    """part / whole, element by element; NaN where the whole is 0."""
+    whole = np.asarray(whole, np.float64)
+    return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole > 0)
 
 
 def mean_finite(values: Array) -> float:
     """Mean of the finite ones of values [N]; NaN where there is none."""
     values = np.asarray(values)
     finite = np.isfinite(values)
-    if not finite.any():
-        return math.nan
-    return float((values if finite.all() else values[finite]).mean())
+    return float(values[finite].mean()) if finite.any() else math.nan
 
 
 def quality_contrast_correlation(share: Mapping[str, Array], quality: Mapping[str, Array]) -> float:
@@ -444,11 +448,6 @@ class PairedDifference(NamedTuple):
     wins: int
     losses: int
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the whole interval lies on one side of zero (False where it is undefined)."""
-        return bool(self.low > 0 or self.high < 0)
-
 
 def mean_over_examples(values: Array) -> Interval:
     """Mean of values [N] with the 95 % interval of Student's t; what is not finite is left out.
@@ -463,14 +462,12 @@ def mean_over_examples(values: Array) -> Interval:
         return Interval(mean, math.nan, math.nan, count)
     from scipy import special
 
-    half = special.stdtrit(count - 1, 0.975) * values.std(ddof=1) / math.sqrt(count)
+    half = special.stdtrit(count - 1, (1 + CONFIDENCE) / 2) * values.std(ddof=1) / math.sqrt(count)
     return Interval(mean, float(mean - half), float(mean + half), count)
 
 
-def bootstrap_mean(
-    values: Array, *, seed: int = 0, num_resamples: int = 10_000, confidence: float = 0.95
-) -> Interval:
-    """Mean of values [N] with a bootstrap interval that keeps its promise for few values.
+def bootstrap_mean(values: Array, *, seed: int = 0, num_resamples: int = 10_000) -> Interval:
+    """Mean of values [N] with a bootstrap 95 % interval that keeps its promise for few values.
 
     The plain percentile interval is too narrow for small N: as wide as one from the normal
     distribution and the biased standard deviation. The expanded percentile interval widens the
@@ -482,8 +479,6 @@ def bootstrap_mean(
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"values must be one-dimensional and not empty, got shape {values.shape}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
     count, mean = len(values), float(values.mean())
     if count < 2 or not np.isfinite(values).all():
         return Interval(mean, math.nan, math.nan, count)
@@ -491,48 +486,35 @@ def bootstrap_mean(
 
     rng = np.random.default_rng(seed)
     means = values[rng.integers(0, count, (num_resamples, count))].mean(axis=1)
-    quantile = special.stdtrit(count - 1, (1 - confidence) / 2)
+    quantile = special.stdtrit(count - 1, (1 - CONFIDENCE) / 2)
     tail = special.ndtr(np.sqrt(count / (count - 1)) * quantile)
     low, high = np.quantile(means, [tail, 1 - tail])
     return Interval(mean, float(low), float(high), count)
 
 
-def paired_difference(
-    first: Array,
-    second: Array,
-    *,
-    seed: int = 0,
-    num_resamples: int = 10_000,
-    confidence: float = 0.95,
-) -> PairedDifference:
+def paired_difference(first: Array, second: Array) -> PairedDifference:
     """Mean of first [N] - second [N] over pairs (runs with the same seed) with `bootstrap_mean`.
 
     Wins count the pairs where first is larger, losses where it is smaller.
     """
     first, second = _pair(first, second)
     difference = first - second
-    interval = bootstrap_mean(
-        difference, seed=seed, num_resamples=num_resamples, confidence=confidence
-    )
     wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
-    return PairedDifference(*interval, wins=wins, losses=losses)
+    return PairedDifference(*bootstrap_mean(difference), wins=wins, losses=losses)
 
 
-def detectable_difference(
-    deviation: float, pairs: int, *, power: float = 0.8, confidence: float = 0.95
-) -> float:
+def detectable_difference(deviation: float, pairs: int, *, power: float = 0.8) -> float:
     """The mean difference that so many pairs would show with probability `power`.
 
-    Of a two-sided paired t-test at `1 - confidence`, for normal differences of this standard
-    deviation; that is an estimate itself where it was measured on the same few pairs. NaN for fewer
-    than two pairs.
+    Of a two-sided paired t-test at 5 %, for normal differences of this standard deviation; that is
+    an estimate itself where it was measured on the same few pairs. NaN for fewer than two pairs.
     """
     if pairs < 2 or not math.isfinite(deviation):
         return math.nan
     from scipy import optimize, special
 
     freedom = pairs - 1
-    critical = special.stdtrit(freedom, (1 + confidence) / 2)
+    critical = special.stdtrit(freedom, (1 + CONFIDENCE) / 2)
     # What the measured deviation may be in units of the true one, each as probable as the others.
     middles = (np.arange(2000) + 0.5) / 2000
     bounds = critical * np.sqrt(2 / freedom * special.gammaincinv(freedom / 2, middles))
@@ -546,7 +528,7 @@ def detectable_difference(
     return float(shift * deviation / math.sqrt(pairs))
 
 
-def expected_calibration_error(probabilities: Array, label: Array, num_bins: int = 15) -> float:
+def expected_calibration_error(probabilities: Array, label: Array) -> float:
     """Mean gap between confidence and accuracy, for probabilities [N, C] and label [N].
 
     ECE = sum_b (n_b / N) |accuracy_b - confidence_b| over equal-width bins (b / n, (b + 1) / n]
@@ -559,8 +541,8 @@ def expected_calibration_error(probabilities: Array, label: Array, num_bins: int
     if not len(label):
         return math.nan
     confidence, correct = probabilities.max(-1), probabilities.argmax(-1) == label
-    bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
-    gap = np.bincount(bins, correct - confidence, minlength=num_bins)
+    bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+    gap = np.bincount(bins, correct - confidence, minlength=CALIBRATION_BINS)
     return float(np.abs(gap).sum() / len(label))
 
 
@@ -577,14 +559,18 @@ def confusion_matrix(prediction: Array, label: Array, num_classes: int) -> Array
 
 def per_class_accuracy(confusion: Array) -> Array:
     """Share of each true class that is found, [C]; NaN for a class without examples."""
-    total = confusion.sum(axis=1)
-    return np.where(total > 0, np.diag(confusion) / np.maximum(total, 1), np.nan)
+    return ratio(np.diag(confusion), confusion.sum(axis=1))
 
 
 def per_class_f1(confusion: Array) -> Array:
-    """F1 = 2 TP / (2 TP + FP + FN) of each class, [C]; NaN if it never occurs nor is predicted."""
-    total = confusion.sum(axis=0)[: len(confusion)] + confusion.sum(axis=1)
-    return np.where(total > 0, 2 * np.diag(confusion) / np.maximum(total, 1), np.nan)
+    """`f1_score` of each class, [C]; NaN if it never occurs nor is predicted."""
+    predicted = confusion.sum(axis=0)[: len(confusion)]
+    return f1_score(np.diag(confusion), predicted, confusion.sum(axis=1))
+
+
+def f1_score(both: Any, given: Any, true: Any) -> Array:
+    """F1 = 2 TP / (given + true) = 2 TP / (2 TP + FP + FN); NaN where there is neither."""
+    return ratio(2 * both, given + true)
 
 
 def macro_f1(confusion: Array) -> float:

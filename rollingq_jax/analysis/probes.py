@@ -96,22 +96,14 @@ def corruption_curve(
     """
     points = []
     for level in levels:
-        if level == 0 and clean is not None:
-            predictions = clean
-        else:
-            predictions = predict(probe, f"{modality}={float(level)!r}")
-        point: dict[str, Any] = {"modality": modality, "level": float(level)}
-        point |= probe.score(predictions)
-        points.append(point | {"attention_share": mean_shares(predictions)})
+        found = (clean if level == 0 else None) or predict(probe, f"{modality}={float(level)!r}")
+        point = {"modality": modality, "level": float(level), **probe.score(found)}
+        points.append(point | {"attention_share": mean_shares(found)})
     return points
 
 
 def attention_scale_curve(
-    probe: Probe,
-    scaled: Callable[[float], PredictFn],
-    scales: Sequence[float] = ATTENTION_SCALES,
-    *,
-    clean: Predictions | None = None,
+    probe: Probe, scaled: Callable[[float], PredictFn], *, clean: Predictions | None = None
 ) -> list[dict[str, Any]]:
     """Accuracy and attention share while the trained query grows or vanishes.
 
@@ -121,18 +113,16 @@ def attention_scale_curve(
     Args:
       probe: the model and the split.
       scaled: the same model's `predict` with the query times a factor.
-      scales: the factors.
       clean: predictions of the model as it is, where they have been made already, for factor 1.
 
     Returns:
-      A point for each factor: "scale", "accuracy", "attention_share" {m: mean} and, where the data
-      carry qualities, "quality_correlation" (None where it is not defined, as at 0).
+      A point for each of `ATTENTION_SCALES`: "scale", "accuracy", "attention_share" {m: mean} and,
+      where the data carry qualities, "quality_correlation" (None where it is not defined, as at 0).
     """
     points = []
-    for scale in scales:
-        found = clean
-        if found is None or scale != 1:
-            found = predict(probe._replace(predict=scaled(float(scale))))
+    for scale in ATTENTION_SCALES:
+        found = clean if scale == 1 else None
+        found = found or predict(probe._replace(predict=scaled(float(scale))))
         point: dict[str, Any] = {"scale": float(scale)} | probe.score(found)
         point["attention_share"] = mean_shares(found)
         if found.quality and len(found.attention_share) > 1:
@@ -201,10 +191,7 @@ def other_class_partners(labels: Array, rng: np.random.Generator) -> Array | Non
 def _read(probe: Probe, dataset: Dataset, source: Source, changed: str = "") -> Predictions:
     """One pass; `changed` says what is not as it was in the split."""
     batches = eval_batches(
-        source,
-        batch_size=probe.batch_size,
-        seed=probe.seed,
-        transforms=dataset.eval_transforms,
+        source, batch_size=probe.batch_size, seed=probe.seed, transforms=dataset.eval_transforms
     )
     found = collect(probe.predict, batches)
     where = f"split {probe.split!r}" + (f" under {changed}" if changed else "")

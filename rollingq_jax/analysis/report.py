@@ -9,7 +9,7 @@ import base64
 import html
 import math
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,23 +24,15 @@ from rollingq_jax.analysis.metrics import Predictions, counted, mean_over_exampl
 from rollingq_jax.analysis.plots import AttentionExample, ModalityView
 from rollingq_jax.analysis.plots import training as curves
 from rollingq_jax.analysis.plots.attention import num_tokens, split_attention
-from rollingq_jax.analysis.plots.geometry import PlaneView
-from rollingq_jax.analysis.plots.style import is_number, png_bytes, signed
+from rollingq_jax.analysis.plots.style import is_number, png_bytes, printable, signed
 from rollingq_jax.analysis.plots.training import Row
 from rollingq_jax.analysis.probes import Probe
-from rollingq_jax.analysis.tasks import (
-    HEADLINES,
-    MAIN,
-    METRICS,
-    SINGLE,
-    Metric,
-    Task,
-    task_name,
-)
+from rollingq_jax.analysis.tasks import HEADLINES, MAIN, METRICS, SINGLE, Metric, Task, task_name
 from rollingq_jax.data.corruption import has_modality
 from rollingq_jax.data.dataset import REGRESSION, Dataset, Subset, label_text
 from rollingq_jax.data.pipeline import eval_batches
 from rollingq_jax.data.sources.media_folder import BYTE_VOCABULARY, text_pieces
+from rollingq_jax.files import write_whole
 
 Array = np.ndarray
 SMALL = 0.01  # of the attention: that much more than even is no bias, however sure
@@ -69,10 +61,6 @@ class ReportFigure(NamedTuple):
         """The picture as a PNG."""
         return self.figure if isinstance(self.figure, bytes) else png_bytes(self.figure)
 
-    def drawn(self) -> "ReportFigure":
-        """The same with the PNG in place of the figure, so that it is drawn once."""
-        return self._replace(figure=self.png())
-
 
 class Table(NamedTuple):
     """A table with a heading; cells are numbers or text, None and NaN show as a dash."""
@@ -84,6 +72,17 @@ class Table(NamedTuple):
 
 
 OOD_SCORES = ("max_softmax", "energy", "mahalanobis")  # of `analysis.ood`
+
+
+def save_figures(
+    folder: epath.Path, figures: Iterable[tuple[str, ReportFigure]]
+) -> list[ReportFigure]:
+    """Writes `<name>.png` of each; returns them with their PNGs, so that each is drawn once."""
+    drawn = []
+    for name, figure in figures:
+        drawn.append(figure._replace(figure=figure.png()))
+        plots.save_png(drawn[-1].figure, folder / f"{name}.png")
+    return drawn
 
 
 def write_report(
@@ -122,16 +121,13 @@ def write_report(
         "figures": "\n".join(map(_figure, figures)),
         "tables": "\n".join(map(_table, tables)),
         "data": _section("Data", f'<p class="small">{escape(data)}</p>' if data else ""),
-        "config": _collapsed("Configuration", _pairs("pairs", flatten(config or {}), exact)),
-        "versions": _collapsed("Produced by", _pairs("pairs", versions or {}, exact)),
+        "config": _section("Configuration", _pairs("pairs", flatten(config or {}), exact), True),
+        "versions": _section("Produced by", _pairs("pairs", versions or {}, exact), True),
     }
     template = resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
     page = string.Template(template).substitute(parts)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A reader never sees half a page: the old report stays until the new one is complete.
-    part = path.with_name(path.name + ".part")
-    part.write_text(page)
-    part.replace(path)
+    write_whole(path, page)
     return path
 
 
@@ -139,7 +135,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one with dotted names; an empty mapping stays, as {}."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
-        if _is_mapping(value) and len(value):
+        if hasattr(value, "items") and len(value):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
@@ -170,39 +166,32 @@ def exact(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, (list, tuple)):
         return ", ".join(exact(item) for item in value) or "–"
-    if _is_mapping(value) and not len(value):
+    if hasattr(value, "items") and not len(value):
         return "–"
     return str(value) or "–"
 
 
 def escape(value: Any) -> str:
     """Text for HTML content or a quoted attribute; control characters become a replacement."""
-    text = "".join(
-        c if c.isprintable() or c in "\n\N{NO-BREAK SPACE}" else "\N{REPLACEMENT CHARACTER}"
-        for c in str(value)
-    )
-    return html.escape(text, quote=True)
+    return html.escape(printable(value, "\n\N{NO-BREAK SPACE}"), quote=True)
 
 
 def _verdicts(verdicts: Sequence[str]) -> str:
     """A list in which a question, or a sentence without one, stands out before the answer."""
-    parts = [verdict.partition("? ") for verdict in verdicts]
-    lines = (
+    lines = [
         f"<li><strong>{escape(asked + mark)}</strong>{escape(answer)}</li>"
-        for asked, mark, answer in parts
-    )
-    return f'<ul class="lead">{"".join(lines)}</ul>' if parts else ""
+        for asked, mark, answer in (verdict.partition("? ") for verdict in verdicts)
+    ]
+    return f'<ul class="lead">{"".join(lines)}</ul>' if lines else ""
 
 
-def _section(heading: str, content: str) -> str:
-    return f"<section><h2>{escape(heading)}</h2>{content}</section>" if content else ""
-
-
-def _collapsed(heading: str, content: str) -> str:
+def _section(heading: str, content: str, collapsed: bool = False) -> str:
     if not content:
         return ""
-    summary = f"<summary><h2>{escape(heading)}</h2></summary>"
-    return f"<section><details>{summary}{content}</details></section>"
+    title = f"<h2>{escape(heading)}</h2>"
+    if collapsed:
+        return f"<section><details><summary>{title}</summary>{content}</details></section>"
+    return f"<section>{title}{content}</section>"
 
 
 def _pairs(style: str, pairs: Mapping[str, Any], form: Callable[[Any], str]) -> str:
@@ -241,10 +230,6 @@ def _like_number(cell: Any) -> bool:
     """Whether a cell belongs into a column that is set flush right."""
     text = shown(cell)
     return text == "–" or text.lstrip("+−")[:1].isdigit()
-
-
-def _is_mapping(value: Any) -> bool:
-    return hasattr(value, "items") and hasattr(value, "keys")
 
 
 # Figures in words: for the report's text, and for readers who cannot see them.
@@ -361,24 +346,20 @@ def describe_rolls(rows: Sequence[Row]) -> str:
         return "The query was not rotated."
     first = rolls[0]
     times = [f"{roll.epoch:.3g}" for roll in rolls]
+    count = {1: "once", 2: "twice"}.get(len(times), f"{len(times)} times")
     if len(times) > LISTED:
-        text = f"The query was rotated {len(times)} times, from epoch {times[0]} to {times[-1]}."
+        when = f"from epoch {times[0]} to {times[-1]}"
     elif len(times) == 1:
-        text = f"The query was rotated once, after epoch {times[0]}."
+        when = f"after epoch {times[0]}"
     else:
-        count = {2: "twice"}.get(len(times), f"{len(times)} times")
-        text = (
-            f"The query was rotated {count}, after epochs {', '.join(times[:-1])} and {times[-1]}."
-        )
-    if np.isfinite(first.angle_degrees):
-        angle, ends = first.angle_degrees, (first.imbalance_before, first.imbalance_after)
-        if np.isfinite(ends).all():
-            text += (
-                f" The first rotation, by {angle:.0f}°, took the imbalance from {ends[0]:.2f} to "
-                f"{ends[1]:.2f}."
-            )
-        else:
-            text += f" The first rotation was by {angle:.0f}°."
+        when = f"after epochs {', '.join(times[:-1])} and {times[-1]}"
+    text = f"The query was rotated {count}, {when}."
+    angle, ends = first.angle_degrees, (first.imbalance_before, first.imbalance_after)
+    if np.isfinite((angle, *ends)).all():
+        took = f"took the imbalance from {ends[0]:.2f} to {ends[1]:.2f}"
+        text += f" The first rotation, by {angle:.0f}°, {took}."
+    elif np.isfinite(angle):
+        text += f" The first rotation was by {angle:.0f}°."
     used_up = curves.used_up(rows)
     if used_up is not None:
         text += (
@@ -411,10 +392,11 @@ def run_verdicts(
       plain: the answers of the same run without rotations, where there is one.
       task: whose score of single examples stands in place of the accuracy.
     """
-    metric, form = METRICS[task.step_metric], ".1f" if METRICS[task.step_metric].percent else ".3f"
-    unit = " %" if metric.percent else ""
+    # Of single examples, not the main metric of the split: an interval needs a value of each.
+    metric = METRICS[task.step_metric]
+    form, unit = (".1f", " %") if metric.percent else (".3f", "")
     accuracy = mean_over_examples(task.by_example(found)).written(form, metric.scale) + unit
-    favored = _favored(plain or found)
+    favored = _favored(plain or found)  # what rotations leave of a bias says nothing of it
     if favored is None:
         return [
             "Is attention biased? There is none between modalities: the test "
@@ -438,6 +420,8 @@ def run_verdicts(
             why = "config.rolling.max_rotations is 0"
         verdicts.append(f"Did the rolls last? There were none: {why}.")
     else:
+        # By the imbalance and not by the share: it is what a roll is decided by, and the share
+        # has the look at the sample in it.
         first, last = rolls[0].imbalance_before, imbalance[-1] if len(imbalance) else math.nan
         answer = "Yes" if last <= rolling.beta else "In part" if last < first else "No"
         answer = answer if math.isfinite(first + last) else "Not known"
@@ -455,7 +439,7 @@ def run_verdicts(
                 f"config.rolling.max_rotations is {rolling.max_rotations}; None sets no limit."
             )
     if plain:
-        before = task.by_example(plain)
+        before = task.by_example(plain)  # of the same examples: the interval is of pairs
         gain = mean_over_examples(task.by_example(found) - before)
         low, high = (gain.low, gain.high) if metric.higher_is_better else (-gain.high, -gain.low)
         answer = "Yes" if low > 0 else "No" if high < 0 else "Not shown"
@@ -507,15 +491,6 @@ def describe_accuracy(rows: Sequence[Row], score: str = "accuracy") -> str:
     return " ".join(parts) or "No epoch has been evaluated."
 
 
-def describe_views(before: PlaneView, after: PlaneView) -> str:
-    """The cosine scores before and after a rotation."""
-    changes = ", ".join(
-        f"{name} from {before.cosines[name]:.2f} to {after.cosines[name]:.2f}"
-        for name in sorted(before.cosines)
-    )
-    return f"Cosine scores before and after the rotation: {changes}."
-
-
 def describe_noise(points: Sequence[Mapping[str, Any]], score: str = "accuracy") -> str:
     """Accuracy and share of the noised modality at the lowest and the highest level of noise."""
     parts, metric = [], METRICS[score]
@@ -524,7 +499,7 @@ def describe_noise(points: Sequence[Mapping[str, Any]], score: str = "accuracy")
         low, high = ordered[0], ordered[-1]
         text = (
             f"With noise from {low['level']:g} to {high['level']:g} in {name}, {metric.words} goes "
-            f"from {_plain(metric, low[score])} to {metric.written(high[score])}"
+            f"from {_without_unit(metric, low[score])} to {metric.written(high[score])}"
         )
         shares = [point.get("attention_share", {}).get(name) for point in (low, high)]
         if all(is_number(share) for share in shares):
@@ -536,13 +511,12 @@ def describe_noise(points: Sequence[Mapping[str, Any]], score: str = "accuracy")
 def describe_attention_scale(points: Sequence[Mapping[str, Any]], score: str = "accuracy") -> str:
     """Accuracy at each factor of the query."""
     metric = METRICS[score]
-    values = [f"{_plain(metric, p[score])} at {p['scale']:g}" for p in points]
+    values = [f"{_without_unit(metric, p[score])} at {p['scale']:g}" for p in points]
     unit = " in %" if metric.percent else ""
     return f"{metric.title}{unit} with the trained query times a factor: {', '.join(values)}."
 
 
-def _plain(metric: Metric, value: float) -> str:
-    """A value without its unit."""
+def _without_unit(metric: Metric, value: float) -> str:
     return metric.written(value).removesuffix("\N{NO-BREAK SPACE}%")
 
 
@@ -585,21 +559,15 @@ def attention_examples(
       seed: of the data set's random transformations.
       task: what the model has learned.
     """
-    batch = next(
-        eval_batches(
-            Subset(dataset.splits[split], indices),
-            batch_size=len(indices),
-            seed=seed,
-            transforms=dataset.eval_transforms,
-        )
-    )
+    chosen, transforms = Subset(dataset.splits[split], indices), dataset.eval_transforms
+    batch = next(eval_batches(chosen, batch_size=len(indices), seed=seed, transforms=transforms))
     probabilities, out = jax.jit(
         lambda batch: metrics.forward(
             model, variables, rotation, batch, answer=task.answer, return_attention=True
         )
     )(metrics.model_input(batch))
     attention = np.array(out["attention"], np.float64)
-    attention[..., 0] = 0.0
+    attention[..., 0] = 0.0  # of the fusion's class token to itself, which is in no share
     # Each head's weights over the modalities' tokens sum to 1, as in the attention share; to 0 in
     # an example without any modality, or without finite weights.
     attention = np.where(np.isfinite(attention), attention, 0.0)
@@ -611,28 +579,18 @@ def attention_examples(
     encoders = sorted(model.spec.encoders, key=lambda encoder: encoder.name)
     lengths = {e.name: num_tokens(e.kind, batch[e.name].shape[1:], e.patch) for e in encoders}
     weights = split_attention(attention, lengths)
-    return [
-        AttentionExample(
-            _caption(
-                batch,
-                row,
-                label_text(batch["label"][row], task.name, names, ".3g"),
-                found[row] or "none",
-            ),
-            tuple(
-                ModalityView(
-                    e.name,
-                    e.kind,
-                    batch[e.name][row],
-                    weights[e.name][row],
-                    e.patch,
-                    _pieces(dataset, e.name, batch[e.name][row]),
-                )
-                for e in encoders
-            ),
-        )
-        for row in range(len(indices))
-    ]
+    examples = []
+    for row in range(len(indices)):
+        example = {name: value[row] for name, value in batch.items()}
+        true = label_text(example["label"], task.name, names, ".3g")
+        lines = [f"true {true}", f"predicted {found[row] or 'none'}", *_noise_lines(example)]
+        views = []
+        for e in encoders:
+            pieces = _pieces(dataset, e.name, example[e.name])
+            seen = example[e.name], weights[e.name][row]
+            views.append(ModalityView(e.name, e.kind, *seen, e.patch, pieces))
+        examples.append(AttentionExample("\n".join(lines), tuple(views)))
+    return examples
 
 
 def _pieces(dataset: Dataset, name: str, ids: Array) -> tuple[str, ...]:
@@ -643,15 +601,12 @@ def _pieces(dataset: Dataset, name: str, ids: Array) -> tuple[str, ...]:
     return text_pieces(ids, tokenizer) if text else ()
 
 
-def _caption(batch: dict[str, Array], row: int, true: str, predicted: str) -> str:
-    lines = [f"true {true}", f"predicted {predicted}"]
-    example = {name: value[row] for name, value in batch.items()}
-    for name in sorted(batch):
+def _noise_lines(example: Mapping[str, Array]) -> Iterator[str]:
+    for name in sorted(example):
         if name.startswith("quality_"):
-            modality, noise = name.removeprefix("quality_"), -float(batch[name][row])
+            modality, noise = name.removeprefix("quality_"), -float(example[name])
             if np.isfinite(noise) and has_modality(example, modality):
-                lines.append(f"{modality} noise {max(0.0, noise):.1f}")
-    return "\n".join(lines)
+                yield f"{modality} noise {max(0.0, noise):.1f}"
 
 
 # An evaluation shown: pictures, a report and a table for the terminal.
@@ -669,11 +624,7 @@ def confusion_table(predictions: Predictions, names: Sequence[str]) -> Table | N
 
 
 def write_evaluation(
-    folder: epath.Path,
-    run: Any,
-    probe: Probe,
-    clean: Predictions,
-    result: Mapping[str, Any],
+    folder: epath.Path, run: Any, probe: Probe, clean: Predictions, result: Mapping[str, Any]
 ) -> None:
     """Writes `figures/evaluation_*.png` and `evaluation.html`.
 
@@ -684,11 +635,10 @@ def write_evaluation(
       clean: predictions without corruption.
       result: what `evaluation.json` holds.
     """
-    figures = []
-    for name, figure in _figures(run, probe, clean, result):
-        drawn = figure.drawn()  # once, for the file and the report
-        plots.save_png(drawn.figure, folder / "figures" / f"evaluation_{name}.png")
-        figures.append(drawn)
+    figures = (
+        (f"evaluation_{name}", ReportFigure(title, figure, alt, HOW_TO_READ[name]))
+        for name, title, figure, alt in _figures(run, probe, clean, result)
+    )
     task = probe.task
     confusion = confusion_table(clean, list(result["per_class"])) if task is SINGLE else None
     write_report(
@@ -697,7 +647,7 @@ def write_evaluation(
         lead=f"{result['num_examples']} examples of split {probe.split}, with the parameters of "
         f"step {run.step}, the best by validation.",
         key_numbers=_headlines(result),
-        figures=figures,
+        figures=save_figures(folder / "figures", figures),
         tables=[*_tables(result), *([] if confusion is None else [confusion])],
         data=probe.dataset.description,
         config=run.config,
@@ -707,75 +657,53 @@ def write_evaluation(
 
 def _figures(
     run: Any, probe: Probe, clean: Predictions, result: Mapping[str, Any]
-) -> Iterator[tuple[str, ReportFigure]]:
+) -> Iterator[tuple[str, str, Figure, str]]:
+    """Name, title, figure and what it shows, of each that the evaluation has something for."""
     share, quality, score = clean.attention_share, clean.quality, probe.task.main
+    even = result.get("uniform_share")
     if probe.task.name == REGRESSION:
         yield (
             "values",
-            ReportFigure(
-                "Predicted and true values",
-                plots.values_figure(clean, probe.dataset.class_names),
-                "Scatter plot of predicted against true values.",
-                HOW_TO_READ["values"],
-            ),
+            "Predicted and true values",
+            plots.values_figure(clean, probe.dataset.class_names),
+            "Scatter plot of predicted against true values.",
         )
     if len(share) > 1 and quality:
         yield (
             "share_quality",
-            ReportFigure(
-                "Does attention follow quality?",
-                plots.share_quality_figure(
-                    {"": (clean.shares(), {m: quality[m] for m in share})},
-                    even=result.get("uniform_share"),
-                ),
-                "Scatter plot of each example's attention share against its quality contrast; "
-                f"their correlation is {signed(result['quality_correlation'])}.",
-                HOW_TO_READ["share_quality"],
+            "Does attention follow quality?",
+            plots.share_quality_figure(
+                {"": (clean.shares(), {m: quality[m] for m in share})}, even=even
             ),
+            "Scatter plot of each example's attention share against its quality contrast; "
+            f"their correlation is {signed(result['quality_correlation'])}.",
         )
-    if result.get("noise"):
-        yield (
-            "noise",
-            ReportFigure(
-                "What noise in one modality does",
-                plots.noise_figure(
-                    {"": [result["noise"]]}, metric=score, even=result.get("uniform_share")
-                ),
-                describe_noise(result["noise"], score),
-                HOW_TO_READ["noise"],
-            ),
-        )
-    if result.get("attention_scale"):
-        points = result["attention_scale"]
+    if points := result.get("noise"):
+        figure = plots.noise_figure({"": [points]}, metric=score, even=even)
+        yield "noise", "What noise in one modality does", figure, describe_noise(points, score)
+    if points := result.get("attention_scale"):
         yield (
             "attention_scale",
-            ReportFigure(
-                "Does attention do good or harm?",
-                plots.attention_scale_figure(points, metric=score),
-                describe_attention_scale(points, score),
-                HOW_TO_READ["attention_scale"],
-            ),
+            "Does attention do good or harm?",
+            plots.attention_scale_figure(points, metric=score),
+            describe_attention_scale(points, score),
         )
     if run.model.spec.uses_class_query:
-        chosen = choose_examples(clean)
         examples = attention_examples(
             run.model,
             run.variables,
             run.rotation,
             probe.dataset,
             probe.split,
-            chosen,
+            choose_examples(clean),
             seed=probe.seed,
             task=probe.task,
         )
         yield (
             "attention",
-            ReportFigure(
-                "Where the class token looks",
-                plots.attention_figure(examples),
-                "Heat maps of the class token's attention over the inputs of chosen examples.",
-                HOW_TO_READ["attention"],
-            ),
+            "Where the class token looks",
+            plots.attention_figure(examples),
+            "Heat maps of the class token's attention over the inputs of chosen examples.",
         )
 
 
@@ -818,6 +746,7 @@ def tables_by_output(scores: Mapping[str, Any], suffix: str = "") -> list[Table]
     ]
 
 
+NONFINITE = "NaN or infinite logits"
 AGREEMENT = {"unchanged": "predictions unchanged", "mean_change": "mean change of predictions"}
 
 
@@ -827,10 +756,8 @@ def _tables(result: Mapping[str, Any]) -> Iterator[Table]:
     if result["corrupted"]:
         fields = ["corrupt", main, agreement]
         columns = ["corruption", METRICS[main].words, AGREEMENT[agreement]]
-        for field, words in (
-            ("kept", "examples that keep their last modality"),
-            ("nonfinite", "NaN or infinite logits"),
-        ):
+        more = {"kept": "examples that keep their last modality", "nonfinite": NONFINITE}
+        for field, words in more.items():
             if any(field in found for found in result["corrupted"]):
                 fields.append(field)
                 columns.append(words)
@@ -838,21 +765,14 @@ def _tables(result: Mapping[str, Any]) -> Iterator[Table]:
         yield Table("Corrupted", columns, corrupted)
     if "reliance" in result:
         rows = [
-            (m, way, *(found.get(f) for f in (main, agreement, "follows")))
-            + (found["attention_share"].get(m),)
+            (m, way, *map(found.get, (main, agreement, "follows")), found["attention_share"].get(m))
             for m, ways in result["reliance"].items()
             for way, found in ways.items()
         ]
+        words = METRICS[main].words, AGREEMENT[agreement]
         yield Table(
             "Reliance on each modality",
-            (
-                "modality",
-                "is",
-                METRICS[main].words,
-                AGREEMENT[agreement],
-                "follows it",
-                "its share",
-            ),
+            ("modality", "is", *words, "follows it", "its share"),
             rows,
             "Shuffled: taken from another example. Swapped: from an example of another class; "
             "then 'follows it' is the share of predictions of that class. Replaced: by noise.",
@@ -895,7 +815,7 @@ def summary_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The table that the command prints."""
     rows = [(f"{result['split']} examples", str(result["num_examples"]))]
     if "nonfinite" in result:
-        rows.append(("examples with NaN or infinite logits", str(result["nonfinite"])))
+        rows.append((f"examples with {NONFINITE}", str(result["nonfinite"])))
     paired = min(result.get("contrast_examples", {}).values(), default=None)
     main, words = _main(result), METRICS[_main(result)].words
     rows += [
@@ -903,19 +823,17 @@ def summary_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         for name, value in _headlines(result).items()
     ]
     rows += _share_rows(result)
-    for found in result["corrupted"]:
+    changed = [(found["corrupt"], found) for found in result["corrupted"]]
+    if "quality_shuffled" in result:
+        changed.append(("quality bias of another example", result["quality_shuffled"]))
+    for name, found in changed:
         text = f"{words} {written(found[main])}"
         text += "".join(f", {words} {value}" for words, value in _share_rows(found, "share {}"))
         if "nonfinite" in found:
-            text += f", {found['nonfinite']} with NaN or infinite logits"
+            text += f", {found['nonfinite']} with {NONFINITE}"
         if "kept" in found:
             text += f", {found['kept']} examples keep their last modality"
-        rows.append((found["corrupt"], text))
-    if "quality_shuffled" in result:
-        found = result["quality_shuffled"]
-        text = f"{words} {written(found[main])}"
-        text += "".join(f", {words} {value}" for words, value in _share_rows(found, "share {}"))
-        rows.append(("quality bias of another example", text))
+        rows.append((name, text))
     for found in result.get("ood", []):
         for score in OOD_SCORES:
             text = f"{written(found[score]['auroc'])}, FPR95 {written(found[score]['fpr95'])}"

@@ -32,8 +32,10 @@ from rollingq_jax.analysis.metrics import (
     class_columns,
     class_probabilities,
     class_scores,
+    f1_score,
     mean_finite,
     pearson,
+    where_finite,
 )
 from rollingq_jax.data.dataset import MULTI_LABEL, REGRESSION, SEPARATORS, SINGLE_LABEL
 from rollingq_jax.data.preprocessing import InputSpec
@@ -218,8 +220,7 @@ def binary_cross_entropy(logits: Array, label: Array) -> Array:
 
 def label_probabilities(logits: Array) -> Array:
     """sigmoid(z) `[B, C]`; NaN, all of an example's, where one of its logits is not finite."""
-    finite = jnp.all(jnp.isfinite(logits), axis=-1, keepdims=True)
-    return jnp.where(finite, jax.nn.sigmoid(logits.astype(jnp.float32)), jnp.nan)
+    return where_finite(logits, jax.nn.sigmoid(logits.astype(jnp.float32)))
 
 
 def average_precision(score: Values, label: Values) -> float:
@@ -242,12 +243,6 @@ def average_precision(score: Values, label: Values) -> float:
     return float((precision * np.diff(found, prepend=0)).sum() / hits[-1])
 
 
-def _f1(both: Values, given: Values, true: Values) -> Values:
-    """2 TP / (answered + true); NaN where there is neither."""
-    total = np.asarray(given + true, np.float64)
-    return np.divide(2 * both, total, out=np.full(total.shape, np.nan), where=total > 0)
-
-
 def set_scores(predictions: Predictions, num_labels: int, names: Sequence[str]) -> dict[str, Any]:
     """Scores of sets of labels; a label counts as given from a probability of `THRESHOLD` on.
 
@@ -261,21 +256,17 @@ def set_scores(predictions: Predictions, num_labels: int, names: Sequence[str]) 
     label, probability = predictions.label.astype(bool), predictions.probabilities
     given = given_labels(predictions)
     both, answered, true = (x.sum(axis=0) for x in (label & given, given, label))
-    f1 = _f1(both, answered, true)
+    f1 = f1_score(both, answered, true)
     precision = [average_precision(probability[:, c], label[:, c]) for c in range(num_labels)]
     right = _right_labels(predictions)
     return {
         "map": mean_finite(np.array(precision)),
         "macro_f1": mean_finite(f1),
-        "micro_f1": float(_f1(both.sum(), answered.sum(), true.sum())),
+        "micro_f1": float(f1_score(both.sum(), answered.sum(), true.sum())),
         "label_accuracy": float(right.mean()),
         "exact_match": float(right.all(axis=1).mean()),
         "per_label": {
-            name: {
-                "average_precision": precision[c],
-                "f1": float(f1[c]),
-                "examples": int(true[c]),
-            }
+            name: {"average_precision": precision[c], "f1": float(f1[c]), "examples": int(true[c])}
             for c, name in enumerate(names or map(str, range(num_labels)))
         },
     }
@@ -413,9 +404,7 @@ def regression(mean: Sequence[float], std: Sequence[float], loss: str = "l1") ->
         return jnp.mean(LOSSES[loss](outputs.astype(jnp.float32) - target), axis=-1)
 
     def answer(outputs: Array) -> Array:
-        finite = jnp.all(jnp.isfinite(outputs), axis=-1, keepdims=True)
-        values = center[None] + scale[None] * outputs.astype(jnp.float32)
-        return jnp.where(finite, values, jnp.nan)
+        return where_finite(outputs, center[None] + scale[None] * outputs.astype(jnp.float32))
 
     def step_scores(outputs: Array, label: Array) -> dict[str, Array]:
         return {"mae": jnp.mean(jnp.abs(answer(outputs) - label.astype(jnp.float32)), axis=-1)}

@@ -49,11 +49,7 @@ ANY_TASK = ("", "modality_dropout", "joint", "mmpareto", "gblend", "dgl", "umt")
 
 
 def build_baseline(
-    config: Any,
-    spec: ModelSpec,
-    epoch_steps: int,
-    total_steps: int,
-    task: str = SINGLE_LABEL,
+    config: Any, spec: ModelSpec, epoch_steps: int, total_steps: int, task: str = SINGLE_LABEL
 ) -> Baseline:
     """The hooks of `config.baseline`, checked; nothing for an empty name.
 

@@ -18,7 +18,7 @@ from rollingq_jax.analysis.metrics import (
     paired_difference,
 )
 from rollingq_jax.analysis.plots import style
-from rollingq_jax.analysis.report import HOW_TO_READ, ReportFigure, write_report
+from rollingq_jax.analysis.report import HOW_TO_READ, ReportFigure, save_figures, write_report
 from rollingq_jax.analysis.report import Table as ReportTable
 from rollingq_jax.analysis.tasks import HEADLINES, MAIN, Metric, task_name
 from rollingq_jax.analysis.tasks import METRICS as SCORES
@@ -366,11 +366,8 @@ def differences_figure(table: Table, against: str) -> Figure | None:
         style.style_axes(axes, xlabel=f"{METRICS[metric].words}{unit}")
     grid[0].set_yticks(range(len(names)), [style.plain(style.shorten(name)) for name in names])
     grid[0].set_ylim(len(names) - 0.4, -0.6)
-    figure.suptitle(
-        f"Difference to {style.plain(against)}, seed by seed: mean and 95 % interval",
-        fontsize=11.5,
-        x=0.01,
-        ha="left",
+    style.heading(
+        figure, f"Difference to {style.plain(against)}, seed by seed: mean and 95 % interval"
     )
     return figure
 
@@ -460,12 +457,7 @@ def write_pictures(
     noise: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
 ) -> None:
     """Writes `figures/*.png` and `report.html`; see `all_figures` for the arguments."""
-    figures = []
-    for name, figure in all_figures(result, rows, samples, noise):
-        drawn = figure.drawn()
-        (folder / "figures").mkdir(parents=True, exist_ok=True)
-        plots.save_png(drawn.figure, folder / "figures" / f"{name}.png")
-        figures.append(drawn)
+    figures = all_figures(result, rows, samples, noise)
     main = main_of(result["table"])
     words, lines = METRICS[main].words, result["table"][main]
     write_report(
@@ -474,7 +466,7 @@ def write_pictures(
         verdicts=result["verdicts"],
         lead=result["conclusion"],
         key_numbers={f"{words}, {arm}": line["mean"] for arm, line in lines.items()},
-        figures=figures,
+        figures=save_figures(folder / "figures", figures),
         tables=report_tables(result),
         data=result["data"],
         config=result["config"],

@@ -19,7 +19,7 @@ import numpy as np
 
 from rollingq_jax.errors import ConfigError, DataError
 from rollingq_jax.models import infer_kind as kind_of_batch
-from rollingq_jax.models.spec import KINDS, RESNET, resnet_grid
+from rollingq_jax.models.spec import KINDS, RESNET, token_grid
 
 Example = dict[str, np.ndarray]
 SPLITS = ("train", "valid", "test")
@@ -1219,13 +1219,5 @@ def infer_model(dataset: Dataset, overrides: Mapping[str, Any] | None = None) ->
 
 def num_tokens(info: ModalityInfo, patch: tuple[int, ...] | None) -> int:
     """Tokens of one example after patching, without the class token; no patch: of a ResNet-18."""
-    if patch is None and info.kind in MAX_TOKENS:
-        return math.prod(resnet_grid(info.shape))
-    if info.kind == "vector":
-        return 1
-    if info.kind in ("sequence", "tokens"):
-        return info.shape[0]
-    grid = info.shape[:-1]
-    if info.kind == "spectrogram":
-        grid = grid[::-1]
-    return math.prod(side // size for side, size in zip(grid, patch or (), strict=True))
+    kind = RESNET if patch is None and info.kind in MAX_TOKENS else info.kind
+    return math.prod(token_grid(kind, info.shape, patch))

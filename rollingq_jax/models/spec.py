@@ -200,6 +200,37 @@ def resnet_grid(shape: Sequence[int]) -> tuple[int, ...]:
     return (*shape[:-3], *(math.ceil(size / 32) for size in shape[-3:-1]))
 
 
+def token_grid(
+    kind: str, shape: Sequence[int], patch: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """How many tokens an input gives along each axis, in the order they are numbered (row-major).
+
+    Args:
+      kind: "image", "spectrogram", "video", "sequence", "tokens", "vector" or "resnet18".
+      shape: of one example: [H, W, C], [F, T, 1], [T, H, W, C], [L, D], [L] or [D].
+      patch: (h, w), or (t, h, w) for video; of the other kinds each position is a token.
+
+    Returns:
+      (H // h, W // w); for a spectrogram (T // h, F // w), because the model swaps its axes before
+      it cuts patches; (T // t, H // h, W // w); (L,); (1,) for a vector. A remainder is dropped.
+      (H / 32, W / 32), rounded up, or (T, H / 32, W / 32) for a ResNet.
+
+    Raises:
+      ValueError: the kind is unknown, or the patch does not have as many sizes as it needs.
+    """
+    if kind == RESNET:
+        return resnet_grid(shape)
+    if kind not in PATCH_AXES:
+        raise ValueError(f"kind is {kind!r}; allowed: {', '.join(sorted(PATCH_AXES))}")
+    axes = PATCH_AXES[kind]
+    if not axes:
+        return (1 if kind == "vector" else int(shape[0]),)
+    if patch is None or len(patch) != axes:
+        raise ValueError(f"patch is {patch}; allowed for kind {kind!r}: {axes} sizes")
+    sizes = shape[1::-1] if kind == "spectrogram" else shape[:axes]
+    return tuple(int(size) // int(step) for size, step in zip(sizes, patch, strict=True))
+
+
 def _divides(heads: int, width: int, where: str, field: str, width_field: str) -> None:
     if width % heads:
         raise ConfigError(

@@ -377,14 +377,7 @@ def draw(
     rows: list[Row],
 ) -> None:
     """Writes `figures/*.png` and `report.html`."""
-    figures = {
-        name: figure.drawn()
-        for name, figure in report_figures(experiment, workdir, state, predictions, rows).items()
-    }
-    folder = workdir / "figures"
-    folder.mkdir(exist_ok=True)
-    for name, figure in figures.items():
-        plots.save_png(figure.figure, folder / f"{name}.png")
+    figures = report_figures(experiment, workdir, state, predictions, rows)
     best = summary["best"]
     metric = chosen_by(summary)
     chosen = "" if best[metric] is None else f" ({best[metric]:.3f})"
@@ -395,7 +388,7 @@ def draw(
         lead=f"The best epoch by {selected_on(summary)} {METRICS[metric].words} is "
         f"{best['epoch']}{chosen}; the test data were read once, with its parameters.",
         key_numbers=key_numbers(summary),
-        figures=list(figures.values()),
+        figures=report.save_figures(workdir / "figures", figures.items()),
         tables=report_tables(summary, predictions, rows),
         data=summary["data"],
         config=summary["config"],

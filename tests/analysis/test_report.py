@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from rollingq_jax.analysis import metrics, plots, report
-from rollingq_jax.analysis.plots import geometry
 from tests.analysis import analysis_examples as examples
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>\'"&'
@@ -219,14 +218,6 @@ def test_dynamics_in_words():
     assert "rotated twice, after epochs 2 and 3. The first rotation, by 57°" in text
     assert report.describe_dynamics([]) == "The query was not rotated."
     assert "once, after epoch 2." in report.describe_rolls(rows[:3])
-
-
-def test_scores_around_a_rotation_in_words():
-    query, keys = examples.cloud()
-    before = geometry.project(keys, query)
-    text = report.describe_views(before, before)
-    score = f"{before.cosines['audio']:.2f}"
-    assert f"audio from {score} to {score}" in text
 
 
 def test_noise_in_words():

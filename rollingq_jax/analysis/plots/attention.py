@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
@@ -14,10 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from rollingq_jax.analysis.plots import style
-from rollingq_jax.models.spec import PATCH_AXES, RESNET, resnet_grid
+from rollingq_jax.models.spec import PATCH_AXES, RESNET, token_grid
 
 Array = np.ndarray
 _HEAT = "viridis"
+_BARS = ("sequence", "vector")  # kinds whose weights have no place in an image
 _VIEWS_IN_A_LINE = 3  # of one example; more are set in further lines
 _WORD, _NUMBER = 9.0, 7.0  # sizes of a word and of the weight under it, in points
 _GAP, _LINE = 4.0, 2.9 * _WORD
@@ -71,11 +72,11 @@ def attention_figure(examples: Sequence[AttentionExample]) -> Figure:
     grid = figure.add_gridspec(len(examples) * lines, len(ratios), width_ratios=ratios)
     relative = [_relative_weights(example) for example in examples]
     places = np.concatenate([weights[1:] for row in relative for weights in row])
+    # One scale for all, so that examples compare; a few weights above it would darken all others.
     norm = Normalize(0, max(2.0, float(np.quantile(places, 0.98))))
     texts: list[tuple[Axes, list[tuple[str, float]]]] = []
     for row, (example, weights) in enumerate(zip(examples, relative, strict=True)):
         total = sum(float(np.sum(view.weights)) for view in example.views)
-        first: Axes | None = None
         for number, view in enumerate(example.views):
             line, column = divmod(number, _VIEWS_IN_A_LINE)
             line, column = row * lines + line, 2 * column
@@ -91,32 +92,19 @@ def attention_figure(examples: Sequence[AttentionExample]) -> Figure:
                 _draw_input(axes[0], view)
                 _draw_weights(axes[1], view, weights[number], norm)
                 for one, title in zip(axes, titles, strict=True):
-                    if PATCH_AXES[view.kind]:
+                    if view.kind not in _BARS:
                         one.set_box_aspect(1 / _aspect(view))
                     one.set_title(title, fontsize=9.5, pad=4)
             for one in axes:
                 one.set_xticks([])
                 one.set_yticks([])
-            first = first or axes[0]
-        assert first is not None
-        first.set_ylabel(
-            style.plain(example.caption),
-            fontsize=9.5,
-            rotation=0,
-            ha="right",
-            va="center",
-            labelpad=8,
-        )
-    figure.suptitle(
-        "Attention of the class token over the inputs", fontsize=11.5, x=0.01, ha="left"
-    )
+            if number == 0:
+                caption = style.plain(example.caption)
+                look: dict[str, Any] = {"rotation": 0, "ha": "right", "va": "center"}
+                axes[0].set_ylabel(caption, fontsize=9.5, labelpad=8, **look)
+    style.heading(figure, "Attention of the class token over the inputs")
     bar = figure.colorbar(
-        ScalarMappable(norm, _HEAT),
-        ax=figure.axes,
-        shrink=0.7,
-        aspect=30,
-        pad=0.015,
-        extend="max",
+        ScalarMappable(norm, _HEAT), ax=figure.axes, shrink=0.7, aspect=30, pad=0.015, extend="max"
     )
     bar.set_label("weight of a token (1 = even)", fontsize=9.5)
     bar.ax.tick_params(labelsize=9)
@@ -204,7 +192,7 @@ def _draw_input(axes: Axes, view: ModalityView) -> None:
 
 def _draw_weights(axes: Axes, view: ModalityView, weights: Array, norm: Normalize) -> None:
     heat = weights_on_input(weights[1:], view.kind, np.shape(view.values), view.patch)
-    if view.kind in ("sequence", "vector"):
+    if view.kind in _BARS:
         colors = ScalarMappable(norm, _HEAT).to_rgba(heat)
         axes.bar(np.arange(len(heat)), heat, color=colors, width=1.0)
         axes.set_ylim(0, max(float(norm.vmax or 0), float(np.nanmax(heat))))
@@ -217,11 +205,9 @@ def _draw_weights(axes: Axes, view: ModalityView, weights: Array, norm: Normaliz
 
 
 def _placing(view: ModalityView) -> dict:
-    if view.kind == "spectrogram":  # low frequencies at the bottom, time from left to right
-        return {"origin": "lower", "aspect": "auto", "interpolation": "nearest"}
-    if view.kind == "sequence":
-        return {"aspect": "auto", "interpolation": "nearest"}
-    return {"aspect": "auto", "interpolation": "nearest"}  # the axes have the input's aspect
+    # "auto": the axes have the input's aspect. Of a spectrogram low frequencies are at the bottom.
+    origin = "lower" if view.kind == "spectrogram" else "upper"
+    return {"origin": origin, "aspect": "auto", "interpolation": "nearest"}
 
 
 def _picture(view: ModalityView) -> Array:
@@ -250,39 +236,6 @@ def _aspect(view: ModalityView) -> float:
         *frames, height, width = shape[:-1]
         ratio = math.prod(frames) * width / height
     return float(np.clip(ratio, 0.7, 2.2))
-
-
-def token_grid(
-    kind: str, shape: Sequence[int], patch: Sequence[int] | None = None
-) -> tuple[int, ...]:
-    """How many tokens an input gives along each axis, in the order they are numbered (row-major).
-
-    Args:
-      kind: "image", "spectrogram", "video", "sequence", "tokens", "vector" or "resnet18".
-      shape: of one example: [H, W, C], [F, T, 1], [T, H, W, C], [L, D], [L] or [D].
-      patch: (h, w), or (t, h, w) for video; of the other kinds each position is a token.
-
-    Returns:
-      (H // h, W // w); for a spectrogram (T // h, F // w), because the model swaps its axes before
-      it cuts patches; (T // t, H // h, W // w); (L,); (1,) for a vector. A remainder is dropped.
-      (H / 32, W / 32), rounded up, or (T, H / 32, W / 32) for a ResNet.
-
-    Raises:
-      ValueError: the kind is unknown, or the patch does not have as many sizes as it needs.
-    """
-    if kind in ("sequence", "tokens"):
-        return (int(shape[0]),)
-    if kind == "vector":
-        return (1,)
-    if kind == RESNET:
-        return resnet_grid(shape)
-    if kind not in PATCH_AXES:
-        raise ValueError(f"kind: {kind!r}; one of {', '.join(sorted(PATCH_AXES))}")
-    axes = PATCH_AXES[kind]
-    if patch is None or len(patch) != axes:
-        raise ValueError(f"patch: {patch}; {axes} sizes for kind {kind!r}")
-    sizes = [shape[1], shape[0]] if kind == "spectrogram" else list(shape[:axes])
-    return tuple(int(size) // int(step) for size, step in zip(sizes, patch, strict=True))
 
 
 def num_tokens(kind: str, shape: Sequence[int], patch: Sequence[int] | None = None) -> int:

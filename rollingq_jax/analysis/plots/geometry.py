@@ -76,11 +76,7 @@ def project(keys: Mapping[str, Array], query: Array, anchor: Array | None = None
 
 
 def view(
-    keys: Mapping[str, Array],
-    query: Array,
-    anchor: Array | None = None,
-    *,
-    head: int | None = None,
+    keys: Mapping[str, Array], query: Array, anchor: Array | None = None, *, head: int | None = None
 ) -> PlaneView:
     """`project` for arrays that may have a head axis: keys [N, H, d], query and anchor [H, d]."""
     return project(
@@ -112,8 +108,7 @@ def polar_figure(
         vector where it is None.
       titles: of the two panels.
     """
-    if anchor is None:
-        anchor = query_after
+    anchor = query_after if anchor is None else anchor
     panels = [
         PolarPanel(titles[0], keys_before, query_before, anchor),
         PolarPanel(titles[1], keys_after, query_after, anchor),
@@ -130,26 +125,18 @@ def polar_panels(panels: Sequence[PolarPanel], *, head: int | None = None) -> Fi
     entries = 1 if max(map(len, map(style.named, names)), default=0) > 14 else 2  # in a line
     figure = style.new_figure(4.5 * columns, (5.1 + 0.22 * -(-len(names) // entries)) * rows + 0.9)
     figure.set_layout_engine("constrained", wspace=0.08, h_pad=0.12)  # room for angles
-    plots = figure.subplots(rows, columns, squeeze=False, subplot_kw={"projection": "polar"}).flat
-    for panel, shown, axes in zip(panels, views, plots, strict=False):
+    plots = style.panels(figure, len(panels), columns, subplot_kw={"projection": "polar"})
+    for panel, shown, axes in zip(panels, views, plots, strict=True):
         _draw(axes, shown, names, panel.title)
-        style.legend(
-            axes,
-            title="cosine score",
-            title_fontsize=10,
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.1),
-            ncols=entries,
-        )
-    for axes in list(plots):
-        axes.set_visible(False)
+        if shown.points:
+            place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.1)}
+            sizes: dict[str, Any] = {"fontsize": 10, "title_fontsize": 10, "handlelength": 2.2}
+            axes.legend(title="cosine score", ncols=entries, frameon=False, **place, **sizes)
     which = "" if head is None else f" (head {head})"
-    figure.suptitle(
+    style.heading(
+        figure,
         f"Mean keys of the samples around the class query{which}: unit vectors, projected on one\n"
         "plane that contains the query; large: their means. The height is the cosine to the query.",
-        fontsize=11.5,
-        x=0.01,
-        ha="left",
     )
     lines = {"class query": Line2D([], [], color=style.INK, linewidth=2)}
     if any(shown.anchor is not None for shown in views):
@@ -168,10 +155,7 @@ def _draw(axes: PolarAxes, shown: PlaneView, names: Sequence[str], title: str) -
             continue
         color, marker = style.color(i), style.MARKERS[i % len(style.MARKERS)]
         theta, radius = _to_polar(shown.points[name])
-        axes.scatter(
-            theta, radius, s=9, color=color, marker=marker, alpha=0.35, linewidths=0,
-            rasterized=True,
-        )  # fmt: skip
+        style.scatter(axes, theta, radius, s=9, color=color, marker=marker)
         theta, radius = _to_polar(shown.means[name])
         axes.plot([theta, theta], [0, radius], color=color, linewidth=2.2, solid_capstyle="butt")
         axes.plot(

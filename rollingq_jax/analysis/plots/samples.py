@@ -37,17 +37,15 @@ def share_quality_figure(
       tenth of the samples, from lowest to highest quality.
     """
     columns = min(len(arms), 3)
-    rows = -(-len(arms) // columns)
     width = 7.2 if columns == 1 else 4.0 * columns
-    figure = style.new_figure(width, 4.1 * rows + 0.4)
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    panels = grid.flat
-    for (name, (share, quality)), axes in zip(arms.items(), panels, strict=False):
+    figure = style.new_figure(width, 4.1 * -(-len(arms) // columns) + 0.4)
+    panels = style.panels(figure, len(arms), columns, sharex=True, sharey=True)
+    for i, ((name, (share, quality)), axes) in enumerate(zip(arms.items(), panels, strict=True)):
         shown = sorted(share)[0] if modality is None else modality
         contrast, values = metrics.quality_contrast(quality)[shown], np.asarray(share[shown])
         known = np.isfinite(contrast) & np.isfinite(values)
         _scatter(axes, contrast[known], values[known].astype(np.float64))
-        last = axes in grid[:, -1] or axes is list(grid.flat)[len(arms) - 1]
+        last = (i + 1) % columns == 0 or i + 1 == len(arms)  # in its line
         uniform = (even or {}).get(shown, 1 / len(share))
         style.reference_line(axes, uniform, "even\nshare" if last else "")
         label = style.named(shown)
@@ -58,15 +56,11 @@ def share_quality_figure(
             axes,
             title=f"{style.plain(style.shorten(name))}\n{heading}" if name else heading,
             xlabel=f"quality of {label}\nminus that of {minus} (training-set std)",
-            ylabel=f"attention share of\n{label} (0 to 1)" if axes in grid[:, 0] else "",
+            ylabel=f"attention share of\n{label} (0 to 1)" if i % columns == 0 else "",
         )
-    for axes in list(panels):
-        axes.set_visible(False)
-    figure.suptitle(
+    style.heading(
+        figure,
         "Does attention follow quality? A point is a sample, the line the mean of each tenth",
-        fontsize=11.5,
-        x=0.01,
-        ha="left",
     )
     return figure
 
@@ -101,10 +95,12 @@ def noise_figure(
     for column, name in enumerate(names):
         label = style.named(name, int(11 * width / len(names)) - 8)
         for i, runs in enumerate(arms.values()):
-            _noise_line(grid[0, column], runs, name, i, lambda p: shown.scale * p[metric])
+            noised = [point for run in runs for point in run if point["modality"] == name]
+            levels = [float(point["level"]) for point in noised]
+            _noise_line(grid[0, column], levels, [shown.scale * p[metric] for p in noised], i)
             if with_share:
-                share = lambda p, m=name: p.get("attention_share", {}).get(m)  # noqa: E731
-                _noise_line(grid[1, column], runs, name, i, share)
+                shares = [point.get("attention_share", {}).get(name) for point in noised]
+                _noise_line(grid[1, column], levels, shares, i)
         style.style_axes(grid[0, column], title=f"{label} noised")
         style.style_axes(grid[-1, column])
         grid[-1, column].set_xlabel(f"noise in {label}\n(training-set std)", fontsize=10.5)
@@ -116,9 +112,7 @@ def noise_figure(
         for axes, name in zip(grid[1], names, strict=True):
             uniform = (even or {}).get(name, equal)
             style.reference_line(axes, uniform, "even\nshare" if axes is grid[1, -1] else "")
-    figure.suptitle(
-        "What noise in one modality does" + _seeds(arms), fontsize=11.5, x=0.01, ha="left"
-    )
+    style.heading(figure, "What noise in one modality does" + _seeds(arms))
     labels = [style.plain(style.shorten(name)) for name in arms]
     if any(labels):
         style.legend_below(figure, grid[0, 0].lines, labels)
@@ -153,7 +147,7 @@ def attention_scale_figure(
     even = {"0": "0\n(even)", "1": "1\n(as trained)"}
     bottom.set_xticks(places, [even.get(label, label) for label in labels])
     style.legend_below(figure, bottom.lines, [str(line.get_label()) for line in bottom.lines])
-    figure.suptitle("Does attention do good or harm?", fontsize=11.5, x=0.01, ha="left")
+    style.heading(figure, "Does attention do good or harm?")
     return figure
 
 
@@ -169,15 +163,12 @@ def values_figure(predictions: metrics.Predictions, names: Sequence[str] = ()) -
     figure = style.new_figure(4.6 * count, 4.6)
     for k, axes in enumerate(figure.subplots(1, count, squeeze=False)[0]):
         known = np.isfinite(found[:, k])
-        axes.scatter(
-            true[known, k], found[known, k], s=12, color=style.color(0), alpha=0.35, linewidths=0,
-            rasterized=True,
-        )  # fmt: skip
+        style.scatter(axes, true[known, k], found[known, k])
         ends = [f(true[:, k]) for f in (np.min, np.max)]
         axes.plot(ends, ends, color=style.MUTED, linewidth=1)
         title = style.plain(style.shorten(names[k])) if names else f"target {k}" * (count > 1)
         style.style_axes(axes, title=title, xlabel="true value", ylabel="predicted value")
-    figure.suptitle("Predicted and true values, test data", fontsize=11.5, x=0.01, ha="left")
+    style.heading(figure, "Predicted and true values, test data")
     return figure
 
 
@@ -185,36 +176,24 @@ def _scatter(axes: Axes, contrast: Array, share: Array) -> None:
     if not len(contrast):
         style.empty_note(axes, "no example has both")
         return
-    axes.scatter(
-        contrast, share, s=12, color=style.color(0), alpha=0.35, linewidths=0, rasterized=True
-    )
+    style.scatter(axes, contrast, share)
+    from scipy import stats  # most of a second: what draws no such figure does without it
+
     edges = np.unique(np.quantile(contrast, np.linspace(0, 1, 11)))
     if len(edges) > 2:
-        where = np.clip(np.searchsorted(edges, contrast, side="right") - 1, 0, len(edges) - 2)
-        counts = np.bincount(where, minlength=len(edges) - 1)
-        keep = counts > 0
-        x, y = (
-            np.bincount(where, v, len(edges) - 1)[keep] / counts[keep] for v in (contrast, share)
-        )
+        means = stats.binned_statistic(contrast, [contrast, share], bins=edges).statistic
+        x, y = means[:, np.isfinite(means[0])]
         axes.plot(x, y, color=style.color(1), marker="s", markersize=5, linewidth=2)
     axes.set_ylim(-0.02, 1.02)
 
 
-def _noise_line(axes: Axes, runs: Sequence, modality: str, index: int, value: Any) -> None:
+def _noise_line(axes: Axes, levels: Sequence[float], values: Sequence[Any], index: int) -> None:
     by_level: dict[float, list[float]] = {}
-    for run in runs:
-        for point in run:
-            if point["modality"] == modality and is_number(value(point)):
-                by_level.setdefault(float(point["level"]), []).append(float(value(point)))
-    levels = sorted(by_level)
-    mean = np.array([np.mean(by_level[level]) for level in levels])
-    look = style.line_style(index)
-    axes.plot(levels, mean, linewidth=2, markersize=5, **look)
-    if levels and min(len(by_level[level]) for level in levels) > 1:
-        deviation = np.array([np.std(by_level[level], ddof=1) for level in levels])
-        axes.fill_between(
-            levels, mean - deviation, mean + deviation, color=look["color"], alpha=0.16, linewidth=0
-        )
+    for level, value in zip(levels, values, strict=True):
+        if is_number(value):
+            by_level.setdefault(level, []).append(float(value))
+    known = sorted(by_level)
+    style.mean_line(axes, known, [by_level[level] for level in known], index, markersize=5)
 
 
 def _seeds(arms: Mapping[str, Sequence]) -> str:

@@ -17,6 +17,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image
 
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), strongest contrasts first; yellow is
@@ -40,6 +41,19 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def panels(figure: Figure, count: int, columns: int, **options: Any) -> list[Axes]:
+    """So many axes, in lines of `columns`; `options` as of `Figure.subplots`."""
+    grid = figure.subplots(-(-count // columns), columns, squeeze=False, **options).flat
+    for axes in grid[count:]:
+        axes.set_visible(False)
+    return list(grid[:count])
+
+
+def heading(figure: Figure, text: str, **options: Any) -> None:
+    """The figure's title, at its left."""
+    figure.suptitle(text, fontsize=11.5, x=0.01, ha="left", **options)
+
+
 def style_axes(axes: Axes, *, title: str = "", xlabel: str = "", ylabel: str = "") -> None:
     """Quiet frame and grid, readable sizes, a left-aligned title."""
     if axes.name != "polar":
@@ -55,7 +69,7 @@ def style_axes(axes: Axes, *, title: str = "", xlabel: str = "", ylabel: str = "
 
 
 def color(index: int) -> str:
-    """The palette's color of that number, again from the start when it is used up."""
+    """The palette's color of that number, from the start again where it is used up."""
     return PALETTE[index % len(PALETTE)]
 
 
@@ -70,16 +84,49 @@ def line_style(index: int) -> dict[str, Any]:
 
 def plain(text: Any) -> str:
     """Text that matplotlib shows as it is: no mathematics from dollar signs, no hidden labels."""
-    shown = (c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(text))
-    text = "".join(shown)
-    text = text.replace("$", r"\$")
+    text = printable(text, "\n").replace("$", r"\$")
     return " " + text if text.startswith("_") else text
+
+
+def printable(text: Any, kept: str) -> str:
+    """Text with replacements for control characters and the like, but for those that are kept."""
+    return "".join(
+        c if c.isprintable() or c in kept else "\N{REPLACEMENT CHARACTER}" for c in str(text)
+    )
 
 
 def shorten(text: Any, limit: int = 28) -> str:
     """Text of at most `limit` characters, with an ellipsis where something was cut."""
     text = str(text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def scatter(axes: Axes, x: Any, y: Any, **look: Any) -> None:
+    """Many faint points, kept as a picture in vector formats."""
+    options: dict[str, Any] = {"s": 12, "color": color(0)} | look
+    axes.scatter(x, y, alpha=0.35, linewidths=0, rasterized=True, **options)
+
+
+def mean_line(
+    axes: Axes, x: Any, values: Sequence[Sequence[float]], index: int, **options: Any
+) -> Line2D:
+    """The mean of the values at each x, and where there are several each a band of one deviation.
+
+    Args:
+      axes: to draw on.
+      x: `[N]`.
+      values: N sequences, one value a run.
+      index: of `line_style`.
+      options: of `Axes.plot`.
+    """
+    look = line_style(index)
+    mean = np.array([np.mean(runs) for runs in values])
+    (line,) = axes.plot(x, mean, linewidth=2, **look, **options)
+    if min(map(len, values), default=0) > 1:
+        deviation = np.array([np.std(runs, ddof=1) for runs in values])
+        low, high = mean - deviation, mean + deviation
+        axes.fill_between(x, low, high, color=look["color"], alpha=0.16, linewidth=0)
+    return line
 
 
 def even_lines(axes: Axes, even: Mapping[str, float]) -> None:
@@ -99,16 +146,20 @@ def named(modality: str, limit: int = 24) -> str:
 def reference_line(axes: Axes, value: float, label: str = "", color: str = MUTED) -> None:
     """A thin dotted horizontal line, its name in the margin where it cannot cover any data."""
     axes.axhline(value, color=color, linewidth=1, linestyle=(0, (1, 2)), zorder=1.2)
-    axes.annotate(
-        label,
-        (1, value),
-        xycoords=("axes fraction", "data"),
-        xytext=(4, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=9.5,
-        color=color,
-    )
+    note(axes, label, (1, value), (4, 0), color, xycoords=("axes fraction", "data"), va="center")
+
+
+def note(
+    axes: Axes,
+    text: str,
+    place: tuple[float, float],
+    offset: tuple[float, float],
+    color: str,
+    **options: Any,
+) -> None:
+    """Small text at so many points from a place; `options` as of `Axes.annotate`."""
+    options |= {"xytext": offset, "textcoords": "offset points", "fontsize": 9.5, "color": color}
+    axes.annotate(text, place, **options)
 
 
 def signed(value: float, form: str = ".2f") -> str:
@@ -119,13 +170,6 @@ def signed(value: float, form: str = ".2f") -> str:
 def empty_note(axes: Axes, text: str) -> None:
     """Says why a picture is empty instead of showing bare axes."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=MUTED)
-
-
-def legend(axes: Axes, **kwargs: Any) -> None:
-    """A legend without a frame, if there is anything to explain."""
-    if axes.get_legend_handles_labels()[1]:
-        options: dict[str, Any] = {"fontsize": 10, "frameon": False, "handlelength": 2.2}
-        axes.legend(**{**options, **kwargs})
 
 
 def png_bytes(figure: Figure) -> bytes:

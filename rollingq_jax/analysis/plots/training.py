@@ -195,31 +195,22 @@ def accuracy_figure(
     metric = METRICS[score]
     figure = style.new_figure(8.0, 4.2)
     axes = figure.subplots()
-    series: list[tuple[str, str, str, Any, str]] = [(score, "whole model", style.INK, "-", "o")]
+    series: dict[str, tuple[str, dict[str, Any]]] = {
+        score: ("whole model", {"color": style.INK, "linestyle": "-", "marker": "o"})
+    }
     for i, name in enumerate(modalities(rows, f"probe_{score}")):
-        label = f"probe on {style.named(name)} alone"
-        series.append(
-            (
-                f"probe_{score}/{name}",
-                label,
-                style.color(i),
-                (0, (5, 1.6)),
-                style.MARKERS[(i + 1) % len(style.MARKERS)],
-            )
+        marker = style.MARKERS[(i + 1) % len(style.MARKERS)]
+        series[f"probe_{score}/{name}"] = (
+            f"probe on {style.named(name)} alone",
+            {"color": style.color(i), "linestyle": (0, (5, 1.6)), "marker": marker},
         )
     ends = []
-    for field, label, color, dashes, marker in series:
+    for field, (label, look) in series.items():
         x, y = curve(rows, "valid", field)
-        options: dict[str, Any] = {
-            "color": color,
-            "linestyle": dashes,
-            "marker": marker,
-            "markersize": 4,
-        }
-        axes.plot(x, metric.scale * y, label=label, linewidth=2, **options)
-        test = curve(rows, "test", field)
-        if len(test.y):
-            ends.append((metric.scale * test.y[-1], color, marker))
+        axes.plot(x, metric.scale * y, label=label, linewidth=2, markersize=4, **look)
+        test = curve(rows, "test", field).y
+        if len(test):
+            ends.append((metric.scale * test[-1], look["color"], look["marker"]))
     if not axes.lines:
         style.empty_note(axes, "no epoch has been evaluated yet")
     style.style_axes(axes, xlabel="training (epochs)", ylabel=metric.axis)
@@ -249,12 +240,11 @@ def arms_figure(
     if fields is None:
         fields = _default_fields([row for runs in arms.values() for rows in runs for row in rows])
     columns = min(len(fields), 2)
-    lines = -(-len(fields) // columns)
     width = 4.4 * columns + 0.2 if columns > 1 else 6.8  # the title takes that much
-    figure = style.new_figure(width, 3.6 * lines + 0.5)
-    panels = figure.subplots(lines, columns, squeeze=False).flat
+    figure = style.new_figure(width, 3.6 * -(-len(fields) // columns) + 0.5)
+    panels = style.panels(figure, len(fields), columns)
     handles: dict[str, Line2D] = {}  # by the arm's whole name: cut short, two may look alike
-    for (field, label), axes in zip(fields.items(), panels, strict=False):
+    for (field, label), axes in zip(fields.items(), panels, strict=True):
         for i, (name, runs) in enumerate(arms.items()):
             line = _band(axes, [curve(rows, "valid", field) for rows in runs], i)
             if line is not None:
@@ -266,15 +256,10 @@ def arms_figure(
         elif field == "imbalance":
             axes.set_ylim(bottom=0)
         style.style_axes(axes, xlabel="training (epochs)", ylabel=label)
-    for axes in list(panels):
-        axes.set_visible(False)
     seeds = sorted({len(runs) for runs in arms.values()})
     count = "–".join(str(n) for n in (seeds[:1] + seeds[-1:] if len(seeds) > 1 else seeds))
-    figure.suptitle(
-        f"Validation data over training: mean of {count} seeds, band ± 1 standard deviation",
-        fontsize=11.5,
-        x=0.01,
-        ha="left",
+    style.heading(
+        figure, f"Validation data over training: mean of {count} seeds, band ± 1 standard deviation"
     )
     labels = [style.plain(style.shorten(name)) for name in handles]
     style.legend_below(figure, list(handles.values()), labels)
@@ -298,15 +283,9 @@ def _band(axes: Axes, series: Sequence[Curve], index: int) -> Line2D | None:
     if not common:
         return None
     x = np.array(sorted(common))
-    y = np.stack([c.y[np.isin(np.round(c.x, 4), x)] for c in series])
-    look = style.line_style(index)
+    y = np.stack([c.y[np.isin(np.round(c.x, 4), x)] for c in series], axis=1)
     every = max(1, len(x) // 8)
-    (line,) = axes.plot(x, y.mean(0), linewidth=2, markersize=4.5, markevery=every, **look)
-    if len(series) > 1:
-        deviation = y.std(0, ddof=1)
-        low, high = y.mean(0) - deviation, y.mean(0) + deviation
-        axes.fill_between(x, low, high, color=look["color"], alpha=0.16, linewidth=0)
-    return line
+    return style.mean_line(axes, x, y, index, markersize=4.5, markevery=every)
 
 
 def _train_and_valid(
@@ -323,11 +302,8 @@ def _train_and_valid(
 
 def _plain_share(axes: Axes, plain: Sequence[Row], names: Sequence[str]) -> None:
     """The share of the modality that attention without rotations ends up with."""
-    ends = {}
-    for name in names:
-        values = curve(plain, "valid", f"attention_share/{name}").y
-        if len(values):
-            ends[name] = values[-1]
+    shares = {name: curve(plain, "valid", f"attention_share/{name}").y for name in names}
+    ends = {name: share[-1] for name, share in shares.items() if len(share)}
     if ends:
         favored = max(ends, key=lambda name: ends[name])
         color = style.color(names.index(favored))
@@ -340,15 +316,8 @@ def _plain_curve(axes: Axes, plain: Sequence[Row], field: str, color: str) -> No
     if not len(points.x):
         return
     axes.plot(points.x, points.y, color=color, linestyle=(0, (4, 2)), linewidth=2)
-    axes.annotate(
-        "without rotations",
-        (points.x[-1], points.y[-1]),
-        xytext=(0, 6),
-        textcoords="offset points",
-        ha="right",
-        fontsize=9.5,
-        color=color,
-    )
+    end = points.x[-1], points.y[-1]
+    style.note(axes, "without rotations", end, (0, 6), color, ha="right")
 
 
 def _mark_rolls(panels: Sequence[Axes], rolls: Sequence[Roll]) -> None:
@@ -368,16 +337,9 @@ def _mark_rolls(panels: Sequence[Axes], rolls: Sequence[Roll]) -> None:
     gaps = np.diff([roll.epoch for roll in rolls] + [right]) / (right - left)
     for roll, gap in zip(rolls, gaps, strict=True):
         if gap > 0.055 and np.isfinite(roll.angle_degrees):
-            top.annotate(
-                f"{roll.angle_degrees:.0f}°",
-                (roll.epoch, 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(0, 2),  # over the panel, where no curve and no name can be
-                textcoords="offset points",
-                ha="center",
-                fontsize=9.5,
-                color=style.TURN,
-            )
+            # Over the panel, where no curve and no name can be.
+            where, angle = {"xycoords": ("data", "axes fraction")}, f"{roll.angle_degrees:.0f}°"
+            style.note(top, angle, (roll.epoch, 1), (0, 2), style.TURN, ha="center", **where)
 
 
 def _mark_test_values(axes: Axes, ends: Sequence[tuple[float, str, str]], form: str) -> None:
@@ -385,6 +347,8 @@ def _mark_test_values(axes: Axes, ends: Sequence[tuple[float, str, str]], form: 
     if not ends:
         return
     left, right = axes.get_xlim()
+    # The strip is a part of the curves' range: the limits are set at the end, when the ticks that
+    # belong to it are known.
     at = right + 0.02 * (right - left)
     axes.axvspan(right, right + 0.14 * (right - left), color="#f1f1f1", linewidth=0, zorder=0)
     values = np.array([value for value, _, _ in ends])
@@ -447,5 +411,5 @@ def _title_and_legend(axes: Axes, title: str) -> None:
     """The title over the figure, and the legend under it in as many rows as it takes."""
     figure = axes.figure.get_figure(root=True)
     assert figure is not None
-    figure.suptitle(title, fontsize=11.5, color=style.INK, x=0.01, ha="left")
+    style.heading(figure, title, color=style.INK)
     style.legend_below(figure, *axes.get_legend_handles_labels())

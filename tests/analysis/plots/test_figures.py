@@ -72,6 +72,17 @@ def wide_examples():
     return [plots.AttentionExample("true dog\npredicted cat", views)] * 2
 
 
+def network_examples():
+    """A spectrogram and a video that ResNets have read."""
+    rng = np.random.default_rng(0)
+    shapes = {"audio": (64, 96, 1), "video": (2, 64, 96, 3)}
+    views = [
+        plots.ModalityView(name, "resnet18", rng.uniform(size=shape), rng.uniform(size=count))
+        for (name, shape), count in zip(shapes.items(), (7, 13), strict=True)
+    ]
+    return [plots.AttentionExample("true dog\npredicted cat", tuple(views))]
+
+
 three = ("audio", "text", "visual")
 six = ("audio", "depth", "imu", "text", "thermal", "visual")
 long = ("audio_of_the_front_microphone", "text_transcribed_by_a_machine", "visual_of_the_rear")
@@ -151,6 +162,7 @@ FIGURES = {
     "attention": lambda: plots.attention_figure(examples.looking_examples()),
     "attention, other kinds": lambda: plots.attention_figure(wide_examples()),
     "attention, text": lambda: plots.attention_figure(text_examples()),
+    "attention of networks": lambda: plots.attention_figure(network_examples()),
 } | {
     f"{kind} of {count}": functools.partial(draw, names)
     for kind, draw in OF_NAMES.items()
