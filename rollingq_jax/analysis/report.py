@@ -601,7 +601,7 @@ def _pieces(dataset: Dataset, name: str, ids: Array) -> tuple[str, ...]:
     return text_pieces(ids, tokenizer) if text else ()
 
 
-def _noise_lines(example: Mapping[str, Array]) -> Iterator[str]:
+def _noise_lines(example: dict[str, Array]) -> Iterator[str]:
     for name in sorted(example):
         if name.startswith("quality_"):
             modality, noise = name.removeprefix("quality_"), -float(example[name])
@@ -769,10 +769,10 @@ def _tables(result: Mapping[str, Any]) -> Iterator[Table]:
             for m, ways in result["reliance"].items()
             for way, found in ways.items()
         ]
-        words = METRICS[main].words, AGREEMENT[agreement]
+        measured = METRICS[main].words, AGREEMENT[agreement]
         yield Table(
             "Reliance on each modality",
-            ("modality", "is", *words, "follows it", "its share"),
+            ("modality", "is", *measured, "follows it", "its share"),
             rows,
             "Shuffled: taken from another example. Swapped: from an example of another class; "
             "then 'follows it' is the share of predictions of that class. Replaced: by noise.",

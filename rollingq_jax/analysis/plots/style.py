@@ -41,7 +41,7 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def panels(figure: Figure, count: int, columns: int, **options: Any) -> list[Axes]:
+def panels(figure: Figure, count: int, columns: int, **options: Any) -> list[Any]:
     """So many axes, in lines of `columns`; `options` as of `Figure.subplots`."""
     grid = figure.subplots(-(-count // columns), columns, squeeze=False, **options).flat
     for axes in grid[count:]:
@@ -107,15 +107,13 @@ def scatter(axes: Axes, x: Any, y: Any, **look: Any) -> None:
     axes.scatter(x, y, alpha=0.35, linewidths=0, rasterized=True, **options)
 
 
-def mean_line(
-    axes: Axes, x: Any, values: Sequence[Sequence[float]], index: int, **options: Any
-) -> Line2D:
+def mean_line(axes: Axes, x: Any, values: Sequence[Any], index: int, **options: Any) -> Line2D:
     """The mean of the values at each x, and where there are several each a band of one deviation.
 
     Args:
       axes: to draw on.
       x: `[N]`.
-      values: N sequences, one value a run.
+      values: N sequences of numbers, one a run.
       index: of `line_style`.
       options: of `Axes.plot`.
     """

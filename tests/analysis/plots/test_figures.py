@@ -80,7 +80,7 @@ def network_examples():
         plots.ModalityView(name, "resnet18", rng.uniform(size=shape), rng.uniform(size=count))
         for (name, shape), count in zip(shapes.items(), (7, 13), strict=True)
     ]
-    return [plots.AttentionExample("true dog\npredicted cat", tuple(views))]
+    return [plots.AttentionExample("true dog\npredicted cat", tuple(views))] * 2
 
 
 three = ("audio", "text", "visual")
