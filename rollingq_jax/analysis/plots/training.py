@@ -144,7 +144,7 @@ def dynamics_figure(
     elif beta is not None:
         style.reference_line(bottom, beta, f"β = {beta:g}")
     bottom.set_ylim(bottom=min(0.0, bottom.get_ylim()[0]))
-    _mark_rolls([top, bottom], rolls(rows))
+    _mark_rolls([top, bottom], rolls(rows))  # behind the curves, whose range says what has room
     style.style_axes(top, ylabel="attention share\n(sums to 1)")
     style.style_axes(
         bottom, xlabel="training (epochs)", ylabel="imbalance of cosine\nscores (0 to 2)"
@@ -215,6 +215,7 @@ def accuracy_figure(
         style.empty_note(axes, "no epoch has been evaluated yet")
     style.style_axes(axes, xlabel="training (epochs)", ylabel=metric.axis)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    # In this order: the test values widen the range, and whether guesses are near is a part of it.
     _mark_test_values(axes, ends, "{:.1f} %" if metric.percent else "{:.3g}")
     guesses = {"chance": chance, "majority\nclass": majority, "best\nconstant": constant}
     _guesses(axes, guesses, metric.scale)
