@@ -107,7 +107,7 @@ def scatter(axes: Axes, x: Any, y: Any, **look: Any) -> None:
     axes.scatter(x, y, alpha=0.35, linewidths=0, rasterized=True, **options)
 
 
-def mean_line(axes: Axes, x: Any, values: Sequence[Any], index: int, **options: Any) -> Line2D:
+def mean_line(axes: Axes, x: Any, values: Any, index: int, **options: Any) -> Line2D:
     """The mean of the values at each x, and where there are several each a band of one deviation.
 
     Args:
