@@ -16,7 +16,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -74,23 +74,14 @@ class Prepared:
         return f"{counts} sentences in {self.folder}, {len(self.unreadable)} unreadable"
 
 
-@dataclasses.dataclass(frozen=True)
-class CleanSplit:
-    """The sentences of one split that can be used.
+class CleanSplit(NamedTuple):
+    """The sentences of one split that can be used."""
 
-    Attributes:
-      sequences: {modality: float32 [N, L, D]}, real positions first, then zeros.
-      masks: {modality: bool [N, L]}, True where a position is real.
-      labels: float32 [N], from -3 to 3.
-      unreadable: {sentence: what is wrong with it}.
-      without_text: how many were left out because their text is all zero.
-    """
-
-    sequences: dict[str, np.ndarray]
-    masks: dict[str, np.ndarray]
-    labels: np.ndarray
-    unreadable: dict[str, str]
-    without_text: int
+    sequences: dict[str, np.ndarray]  # float32 [N, L, D]: real positions first, then zeros
+    masks: dict[str, np.ndarray]  # bool [N, L], True where a position is real
+    labels: np.ndarray  # float32 [N], from -3 to 3
+    unreadable: dict[str, str]  # {sentence: what is wrong with it}
+    without_text: int  # how many were left out because their text is all zero
 
 
 def prepare(source: str | Path, data_dir: str | Path, *, strict: bool = False) -> Prepared:

@@ -10,11 +10,10 @@ them all alike; evaluation takes evenly spaced ones, so that a test accuracy is 
 """
 
 import csv
-import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -56,20 +55,13 @@ DOWNLOAD = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class ClipName:
+class ClipName(NamedTuple):
     """The parts of a clip's name: ActorID_Sentence_Emotion_Level."""
 
-    clip: str
     actor: str
     sentence: str
     emotion: str
     level: str
-
-    @property
-    def label(self) -> int:
-        """Position of the emotion in `EMOTIONS`."""
-        return LABELS[self.emotion]
 
 
 def prepare(
@@ -102,13 +94,14 @@ def make_recipe(source: Path, fps: int) -> Recipe:
     sounds = _sound_files(source)
     frames = _frame_files(source, fps)
     items = tuple(sorted(sounds.keys() | frames.keys()))
-    ratings = _ratings(source)
+    tables = (source / "processedResults" / "summaryTable.csv", source / "summaryTable.csv")
+    ratings = next((read_ratings(path) for path in tables if path.is_file()), None)
     lists = list_files(source)
     if lists:  # better now than after hours
         select(published_splits(source)[0], dict.fromkeys(items, 0), {}, str(source))
 
     def make(clip: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        name = parse_clip(clip)
+        label = LABELS[parse_clip(clip).emotion]
         if clip not in sounds:
             raise DataError(f"clip {clip!r}: no sound {source / 'AudioWAV' / clip}.wav")
         if clip not in frames:
@@ -124,9 +117,9 @@ def make_recipe(source: Path, fps: int) -> Recipe:
             "clip": clip,
             "audio": spectrogram[..., None],
             "frames": stored,
-            "label": name.label,
+            "label": label,
         }
-        row: dict[str, Any] = {"clip": clip, "label": name.label}
+        row: dict[str, Any] = {"clip": clip, "label": label}
         if ratings is not None:
             row["quality"] = ratings.get(clip, (None, None))
         return record, row
@@ -285,7 +278,7 @@ def parse_clip(name: str) -> ClipName:
             f"clip {name!r}: not a name of CREMA-D, ActorID_Sentence_Emotion_Level, such as "
             "1001_DFA_ANG_XX"
         )
-    clip = ClipName(name, *found.groups())
+    clip = ClipName(*found.groups())
     if clip.emotion not in LABELS:
         raise DataError(f"clip {name!r}: {_unknown(clip.emotion)}")
     return clip
@@ -433,13 +426,6 @@ def select(
             raise DataError(f"{where}: no clip of {split} is readable")
     left_out = sum(map(len, lists.values())) - sum(map(len, numbers.values()))
     return numbers, left_out
-
-
-def _ratings(source: Path) -> dict[str, tuple[float | None, float | None]] | None:
-    for path in (source / "processedResults" / "summaryTable.csv", source / "summaryTable.csv"):
-        if path.is_file():
-            return read_ratings(path)
-    return None
 
 
 def read_ratings(path: Path) -> dict[str, tuple[float | None, float | None]]:

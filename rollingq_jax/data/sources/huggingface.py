@@ -34,12 +34,11 @@ from rollingq_jax.data.dataset import (
     Source,
     check_name,
     check_tags,
-    complete_splits,
     count_classes,
     encode_labels,
 )
 from rollingq_jax.data.options import local_path, mapping_option, option
-from rollingq_jax.data.preprocessing import Preprocessing, evenly_spaced, standardize
+from rollingq_jax.data.preprocessing import evenly_spaced
 from rollingq_jax.data.reading import reading
 from rollingq_jax.data.sources.media_folder import (
     MAX_SECONDS,
@@ -54,6 +53,7 @@ from rollingq_jax.data.sources.media_folder import (
 from rollingq_jax.data.sources.tfds import (
     VALID_NAMES,
     FeatureAdapter,
+    adapted_dataset,
     read_features,
     tensor_adapter,
 )
@@ -103,27 +103,14 @@ def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None)
         split: HuggingFaceSource(table, features, adapters, optional, labels[split])
         for split, table in tables.items()
     }
-    splits, measured = standardize(
-        complete_splits(sources, seed=seed),
-        {
-            name: Preprocessing(
-                adapter.info,
-                adapter.info.shape,
-                adapter.info.dtype,
-                media=_media(available[modalities[name]], sizes),
-            )
-            for name, adapter in adapters.items()
-        },
-        most=sizes.stats_examples,
-        floats=option(config_data, "standardize", True),
-    )
-    return Dataset(
-        splits,
-        {name: one.info for name, one in measured.items()},
-        count_classes(labels, class_names),
-        class_names,
-        f"Hugging Face data set {local_path(path, 'data.path').name}",
-        preprocessing=measured,
+    return adapted_dataset(
+        sources,
+        adapters,
+        config_data,
+        seed=seed,
+        num_classes=count_classes(labels, class_names),
+        class_names=class_names,
+        description=f"Hugging Face data set {local_path(path, 'data.path').name}",
     )
 
 

@@ -11,7 +11,6 @@ from a video is averaged over its channels and resampled to 16 kHz; upstream tak
 at whatever rate its WAV files had.
 """
 
-import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -155,14 +154,39 @@ def _read_fbank(path: Path) -> np.ndarray:
 
 
 def _video_reader(source: Path, fps: int) -> Reader:
-    """(split, name) -> filter bank and frames, from a video found by its name."""
-    index = VideoIndex.of_folder(source, DOWNLOAD)
+    """(split, name) -> filter bank and frames, from the video of the same YouTube id and start.
+
+    Raises:
+      DataError: there are no videos; from the reader, if there is none of that name or more than
+        one.
+    """
+    by_id: dict[str, list[tuple[int | None, Path]]] = {}
+    for path in sorted(source.rglob("*")):
+        if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith("."):
+            youtube_id, start = split_name(path.stem)
+            by_id.setdefault(youtube_id, []).append((start, path))
+    if not by_id:
+        there = ", ".join(sorted(path.name for path in source.iterdir())[:6])
+        raise DataError(
+            f"Kinetics-Sounds, --source {source}: holds neither videos nor train_spec/ but "
+            f"{there}; {DOWNLOAD}"
+        )
 
     def read(split: str, name: str) -> tuple[np.ndarray, list[bytes]]:
-        path = index.find(name)
-        waveform, rate = read_video_audio(path)
+        youtube_id, start = split_name(name)
+        # Test lists and some downloads name no start second; then the id decides.
+        paths = [
+            path
+            for other, path in by_id.get(youtube_id, [])
+            if start is None or other is None or start == other
+        ]
+        if not paths:
+            raise DataError(f"clip {name!r}: no video of that name")
+        if len(paths) > 1:
+            raise DataError(f"duplicate clip {name!r}: {paths[0]} and {paths[1]}")
+        waveform, rate = read_video_audio(paths[0])
         fbank = kinetics_fbank(resample(waveform, rate, FBANK_RATE))
-        return fbank, clip_from_video(path, fps)
+        return fbank, clip_from_video(paths[0], fps)
 
     return read
 
@@ -291,55 +315,6 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     if len(names) != NUM_CLASSES or len(set(names)) != NUM_CLASSES:
         raise DataError(f"{path}: {len(set(names))} different names; allowed: {NUM_CLASSES}")
     return names
-
-
-@dataclasses.dataclass(frozen=True)
-class VideoIndex:
-    """Videos by YouTube id (the first eleven characters of a name) and start second.
-
-    Attributes:
-      by_id: {id: [(start second or None, path)]}.
-    """
-
-    by_id: dict[str, list[tuple[int | None, Path]]]
-
-    @classmethod
-    def of_folder(cls, folder: Path, hint: str) -> "VideoIndex":
-        """All videos under a folder.
-
-        Raises:
-          DataError: there are none; `hint` says where to get them.
-        """
-        by_id: dict[str, list[tuple[int | None, Path]]] = {}
-        for path in sorted(folder.rglob("*")):
-            if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith("."):
-                youtube_id, start = split_name(path.stem)
-                by_id.setdefault(youtube_id, []).append((start, path))
-        if not by_id:
-            there = ", ".join(sorted(path.name for path in folder.iterdir())[:6])
-            raise DataError(
-                f"Kinetics-Sounds, --source {folder}: holds neither videos nor train_spec/ but "
-                f"{there}; {hint}"
-            )
-        return cls(by_id)
-
-    def find(self, name: str) -> Path:
-        """The video of a listed clip; where either has no start second, the id decides.
-
-        Raises:
-          DataError: there is none, or more than one.
-        """
-        youtube_id, start = split_name(name)
-        paths = [
-            path
-            for other, path in self.by_id.get(youtube_id, [])
-            if start is None or other is None or start == other
-        ]
-        if not paths:
-            raise DataError(f"clip {name!r}: no video of that name")
-        if len(paths) > 1:
-            raise DataError(f"duplicate clip {name!r}: {paths[0]} and {paths[1]}")
-        return paths[0]
 
 
 def split_name(name: str) -> tuple[str, int | None]:

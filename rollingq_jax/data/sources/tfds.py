@@ -24,6 +24,7 @@ the namespaces (`huggingface:`) and arguments that TFDS allows in them.
 """
 
 import functools
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -119,7 +120,7 @@ def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None)
 
     Raises:
       DataError: TFDS does not know the name, the data are not prepared, need TensorFlow, or name
-        code of their own; a feature is missing or of a adapter that cannot be used.
+        code of their own; a feature is missing or of a kind that cannot be used.
       ConfigError: `features` is missing or malformed.
     """
     builder = _open_builder(config_data)
@@ -142,21 +143,34 @@ def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None)
         split: TfdsSource(builder, instruction, features, adapters, num_classes)
         for split, instruction in _splits(config_data, builder, "group" in features).items()
     }
+    return adapted_dataset(
+        splits,
+        adapters,
+        config_data,
+        seed=seed,
+        num_classes=num_classes,
+        class_names=tuple(available[features["label"]].names),
+        description=f"TFDS {builder.info.full_name}",
+    )
+
+
+def adapted_dataset(
+    sources: Mapping[str, Source],
+    adapters: Mapping[str, FeatureAdapter],
+    config_data: Any,
+    *,
+    seed: int,
+    **about: Any,
+) -> Dataset:
+    """The data set, standardized, with the splits that are missing; `about` is its other fields."""
     splits, measured = standardize(
-        complete_splits(splits, seed=seed),
+        complete_splits(sources, seed=seed),
         {n: Preprocessing(f.info, f.info.shape, f.info.dtype) for n, f in adapters.items()},
         most=option(config_data, "stats_examples", 256, minimum=1),
         floats=option(config_data, "standardize", True),
     )
-    class_names = tuple(available[features["label"]].names)
-    return Dataset(
-        splits,
-        {name: one.info for name, one in measured.items()},
-        num_classes,
-        class_names,
-        f"TFDS {builder.info.full_name}",
-        preprocessing=measured,
-    )
+    infos = {name: one.info for name, one in measured.items()}
+    return Dataset(splits, infos, preprocessing=measured, **about)
 
 
 def open_tfds(
@@ -579,25 +593,15 @@ def _find_prepared(wanted: TfdsName, folder: str) -> Path | None:
 
     for data_dir in file_utils.list_data_dirs(folder or None):
         root = Path(data_dir) / wanted.name
-        if not _is_dir(root):
+        if not os.path.isdir(root):  # nor where the folder may not be entered
             continue
         config = wanted.config or ("" if list_all_versions(root) else _default_config(wanted, root))
         for version in reversed(list_all_versions(root / config)):
             place = root / config / str(version)
-            if _matches(version, wanted.version) and (place / "features.json").exists():
+            fits = wanted.version is None or version.match(wanted.version)
+            if fits and (place / "features.json").exists():
                 return place
     return None
-
-
-def _matches(version: Any, wanted: str | None) -> bool:
-    return wanted is None or version.match(wanted)
-
-
-def _is_dir(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:
-        return False
 
 
 def _default_config(wanted: TfdsName, root: Path) -> str:
