@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 from etils import epath
 
 from rollingq_jax.data.dataset import TASKS
-from rollingq_jax.errors import ConfigError, did_you_mean
+from rollingq_jax.errors import ConfigError, DataError, did_you_mean
 
 T = TypeVar("T")
 
@@ -285,6 +285,19 @@ def local_path(text: str, field: str) -> Path:
             "and, as data.path, .npz files and folders of .npy files)"
         )
     return Path(text).expanduser()
+
+
+def given_path(config_data: Any, wanted: str) -> Path:
+    """The local path in the field `path`, which has to be given.
+
+    Raises:
+      DataError: it is not; the message says what is `wanted`.
+      ConfigError: as `local_path`.
+    """
+    path = option(config_data, "path", "")
+    if not path:
+        raise DataError(f"data.path: not given; {wanted}")
+    return local_path(path, "data.path")
 
 
 def array_path(text: str, field: str) -> Path | epath.Path:

@@ -465,10 +465,9 @@ def _make_modality(
         value is NaN or infinite, or a token id is out of range.
     """
     train = arrays["train"]
-    _check_array(f"train/{name}", train, train.shape[1:], f"train/{name}")
-    kind = kind or infer_kind(train.shape[1:], _plain(train[:0]).dtype, f"train/{name}")
     for split, array in arrays.items():
-        _check_array(f"{split}/{name}", array, train.shape[1:], f"train/{name}")
+        _check_array(split, name, array, train.shape[1:])
+    kind = kind or infer_kind(train.shape[1:], _plain(train[:0]).dtype, f"train/{name}")
     raw_shape = train.shape[1:]
     shape, _ = fit_shape(name, raw_shape, kind)
     # One that holds every split's, in this machine's byte order: another one is a matter of files.
@@ -496,15 +495,16 @@ def _make_modality(
     return Preprocessing(standard, raw_shape, raw_dtype, center, scale)
 
 
-def _check_array(key: str, array: np.ndarray, shape: tuple[int, ...], reference: str) -> None:
+def _check_array(split: str, name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
     """Shape as in the training split, no empty axis, a numeric dtype."""
+    key = f"{split}/{name}"
     dtype = _plain(array[:0]).dtype
     if dtype.kind not in "biuf":
         hint = _NO_NUMBERS.get(dtype.kind, "")
         raise DataError(f"{key}: dtype {dtype}; allowed: integer, float or boolean{hint}")
     if array.shape[1:] != shape:
         raise DataError(
-            f"{key}: examples of shape {list(array.shape[1:])}, but {list(shape)} in {reference}; "
+            f"{key}: examples of shape {list(array.shape[1:])}, but {list(shape)} in train/{name}; "
             "all splits need the same shape (pad or crop them)"
         )
     if 0 in array.shape:
@@ -546,8 +546,8 @@ def _largest_token(key: str, array: np.ndarray) -> int:
     """The largest token id, after the range has been checked."""
     if array.dtype.kind not in "iu":
         raise DataError(f"{key}: dtype {array.dtype}; allowed for token ids: integers")
-    low = min(int(block.min()) for _, block in _blocks(array))
-    high = max(int(block.max()) for _, block in _blocks(array))
+    bounds = [(int(block.min()), int(block.max())) for _, block in _blocks(array)]
+    low, high = min(least for least, _ in bounds), max(most for _, most in bounds)
     if low < 0 or high >= MAX_VOCABULARY:
         raise DataError(
             f"{key}: integers from {low} to {high} cannot be token ids (0 to {MAX_VOCABULARY - 1}, "

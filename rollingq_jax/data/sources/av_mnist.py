@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rollingq_jax.data.dataset import Dataset
-from rollingq_jax.data.options import local_path, option
+from rollingq_jax.data.options import given_path, option
 from rollingq_jax.data.reading import reading
 from rollingq_jax.data.sources.arrays import from_arrays
 from rollingq_jax.errors import DataError
@@ -31,10 +31,7 @@ def load(config_data: Any, *, seed: int) -> Dataset:
     Raises:
       DataError: a file is missing, damaged or of another shape.
     """
-    path = option(config_data, "path", "")
-    if not path:
-        raise DataError("data.path: not given; the folder avmnist, with image/ and audio/")
-    root = local_path(path, "data.path")
+    root = given_path(config_data, "the folder avmnist, with image/ and audio/")
     arrays: dict[str, np.ndarray] = {}
     for split in ("train", "test"):
         columns = {"label": _read(root / f"{split}_labels.npy").astype(np.int64)}

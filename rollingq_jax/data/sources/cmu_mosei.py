@@ -28,7 +28,7 @@ from rollingq_jax.data.dataset import (
     ModalityInfo,
     Source,
 )
-from rollingq_jax.data.options import choice, local_path, option
+from rollingq_jax.data.options import choice, given_path, option
 from rollingq_jax.data.preprocessing import Preprocessing
 from rollingq_jax.data.restricted_pickle import load_pickle
 from rollingq_jax.data.sources.arrays import RawArraySource
@@ -353,10 +353,7 @@ def load(config_data: Any, *, seed: int) -> Dataset:
       ConfigError: a field has the wrong type or value.
     """
     del seed
-    path = option(config_data, "path", "")
-    if not path:
-        raise DataError("data.path: not given; the --data_dir that CMU-MOSEI was prepared into")
-    folder = local_path(path, "data.path") / NAME
+    folder = given_path(config_data, "the --data_dir that CMU-MOSEI was prepared into") / NAME
     info = _read_info(folder)
     modalities = tuple(sorted(set(option(config_data, "modalities", ()) or MODALITIES)))
     if unknown := [name for name in modalities if name not in MODALITIES]:

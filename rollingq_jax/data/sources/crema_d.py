@@ -19,7 +19,7 @@ import numpy as np
 
 from rollingq_jax.data.audio import log_stft, read_audio, resample, tile
 from rollingq_jax.data.dataset import SPLITS, Dataset, Source, Subset, with_valid
-from rollingq_jax.data.options import choice, local_path, option
+from rollingq_jax.data.options import choice, given_path, local_path, option
 from rollingq_jax.data.records import (
     ClipSource,
     Recipe,
@@ -213,11 +213,9 @@ def load(config_data: Any, *, seed: int) -> Dataset:
       ConfigError: a field has the wrong type or value.
     """
     del seed
-    path = option(config_data, "path", "")
-    if not path:
-        raise DataError("data.path: not given; the --data_dir that CREMA-D was prepared into")
+    path = given_path(config_data, "the --data_dir that CREMA-D was prepared into")
     records = open_records(
-        local_path(path, "data.path") / NAME,
+        path / NAME,
         f"prepare it: python -m rollingq_jax.prepare crema_d --source CREMA-D --data_dir {path}",
     )
     rows = records.rows

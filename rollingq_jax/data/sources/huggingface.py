@@ -37,7 +37,7 @@ from rollingq_jax.data.dataset import (
     count_classes,
     encode_labels,
 )
-from rollingq_jax.data.options import local_path, mapping_option, option
+from rollingq_jax.data.options import given_path, mapping_option
 from rollingq_jax.data.preprocessing import evenly_spaced
 from rollingq_jax.data.reading import reading
 from rollingq_jax.data.sources.media_folder import (
@@ -74,10 +74,8 @@ def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None)
       DataError: the package `datasets`, the folder or a feature is missing, or cannot be used.
       ConfigError: `features` is missing or malformed.
     """
-    path = option(config_data, "path", "")
-    if not path:
-        raise DataError("data.path: not given; a folder that `save_to_disk` of datasets wrote")
-    tables = _open(str(local_path(path, "data.path")))
+    path = given_path(config_data, "a folder that `save_to_disk` of datasets wrote")
+    tables = _open(str(path))
     available = tables["train"].features
     features, modalities = read_features(config_data, available)
     tables = {split: _undecoded(table, modalities.values()) for split, table in tables.items()}
@@ -88,7 +86,7 @@ def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None)
     adapters = {
         check_name(name, "data.features"): _make_adapter(
             name, feature, tables["train"], kind_of.get(name), sizes, config_data
-        )
+        )._replace(media=_media(available[feature], sizes))
         for name, feature in modalities.items()
     }
     optional = {
@@ -110,7 +108,7 @@ def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None)
         seed=seed,
         num_classes=count_classes(labels, class_names),
         class_names=class_names,
-        description=f"Hugging Face data set {local_path(path, 'data.path').name}",
+        description=f"Hugging Face data set {path.name}",
     )
 
 

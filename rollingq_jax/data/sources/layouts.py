@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rollingq_jax.data.dataset import Dataset
-from rollingq_jax.data.options import local_path, option
+from rollingq_jax.data.options import given_path, option
 from rollingq_jax.data.reading import reading
 from rollingq_jax.data.sources.crema_d import LABELS, read_rows, read_split_list
 from rollingq_jax.data.sources.kinetics_sounds import FRAMES, SPECTROGRAMS, read_list
@@ -72,10 +72,8 @@ def load(config_data: Any, *, seed: int) -> Dataset:
         its files.
       ConfigError: a field has the wrong type or value.
     """
-    name, path = option(config_data, "name", ""), option(config_data, "path", "")
-    if not path:
-        raise DataError(f"data.path: not given; the folder that holds {name}")
-    root = local_path(path, "data.path")
+    name = option(config_data, "name", "")
+    root = given_path(config_data, f"the folder that holds {name}")
     listing = READERS[name](root)
     wanted = option(config_data, "modalities", ()) or tuple(listing.types)
     if odd := [m for m in wanted if m not in listing.types]:

@@ -92,7 +92,7 @@ from rollingq_jax.data.dataset import (
     read_labels,
     split_names,
 )
-from rollingq_jax.data.options import choice, local_path, mapping_option, option
+from rollingq_jax.data.options import choice, given_path, mapping_option, option
 from rollingq_jax.data.preprocessing import Preprocessing, evenly_spaced, standardize
 from rollingq_jax.data.reading import HEAD, check_lfs_pointer, reading
 from rollingq_jax.data.restricted_pickle import load_pickle
@@ -266,11 +266,8 @@ def load(config_data: Any, *, seed: int) -> Dataset:
         when its example is read, or here if it is among those that statistics are taken from.
       ConfigError: a field has the wrong type or value.
     """
-    path = option(config_data, "path", "")
-    if not path:
-        raise DataError("data.path: not given; a manifest (.csv, .tsv or .jsonl) or its folder")
     manifest = read_manifest(
-        local_path(path, "data.path"),
+        given_path(config_data, "a manifest (.csv, .tsv or .jsonl) or its folder"),
         columns=mapping_option(config_data, "columns"),
         modalities=option(config_data, "modalities", ()),
     )
@@ -609,17 +606,15 @@ def _saved_form(one: Preprocessing) -> FileForm:
         )
     try:
         sizes = dict(one.media)
-        type_ = str(sizes.pop("type"))
-        form = FileForm(type_, MediaSizes(**sizes), tuple(one.raw_shape))
-        fits = form.example == (tuple(one.raw_shape), one.raw_dtype)
+        form = FileForm(str(sizes.pop("type")), MediaSizes(**sizes), tuple(one.raw_shape))
+        if form.example == (tuple(one.raw_shape), one.raw_dtype):
+            return form
     except (KeyError, TypeError, ValueError):
-        fits = False
-    if not fits:
-        raise DataError(
-            f"modality {name!r}: how its files are read cannot be told from the run's record "
-            f"({str(dict(one.media))[:200]})"
-        )
-    return form
+        pass  # fields of another version, or a damaged record
+    raise DataError(
+        f"modality {name!r}: how its files are read cannot be told from the run's record "
+        f"({str(dict(one.media))[:200]})"
+    )
 
 
 def _is_video(path: Path | str) -> bool:

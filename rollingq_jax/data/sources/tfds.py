@@ -67,10 +67,11 @@ _NAME = re.compile(
 
 
 class FeatureAdapter(NamedTuple):
-    """A modality, and what makes its fields of an example from a record's value."""
+    """A modality, what makes its fields of an example from a record's value, and of what files."""
 
     info: ModalityInfo
     convert: Callable[[Any], Example]
+    media: Mapping[str, Any] | None = None  # as `Preprocessing.media`
 
 
 class TfdsName(NamedTuple):
@@ -165,7 +166,10 @@ def adapted_dataset(
     """The data set, standardized, with the splits that are missing; `about` is its other fields."""
     splits, measured = standardize(
         complete_splits(sources, seed=seed),
-        {n: Preprocessing(f.info, f.info.shape, f.info.dtype) for n, f in adapters.items()},
+        {
+            name: Preprocessing(one.info, one.info.shape, one.info.dtype, media=one.media)
+            for name, one in adapters.items()
+        },
         most=option(config_data, "stats_examples", 256, minimum=1),
         floats=option(config_data, "standardize", True),
     )
@@ -548,10 +552,13 @@ def _open_builder(config_data: Any, path: str = "") -> Any:
     )
     try:
         import tensorflow_datasets as tfds
+        from tensorflow_datasets.core import naming
 
-        name = _parse_name(text)
-        if name is None:
+        found = _NAME.fullmatch(text)
+        if not found:
             raise DataError(f"{unknown} (a name, name/config or name/config:1.2.3)")
+        snake = naming.camelcase_to_snakecase(found["name"])
+        name = TfdsName(snake, found["config"], found["version"])
         if place := _find_prepared(name, folder):
             return open_prepared(place)
         chosen = {"config": name.config, "version": name.version, "data_dir": folder or None}
@@ -565,17 +572,6 @@ def _open_builder(config_data: Any, path: str = "") -> Any:
     except Exception as error:  # an unknown name, a malformed one, metadata that cannot be read
         reason = " ".join(str(error).split()).split(" Available datasets:")[0]
         raise DataError(f"{unknown} ({reason[:200]})") from None
-
-
-def _parse_name(text: str) -> TfdsName | None:
-    """`my_set`, `my_set/config`, `my_set:1.2.3` or `my_set:1.*.*`; None for other adapters."""
-    from tensorflow_datasets.core import naming
-
-    found = _NAME.fullmatch(text)
-    if not found:
-        return None
-    name = naming.camelcase_to_snakecase(found["name"])
-    return TfdsName(name, found["config"], found["version"])
 
 
 def _find_prepared(wanted: TfdsName, folder: str) -> Path | None:
