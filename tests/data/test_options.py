@@ -33,7 +33,10 @@ MODULES = {
 }
 SIZES = {field.name: field.default for field in dataclasses.fields(MediaSizes)}
 # Read by functions of other loaders.
-BORROWED = {"huggingface": {*SIZES, "features", "sequence_length", "vocab_size"} - {"video_frames"}}
+BORROWED = {
+    "huggingface": {*SIZES, "features", "sequence_length", "standardize", "vocab_size"}
+    - {"video_frames"}
+}
 
 
 def read_in(module):

@@ -465,10 +465,11 @@ def _make_modality(
         value is NaN or infinite, or a token id is out of range.
     """
     train = arrays["train"]
-    for split, array in arrays.items():
-        _check_array(split, name, array, train.shape[1:])
+    _check_array("train", name, train, train.shape[1:])
     kind = kind or infer_kind(train.shape[1:], _plain(train[:0]).dtype, f"train/{name}")
     raw_shape = train.shape[1:]
+    for split, array in arrays.items():
+        _check_array(split, name, array, raw_shape)
     shape, _ = fit_shape(name, raw_shape, kind)
     # One that holds every split's, in this machine's byte order: another one is a matter of files.
     raw_dtype = str(np.result_type(*(_plain(array[:0]).dtype for array in arrays.values())))
