@@ -211,6 +211,7 @@ def from_arrays(
         }
         for tag in ("group", "id")
     }
+    # Labels and tags are small; all else is unpacked once it is known to be used and to fit.
     check_memory(array for of_split in stored.values() for array in of_split.values())
     splits = {
         split: {key: unpacked(array) for key, array in of_split.items()}
@@ -239,7 +240,7 @@ def from_arrays(
     asked = [[name, kind_of.get(name), list(shapes[name])] for name in names]
     measured = keep([standardize, asked], measure)
     for name in names:
-        if name not in kind_of:
+        if name not in kind_of:  # who has said what it is needs no advice
             warn_suspicious_shape(measured[name].info)
     _check_mask_use(masks, measured)
     sources: dict[str, Source] = {
@@ -480,6 +481,8 @@ def _make_modality(
             ModalityInfo(name, kind, shape, "int32", vocab_size=size), raw_shape, raw_dtype
         )
 
+    # In blocks, since a mapped array may be larger than memory; every split's values are checked,
+    # and those of training only are measured.
     stats = RunningStats(shape[-1])
     for split, array in arrays.items():
         for values in _checked_blocks(f"{split}/{name}", array, masks.get(split)):

@@ -89,6 +89,7 @@ def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None)
         )._replace(media=_media(available[feature], sizes))
         for name, feature in modalities.items()
     }
+    # Over all splits: a mask is in every split or in none, since the batches' fields must agree.
     optional = {
         name
         for name, feature in modalities.items()

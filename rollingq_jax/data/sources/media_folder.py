@@ -453,6 +453,7 @@ def open_tokenizer(tokenizer: str, length: int = 0) -> Any:
         raise ConfigError(
             f"data.text_length is {length}; allowed with this tokenizer: at least {special + 1}"
         )
+    # A tokenizer.json brings its own padding and truncation; the length is the data's to choose.
     made.no_padding()
     made.enable_truncation(length) if length else made.no_truncation()
     return made
@@ -838,6 +839,7 @@ def read_manifest(
     if path.is_dir():
         found = [path / f"manifest{suffix}" for suffix in MANIFEST_SUFFIXES]
         path = next((candidate for candidate in found if candidate.is_file()), found[0])
+    # Which character stands between cells is told by the names that the header then has.
     known = {*SPECIAL, *(columns or {}).values()}
     records, decimal_comma = _read_records(path, _read_text(path), known)
     if not records:
