@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -485,6 +486,21 @@ def test_of_an_error_less_is_better():
     assert results.verdict("test_mae", line) == "a gain"
     said = results.conclude(table, None, "attention", "concat", 5)
     assert "Test MAE against attention (1.200" in said and "5 won and 0 lost: a gain" in said
+
+
+def test_compiled_programs_are_kept_in_the_folder_unless_the_user_has_another(tmp_path):
+    name = "jax_compilation_cache_dir"
+    before = getattr(jax.config, name)  # tests have one
+    with runs.compiled_programs(tmp_path / "unused"):
+        assert getattr(jax.config, name) == before
+    jax.config.update(name, None)
+    try:
+        with runs.compiled_programs(tmp_path / "compiled"):
+            jax.jit(lambda x: 3 * x + len(name))(np.float32(1))
+        assert getattr(jax.config, name) is None
+    finally:
+        jax.config.update(name, before)
+    assert list((tmp_path / "compiled").iterdir()) and not (tmp_path / "unused").exists()
 
 
 def test_damaged_files_are_named(tmp_path):
