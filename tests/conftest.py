@@ -34,17 +34,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Of the slow suite and of the faults, longest first. `--dist=loadfile` gives a file to one process:
 # a long one that began last would leave the others idle.
 LONGEST = (
-    "test_whole_runs.py",
     "test_layouts.py",
-    "test_compare.py",
+    "test_whole_runs.py",
     "test_loop.py",
+    "test_compare.py",
     "test_resume.py",
-    "test_examples.py",
-    "test_task_runs.py",
     "test_explicit_axes.py",
+    "test_right_answers.py",
+    "test_task_runs.py",
     "test_kills.py",
-    "test_damage.py",
     "test_signals.py",
+    "test_damage.py",
     "test_killed_comparison.py",
 )
 
