@@ -101,10 +101,9 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         raise DataError(f"{path} has suffix {path.suffix!r}; allowed: {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise DataError(f"{path} is not a file")
-    read = {".npz": _read_npz, ".safetensors": _read_safetensors}.get(path.suffix, _read_torch)
     library = _library(path.suffix)
     try:
-        tensors = read(path, library)
+        tensors = _read(path, library)
     except pickle.UnpicklingError as error:  # its own message advises to load without safety
         raise DataError(
             f"{path} is damaged, or holds more than tensors, which is not read"
@@ -125,8 +124,7 @@ def load_tensor(path: Path) -> np.ndarray:
     Raises:
       DataError: PyTorch is missing or too old, or the file holds something else.
     """
-    value = _read_torch(path, _library(".pt"))
-    return _as_array(path, "a tensor", value)
+    return _as_array(path, "a tensor", _read(path, _library(".pt")))
 
 
 def _library(suffix: str) -> Any:
@@ -143,30 +141,22 @@ def _library(suffix: str) -> Any:
             f"pip install {install}, or convert the file to .npz"
         ) from error
     if name == "torch":
-        _check_torch(str(library.__version__))
+        version = str(library.__version__)
+        if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < TORCH_AT_LEAST:
+            raise DataError(
+                f"torch is {version}; allowed: 2.6 or later, whose weights_only loading runs no "
+                "code from the file"
+            )
     return library
 
 
-def _check_torch(version: str) -> None:
-    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-    if numbers < TORCH_AT_LEAST:
-        raise DataError(
-            f"torch is {version}; allowed: 2.6 or later, whose weights_only loading runs no code "
-            "from the file"
-        )
-
-
-def _read_npz(path: Path, numpy: Any) -> Mapping[str, Any]:
-    with numpy.load(path, allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}
-
-
-def _read_safetensors(path: Path, library: Any) -> Mapping[str, Any]:
-    return library.load_file(path)
-
-
-def _read_torch(path: Path, torch: Any) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
+def _read(path: Path, library: Any) -> Any:
+    if path.suffix == ".npz":
+        with library.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    if path.suffix == ".safetensors":
+        return library.load_file(path)
+    return library.load(path, map_location="cpu", weights_only=True)
 
 
 def _as_array(path: Path, name: Any, value: Any) -> np.ndarray:

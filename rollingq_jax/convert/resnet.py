@@ -4,12 +4,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from rollingq_jax.convert.files import load_state_dict
-from rollingq_jax.convert.vit import VitReport
+from rollingq_jax.convert.vit import VitReport, replaced
 from rollingq_jax.errors import DataError
 
 STEM = "conv1.weight"
@@ -67,13 +66,13 @@ def load_resnet(
     tensors = {n: x for n, x in load_state_dict(path).items() if not n.endswith(COUNTER)}
     ours = {"params": params, "batch_stats": batch_stats}
     leaves = traverse_util.flatten_dict(ours, sep="/")
-    encoders = sorted(batch_stats)
-    if not encoders:
+    if not batch_stats:
         raise DataError(f"{path} is a ResNet-18; no encoder of the model is of kind resnet18")
     new: dict[str, np.ndarray] = {}
     reshaped = {}
-    for encoder in encoders:
-        for name, value in _converted(path, tensors).items():
+    converted = _converted(path, tensors)
+    for encoder in sorted(batch_stats):
+        for name, value in converted.items():
             collection, _, rest = name.partition("/")
             target = f"{collection}/{encoder}/{rest}"
             if rest == "embed/conv/kernel" and leaves[target].shape[2] == 1:
@@ -87,14 +86,8 @@ def load_resnet(
         lacking = sorted(n for n in needed - set(new) if "/project/" not in n)
         if lacking:
             raise DataError(f"{path} has nothing for {lacking[0]}; allowed: a whole ResNet-18")
-    arrays = {name: jnp.array(value, jnp.float32) for name, value in new.items()}
-    whole = traverse_util.unflatten_dict({**leaves, **arrays}, sep="/")
-    report = VitReport(
-        loaded=tuple(sorted(set(new) - set(reshaped))),
-        reshaped=reshaped,
-        left=tuple(sorted(set(leaves) - set(new))),
-        unused=tuple(n for n in HEAD if n in tensors),
-    )
+    unused = tuple(name for name in HEAD if name in tensors)
+    whole, report = replaced(leaves, new, reshaped, unused)
     return whole["params"], whole["batch_stats"], report
 
 

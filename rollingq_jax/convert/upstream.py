@@ -10,9 +10,11 @@ is not part of the state dict; here it is always returned, and applied where it 
 """
 
 import logging
+import math
 import re
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import statistics
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -22,6 +24,7 @@ from jax import Array
 
 from rollingq_jax.errors import ConfigError, DataError, UserError
 from rollingq_jax.models import build_model
+from rollingq_jax.models.spec import MBT_HEADS
 
 CREMA_D, KINETICS_SOUNDS = "CREMAD", "KineticSound"
 DATASETS = {
@@ -39,7 +42,6 @@ FRAME_TOKENS = (FRAME_SIZE // PATCH_SIZE) ** 2
 MODALITIES = ("audio", "visual")
 UNIMODAL = {"uni_A": "audio", "audio": "audio", "uni_V": "visual", "visual": "visual"}
 STATIC = ("sum", "concat", "film", "gated")
-MBT_HEADS = ("attention", "concat", "sum")
 ENCODERS = {
     "audio": {"kind": "spectrogram", "patch": (PATCH_SIZE, PATCH_SIZE)},
     "visual": {"kind": "video", "patch": (1, PATCH_SIZE, PATCH_SIZE)},
@@ -62,10 +64,32 @@ KERNELS = {  # upstream's patch kernels: channel first
     "visual": (3, 1, PATCH_SIZE, PATCH_SIZE),
 }
 
-log = logging.getLogger(__name__)
+# Modules of a block and of the fusions: upstream's name, our path, and the weight's shape there.
+BLOCK = (
+    ("norm1", "norm1", "d"),
+    ("attn.qkv", "attention/qkv", "3d", "d"),
+    ("attn.proj", "attention/out", "d", "d"),
+    ("norm2", "norm2", "d"),
+    ("mlp.fc1", "mlp/fc1", "4d", "d"),
+    ("mlp.fc2", "mlp/fc2", "d", "4d"),
+)
+FUSIONS = {  # {} stands for a modality
+    "attention": (
+        ("attn.w_qs", "query", "d", "d"),
+        ("attn.w_ks", "key", "d", "d"),
+        ("attn.w_vs", "value", "d", "d"),
+        ("attn.fc", "out", "d", "d"),
+        ("FC", "head", "C", "d"),
+    ),
+    "concat": (("fc_out", "head", "C", "2d"),),
+    "sum": (("fc_{}", "head_{}", "C", "d"),),
+    "film": (("fc", "film", "2d", "d"), ("fc_out", "head", "C", "d")),
+    "gated": (("fc_{}", "in_{}", "d", "d"), ("fc_out", "head", "C", "d")),
+}
+# Projections with an axis of heads here; upstream has one head.
+HEADS = ("fusion/query/", "fusion/key/", "fusion/value/")
 
-Path = tuple[str, ...]
-Template = tuple[int | str, ...]
+log = logging.getLogger(__name__)
 
 
 def upstream_model(
@@ -226,14 +250,14 @@ def from_upstream(
     for tensor in table:
         array = arrays[tensor.name]
         _check_shape(tensor, array.shape, sizes, audio_shape)
-        leaves[tensor.path] = jnp.array(LAYOUTS[tensor.layout].ours(array))
-    params = traverse_util.unflatten_dict(leaves)
+        leaves[tensor.path] = jnp.array(_to_ours(tensor, array))
+    params = traverse_util.unflatten_dict(leaves, sep="/")
     if dropped:
         log.info("dropped tensors that upstream never uses: %s", ", ".join(dropped))
     if variant.fusion != "attention":
         return params, None
     rotation = arrays[ROTATION]
-    _check_shape(Tensor(ROTATION, (), "plain", ("d", "d")), rotation.shape, sizes, None)
+    _check_shape(Tensor(ROTATION, "", ("d", "d")), rotation.shape, sizes, None)
     return params, jnp.array(rotation[None])
 
 
@@ -270,21 +294,21 @@ def to_upstream(params: Mapping[str, Any], rotation: Any = None) -> dict[str, np
     leaves = traverse_util.flatten_dict(params, sep="/")
     variant = _detect_in_params(params)
     table = _tensors(variant)
-    _check_names(("/".join(tensor.path) for tensor in table), leaves, "parameters")
+    _check_names((tensor.path for tensor in table), leaves, "parameters")
     dim = leaves[f"encoder_{variant.modalities[0]}/cls"].shape[-1]
-    sizes = _multiples(dim) | {"C": leaves[_head(variant)].shape[-1]}
+    head = next(tensor.path for tensor in table if tensor.shape[0] == "C")
+    sizes = _multiples(dim) | {"C": leaves[head].shape[-1]}
     sizes |= {f"L_{m}": leaves[f"encoder_{m}/position"].shape[0] for m in variant.modalities}
     state = {}
     for tensor in table:
-        path, layout = "/".join(tensor.path), LAYOUTS[tensor.layout]
-        array = np.array(leaves[path], dtype=np.float32)
+        array = np.array(leaves[tensor.path], dtype=np.float32)
         shape = tuple(s if isinstance(s, int) else sizes[s] for s in tensor.shape)
-        expected = layout.ours(np.zeros(shape, np.float32)).shape
+        expected = _our_shape(tensor, shape)
         if array.shape != expected:
             raise DataError(
-                f"{path} has shape {array.shape}; upstream's {tensor.name} needs {expected}"
+                f"{tensor.path} has shape {array.shape}; upstream's {tensor.name} needs {expected}"
             )
-        state[tensor.name] = np.ascontiguousarray(layout.theirs(array, shape))
+        state[tensor.name] = np.ascontiguousarray(_to_theirs(tensor, array, shape))
     if variant.fusion == "attention":
         matrix = np.eye(dim)[None] if rotation is None else np.asarray(rotation)
         if matrix.shape != (1, dim, dim):
@@ -314,16 +338,15 @@ class UpstreamVariant(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """One upstream tensor: its name, our path, how the values are laid out, and its shape.
+    """One upstream tensor: its name, our path, and its shape there.
 
     Sizes in `shape` are numbers or symbols: "d" the model's width (also "2d", "3d", "4d"), "C" the
     number of classes, "L_audio" and "L_visual" the lengths of the position tables.
     """
 
     name: str
-    path: Path
-    layout: str
-    shape: Template
+    path: str
+    shape: tuple[int | str, ...]
 
 
 def _names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -467,123 +490,81 @@ def _detect_in_params(params: Mapping[str, Any]) -> UpstreamVariant:
     return UpstreamVariant(kind, modalities, encoder, bottleneck)
 
 
-class Layout(NamedTuple):
-    """`ours(array)` from upstream's values, `theirs(array, shape)` back to upstream's shape."""
-
-    ours: Callable[[np.ndarray], np.ndarray]
-    theirs: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
-
-
-def _patch_ours(kernel: np.ndarray) -> np.ndarray:
-    """`[d, C, (t,) h, w] -> [(t) h w C, d]`: channels last inside the patch."""
-    return np.moveaxis(kernel, (0, 1), (-1, -2)).reshape(-1, kernel.shape[0])
-
-
-def _patch_theirs(kernel: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    return np.moveaxis(kernel.reshape(*shape[2:], shape[1], shape[0]), (-1, -2), (0, 1))
+def _our_shape(tensor: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape here of a tensor that has `shape` there."""
+    if tensor.path.endswith("/kernel"):
+        shape = (math.prod(shape[1:]), shape[0])
+    else:  # upstream's tokens and tables have a batch axis
+        shape = shape[sum(size == 1 for size in tensor.shape[:-1]) :]
+    if tensor.path.startswith(HEADS):
+        shape = (*shape[:-1], 1, shape[-1])
+    return shape
 
 
-LAYOUTS = {
-    "plain": Layout(lambda x: x, lambda x, shape: x),
-    "token": Layout(lambda x: x[0, 0], lambda x, shape: x[None, None]),
-    "table": Layout(lambda x: x[0], lambda x, shape: x[None]),
-    "linear": Layout(np.transpose, lambda x, shape: x.T),
-    "patch": Layout(_patch_ours, _patch_theirs),
-    # The query, key and value projections carry a head axis here; upstream has one head.
-    "head_kernel": Layout(lambda x: x.T[:, None], lambda x, shape: x[:, 0].T),
-    "head_bias": Layout(lambda x: x[None], lambda x, shape: x[0]),
-}
+def _to_ours(tensor: Tensor, array: np.ndarray) -> np.ndarray:
+    """Upstream's values in our layout.
+
+    Kernels `[out, in]` are transposed, those of patches `[d, C, (t,) h, w] -> [(t) h w C, d]`.
+    """
+    shape = _our_shape(tensor, array.shape)
+    if tensor.path.endswith("/kernel"):
+        array = np.moveaxis(array, (0, 1), (-1, -2))
+    return array.reshape(shape)
 
 
-def _linear(name: str, path: Path, inside: str, outside: str, head: bool = False) -> list[Tensor]:
-    kernel, bias = ("head_kernel", "head_bias") if head else ("linear", "plain")
+def _to_theirs(tensor: Tensor, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The inverse, of upstream's `shape`."""
+    if tensor.path.endswith("/kernel"):
+        return np.moveaxis(array.reshape(*shape[2:], shape[1], shape[0]), (-1, -2), (0, 1))
+    return array.reshape(shape)
+
+
+def _module(name: str, path: str, *shape: int | str) -> list[Tensor]:
+    """Weight and bias of a projection, or of a LayerNorm, whose weight has one axis."""
+    weight = "kernel" if len(shape) > 1 else "scale"
     return [
-        Tensor(f"{name}.weight", (*path, "kernel"), kernel, (outside, inside)),
-        Tensor(f"{name}.bias", (*path, "bias"), bias, (outside,)),
+        Tensor(f"{name}.weight", f"{path}/{weight}", shape),
+        Tensor(f"{name}.bias", f"{path}/bias", shape[:1]),
     ]
 
 
-def _norm(name: str, path: Path) -> list[Tensor]:
-    return [
-        Tensor(f"{name}.weight", (*path, "scale"), "plain", ("d",)),
-        Tensor(f"{name}.bias", (*path, "bias"), "plain", ("d",)),
-    ]
-
-
-def _block(name: str, path: Path) -> list[Tensor]:
-    return [
-        *_norm(f"{name}.norm1", (*path, "norm1")),
-        *_linear(f"{name}.attn.qkv", (*path, "attention", "qkv"), "d", "3d"),
-        *_linear(f"{name}.attn.proj", (*path, "attention", "out"), "d", "d"),
-        *_norm(f"{name}.norm2", (*path, "norm2")),
-        *_linear(f"{name}.mlp.fc1", (*path, "mlp", "fc1"), "d", "4d"),
-        *_linear(f"{name}.mlp.fc2", (*path, "mlp", "fc2"), "4d", "d"),
-    ]
+def _blocks(name: str, path: str, depth: int) -> Iterator[Tensor]:
+    for i in range(depth):
+        for theirs, ours, *shape in BLOCK:
+            yield from _module(f"{name}.{i}.{theirs}", f"{path}_{i}/{ours}", *shape)
 
 
 def _encoder(modality: str, depth: int) -> Iterator[Tensor]:
-    stream, path = STREAM[modality], (f"encoder_{modality}",)
-    yield Tensor(f"encoder.cls_token_{stream}", (*path, "cls"), "token", (1, 1, "d"))
-    length = f"L_{modality}"
-    yield Tensor(f"encoder.pos_embed_{stream}", (*path, "position"), "table", (1, length, "d"))
+    stream, path = STREAM[modality], f"encoder_{modality}"
+    yield Tensor(f"encoder.cls_token_{stream}", f"{path}/cls", (1, 1, "d"))
+    yield Tensor(f"encoder.pos_embed_{stream}", f"{path}/position", (1, f"L_{modality}", "d"))
     embed = f"encoder.patch_embed_{stream}.proj"
-    kernel: Template = ("d", *KERNELS[modality])
-    yield Tensor(f"{embed}.weight", (*path, "embed", "kernel"), "patch", kernel)
-    yield Tensor(f"{embed}.bias", (*path, "embed", "bias"), "plain", ("d",))
-    for i in range(depth):
-        yield from _block(f"encoder.{stream}_blocks.{i}", (*path, f"block_{i}"))
-    yield from _norm(f"encoder.norm_{stream}", (f"norm_{modality}",))
-
-
-def _bottleneck(modalities: tuple[str, ...], depth: int) -> Iterator[Tensor]:
-    tokens = (1, FIXED["mbt_tokens"], "d")
-    yield Tensor("encoder.bot_token", ("bottleneck", "tokens"), "table", tokens)
-    for modality in modalities:
-        for i in range(depth):
-            path = ("bottleneck", f"{modality}_block_{i}")
-            yield from _block(f"encoder.bot_{STREAM[modality]}_blocks.{i}", path)
-
-
-def _attention() -> Iterator[Tensor]:
-    yield Tensor("fusion_module.cls_token", ("fusion", "cls"), "token", (1, 1, "d"))
-    for name, ours in (("w_qs", "query"), ("w_ks", "key"), ("w_vs", "value")):
-        yield from _linear(f"fusion_module.attn.{name}", ("fusion", ours), "d", "d", head=True)
-    yield from _linear("fusion_module.attn.fc", ("fusion", "out"), "d", "d")
-    yield from _linear("fusion_module.FC", ("fusion", "head"), "d", "C")
-
-
-def _fusion(variant: UpstreamVariant) -> Iterator[Tensor]:
-    head = ("fusion", "head")
-    if variant.fusion == "attention":
-        yield from _attention()
-    elif variant.fusion == "concat":
-        yield from _linear("fusion_module.fc_out", head, "2d", "C")
-    elif variant.fusion == "sum":
-        for modality in variant.modalities:
-            name = f"fusion_module.fc_{OPERAND[modality]}"
-            yield from _linear(name, ("fusion", f"head_{modality}"), "d", "C")
-    elif variant.fusion == "film":
-        yield from _linear("fusion_module.fc", ("fusion", "film"), "d", "2d")
-        yield from _linear("fusion_module.fc_out", head, "d", "C")
-    elif variant.fusion == "gated":
-        for modality in variant.modalities:
-            name = f"fusion_module.fc_{OPERAND[modality]}"
-            yield from _linear(name, ("fusion", f"in_{modality}"), "d", "d")
-        yield from _linear("fusion_module.fc_out", head, "d", "C")
-    else:  # unimodal: upstream trains the probe head itself
-        for modality in variant.modalities:
-            yield from _linear(f"{LETTER[modality]}_head", ("fusion", f"head_{modality}"), "d", "C")
+    yield from _module(embed, f"{path}/embed", "d", *KERNELS[modality])
+    yield from _blocks(f"encoder.{stream}_blocks", f"{path}/block", depth)
+    yield from _module(f"encoder.norm_{stream}", f"norm_{modality}", "d")
 
 
 def _tensors(variant: UpstreamVariant) -> list[Tensor]:
     """Every live tensor of a variant but the rotation, which is no parameter here."""
-    table = [tensor for m in variant.modalities for tensor in _encoder(m, variant.depth)]
-    if variant.multi_depth:
-        table += _bottleneck(variant.modalities, variant.multi_depth)
-    table += _fusion(variant)
-    if variant.fusion != "unimodal":
-        for m in variant.modalities:
-            table += _linear(f"{LETTER[m]}_head", (f"probe_{m}",), "d", "C")
+    modalities, depth = variant.modalities, variant.multi_depth
+    table = [tensor for m in modalities for tensor in _encoder(m, variant.depth)]
+    if depth:
+        tokens = (1, FIXED["mbt_tokens"], "d")
+        table.append(Tensor("encoder.bot_token", "bottleneck/tokens", tokens))
+        for m in modalities:
+            table += _blocks(f"encoder.bot_{STREAM[m]}_blocks", f"bottleneck/{m}_block", depth)
+    if variant.fusion == "unimodal":  # upstream trains the probe head itself
+        for m in modalities:
+            table += _module(f"{LETTER[m]}_head", f"fusion/head_{m}", "C", "d")
+        return table
+    if variant.fusion == "attention":
+        table.append(Tensor("fusion_module.cls_token", "fusion/cls", (1, 1, "d")))
+    for theirs, ours, *shape in FUSIONS[variant.fusion]:
+        for m in modalities if "{" in ours else modalities[:1]:  # one each, or one for all
+            name = theirs.format(OPERAND[m])
+            table += _module(f"fusion_module.{name}", f"fusion/{ours.format(m)}", *shape)
+    for m in modalities:
+        table += _module(f"{LETTER[m]}_head", f"probe_{m}", "C", "d")
     return table
 
 
@@ -599,8 +580,8 @@ def _dead_names(variant: UpstreamVariant) -> set[str]:
     if not variant.multi_depth:
         names.add("encoder.bot_token")
     for other in set(MODALITIES) - set(variant.modalities):
-        names |= {tensor.name for tensor in _encoder(other, variant.depth)}
-        names |= {f"{LETTER[other]}_head.{kind}" for kind in ("weight", "bias")}
+        head = _module(f"{LETTER[other]}_head", "", "C", "d")
+        names |= {tensor.name for tensor in (*_encoder(other, variant.depth), *head)}
     return names
 
 
@@ -610,13 +591,11 @@ def _multiples(dim: int) -> dict[str, int]:
 
 def _sizes(table: list[Tensor], arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
     """The width and the number of classes that most tensors have: an error names the odd one."""
-    votes: dict[str, Counter[int]] = {"d": Counter(), "C": Counter()}
+    votes: dict[int | str, list[int]] = defaultdict(list)
     for tensor in table:
         for symbol, size in zip(tensor.shape, arrays[tensor.name].shape, strict=False):
-            if symbol in votes:
-                votes[symbol][size] += 1
-    common = {symbol: counter.most_common(1) for symbol, counter in votes.items()}
-    dim, classes = (pairs[0][0] if pairs else 0 for pairs in (common["d"], common["C"]))
+            votes[symbol].append(size)
+    dim, classes = (statistics.mode(votes[symbol] or [0]) for symbol in ("d", "C"))
     return _multiples(dim) | {"C": classes}
 
 
@@ -646,8 +625,3 @@ def _check_shape(
     if len(shape) != len(tensor.shape) or not all(map(fits, tensor.shape, shape)):
         expected = ", ".join(map(shown, tensor.shape)) + ("," if len(tensor.shape) == 1 else "")
         raise DataError(f"{tensor.name} has shape {shape}; allowed: ({expected})")
-
-
-def _head(variant: UpstreamVariant) -> str:
-    named = variant.fusion in ("sum", "unimodal")
-    return f"fusion/head_{variant.modalities[0]}/kernel" if named else "fusion/head/kernel"

@@ -23,7 +23,7 @@ import numpy as np
 from flax import traverse_util
 
 from rollingq_jax.convert.files import load_state_dict
-from rollingq_jax.convert.upstream import FRAME_SIZE
+from rollingq_jax.convert.upstream import BLOCK, FRAME_SIZE
 from rollingq_jax.errors import DataError, UserError
 from rollingq_jax.models.spec import ModelSpec
 
@@ -101,21 +101,47 @@ def load_vit(
     reshaped: dict[str, str] = {}
     for modality, encoder in encoders.items():
         plan = _plan(modality, encoder, vit, grids)
-        if plan is not None:
-            _fill(modality, _depth(encoder), vit, plan, leaves, new, reshaped)
+        if plan is None:
+            continue
+        base, kernel = f"encoder_{modality}", vit.kernel
+        if plan.channels == 1:
+            kernel = kernel.sum(axis=2)
+            reshaped[f"{base}/embed/kernel"] = "sum over the file's three colors"
+        new[f"{base}/embed/kernel"] = kernel.reshape(-1, kernel.shape[-1])
+        new[f"{base}/embed/bias"] = vit.bias
+        if vit.cls is not None:
+            new[f"{base}/cls"] = vit.cls
+        position, how = _positions(vit, plan, np.asarray(leaves[f"{base}/position"][0]))
+        new[f"{base}/position"] = position
+        if how:
+            reshaped[f"{base}/position"] = how
+        for i, block in enumerate(vit.blocks[: _depth(encoder)]):
+            new |= {f"{base}/block_{i}/{name}": value for name, value in block.items()}
+        if f"{base}/project/kernel" not in leaves:  # else the norm stands behind the projection
+            new |= {f"norm_{modality}/{kind}": value for kind, value in vit.norm.items()}
     if not new:
         patch = "x".join(map(str, vit.kernel.shape[:3]))
         raise DataError(f"{path} has patches of {patch}; no encoder of the model takes these")
     for name, value in new.items():
         if leaves[name].shape != value.shape:
             raise DataError(f"{name} has shape {leaves[name].shape}; the file has {value.shape}")
+    return replaced(leaves, new, reshaped, vit.unused)
+
+
+def replaced(
+    leaves: Mapping[str, Any],
+    new: Mapping[str, np.ndarray],
+    reshaped: dict[str, str],
+    unused: tuple[str, ...],
+) -> tuple[dict[str, Any], VitReport]:
+    """The tree of `leaves` with the new values in its own dtypes, and what became of each."""
+    arrays = {name: jnp.array(value, leaves[name].dtype) for name, value in new.items()}
     report = VitReport(
         loaded=tuple(sorted(set(new) - set(reshaped))),
         reshaped=reshaped,
         left=tuple(sorted(set(leaves) - set(new))),
-        unused=vit.unused,
+        unused=unused,
     )
-    arrays = {name: jnp.array(value, leaves[name].dtype) for name, value in new.items()}
     return traverse_util.unflatten_dict({**leaves, **arrays}, sep="/"), report
 
 
@@ -153,11 +179,11 @@ class Vit(NamedTuple):
     kernel: np.ndarray  # [h, w, 3, d]
     bias: np.ndarray  # [d]
     cls: np.ndarray | None  # [d]
-    cls_position: np.ndarray | None  # [d]
     position: np.ndarray  # [side, side, d]
     blocks: list[Block]  # "norm1/scale", "attention/qkv/kernel", ... as in a block of ours
     norm: Block  # scale, bias
-    unused: tuple[str, ...]  # tensors of the file that were not read: heads, further blocks
+    cls_position: np.ndarray | None = None  # [d]
+    unused: tuple[str, ...] = ()  # tensors of the file that were not read: heads, further blocks
 
 
 class _Plan(NamedTuple):
@@ -232,35 +258,6 @@ def _paper_grid(modality: str, channels: int, length: int, vit: Vit) -> Grid:
     )
 
 
-def _fill(
-    modality: str,
-    depth: int,
-    vit: Vit,
-    plan: _Plan,
-    leaves: Mapping[str, Any],
-    new: dict[str, np.ndarray],
-    reshaped: dict[str, str],
-) -> None:
-    """Adds one encoder's new values to `new`, and to `reshaped` how the derived ones were made."""
-    base = f"encoder_{modality}"
-    kernel = vit.kernel
-    if plan.channels == 1:
-        kernel = kernel.sum(axis=2)
-        reshaped[f"{base}/embed/kernel"] = "sum over the file's three colors"
-    new[f"{base}/embed/kernel"] = kernel.reshape(-1, kernel.shape[-1])
-    new[f"{base}/embed/bias"] = vit.bias
-    if vit.cls is not None:
-        new[f"{base}/cls"] = vit.cls
-    position, how = _positions(vit, plan, np.asarray(leaves[f"{base}/position"][0]))
-    new[f"{base}/position"] = position
-    if how:
-        reshaped[f"{base}/position"] = how
-    for i, block in enumerate(vit.blocks[:depth]):
-        new |= {f"{base}/block_{i}/{name}": value for name, value in block.items()}
-    if f"{base}/project/kernel" not in leaves:  # otherwise the norm stands behind the projection
-        new |= {f"norm_{modality}/{kind}": value for kind, value in vit.norm.items()}
-
-
 def _positions(vit: Vit, plan: _Plan, initial: np.ndarray) -> tuple[np.ndarray, str]:
     """The position table `[1 + frames * rows * columns, d]`, and what was done to the file's."""
     steps = []
@@ -309,9 +306,9 @@ def read_vit(path: str | os.PathLike[str], depth: int) -> Vit:
         )
     try:
         if prefix is None:
-            vit = _from_timm(tensors, take, depth)
+            vit = _arranged(_from_timm(tensors, take, depth))
         else:
-            vit = _from_npz(tensors, take, depth, prefix)
+            vit = _arranged(_from_npz(tensors, take, depth, prefix))
     except (ValueError, IndexError) as error:
         if isinstance(error, DataError):
             raise
@@ -320,7 +317,7 @@ def read_vit(path: str | os.PathLike[str], depth: int) -> Vit:
 
 
 def _from_npz(tensors: Mapping[str, np.ndarray], take: Take, depth: int, prefix: str) -> Vit:
-    base = f"{prefix}Transformer/"
+    base, cls = f"{prefix}Transformer/", f"{prefix}cls"
     position = f"{base}posembed_input/pos_embedding"
     if position not in tensors:
         position = f"{prefix}pos_embedding"
@@ -331,12 +328,11 @@ def _from_npz(tensors: Mapping[str, np.ndarray], take: Take, depth: int, prefix:
     else:
         depth = min(depth, _count(tensors, rf"{re.escape(base)}encoderblock_(\d+)/"))
         blocks = [_npz_block(tensors, take, f"{base}encoderblock_{i}/") for i in range(depth)]
-    cls, position_table = f"{prefix}cls", take(position)
-    return _vit(
+    return Vit(
         kernel=take(prefix + PATCH_NPZ),
         bias=take(f"{prefix}embedding/bias"),
         cls=take(cls) if cls in tensors else None,
-        position=position_table,
+        position=take(position),
         blocks=blocks,
         norm={kind: take(f"{base}encoder_norm/{kind}") for kind in ("scale", "bias")},
     )
@@ -355,71 +351,54 @@ def _npz_block(
 
     attention = module("MultiHeadDotProductAttention_1", "MultiHeadDotProductAttention_0")
     mlp = module("MlpBlock_3", "MlpBlock_0")
-    norms = {"norm1": "LayerNorm_0", "norm2": module("LayerNorm_2", "LayerNorm_1")}
+    names = {
+        "norm1": "LayerNorm_0",
+        "norm2": module("LayerNorm_2", "LayerNorm_1"),
+        "attention/out": f"{attention}/out",
+        "mlp/fc1": f"{mlp}/Dense_0",
+        "mlp/fc2": f"{mlp}/Dense_1",
+    }
+    block = {}
+    for ours, theirs in names.items():
+        for kind in ("scale" if ours in ("norm1", "norm2") else "kernel", "bias"):
+            block[f"{ours}/{kind}"] = get(f"{theirs}/{kind}")
+    out = block["attention/out/kernel"]
+    block["attention/out/kernel"] = out.reshape(-1, out.shape[-1])
     kernels = [get(f"{attention}/{part}/kernel") for part in ("query", "key", "value")]
     biases = [get(f"{attention}/{part}/bias") for part in ("query", "key", "value")]
-    out = get(f"{attention}/out/kernel")
-    block = {
-        f"{ours}/{kind}": get(f"{theirs}/{kind}")
-        for ours, theirs in norms.items()
-        for kind in ("scale", "bias")
-    }
-    block |= {
-        f"mlp/fc{i + 1}/{kind}": get(f"{mlp}/Dense_{i}/{kind}")
-        for i in (0, 1)
-        for kind in ("kernel", "bias")
-    }
     return block | {
         "attention/qkv/kernel": np.concatenate([k.reshape(k.shape[0], -1) for k in kernels], 1),
         "attention/qkv/bias": np.concatenate([b.reshape(-1) for b in biases]),
-        "attention/out/kernel": out.reshape(-1, out.shape[-1]),
-        "attention/out/bias": get(f"{attention}/out/bias"),
     }
 
 
 def _from_timm(tensors: Mapping[str, np.ndarray], take: Take, depth: int) -> Vit:
-    linear = {
-        "attention/qkv": "attn.qkv",
-        "attention/out": "attn.proj",
-        "mlp/fc1": "mlp.fc1",
-        "mlp/fc2": "mlp.fc2",
-    }
-
-    def norm(ours: str, theirs: str) -> Block:
-        return {f"{ours}scale": take(f"{theirs}.weight"), f"{ours}bias": take(f"{theirs}.bias")}
-
     blocks = []
     for i in range(min(depth, _count(tensors, r"blocks\.(\d+)\."))):
-        block = norm("norm1/", f"blocks.{i}.norm1") | norm("norm2/", f"blocks.{i}.norm2")
-        for ours, theirs in linear.items():
-            block[f"{ours}/kernel"] = take(f"blocks.{i}.{theirs}.weight").T
+        block = {}
+        for theirs, ours, *_ in BLOCK:  # upstream took timm's names
+            kind = "scale" if ours in ("norm1", "norm2") else "kernel"
+            block[f"{ours}/{kind}"] = take(f"blocks.{i}.{theirs}.weight").T
             block[f"{ours}/bias"] = take(f"blocks.{i}.{theirs}.bias")
         blocks.append(block)
-    return _vit(
+    return Vit(
         kernel=take(PATCH_TIMM).transpose(2, 3, 1, 0),
         bias=take("patch_embed.proj.bias"),
         cls=take("cls_token") if "cls_token" in tensors else None,
         position=take("pos_embed"),
         blocks=blocks,
-        norm=norm("", "norm"),
+        norm={"scale": take("norm.weight"), "bias": take("norm.bias")},
     )
 
 
-def _vit(
-    kernel: np.ndarray,
-    bias: np.ndarray,
-    cls: np.ndarray | None,
-    position: np.ndarray,
-    blocks: list[Block],
-    norm: Block,
-) -> Vit:
-    """Checks the patch kernel and takes the position table apart."""
-    if kernel.ndim != 4 or kernel.shape[2] != 3:
+def _arranged(vit: Vit) -> Vit:
+    """Checks the patch kernel and takes the position table, as the file has it, apart."""
+    if vit.kernel.ndim != 4 or vit.kernel.shape[2] != 3:
         raise DataError(
-            f"the patch kernel has shape {kernel.shape}; allowed: 3 channels, [h, w, 3, d]"
+            f"the patch kernel has shape {vit.kernel.shape}; allowed: 3 channels, [h, w, 3, d]"
         )
-    dim = kernel.shape[-1]
-    rows = position.reshape(-1, dim)
+    dim = vit.kernel.shape[-1]
+    rows = vit.position.reshape(-1, dim)
     # big_vision adds positions before it prepends the class token, which then has none.
     has_cls = math.isqrt(len(rows)) ** 2 != len(rows)
     side = math.isqrt(len(rows) - has_cls)
@@ -428,15 +407,10 @@ def _vit(
             f"the position table has {len(rows)} rows; allowed: a square grid of patches, "
             "with at most one more row for a class token"
         )
-    return Vit(
-        kernel=kernel,
-        bias=bias,
-        cls=None if cls is None else cls.reshape(dim),
+    return vit._replace(
+        cls=None if vit.cls is None else vit.cls.reshape(dim),
         cls_position=rows[0] if has_cls else None,
         position=rows[has_cls:].reshape(side, side, dim),
-        blocks=blocks,
-        norm=norm,
-        unused=(),
     )
 
 

@@ -12,7 +12,14 @@ from jax import Array
 from rollingq_jax import quality
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.models.cross_fusion import CROSS_FUSIONS
-from rollingq_jax.models.encoders import Bottleneck, Encoder, ModalityMask, read_inputs, read_mask
+from rollingq_jax.models.encoders import (
+    BLOCK_FIELDS,
+    Bottleneck,
+    Encoder,
+    ModalityMask,
+    read_inputs,
+    read_mask,
+)
 from rollingq_jax.models.fusion import (
     STATIC_FUSIONS,
     AttentionFusion,
@@ -75,27 +82,22 @@ class MultimodalTransformer(nn.Module):
         if spec.fusion != "unimodal":
             self.probe = {m: Dense(spec.num_classes) for m in spec.modalities}
         self.fusion: Any
+        attention = {
+            "num_classes": spec.num_classes,
+            "dim": spec.dim,
+            "num_heads": spec.fusion_heads,
+            "dropout": spec.dropout,
+            "num_layers": spec.fusion_layers,
+            "logit_scale": spec.attention_scale,
+        }
         if spec.fusion in CROSS_FUSIONS:
-            self.fusion = CROSS_FUSIONS[spec.fusion](
-                spec.num_classes,
-                spec.dim,
-                spec.fusion_heads,
-                spec.dropout,
-                spec.fusion_layers,
-                DTYPES[spec.dtype],
-                spec.attention_scale,
-            )
+            self.fusion = CROSS_FUSIONS[spec.fusion](**attention, dtype=DTYPES[spec.dtype])
         elif spec.uses_class_query:
             self.fusion = AttentionFusion(
-                spec.num_classes,
-                spec.dim,
-                spec.fusion_heads,
-                spec.dropout,
-                spec.fusion_token_scale,
-                spec.fusion_layers,
-                block=FrozenDict({name: value for name, value in block.items() if name != "remat"}),
+                **attention,
+                token_scale=spec.fusion_token_scale,
+                block=FrozenDict({name: block[name] for name in BLOCK_FIELDS}),
                 remat=spec.remat,
-                logit_scale=spec.attention_scale,
                 quality_bias=spec.quality_bias,
                 quality_shuffled=spec.quality_shuffled,
                 pooling=spec.fusion_pooling,

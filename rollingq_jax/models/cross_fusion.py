@@ -13,11 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from rollingq_jax.attention import (
-    attention_share,
-    mean_key,
-    uniform_share,
-)
+from rollingq_jax.attention import attention_share, mean_key, uniform_share
 from rollingq_jax.models.encoders import run_blocks
 from rollingq_jax.models.fusion import (
     ClassTokenStats,
@@ -27,21 +23,24 @@ from rollingq_jax.models.fusion import (
     class_token_weights,
     class_tokens,
     join_statistics,
+    join_streams,
+    real_tokens,
     rotated_query,
     split_rotation,
+    with_class_query,
 )
 from rollingq_jax.models.layers import (
     Block,
     Dense,
-    HeadProjection,
     LayerNorm,
     Mlp,
-    SelfAttention,
-    attend,
+    Projection,
     dense_attention,
     dropout,
+    on_each_device,
+    project,
 )
-from rollingq_jax.shapes import batch_broadcast, batch_reshape
+from rollingq_jax.shapes import batch_reshape
 
 
 class CrossAttention(nn.Module):
@@ -63,9 +62,7 @@ class CrossAttention(nn.Module):
     def setup(self) -> None:
         """Declares the parameters, which the attention and the mean keys share."""
         heads = (self.num_heads, self.dim // self.num_heads)
-        self.query = HeadProjection(*heads)
-        self.key = HeadProjection(*heads)
-        self.value = HeadProjection(*heads)
+        self.query, self.key, self.value = (Projection(heads) for _ in range(3))
         self.out = Dense(self.dim, dtype=self.dtype)
 
     def __call__(
@@ -84,13 +81,12 @@ class CrossAttention(nn.Module):
           the output; the query `[B, H, d_h]` float32, rotated; the weights `[B, H, L']` float32.
         """
         query = rotated_query(x[:, 0].astype(jnp.float32), *self.query(self.dim), rotation)
-        q = self._project(x, *self.query(self.dim))
-        k = self._project(source, *self.key(self.dim))
-        v = self._project(source, *self.value(self.dim))
-        scaled = query if self.logit_scale == 1.0 else self.logit_scale * query
-        q = jnp.concatenate([scaled.astype(q.dtype)[:, None], q[:, 1:]], axis=1)
+        q = project(x, *self.query(self.dim), self.dtype)
+        k = project(source, *self.key(self.dim), self.dtype)
+        v = project(source, *self.value(self.dim), self.dtype)
+        q = with_class_query(q, query, self.logit_scale)
         weights = class_token_weights(q[:, 0], k, mask)
-        out = attend(dense_attention, q, k, v, mask)
+        out = on_each_device(dense_attention, (q, k, v, mask))
         if mask is not None:
             some = jnp.any(mask, axis=1)[:, None, None, None]
             out = jnp.where(some, out, jnp.zeros_like(out))
@@ -101,20 +97,13 @@ class CrossAttention(nn.Module):
         key = self.key(self.dim)
         return [mean_key(x, *key, mask=m) for x, m in zip(tokens, masks, strict=True)]
 
-    def _project(self, x: Array, kernel: Array, bias: Array) -> Array:
-        """`[B, L, d] -> [B, L, H, d_h]` in `dtype`."""
-        rows = batch_reshape(x, -1, self.dim).astype(self.dtype)
-        made = rows @ kernel.reshape(self.dim, self.dim).astype(self.dtype)
-        made = made + bias.reshape(1, self.dim).astype(self.dtype)
-        return batch_reshape(made, *x.shape[:2], *bias.shape)
-
 
 class CrossRead(NamedTuple):
     """What the class token of one stream saw in one attention."""
 
     query: Array  # [B, H, d_h], rotated
     mean_keys: list[Array]  # M x [B, H, d_h], of every modality, read or not
-    weights: list[Array | None]  # M x [B, H, L_m]; None: the attention does not read the modality
+    weights: Mapping[str, Array]  # m: [B, H, L_m] of the modalities that the attention reads
 
 
 def cross_statistics(
@@ -132,24 +121,17 @@ def cross_statistics(
     """
     modalities = sorted(tokens)
     lengths = [tokens[m].shape[1] for m in modalities]
-    like, real = tokens[modalities[0]][:, 0, 0], []
-    for m, length in zip(modalities, lengths, strict=True):
-        ones = batch_broadcast(jnp.ones((1, 1), jnp.bool_), (like.shape[0], length), like)
-        mask = masks[m]
-        real.append(ones if mask is None else mask)
+    real = {m: real_tokens(tokens[m], masks[m]) for m in modalities}
+    present = jnp.stack([jnp.any(mask, axis=1) for mask in real.values()], axis=-1)
 
-    def whole(read: CrossRead) -> tuple[Array, Array]:
-        """Weights `[B, H, sum L_m]`, and `[B, sum L_m]`, True at the tokens that are read."""
-        heads = read.query.shape[1]
-        blank = [jnp.zeros_like(real[i], jnp.float32) for i in range(len(real))]
-        weights = [
-            jnp.broadcast_to(x[:, None], (x.shape[0], heads, x.shape[1])) if w is None else w
-            for x, w in zip(blank, read.weights, strict=True)
-        ]
-        seen = [r & (w is not None) for r, w in zip(real, read.weights, strict=True)]
-        return jnp.concatenate(weights, axis=-1), jnp.concatenate(seen, axis=1)
-
-    present = jnp.stack([jnp.any(mask, axis=1) for mask in real], axis=-1)
+    def whole(read: CrossRead) -> Array:
+        """Weights over the tokens of all modalities, `[B, H, sum L_m]`."""
+        weights = []
+        for m, mask in real.items():
+            shape = (mask.shape[0], read.query.shape[1], mask.shape[1])
+            none = jnp.broadcast_to(jnp.zeros_like(mask, jnp.float32)[:, None], shape)
+            weights.append(read.weights.get(m, none))
+        return jnp.concatenate(weights, axis=-1)
 
     def among_present(share: Array) -> Array:
         """`[B, H, M]`, the absent modalities' parts given to the others."""
@@ -157,25 +139,17 @@ def cross_statistics(
         total = jnp.sum(kept, axis=-1, keepdims=True)
         return jnp.where(total > 0, kept / jnp.where(total > 0, total, 1.0), share)
 
-    stats = [
-        ClassTokenStats(
-            read.query,
-            read.mean_keys,
-            among_present(attention_share(whole(read)[0], lengths)),
-        )
-        for layer in layers
-        for read in layer
-    ]
-    even = [
-        among_present(uniform_share(lengths, mask=whole(read)[1])[:, None])[:, 0]
-        for read in layers[0]
-    ]
-    mean = sum(even[1:], start=even[0]) / len(even)
-    out = join_statistics(modalities, stats) | {
-        "uniform_share": {m: mean[:, i] for i, m in enumerate(modalities)}
-    }
+    stats, even = [], []
+    for read in itertools.chain(*layers):
+        share = among_present(attention_share(whole(read), lengths))
+        stats.append(ClassTokenStats(read.query, read.mean_keys, share))
+    for read in layers[0]:
+        seen = [mask & (m in read.weights) for m, mask in real.items()]
+        uniform = uniform_share(lengths, mask=jnp.concatenate(seen, axis=1))
+        even.append(among_present(uniform[:, None])[:, 0])
+    out = join_statistics(modalities, stats, sum(even[1:], start=even[0]) / len(even))
     if return_attention:
-        last = [whole(read)[0] for read in layers[-1]]
+        last = [whole(read) for read in layers[-1]]
         weights = sum(last[1:], start=last[0]) / len(last)
         out["attention"] = jnp.concatenate([jnp.zeros_like(weights[..., :1]), weights], axis=-1)
     return out
@@ -211,21 +185,48 @@ class CrossFusion(nn.Module):
     dtype: Any = jnp.float32
     logit_scale: float = 1.0
 
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Tokens,
+        masks: Masks,
+        rotation: Array | None = None,
+        *,
+        train: bool = False,
+        return_attention: bool = False,
+        example_index: Array,
+    ) -> Output:
+        """Logits and statistics, see `AttentionFusion`."""
+        keys: Iterator[Array | None] = itertools.repeat(None)
+        if train and self.dropout > 0:  # a key for each branch, one after the other
+            rng = self.make_rng("dropout")
+            keys = (jax.random.fold_in(rng, i) for i in itertools.count())
+        logits, layers = self._fuse(tokens, masks, rotation, keys, example_index)
+        return logits, cross_statistics(layers, tokens, masks, return_attention)
+
+    def _fuse(
+        self,
+        tokens: Tokens,
+        masks: Masks,
+        rotation: Array | None,
+        rngs: Iterator[Array | None],
+        example_index: Array,
+    ) -> tuple[Array, list[list[CrossRead]]]:
+        """Logits, and what the attentions of each layer saw; `rngs` has a key for each branch."""
+        raise NotImplementedError
+
     def _attention(self, name: str) -> CrossAttention:
         return CrossAttention(self.num_heads, self.dim, self.dtype, self.logit_scale, name=name)
+
+    def _block(self, name: str, **fields: Any) -> Block:
+        fields |= {"dropout": self.dropout, "gelu": "relu", "dtype": self.dtype}
+        return Block(self.num_heads, **fields, name=name)
 
     def _rotations(self, rotation: Array | None, attentions: int) -> list[list[Array | None]]:
         """Of each layer's attentions."""
         count = self.num_layers * attentions
         one = iter(split_rotation(rotation, count, self.num_heads, self.dim))
         return [[next(one) for _ in range(attentions)] for _ in range(self.num_layers)]
-
-    def _rngs(self, train: bool) -> Iterator[Array | None]:
-        """A dropout key for each branch, one after the other; None without dropout."""
-        if not (train and self.dropout > 0):
-            return itertools.repeat(None)
-        rng = self.make_rng("dropout")
-        return (jax.random.fold_in(rng, i) for i in itertools.count())
 
 
 def self_mask(mask: Array | None) -> Array | None:
@@ -248,21 +249,17 @@ class MultFusion(CrossFusion):
     place of the last time step.
     """
 
-    @nn.compact
-    def __call__(
+    def _fuse(
         self,
         tokens: Tokens,
         masks: Masks,
-        rotation: Array | None = None,
-        *,
-        train: bool = False,
-        return_attention: bool = False,
+        rotation: Array | None,
+        rngs: Iterator[Array | None],
         example_index: Array,
-    ) -> Output:
-        """Logits and statistics, see `AttentionFusion` and `CrossFusion`."""
+    ) -> tuple[Array, list[list[CrossRead]]]:
         modalities = sorted(tokens)
         pairs = list(itertools.permutations(modalities, 2))
-        rotations, rngs = self._rotations(rotation, len(pairs)), self._rngs(train)
+        rotations = self._rotations(rotation, len(pairs))
         reals = [masks[m] for m in modalities]
         streams: dict[str, list[Array]] = {m: [] for m in modalities}
         layers: list[list[CrossRead]] = [[] for _ in range(self.num_layers)]
@@ -272,65 +269,27 @@ class MultFusion(CrossFusion):
                 name = f"{pair}_{i}"
                 norm = LayerNorm(self.dtype, name=f"{name}_norm0")
                 attention = self._attention(f"{name}_attention")
-                low = [norm(tokens[m]) for m in modalities]
+                low = {m: norm(tokens[m]) for m in modalities}
                 rolled = rotations[i][number]
-                added, query, weights = attention(
-                    norm(h), low[modalities.index(source)], masks[source], rolled
-                )
+                added, query, weights = attention(norm(h), low[source], masks[source], rolled)
                 h = h + dropout(next(rngs), added, self.dropout, example_index)
                 mlp = Mlp(4 * self.dim, "relu", self.dtype, name=f"{name}_mlp")
                 added = mlp(LayerNorm(self.dtype, name=f"{name}_norm1")(h))
                 h = h + dropout(next(rngs), added, self.dropout, example_index)
-                seen = [weights if m == source else None for m in modalities]
-                layers[i].append(CrossRead(query, attention.mean_keys(low, reals), seen))
+                means = attention.mean_keys(list(low.values()), reals)
+                layers[i].append(CrossRead(query, means, {source: weights}))
             streams[target].append(LayerNorm(self.dtype, name=f"{pair}_norm")(h))
         joined = {}
         for m in modalities:
-            blocks = [
-                Block(
-                    self.num_heads,
-                    dropout=self.dropout,
-                    gelu="relu",
-                    dtype=self.dtype,
-                    name=f"{m}_block_{i}",
-                )
-                for i in range(max(self.num_layers, 3))
-            ]
+            blocks = [self._block(f"{m}_block_{i}") for i in range(max(self.num_layers, 3))]
             h = jnp.concatenate(streams[m], axis=-1)
             h = run_blocks(blocks, h, self_mask(masks[m]), next(rngs), example_index)
             joined[m] = LayerNorm(name=f"{m}_norm")(h)
         c = jnp.concatenate(list(class_tokens(joined, masks).values()), axis=-1)
         hidden = jax.nn.relu(Dense(c.shape[-1], name="fc1")(c))
         hidden = dropout(next(rngs), hidden, self.dropout, example_index)
-        logits = Dense(self.num_classes, name="head")(c + Dense(c.shape[-1], name="fc2")(hidden))
-        return logits, cross_statistics(layers, tokens, masks, return_attention)
-
-
-class PostNormBlock(nn.Module):
-    """x <- norm1(x + attention(x)), then x <- norm2(x + W_2 relu(W_1 x)), as BERT has it.
-
-    Attributes:
-      num_heads, dropout, dtype: see `Block`.
-      hidden: width of the inner layer.
-    """
-
-    num_heads: int
-    hidden: int
-    dropout: float = 0.0
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Array, mask: Array | None, rng: Array | None, example_index: Array
-    ) -> Array:
-        """`[B, L, d] -> [B, L, d]`; arguments as `Block`'s."""
-        rngs = (None, None) if rng is None else tuple(jax.random.split(rng))
-        h = SelfAttention(self.num_heads, self.dtype, name="attention")(x, mask)
-        h = x + dropout(rngs[0], h, self.dropout, example_index)
-        x = LayerNorm(self.dtype, name="norm1")(h)
-        h = Mlp(self.hidden, "relu", self.dtype, name="mlp")(x)
-        h = x + dropout(rngs[1], h, self.dropout, example_index)
-        return LayerNorm(self.dtype, name="norm2")(h)
+        c = c + Dense(c.shape[-1], name="fc2")(hidden)
+        return Dense(self.num_classes, name="head")(c), layers
 
 
 class MmmlFusion(CrossFusion):
@@ -338,7 +297,7 @@ class MmmlFusion(CrossFusion):
 
     In each of n layers, for all modalities at once,
 
-        x_m <- norm(x_m + A_m(x_m, x_others)),    x_m <- PostNormBlock(x_m)   (hidden width 4 d)
+        x_m <- norm(x_m + A_m(x_m, x_others)),    x_m <- post-norm block(x_m)   (hidden width 4 d)
 
     where with more than two modalities the others' tokens stand in one sequence. With c the class
     tokens of all modalities, z = relu(relu(c W_1 + b_1) W_2 + b_2) W + b of widths M d, d, d / 2
@@ -346,20 +305,16 @@ class MmmlFusion(CrossFusion):
     MMML's losses of the modalities alone are those of `config.baseline.name` "joint".
     """
 
-    @nn.compact
-    def __call__(
+    def _fuse(
         self,
         tokens: Tokens,
         masks: Masks,
-        rotation: Array | None = None,
-        *,
-        train: bool = False,
-        return_attention: bool = False,
+        rotation: Array | None,
+        rngs: Iterator[Array | None],
         example_index: Array,
-    ) -> Output:
-        """Logits and statistics, see `AttentionFusion` and `CrossFusion`."""
+    ) -> tuple[Array, list[list[CrossRead]]]:
         modalities = sorted(tokens)
-        rotations, rngs = self._rotations(rotation, len(modalities)), self._rngs(train)
+        rotations = self._rotations(rotation, len(modalities))
         reals = [masks[m] for m in modalities]
         x, layers = dict(tokens), []
         for i in range(self.num_layers):
@@ -371,36 +326,18 @@ class MmmlFusion(CrossFusion):
                 added, query, weights = attention(x[m], source, mask, rotations[i][number])
                 h = x[m] + dropout(next(rngs), added, self.dropout, example_index)
                 h = LayerNorm(self.dtype, name=f"{m}_norm_{i}")(h)
-                block = PostNormBlock(
-                    self.num_heads, 4 * self.dim, self.dropout, self.dtype, name=f"{m}_block_{i}"
-                )
+                block = self._block(f"{m}_block_{i}", post_norm=True)
                 new[m] = block(h, self_mask(masks[m]), next(rngs), example_index)
                 ends = list(itertools.accumulate(x[o].shape[1] for o in others))
                 each = dict(zip(others, jnp.split(weights, ends[:-1], axis=-1), strict=True))
-                seen = [each.get(one) for one in modalities]
-                layer.append(CrossRead(query, attention.mean_keys(parts, reals), seen))
+                layer.append(CrossRead(query, attention.mean_keys(parts, reals), each))
             x = new
             layers.append(layer)
         h = jnp.concatenate(list(class_tokens(x, masks).values()), axis=-1)
         for name, width in (("fc1", self.dim), ("fc2", max(1, self.dim // 2))):
             h = jax.nn.relu(Dense(width, name=name)(h))
             h = dropout(next(rngs), h, self.dropout, example_index)
-        logits = Dense(self.num_classes, name="head")(h)
-        return logits, cross_statistics(layers, tokens, masks, return_attention)
-
-
-def join_streams(
-    tokens: Sequence[Array], masks: Sequence[Array | None]
-) -> tuple[Array, Array | None]:
-    """Tokens of several modalities in one sequence, and its mask, None where everything is real."""
-    sequence = jnp.concatenate(list(tokens), axis=1)
-    if all(mask is None for mask in masks):
-        return sequence, None
-    real = [
-        jnp.ones_like(x[:, :, 0], jnp.bool_) if mask is None else mask
-        for x, mask in zip(tokens, masks, strict=True)
-    ]
-    return sequence, jnp.concatenate(real, axis=1)
+        return Dense(self.num_classes, name="head")(h), layers
 
 
 def pooling(length: int, steps: int, mask: Array | None) -> Array:
@@ -422,7 +359,7 @@ class JmtFusion(CrossFusion):
 
     Streams: each modality's class token and its other tokens, averaged over stretches to the length
     of the shortest modality and scaled to length 1; and the joint stream j, [x_1; ...; x_M] W + b
-    at each step. Each stream passes a `PostNormBlock` (hidden width d). Each of the M + 1 streams
+    at each step. Each stream passes a post-norm block (hidden width d). Each of the M + 1 streams
     has an attention, whose class token attends to each of the other streams in turn, without
     residual and LayerNorm. The (M + 1) M results are joined, and with c = [...] W_1 + b_1 of width
     d, z = relu(c W_2 + b_2) W + b with d / 4 units inside.
@@ -432,21 +369,17 @@ class JmtFusion(CrossFusion):
     stream, which belong to no modality, are left out of shares. There is one layer.
     """
 
-    @nn.compact
-    def __call__(
+    def _fuse(
         self,
         tokens: Tokens,
         masks: Masks,
-        rotation: Array | None = None,
-        *,
-        train: bool = False,
-        return_attention: bool = False,
+        rotation: Array | None,
+        rngs: Iterator[Array | None],
         example_index: Array,
-    ) -> Output:
-        """Logits and statistics, see `AttentionFusion` and `CrossFusion`."""
+    ) -> tuple[Array, list[list[CrossRead]]]:
         modalities = sorted(tokens)
         count = len(modalities)
-        rotations, rngs = self._rotations(rotation, count + 1)[0], self._rngs(train)
+        rotations = self._rotations(rotation, count + 1)[0]
         steps = min(tokens[m].shape[1] for m in modalities) - 1
         spread = {}  # [1 + T, 1 + L_m] of each modality, with a leading B under a mask
         streams, reals = [], []
@@ -470,37 +403,29 @@ class JmtFusion(CrossFusion):
         streams, reals = [*streams, joint], [*reals, some]
         names = [f"stream_{m}" for m in modalities] + ["joint_stream"]
         for i, name in enumerate(names):
-            block = PostNormBlock(
-                self.num_heads, self.dim, self.dropout, self.dtype, name=f"{name}_block"
-            )
+            block = self._block(f"{name}_block", post_norm=True, mlp_ratio=1.0)
             streams[i] = block(streams[i], self_mask(reals[i]), next(rngs), example_index)
         answers, reads = [], []
         for i, name in enumerate(names):
             attention = self._attention(f"{name}_attention")
-            seen: list[Any] = [None] * (count + 1)
+            weights = {}
             for j in range(count + 1):
-                if j != i:
-                    answer, query, seen[j] = attention(
-                        streams[i][:, :1], streams[j], reals[j], rotations[i]
-                    )
-                    answers.append(answer[:, 0].astype(jnp.float32))
-            weights = [
-                None if w is None else _spread(w, spread[m])
-                for m, w in zip(modalities, seen, strict=False)
-            ]
+                if j == i:
+                    continue
+                answer, query, over_pooled = attention(
+                    streams[i][:, :1], streams[j], reals[j], rotations[i]
+                )
+                answers.append(answer[:, 0].astype(jnp.float32))
+                if j < count:  # those over the joint stream belong to no modality
+                    rows = spread[modalities[j]]
+                    letters = "tl" if rows.ndim == 2 else "btl"
+                    weights[modalities[j]] = jnp.einsum(f"bht,{letters}->bhl", over_pooled, rows)
             means = attention.mean_keys(streams[:count], reals[:count])
             reads.append(CrossRead(query, means, weights))
         c = Dense(self.dim, name="merge")(jnp.concatenate(answers, axis=-1))
         h = jax.nn.relu(Dense(max(1, self.dim // 4), name="fc")(c))
         h = dropout(next(rngs), h, self.dropout, example_index)
-        logits = Dense(self.num_classes, name="head")(h)
-        return logits, cross_statistics([reads], tokens, masks, return_attention)
-
-
-def _spread(weights: Array, rows: Array) -> Array:
-    """Weights of pooled tokens, on the tokens that were pooled: `[B, H, T] -> [B, H, L]`."""
-    letters = "tl" if rows.ndim == 2 else "btl"
-    return jnp.einsum(f"bht,{letters}->bhl", weights, rows)
+        return Dense(self.num_classes, name="head")(h), [reads]
 
 
 CROSS_FUSIONS: Mapping[str, type[CrossFusion]] = {

@@ -9,6 +9,7 @@ Layouts are channels last: spectrogram [B, F, T, C], image [B, H, W, C], video [
 sequence [B, L, D], tokens [B, L] integer ids (0 pads), vector [B, D].
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,13 +22,15 @@ from jax import Array
 
 from rollingq_jax.errors import DataError
 from rollingq_jax.models.layers import AttentionFn, Block, Dense, symmetric_uniform
-from rollingq_jax.models.spec import KINDS, PATCH_AXES, EncoderSpec
+from rollingq_jax.models.spec import KINDS, PATCH_AXES, RESNET, EncoderSpec
 from rollingq_jax.shapes import batch_broadcast, batch_reshape, batch_sharding
 
 TOKEN_STD = 0.02
 CLASS_TOKEN_STD = 1e-6
 POSITION_STD = 0.02
 BOTTLENECK_STD = 0.02
+#: What encoders and bottleneck hand on to their blocks.
+BLOCK_FIELDS = ("mlp_ratio", "dropout", "gelu", "dtype", "attention_fn")
 
 
 def cut_patches(x: Array, patch: tuple[int, ...]) -> Array:
@@ -117,16 +120,18 @@ def check_input(spec: EncoderSpec, x: Array) -> None:
     Raises:
       DataError: they do not fit.
     """
-    axes = KINDS[spec.kind]
+    kinds = ("image", "video") if spec.kind == RESNET else (spec.kind,)
+    layouts = [KINDS[kind] for kind in kinds]
     if spec.kind == "tokens":
         allowed, fits = "integer", jnp.issubdtype(x.dtype, jnp.integer)
     else:
         allowed = "float or uint8"
         fits = jnp.issubdtype(x.dtype, jnp.floating) or x.dtype == jnp.uint8
-    if x.ndim != 1 + len(axes) or not fits:
+    if x.ndim not in [1 + len(axes) for axes in layouts] or not fits:
+        shapes = " or ".join(f"[batch, {', '.join(axes)}]" for axes in layouts)
         raise DataError(
             f"{spec.name} has shape {x.shape} and dtype {x.dtype}; allowed for kind "
-            f"{spec.kind!r}: [batch, {', '.join(axes)}], {allowed}"
+            f"{spec.kind!r}: {shapes}, {allowed}"
         )
 
 
@@ -218,12 +223,8 @@ class TokenEmbedding(nn.Module):
     @nn.compact
     def __call__(self, ids: Array) -> Array:
         """`[B, L] -> [B, L, width]`; an id outside the vocabulary gives NaN."""
-        table = self.param(
-            "embedding",
-            nn.initializers.normal(TOKEN_STD),
-            (self.vocab_size, self.width),
-            jnp.float32,
-        )
+        init, shape = nn.initializers.normal(TOKEN_STD), (self.vocab_size, self.width)
+        table = self.param("embedding", init, shape, jnp.float32)
         sharding = batch_sharding(ids, ids.ndim + 1)
         if sharding is None:
             return jnp.take(table, ids, axis=0, mode="fill").astype(self.dtype)
@@ -249,22 +250,12 @@ def embedding(spec: EncoderSpec, features: Array, dtype: Any, name: str) -> nn.M
     return Dense(spec.width, dtype=dtype, kernel_init=kernel_init, bias_init=uniform, name=name)
 
 
-def block_function(block: Block, remat: bool = False) -> Callable[..., Array]:
-    """`(params, x, mask, rng, example_index) -> x` of a block, its parameters an argument.
-
-    With `remat`, intermediates are not kept for the backward pass but computed again.
-    """
-    unbound = block.clone(parent=None, name=None)
-
-    def apply(params: Any, *args: Array | None) -> Any:
-        return unbound.apply({"params": params}, *args)
-
-    return jax.checkpoint(apply) if remat else apply
-
-
-def block_params(block: Block) -> Any:
-    """Parameters of a bound block."""
-    return block.variables["params"]
+def with_real(mask: Array | None, count: int) -> Array | None:
+    """The mask of tokens before which `count` real ones come: `[B, L] -> [B, count + L]`."""
+    if mask is None:
+        return None
+    real = batch_broadcast(jnp.ones((1, 1), jnp.bool_), (mask.shape[0], count), mask)
+    return jnp.concatenate([real, mask], axis=1)
 
 
 def run_blocks(
@@ -287,31 +278,35 @@ def run_blocks(
       example_index: `[B]`.
       scan: stack the blocks' parameters and loop over them, so that one block is compiled. The
         stack is a copy, made at run time; parameters keep one layout either way.
-      remat: see `block_function`.
+      remat: do not keep intermediates for the backward pass, but compute them again.
     """
-    rngs = (
-        None
-        if rng is None
-        else jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(len(blocks)))
-    )
     if not blocks:
         return x
-    if blocks[0].is_initializing() or not (scan or remat):
-        for i, block in enumerate(blocks):
-            x = block(x, mask, None if rngs is None else rngs[i], example_index)
-        return x
-    apply = block_function(blocks[0], remat)
-    params = [block_params(block) for block in blocks]
-    if not scan:
-        for i, layer in enumerate(params):
-            x = apply(layer, x, mask, None if rngs is None else rngs[i], example_index)
-        return x
+    rngs = None
+    if rng is not None:
+        rngs = jax.vmap(functools.partial(jax.random.fold_in, rng))(jnp.arange(len(blocks)))
+    calls: list[Callable[..., Array]] = list(blocks)
+    # The parameters become an argument, made by the blocks one by one: `nn.scan` would stack them
+    # in the tree, and checkpoints would have another layout.
+    if (scan or remat) and not blocks[0].is_initializing():
+        unbound = blocks[0].clone(parent=None, name=None)
 
-    def step(x: Array, layer: tuple[Any, Array | None]) -> tuple[Array, None]:
-        return apply(layer[0], x, mask, layer[1], example_index), None
+        def apply(params: Any, *args: Array | None) -> Any:
+            return unbound.apply({"params": params}, *args)
 
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-    return jax.lax.scan(step, x, (stacked, rngs))[0]
+        apply = jax.checkpoint(apply) if remat else apply
+        params = [block.variables["params"] for block in blocks]
+        if scan:
+
+            def step(x: Array, layer: tuple[Any, Array | None]) -> tuple[Array, None]:
+                return apply(layer[0], x, mask, layer[1], example_index), None
+
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+            return jax.lax.scan(step, x, (stacked, rngs))[0]
+        calls = [functools.partial(apply, layer) for layer in params]
+    for i, call in enumerate(calls):
+        x = call(x, mask, None if rngs is None else rngs[i], example_index)
+    return x
 
 
 class Encoder(nn.Module):
@@ -389,21 +384,11 @@ class Encoder(nn.Module):
         self._check_width(features)
         tokens = embedding(self.spec, features, self.dtype, "embed")(features)
         tokens = self._with_class_token(tokens)
-        mask = presence.positions
-        if mask is not None:
-            mask = jnp.concatenate([jnp.ones_like(mask[:, :1]), mask], axis=1)
-        block = {
-            "num_heads": self.spec.num_heads,
-            "mlp_ratio": self.mlp_ratio,
-            "dropout": self.dropout,
-            "gelu": self.gelu,
-            "dtype": self.dtype,
-            "attention_fn": self.attention_fn,
-        }
+        heads, fields = self.spec.num_heads, {name: getattr(self, name) for name in BLOCK_FIELDS}
         tokens = run_blocks(
-            [Block(**block, name=f"block_{i}") for i in range(self.spec.depth)],
+            [Block(heads, **fields, name=f"block_{i}") for i in range(self.spec.depth)],
             tokens,
-            mask,
+            with_real(presence.positions, 1),
             self.make_rng("dropout") if train and self.dropout > 0 else None,
             jnp.arange(x.shape[0]) if example_index is None else example_index,
             scan=self.scan_layers,
@@ -470,6 +455,7 @@ class Bottleneck(nn.Module):
           example_index: `[B]` int32, positions in the global batch.
         """
         modalities = sorted(tokens)
+        fields = {name: getattr(self, name) for name in BLOCK_FIELDS}
         batch_size, _, width = tokens[modalities[0]].shape
         shared = self.param(
             "tokens", nn.initializers.normal(BOTTLENECK_STD), (self.num_tokens, width), jnp.float32
@@ -484,19 +470,10 @@ class Bottleneck(nn.Module):
         for layer in range(self.num_layers):
             copies = []
             for number, m in enumerate(modalities):
-                block = Block(
-                    num_heads=1,
-                    mlp_ratio=self.mlp_ratio,
-                    dropout=self.dropout,
-                    gelu=self.gelu,
-                    dtype=self.dtype,
-                    attention_fn=self.attention_fn,
-                    name=f"{m}_block_{layer}",
-                )
                 stream = run_blocks(
-                    [block],
+                    [Block(num_heads=1, **fields, name=f"{m}_block_{layer}")],
                     jnp.concatenate([shared, streams[m]], axis=1),
-                    self._mask(presences[m]),
+                    with_real(presences[m].positions, self.num_tokens + 1),
                     None if rng is None else jax.random.fold_in(rng, layer * len(streams) + number),
                     example_index,
                     remat=self.remat,
@@ -505,12 +482,3 @@ class Bottleneck(nn.Module):
                 streams[m] = stream[:, self.num_tokens :]
             shared = mean_over_present(copies, [presences[m] for m in modalities])
         return streams
-
-    def _mask(self, presence: ModalityMask) -> Array | None:
-        """`[B, n + 1 + L]`: bottleneck and class token are real."""
-        if presence.positions is None:
-            return None
-        positions = presence.positions
-        leading = (positions.shape[0], self.num_tokens + 1)
-        real = batch_broadcast(jnp.ones((1, 1), jnp.bool_), leading, positions)
-        return jnp.concatenate([real, positions], axis=1)

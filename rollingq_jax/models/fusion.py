@@ -31,15 +31,17 @@ from rollingq_jax.attention import (
 )
 from rollingq_jax.errors import ConfigError
 from rollingq_jax.models.layers import (
-    AttentionFn,
+    Block,
     Dense,
-    HeadProjection,
     LayerNorm,
     Mlp,
-    attend,
+    Projection,
+    SelfAttention,
     default_attention,
     dropout,
     example_keys,
+    on_each_device,
+    project,
     xavier_normal,
 )
 from rollingq_jax.rotation import HIGHEST, normalize, rotate
@@ -233,11 +235,8 @@ class DynamicFusion(nn.Module):
         """
         names = sorted(answers)
         logits = jnp.stack([answers[m] for m in names])
-        ones = jnp.ones_like(logits[0, :, 0])
-        masked = [masks[m] for m in names]
-        present = jnp.stack(
-            [ones if mask is None else mask[:, 0].astype(ones.dtype) for mask in masked]
-        )
+        present = jnp.stack([real_tokens(tokens[m], masks[m])[:, 0] for m in names])
+        present = present.astype(logits.dtype)
         out: dict[str, Any] = {"probe_logits": dict(answers)}
         if self.kind == "pdf":
             read = jax.lax.stop_gradient(class_tokens(tokens, masks))
@@ -298,14 +297,28 @@ def join_tokens(
     batch_size, _, width = tokens[0].shape
     first = cls.astype(tokens[0].dtype)[None, None]
     first = batch_broadcast(first, (batch_size, 1, width), tokens[0])
-    sequence = jnp.concatenate([first, *tokens], axis=1)
+    return join_streams([first, *tokens], [None, *masks])
+
+
+def join_streams(
+    tokens: Sequence[Array], masks: Sequence[Array | None]
+) -> tuple[Array, Array | None]:
+    """Tokens of several modalities in one sequence, and its mask, None where everything is real."""
+    sequence = jnp.concatenate(list(tokens), axis=1)
     if all(mask is None for mask in masks):
         return sequence, None
-    real = [
-        jnp.ones_like(x[:, :, 0], jnp.bool_) if mask is None else mask
-        for x, mask in zip(tokens, masks, strict=True)
-    ]
-    return sequence, jnp.concatenate([jnp.ones_like(real[0][:, :1]), *real], axis=1)
+    return sequence, jnp.concatenate(list(map(real_tokens, tokens, masks)), axis=1)
+
+
+def real_tokens(tokens: Array, mask: Array | None) -> Array:
+    """The mask `[B, L]` of tokens `[B, L, d]`, True everywhere where there is none."""
+    return jnp.ones_like(tokens[:, :, 0], jnp.bool_) if mask is None else mask
+
+
+def with_class_query(queries: Array, query: Array, scale: float) -> Array:
+    """The queries `[B, L, H, d_h]`, of which the first one's is `scale` times `query`."""
+    scaled = query if scale == 1.0 else scale * query
+    return jnp.concatenate([scaled.astype(queries.dtype)[:, None], queries[:, 1:]], axis=1)
 
 
 def class_token_weights(query: Array, keys: Array, mask: Array | None) -> Array:
@@ -333,29 +346,15 @@ def split_rotation(
     return list(jnp.split(rotation, attentions))
 
 
-class JointProjection(nn.Module):
-    """The parameters of the projection that makes queries, keys and values together."""
-
-    @nn.compact
-    def __call__(self, width: int) -> tuple[Array, Array]:
-        """Kernel `[d, 3 d]` and bias `[3 d]`, float32."""
-        shape = (width, 3 * width)
-        kernel = self.param("kernel", xavier_normal, shape, jnp.float32)
-        return kernel, self.param("bias", nn.initializers.zeros, shape[1:], jnp.float32)
-
-
-class RotatedSelfAttention(nn.Module):
+class RotatedSelfAttention(SelfAttention, kw_only=True):
     """`layers.SelfAttention` in which the first token has a query of its own: q_0 <- R q_0."""
 
-    num_heads: int
     dim: int
-    dtype: Any = jnp.float32
-    attention_fn: AttentionFn | None = None
     logit_scale: float = 1.0
 
     def setup(self) -> None:
         """Declares the parameters, which have the names of `SelfAttention`'s."""
-        self.qkv = JointProjection()
+        self.qkv = Projection((3 * self.dim,))
         self.out = Dense(self.dim, dtype=self.dtype)
 
     def class_query(self, x: Array, rotation: Array | None) -> Array:
@@ -365,7 +364,7 @@ class RotatedSelfAttention(nn.Module):
         query = kernel[:, : self.dim].reshape(self.dim, *heads), bias[: self.dim].reshape(heads)
         return rotated_query(x, *query, rotation)
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self,
         x: Array,
         query: Array,
@@ -383,60 +382,46 @@ class RotatedSelfAttention(nn.Module):
           masks: `[B, L_m]` or None for each.
         """
         batch_size, length, width = x.shape
-        kernel, bias = (p.astype(self.dtype) for p in self.qkv(width))
-        qkv = batch_reshape(x, -1, width).astype(self.dtype) @ kernel + bias[None]
+        qkv = project(x, *self.qkv(width), self.dtype)
         heads = (self.num_heads, width // self.num_heads)
         qkv = batch_reshape(qkv, batch_size, length, 3, *heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        scaled = query if self.logit_scale == 1.0 else self.logit_scale * query
-        q = jnp.concatenate([scaled.astype(q.dtype)[:, None], q[:, 1:]], axis=1)
+        q = with_class_query(q, query, self.logit_scale)
         attention = self.attention_fn or default_attention(length)
-        out = self.out(batch_reshape(attend(attention, q, k, v, mask), *x.shape))
-        return out, self._stats(query, q[:, 0], k, mask, lengths, masks)
-
-    def _stats(
-        self,
-        query: Array,
-        scaled: Array,
-        keys: Array,
-        mask: Array | None,
-        lengths: tuple[int, ...],
-        masks: list[Array | None],
-    ) -> ClassTokenStats:
-        weights = class_token_weights(scaled, keys, mask)
-        rows = batch_reshape(keys, *keys.shape[:2], self.dim)
+        out = self.out(batch_reshape(on_each_device(attention, (q, k, v, mask)), *x.shape))
+        # The attention function keeps its weights to itself: the class token's row once more.
+        share = attention_share(class_token_weights(q[:, 0], k, mask), lengths)
+        parts = split_tokens(batch_reshape(k, batch_size, length, width), lengths)
         means = [
             batch_reshape(mean_token(part, real), *query.shape)
-            for part, real in zip(split_tokens(rows, lengths), masks, strict=True)
+            for part, real in zip(parts, masks, strict=True)
         ]
-        return ClassTokenStats(query, means, attention_share(weights, lengths))
+        return out, ClassTokenStats(query, means, share)
 
 
-class FusionBlock(nn.Module):
+class FusionBlock(Block, kw_only=True):
     """`layers.Block` over all tokens, in which the class token's query is rotated.
 
     x <- x + A(norm1(x)), x <- x + MLP(norm2(x)), where A is `RotatedSelfAttention`.
 
     Attributes:
-      num_heads, mlp_ratio, dropout, gelu, dtype, attention_fn: see `Block`.
       dim: d.
       logit_scale: factor on the logits of the class token.
     """
 
-    num_heads: int
     dim: int
-    mlp_ratio: float = 4.0
-    dropout: float = 0.0
-    gelu: str = "exact"
-    dtype: Any = jnp.float32
-    attention_fn: AttentionFn | None = None
     logit_scale: float = 1.0
 
     def setup(self) -> None:
         """Declares the parameters, which have the names of `Block`'s."""
+        # In float32, whatever the block computes in: the query that rolls is read from it.
         self.norm1 = LayerNorm()
         self.attention = RotatedSelfAttention(
-            self.num_heads, self.dim, self.dtype, self.attention_fn, self.logit_scale
+            self.num_heads,
+            self.dtype,
+            self.attention_fn,
+            dim=self.dim,
+            logit_scale=self.logit_scale,
         )
         self.norm2 = LayerNorm(self.dtype)
         self.mlp = Mlp(int(self.dim * self.mlp_ratio), self.gelu, self.dtype)
@@ -445,7 +430,7 @@ class FusionBlock(nn.Module):
         """R (norm1(cls) W_q + b_q), `[..., d] -> [..., H, d_h]` float32."""
         return self.attention.class_query(self.norm1(cls), rotation)
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self,
         x: Array,
         cls: Array,
@@ -535,14 +520,11 @@ class AttentionFusion(nn.Module):
         init = nn.initializers.normal(self.token_scale)
         self.cls = self.param("cls", init, (self.dim,), jnp.float32)
         make_block = nn.remat(FusionBlock, static_argnums=(5,)) if self.remat else FusionBlock
-        fields = dict(self.block) | {"logit_scale": self.logit_scale}
+        fields = {**self.block, "dim": self.dim, "logit_scale": self.logit_scale}
         self.layer = {
-            str(i): make_block(self.num_heads, self.dim, **fields)
-            for i in range(self.num_layers - 1)
+            str(i): make_block(self.num_heads, **fields) for i in range(self.num_layers - 1)
         }
-        self.query = HeadProjection(*heads)
-        self.key = HeadProjection(*heads)
-        self.value = HeadProjection(*heads)
+        self.query, self.key, self.value = (Projection(heads) for _ in range(3))
         self.out = Dense(self.dim)
         if self.norm:
             self.out_norm = LayerNorm()
@@ -598,7 +580,7 @@ class AttentionFusion(nn.Module):
           ConfigError: the rotation does not fit, or the variables lack the statistics of a quality
             bias.
         """
-        modalities, bias = sorted(tokens), None
+        modalities = sorted(tokens)
         if self.quality_bias and signal is None:
             # Of all tokens: LayerNorm gives each class token the same norm.
             signal = quality.token_norms(
@@ -611,35 +593,37 @@ class AttentionFusion(nn.Module):
         lengths = tuple(part.shape[1] for part in parts)
         rotations = split_rotation(rotation, self.num_layers, self.num_heads, self.dim)
         sequence, mask = join_tokens(self.cls, parts, reals)
-        rng = self.make_rng("dropout") if train and self.dropout > 0 else None
         example_index = batch_broadcast(example_index, sequence.shape[:1], sequence)
-        weights_rng, out_rng = (None, None) if rng is None else jax.random.split(rng)
-
-        cls, stats = self.cls, []
-        block_rng = None
+        # Drawn before the blocks' key, so that a model of one layer draws what it always drew.
+        weights_rng = out_rng = block_rng = None
+        if train and self.dropout > 0:
+            weights_rng, out_rng = jax.random.split(self.make_rng("dropout"))
         if self.layer and train and self.block.get("dropout", 0.0) > 0:
             block_rng = self.make_rng("dropout")
+
+        cls, stats = self.cls, []
         for i, block in enumerate(self.layer.values()):
             layer_rng = None if block_rng is None else jax.random.fold_in(block_rng, i)
             sequence, seen = block(
                 sequence, cls, rotations[i], mask, lengths, reals, layer_rng, example_index
             )
             stats.append(seen)
-            cls = sequence[:, 0].astype(jnp.float32)
+            cls = sequence[:, 0].astype(jnp.float32)  # scores and rotation are never in bfloat16
         if self.layer:
             parts = split_tokens(sequence, lengths)
 
         query = rotated_query(cls, *self.query(self.dim), rotations[-1])
-        key, value = self.key(self.dim), self.value(self.dim)
+        (w_key, b_key), (w_value, b_value) = self.key(self.dim), self.value(self.dim)
+        bias = None
         if signal is not None:
             bias = quality.logit_bias(self._quality_bias(signal), lengths)
         attended, weights = class_token_attention(
             sequence,
             query if self.logit_scale == 1.0 else self.logit_scale * query,
-            key[0],
-            value[0],
-            key[1],
-            value[1],
+            w_key,
+            w_value,
+            b_key,
+            b_value,
             mask=mask,
             dropout_rate=self.dropout,
             rng=None if weights_rng is None else example_keys(weights_rng, example_index),
@@ -653,13 +637,13 @@ class AttentionFusion(nn.Module):
             output = self.out_norm(output)
         logits = self.head(output)
 
-        means = [mean_key(part, *key, mask=real) for part, real in zip(parts, reals, strict=True)]
+        # Of the last layer's tokens under its own keys, without the keys of all tokens.
+        means = [
+            mean_key(part, w_key, b_key, mask=real) for part, real in zip(parts, reals, strict=True)
+        ]
         share = attention_share(weights, lengths)
         stats.append(ClassTokenStats(broadcast_query(query, sequence), means, share))
-        even = uniform_shares(sequence, lengths, mask)
-        out = join_statistics(modalities, stats) | {
-            "uniform_share": dict(zip(modalities, even, strict=True))
-        }
+        out = join_statistics(modalities, stats, uniform_shares(sequence, lengths, mask))
         if return_attention:
             out["attention"] = weights
         if signal is not None:
@@ -694,23 +678,23 @@ def mean_class_token(tokens: list[Array], masks: list[Array | None]) -> Array:
     firsts = jnp.stack([x[:, 0] for x in tokens], axis=1)
     if all(mask is None for mask in masks):
         return mean_token(firsts)
-    everyone = jnp.ones_like(firsts[:, 0, 0], jnp.bool_)
-    present = [everyone if mask is None else mask[:, 0] for mask in masks]
+    present = [real_tokens(x, mask)[:, 0] for x, mask in zip(tokens, masks, strict=True)]
     return mean_token(firsts, jnp.stack(present, axis=1))
 
 
-def uniform_shares(sequence: Array, lengths: Sequence[int], mask: Array | None) -> list[Array]:
-    """Each modality's share under uniform attention: M x `[B]`, laid out as `sequence` `[B, ...]`.
+def uniform_shares(sequence: Array, lengths: Sequence[int], mask: Array | None) -> Array:
+    """Each modality's share under uniform attention: `[B, M]`, laid out as `sequence` `[B, ...]`.
 
     `mask` `[B, 1 + L]` has the fusion class token first, which belongs to no modality.
     """
     shares = uniform_share(lengths, mask=mask)
-    size = (sequence.shape[0],)
-    return [batch_broadcast(shares[..., i], size, sequence) for i in range(len(lengths))]
+    return batch_broadcast(shares, (sequence.shape[0], len(lengths)), sequence)
 
 
-def join_statistics(modalities: list[str], stats: list[ClassTokenStats]) -> dict[str, Any]:
-    """The statistics of all layers, the first layer's heads first."""
+def join_statistics(
+    modalities: list[str], stats: list[ClassTokenStats], uniform: Array
+) -> dict[str, Any]:
+    """What a fusion returns of all layers, the first layer's heads first; `uniform` is `[B, M]`."""
     share = jnp.concatenate([layer.share for layer in stats], axis=1)
     return {
         "query": jnp.concatenate([layer.query for layer in stats], axis=1),
@@ -719,4 +703,5 @@ def join_statistics(modalities: list[str], stats: list[ClassTokenStats]) -> dict
             for i, m in enumerate(modalities)
         },
         "attention_share": {m: share[..., i] for i, m in enumerate(modalities)},
+        "uniform_share": {m: uniform[:, i] for i, m in enumerate(modalities)},
     }

@@ -12,6 +12,7 @@ in float32. A sample needs at least one real token: the encoder's class token al
 positions that are not real mean nothing.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from rollingq_jax.attention import drop
 from rollingq_jax.shapes import batch_broadcast, batch_reshape, batch_sharding
@@ -85,22 +87,29 @@ def _scores(logits: Array, head_dim: int, mask: Array | None) -> Array:
     return jax.nn.softmax(logits, axis=-1)
 
 
-def attend(attention: AttentionFn, q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    """`attention(q, k, v, mask)`, on each device's samples if the batch is on an explicit axis.
+def on_each_device(
+    function: Callable[..., Array], batched: tuple[Array, *tuple[Array | None, ...]], *whole: Array
+) -> Array:
+    """`function(*batched, *whole)`, on each device's samples if the batch is on an explicit axis.
 
-    Loops over samples and kernels of a backend are then no matter for the partitioner, which could
-    not split them.
+    For loops over samples and a backend's kernels, which the partitioner could not split, and for
+    convolutions, of whose result and gradients JAX would ask for the layout.
+
+    Args:
+      function: of arrays; its result has the batch first.
+      batched: arrays `[B, ...]`; None in place of any but the first.
+      *whole: arrays that every device has.
     """
-    sharding = batch_sharding(q, 1)
+    sharding = batch_sharding(batched[0], 1)
     if sharding is None:
-        return attention(q, k, v, mask)
+        return function(*batched, *whole)
     return jax.shard_map(
-        attention,
+        function,
         mesh=sharding.mesh,
-        in_specs=sharding.spec,
+        in_specs=(*[sharding.spec] * len(batched), *[PartitionSpec()] * len(whole)),
         out_specs=sharding.spec,
         check_vma=False,
-    )(q, k, v, mask)
+    )(*batched, *whole)
 
 
 def dense_attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
@@ -163,12 +172,6 @@ def fused_attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> 
         )
 
 
-def _tpu_block(length: int) -> int:
-    """Width of the blocks that cut `length`: multiples of 128, as equal as they can be."""
-    blocks = math.ceil(length / _TPU_BLOCK)
-    return _TPU_LANES * math.ceil(length / blocks / _TPU_LANES)
-
-
 def tpu_flash_attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     """JAX's flash attention for TPUs (Pallas), on a sequence padded to whole blocks.
 
@@ -181,7 +184,9 @@ def tpu_flash_attention(q: Array, k: Array, v: Array, mask: Array | None = None)
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
     batch_size, length, _, head_dim = q.shape
-    block = _tpu_block(length)
+    # Multiples of 128, as equal as they can be: a last block of padding alone would cost as much.
+    number = math.ceil(length / _TPU_BLOCK)
+    block = _TPU_LANES * math.ceil(length / number / _TPU_LANES)
     padding = -length % block
     real = jnp.ones((batch_size, length), jnp.bool_) if mask is None else mask
     segments = jnp.pad(real.astype(jnp.int32), ((0, 0), (0, padding)))
@@ -189,19 +194,7 @@ def tpu_flash_attention(q: Array, k: Array, v: Array, mask: Array | None = None)
     def by_head(x: Array) -> Array:
         return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
 
-    sizes = flash.BlockSizes(
-        block_q=block,
-        block_k_major=block,
-        block_k=block,
-        block_b=1,
-        block_q_major_dkv=block,
-        block_k_major_dkv=block,
-        block_k_dkv=block,
-        block_q_dkv=block,
-        block_k_major_dq=block,
-        block_k_dq=block,
-        block_q_dq=block,
-    )
+    sizes = {field.name: block for field in dataclasses.fields(flash.BlockSizes)} | {"block_b": 1}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         out = flash.flash_attention(
             by_head(q),
@@ -209,7 +202,7 @@ def tpu_flash_attention(q: Array, k: Array, v: Array, mask: Array | None = None)
             by_head(v),
             segment_ids=flash.SegmentIds(segments, segments),
             sm_scale=head_dim**-0.5,
-            block_sizes=sizes,
+            block_sizes=flash.BlockSizes(**sizes),
         )
     return out[:, :, :length].swapaxes(1, 2)
 
@@ -239,18 +232,24 @@ class Dense(nn.Dense):
         return batch_reshape(rows, *x.shape[:-1], self.features)
 
 
-class HeadProjection(nn.Module):
-    """Parameters of a projection to H heads, for functions that use them folded."""
+class Projection(nn.Module):
+    """Parameters of a projection to `shape`, for functions that use them folded."""
 
-    num_heads: int
-    head_dim: int
+    shape: tuple[int, ...]
 
     @nn.compact
     def __call__(self, width: int) -> tuple[Array, Array]:
-        """Kernel `[width, H, d_h]` and bias `[H, d_h]`, float32."""
-        heads = (self.num_heads, self.head_dim)
-        kernel = self.param("kernel", xavier_normal, (width, *heads), jnp.float32)
-        return kernel, self.param("bias", nn.initializers.zeros, heads, jnp.float32)
+        """Kernel `[width, *shape]` and bias `shape`, float32."""
+        kernel = self.param("kernel", xavier_normal, (width, *self.shape), jnp.float32)
+        return kernel, self.param("bias", nn.initializers.zeros, self.shape, jnp.float32)
+
+
+def project(x: Array, kernel: Array, bias: Array, dtype: Any) -> Array:
+    """x W + b in `dtype`, with the parameters of a `Projection`: `[B, L, d] -> [B, L, *shape]`."""
+    rows = batch_reshape(x, -1, x.shape[-1]).astype(dtype)
+    made = rows @ kernel.reshape(x.shape[-1], -1).astype(dtype)
+    made = made + bias.reshape(1, -1).astype(dtype)
+    return batch_reshape(made, *x.shape[:2], *bias.shape)
 
 
 def gelu_exact(x: Array) -> Array:
@@ -310,7 +309,7 @@ class SelfAttention(nn.Module):
         heads = (self.num_heads, width // self.num_heads)
         qkv = batch_reshape(qkv, batch_size, length, 3, *heads)
         attention = self.attention_fn or default_attention(length)
-        out = attend(attention, qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask)
+        out = on_each_device(attention, (qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask))
         return Dense(width, dtype=self.dtype, name="out")(batch_reshape(out, *x.shape))
 
 
@@ -329,7 +328,9 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block: x + attention(norm1(x)), then x + mlp(norm2(x)).
+    """Transformer block: x <- x + attention(norm1(x)), then x <- x + mlp(norm2(x)).
+
+    With `post_norm`, as BERT has it: x <- norm1(x + attention(x)), then x <- norm2(x + mlp(x)).
 
     Attributes:
       num_heads: attention heads; they divide d.
@@ -338,6 +339,7 @@ class Block(nn.Module):
       gelu: "exact", "tanh", or "relu" in its place.
       dtype: of the computation.
       attention_fn: self-attention, see above; None chooses by backend and length.
+      post_norm: whether the normalizations follow the sums.
     """
 
     num_heads: int
@@ -346,6 +348,7 @@ class Block(nn.Module):
     gelu: str = "exact"
     dtype: Any = jnp.float32
     attention_fn: AttentionFn | None = None
+    post_norm: bool = False
 
     @nn.compact
     def __call__(
@@ -360,9 +363,11 @@ class Block(nn.Module):
           example_index: `[B]` int32, each example's position in the global batch.
         """
         rngs = (None, None) if rng is None else tuple(jax.random.split(rng))
-        h = LayerNorm(dtype=self.dtype, name="norm1")(x)
-        h = SelfAttention(self.num_heads, self.dtype, self.attention_fn, name="attention")(h, mask)
-        x = x + dropout(rngs[0], h, self.dropout, example_index)
-        h = LayerNorm(dtype=self.dtype, name="norm2")(x)
-        h = Mlp(int(x.shape[-1] * self.mlp_ratio), self.gelu, self.dtype, name="mlp")(h)
-        return x + dropout(rngs[1], h, self.dropout, example_index)
+        attention = SelfAttention(self.num_heads, self.dtype, self.attention_fn, name="attention")
+        mlp = Mlp(int(x.shape[-1] * self.mlp_ratio), self.gelu, self.dtype, name="mlp")
+        for i, branch in enumerate((lambda h: attention(h, mask), mlp)):
+            norm = LayerNorm(self.dtype, name=f"norm{i + 1}")
+            h = branch(x if self.post_norm else norm(x))
+            x = x + dropout(rngs[i], h, self.dropout, example_index)
+            x = norm(x) if self.post_norm else x
+        return x

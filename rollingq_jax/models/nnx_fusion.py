@@ -23,9 +23,11 @@ from rollingq_jax.attention import (
 )
 from rollingq_jax.errors import UserError
 from rollingq_jax.models.fusion import (
+    ClassTokenStats,
     Masks,
     Output,
     Tokens,
+    join_statistics,
     join_tokens,
     rotated_query,
     uniform_shares,
@@ -138,14 +140,15 @@ class AttentionFusion(nnx.Module):
         if example_index is None:
             example_index = jnp.arange(sequence.shape[0], dtype=jnp.int32)
         example_index = batch_broadcast(example_index, sequence.shape[:1], sequence)
-        query, key, value = self.class_query(), _arrays(self.key), _arrays(self.value)
+        query = self.class_query()
+        (w_key, b_key), (w_value, b_value) = _arrays(self.key), _arrays(self.value)
         attended, weights = class_token_attention(
             sequence,
             query,
-            key[0],
-            value[0],
-            key[1],
-            value[1],
+            w_key,
+            w_value,
+            b_key,
+            b_value,
             mask=mask,
             dropout_rate=self.dropout,
             rng=None if weights_rng is None else example_keys(weights_rng, example_index),
@@ -153,16 +156,12 @@ class AttentionFusion(nnx.Module):
         output = self.out(batch_reshape(attended, sequence.shape[0], -1))
         logits = self.head(dropout(out_rng, output, self.dropout, example_index))
         lengths = [part.shape[1] for part in parts]
-        share, even = attention_share(weights, lengths), uniform_shares(sequence, lengths, mask)
-        out: dict[str, Any] = {
-            "query": broadcast_query(query, sequence),
-            "mean_keys": {
-                m: mean_key(part, *key, mask=real)
-                for m, part, real in zip(modalities, parts, reals, strict=True)
-            },
-            "attention_share": {m: share[..., i] for i, m in enumerate(modalities)},
-            "uniform_share": dict(zip(modalities, even, strict=True)),
-        }
+        means = [
+            mean_key(part, w_key, b_key, mask=real) for part, real in zip(parts, reals, strict=True)
+        ]
+        share = attention_share(weights, lengths)
+        stats = [ClassTokenStats(broadcast_query(query, sequence), means, share)]
+        out = join_statistics(modalities, stats, uniform_shares(sequence, lengths, mask))
         return logits, out | ({"attention": weights} if return_attention else {})
 
 
@@ -178,9 +177,8 @@ def copy_params(fusion: AttentionFusion, params: Mapping[str, Any]) -> None:
       UserError: the names or shapes are others than the module's; nothing is changed.
     """
     state = nnx.state(fusion, nnx.Param)
-    shapes = {name: x.shape for name, x in _flat(nnx.to_pure_dict(state)).items()}
-    given = _flat(params)
-    found = {name: jnp.shape(x) for name, x in given.items()}
+    own, given = flatten_dict(nnx.to_pure_dict(state), sep="/"), flatten_dict(params, sep="/")
+    shapes, found = ({name: jnp.shape(x) for name, x in p.items()} for p in (own, given))
     wrong = [name for name in sorted({*shapes, *found}) if shapes.get(name) != found.get(name)]
     if wrong:
         raise UserError(
@@ -223,7 +221,3 @@ def _arrays(projection: nnx.LinearGeneral) -> tuple[Array, Array]:
     """Kernel `[d, H, d_h]` and bias `[H, d_h]`."""
     assert projection.bias is not None
     return projection.kernel[...], projection.bias[...]
-
-
-def _flat(params: Mapping[str, Any]) -> dict[str, Any]:
-    return flatten_dict(params, sep="/")

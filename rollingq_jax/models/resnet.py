@@ -9,20 +9,18 @@ layout over devices: the examples of the global batch that are not padding and t
 modality. Where a step takes its batch in parts (`micro_batches`), it is over each part.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-from jax.sharding import PartitionSpec
 
 from rollingq_jax.errors import ConfigError, DataError
-from rollingq_jax.models.encoders import ModalityMask, normalize_pixels
-from rollingq_jax.models.layers import Dense
+from rollingq_jax.models.encoders import ModalityMask, check_input, normalize_pixels
+from rollingq_jax.models.layers import Dense, on_each_device
 from rollingq_jax.models.spec import EncoderSpec
-from rollingq_jax.shapes import batch_broadcast, batch_reshape, batch_sharding
+from rollingq_jax.shapes import batch_broadcast, batch_reshape
 
 WIDTHS = (64, 128, 256, 512)  # of the four stages, two blocks each
 BATCH_STATS = "batch_stats"  # the collection of running averages, as in Flax
@@ -93,35 +91,13 @@ class BatchNorm(nn.Module):
         return (normalized + bias[None, None, None]).astype(self.dtype)
 
 
-def on_each_device(function: Callable[..., Array], x: Array, *whole: Array) -> Array:
-    """`function(x, *whole)` on each device's rows of `x`, if the batch is on an explicit axis.
-
-    JAX would ask for the layout of a convolution's result, and of its gradients.
-    """
-    sharding = batch_sharding(x, 1)
-    if sharding is None:
-        return function(x, *whole)
-    return jax.shard_map(
-        function,
-        mesh=sharding.mesh,
-        in_specs=(sharding.spec, *[PartitionSpec()] * len(whole)),
-        out_specs=sharding.spec,
-        check_vma=False,
-    )(x, *whole)
-
-
 def convolve(x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
     """`jax.lax.conv_general_dilated`, in any layout of the batch."""
 
     def function(x: Array, kernel: Array) -> Array:
         return jax.lax.conv_general_dilated(x, kernel, *args, **kwargs)
 
-    return on_each_device(function, x, kernel)
-
-
-def max_pool(x: Array) -> Array:
-    """Maxima of 3 x 3 at every second row and column: `[N, h, w, C] -> [N, h / 2, w / 2, C]`."""
-    return nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
+    return on_each_device(function, (x,), kernel)
 
 
 def convolution(features: int, side: int, stride: int, dtype: Any, name: str) -> nn.Conv:
@@ -172,7 +148,7 @@ class Stem(nn.Module):
         """`[N, H, W, C] -> [N, H / 4, W / 4, 64]`; see `BatchNorm`."""
         x = convolution(WIDTHS[0], 7, 2, self.dtype, "conv")(x)
         x = jax.nn.relu(BatchNorm(self.dtype, name="norm")(x, weight, train, axis_name))
-        return on_each_device(max_pool, x)
+        return on_each_device(lambda x: nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)]), (x,))
 
 
 class ResNet18(nn.Module):
@@ -218,14 +194,7 @@ class ResNet18(nn.Module):
             positions.
           ConfigError: the variables have no running averages.
         """
-        if x.ndim not in (4, 5) or not (
-            jnp.issubdtype(x.dtype, jnp.floating) or x.dtype == "uint8"
-        ):
-            raise DataError(
-                f"{self.spec.name} has shape {x.shape} and dtype {x.dtype}; allowed for kind "
-                "'resnet18': [batch, row, column, channel] or [batch, frame, row, column, channel],"
-                " float or uint8"
-            )
+        check_input(self.spec, x)
         positions, present = presence or ModalityMask()
         if positions is not None:
             raise DataError(
