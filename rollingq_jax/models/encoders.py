@@ -11,7 +11,7 @@ sequence [B, L, D], tokens [B, L] integer ids (0 pads), vector [B, D].
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -258,6 +258,14 @@ def with_real(mask: Array | None, count: int) -> Array | None:
     return jnp.concatenate([real, mask], axis=1)
 
 
+def make_block(module: "Encoder | Bottleneck", num_heads: int, name: str) -> Block:
+    """A block of the module that is being applied, with its fields."""
+    # Not while parameters are made: under `nn.remat` Flax draws them from other keys.
+    remat = module.remat and not module.is_initializing()
+    made: type[Block] = nn.remat(Block) if remat else Block
+    return made(num_heads, **{field: getattr(module, field) for field in BLOCK_FIELDS}, name=name)
+
+
 def run_blocks(
     blocks: Sequence[Block],
     x: Array,
@@ -266,7 +274,6 @@ def run_blocks(
     example_index: Array,
     *,
     scan: bool = False,
-    remat: bool = False,
 ) -> Array:
     """Applies blocks of equal shape one after the other: `[B, L, d] -> [B, L, d]`.
 
@@ -276,37 +283,27 @@ def run_blocks(
       mask: `[B, L]` or None.
       rng: one dropout key, folded with each block's number; None keeps everything.
       example_index: `[B]`.
-      scan: stack the blocks' parameters and loop over them, so that one block is compiled. The
-        stack is a copy, made at run time; parameters keep one layout either way.
-      remat: do not keep intermediates for the backward pass, but compute them again.
+      scan: stack the blocks' parameters and loop over them, so that one block is compiled.
     """
     if not blocks:
         return x
     rngs = None
     if rng is not None:
         rngs = jax.vmap(functools.partial(jax.random.fold_in, rng))(jnp.arange(len(blocks)))
-    calls: list[Callable[..., Array]] = list(blocks)
-    # The parameters become an argument, made by the blocks one by one: `nn.scan` would stack them
-    # in the tree, and checkpoints would have another layout.
-    if (scan or remat) and not blocks[0].is_initializing():
-        unbound = blocks[0].clone(parent=None, name=None)
+    if not scan or blocks[0].is_initializing():
+        for i, block in enumerate(blocks):
+            x = block(x, mask, None if rngs is None else rngs[i], example_index)
+        return x
+    # `nn.scan` would keep the parameters stacked, and checkpoints would have another layout. Here
+    # the stack is a copy, made at run time.
+    unbound = blocks[0].clone(parent=None, name=None)
 
-        def apply(params: Any, *args: Array | None) -> Any:
-            return unbound.apply({"params": params}, *args)
+    def step(x: Array, layer: tuple[Any, Array | None]) -> tuple[Any, None]:
+        return unbound.apply({"params": layer[0]}, x, mask, layer[1], example_index), None
 
-        apply = jax.checkpoint(apply) if remat else apply
-        params = [block.variables["params"] for block in blocks]
-        if scan:
-
-            def step(x: Array, layer: tuple[Any, Array | None]) -> tuple[Array, None]:
-                return apply(layer[0], x, mask, layer[1], example_index), None
-
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-            return jax.lax.scan(step, x, (stacked, rngs))[0]
-        calls = [functools.partial(apply, layer) for layer in params]
-    for i, call in enumerate(calls):
-        x = call(x, mask, None if rngs is None else rngs[i], example_index)
-    return x
+    params = [block.variables["params"] for block in blocks]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+    return jax.lax.scan(step, x, (stacked, rngs))[0]
 
 
 class Encoder(nn.Module):
@@ -316,7 +313,8 @@ class Encoder(nn.Module):
       spec: kind, patch, depth, width and heads.
       dim: d, width of the output; a projection is added where the encoder's own width differs.
       mlp_ratio, dropout, gelu, dtype, attention_fn: see `Block`.
-      scan_layers, remat: see `run_blocks`.
+      scan_layers: see `run_blocks`.
+      remat: recompute each block in the backward pass.
     """
 
     spec: EncoderSpec
@@ -384,15 +382,13 @@ class Encoder(nn.Module):
         self._check_width(features)
         tokens = embedding(self.spec, features, self.dtype, "embed")(features)
         tokens = self._with_class_token(tokens)
-        heads, fields = self.spec.num_heads, {name: getattr(self, name) for name in BLOCK_FIELDS}
         tokens = run_blocks(
-            [Block(heads, **fields, name=f"block_{i}") for i in range(self.spec.depth)],
+            [make_block(self, self.spec.num_heads, f"block_{i}") for i in range(self.spec.depth)],
             tokens,
             with_real(presence.positions, 1),
             self.make_rng("dropout") if train and self.dropout > 0 else None,
             jnp.arange(x.shape[0]) if example_index is None else example_index,
             scan=self.scan_layers,
-            remat=self.remat,
         )
         if self.spec.width == self.dim:
             return tokens
@@ -455,7 +451,6 @@ class Bottleneck(nn.Module):
           example_index: `[B]` int32, positions in the global batch.
         """
         modalities = sorted(tokens)
-        fields = {name: getattr(self, name) for name in BLOCK_FIELDS}
         batch_size, _, width = tokens[modalities[0]].shape
         shared = self.param(
             "tokens", nn.initializers.normal(BOTTLENECK_STD), (self.num_tokens, width), jnp.float32
@@ -471,12 +466,11 @@ class Bottleneck(nn.Module):
             copies = []
             for number, m in enumerate(modalities):
                 stream = run_blocks(
-                    [Block(num_heads=1, **fields, name=f"{m}_block_{layer}")],
+                    [make_block(self, 1, f"{m}_block_{layer}")],
                     jnp.concatenate([shared, streams[m]], axis=1),
                     with_real(presences[m].positions, self.num_tokens + 1),
                     None if rng is None else jax.random.fold_in(rng, layer * len(streams) + number),
                     example_index,
-                    remat=self.remat,
                 )
                 copies.append(stream[:, : self.num_tokens])
                 streams[m] = stream[:, self.num_tokens :]

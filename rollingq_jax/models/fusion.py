@@ -374,12 +374,7 @@ class RotatedSelfAttention(SelfAttention, kw_only=True):
     ) -> tuple[Array, ClassTokenStats]:
         """`[B, 1 + sum L_m, d]` to the same, and what the first token saw.
 
-        Args:
-          x: the class token first.
-          query: `[B, H, d_h]`, the class token's.
-          mask: `[B, 1 + sum L_m]`, True where a token is real, or None where all are.
-          lengths: tokens of each modality.
-          masks: `[B, L_m]` or None for each.
+        `query` is the class token's, `[B, H, d_h]`; the other arguments are as for `FusionBlock`.
         """
         batch_size, length, width = x.shape
         qkv = project(x, *self.qkv(width), self.dtype)
