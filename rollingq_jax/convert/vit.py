@@ -104,7 +104,7 @@ def load_vit(
         if plan is None:
             continue
         base, kernel = f"encoder_{modality}", vit.kernel
-        if plan.channels == 1:
+        if plan.channels == 1:  # the sum, not the mean: three equal colors gave as much
             kernel = kernel.sum(axis=2)
             reshaped[f"{base}/embed/kernel"] = "sum over the file's three colors"
         new[f"{base}/embed/kernel"] = kernel.reshape(-1, kernel.shape[-1])

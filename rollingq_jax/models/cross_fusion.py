@@ -106,6 +106,21 @@ class CrossRead(NamedTuple):
     weights: Mapping[str, Array]  # m: [B, H, L_m] of the modalities that the attention reads
 
 
+Fused = tuple[Array, list[list[CrossRead]]]
+
+
+class Drop(NamedTuple):
+    """Dropout of one branch after the other, each with a key of its own, or with None: none."""
+
+    keys: Iterator[Array | None]
+    rate: float
+    example_index: Array  # [B] int32, positions in the global batch
+
+    def __call__(self, x: Array) -> Array:
+        """`[B, ...] -> [B, ...]`."""
+        return dropout(next(self.keys), x, self.rate, self.example_index)
+
+
 def cross_statistics(
     layers: Sequence[Sequence[CrossRead]],
     tokens: Tokens,
@@ -198,21 +213,15 @@ class CrossFusion(nn.Module):
     ) -> Output:
         """Logits and statistics, see `AttentionFusion`."""
         keys: Iterator[Array | None] = itertools.repeat(None)
-        if train and self.dropout > 0:  # a key for each branch, one after the other
+        if train and self.dropout > 0:
             rng = self.make_rng("dropout")
             keys = (jax.random.fold_in(rng, i) for i in itertools.count())
-        logits, layers = self._fuse(tokens, masks, rotation, keys, example_index)
+        drop = Drop(keys, self.dropout, example_index)
+        logits, layers = self._fuse(tokens, masks, rotation, drop)
         return logits, cross_statistics(layers, tokens, masks, return_attention)
 
-    def _fuse(
-        self,
-        tokens: Tokens,
-        masks: Masks,
-        rotation: Array | None,
-        rngs: Iterator[Array | None],
-        example_index: Array,
-    ) -> tuple[Array, list[list[CrossRead]]]:
-        """Logits, and what the attentions of each layer saw; `rngs` has a key for each branch."""
+    def _fuse(self, tokens: Tokens, masks: Masks, rotation: Array | None, drop: Drop) -> Fused:
+        """Logits, and what the attentions of each layer saw."""
         raise NotImplementedError
 
     def _attention(self, name: str) -> CrossAttention:
@@ -249,15 +258,9 @@ class MultFusion(CrossFusion):
     place of the last time step.
     """
 
-    def _fuse(
-        self,
-        tokens: Tokens,
-        masks: Masks,
-        rotation: Array | None,
-        rngs: Iterator[Array | None],
-        example_index: Array,
-    ) -> tuple[Array, list[list[CrossRead]]]:
+    def _fuse(self, tokens: Tokens, masks: Masks, rotation: Array | None, drop: Drop) -> Fused:
         modalities = sorted(tokens)
+        # Rotations stand layer by layer, and the layers of a pair are made one after the other.
         pairs = list(itertools.permutations(modalities, 2))
         rotations = self._rotations(rotation, len(pairs))
         reals = [masks[m] for m in modalities]
@@ -269,13 +272,14 @@ class MultFusion(CrossFusion):
                 name = f"{pair}_{i}"
                 norm = LayerNorm(self.dtype, name=f"{name}_norm0")
                 attention = self._attention(f"{name}_attention")
+                # Every modality's, for the mean keys that the query is scored with.
                 low = {m: norm(tokens[m]) for m in modalities}
                 rolled = rotations[i][number]
                 added, query, weights = attention(norm(h), low[source], masks[source], rolled)
-                h = h + dropout(next(rngs), added, self.dropout, example_index)
+                h = h + drop(added)
                 mlp = Mlp(4 * self.dim, "relu", self.dtype, name=f"{name}_mlp")
                 added = mlp(LayerNorm(self.dtype, name=f"{name}_norm1")(h))
-                h = h + dropout(next(rngs), added, self.dropout, example_index)
+                h = h + drop(added)
                 means = attention.mean_keys(list(low.values()), reals)
                 layers[i].append(CrossRead(query, means, {source: weights}))
             streams[target].append(LayerNorm(self.dtype, name=f"{pair}_norm")(h))
@@ -283,11 +287,11 @@ class MultFusion(CrossFusion):
         for m in modalities:
             blocks = [self._block(f"{m}_block_{i}") for i in range(max(self.num_layers, 3))]
             h = jnp.concatenate(streams[m], axis=-1)
-            h = run_blocks(blocks, h, self_mask(masks[m]), next(rngs), example_index)
+            h = run_blocks(blocks, h, self_mask(masks[m]), next(drop.keys), drop.example_index)
             joined[m] = LayerNorm(name=f"{m}_norm")(h)
         c = jnp.concatenate(list(class_tokens(joined, masks).values()), axis=-1)
         hidden = jax.nn.relu(Dense(c.shape[-1], name="fc1")(c))
-        hidden = dropout(next(rngs), hidden, self.dropout, example_index)
+        hidden = drop(hidden)
         c = c + Dense(c.shape[-1], name="fc2")(hidden)
         return Dense(self.num_classes, name="head")(c), layers
 
@@ -305,14 +309,7 @@ class MmmlFusion(CrossFusion):
     MMML's losses of the modalities alone are those of `config.baseline.name` "joint".
     """
 
-    def _fuse(
-        self,
-        tokens: Tokens,
-        masks: Masks,
-        rotation: Array | None,
-        rngs: Iterator[Array | None],
-        example_index: Array,
-    ) -> tuple[Array, list[list[CrossRead]]]:
+    def _fuse(self, tokens: Tokens, masks: Masks, rotation: Array | None, drop: Drop) -> Fused:
         modalities = sorted(tokens)
         rotations = self._rotations(rotation, len(modalities))
         reals = [masks[m] for m in modalities]
@@ -324,19 +321,19 @@ class MmmlFusion(CrossFusion):
                 source, mask = join_streams([x[o] for o in others], [masks[o] for o in others])
                 attention = self._attention(f"{m}_attention_{i}")
                 added, query, weights = attention(x[m], source, mask, rotations[i][number])
-                h = x[m] + dropout(next(rngs), added, self.dropout, example_index)
+                h = x[m] + drop(added)
                 h = LayerNorm(self.dtype, name=f"{m}_norm_{i}")(h)
                 block = self._block(f"{m}_block_{i}", post_norm=True)
-                new[m] = block(h, self_mask(masks[m]), next(rngs), example_index)
+                new[m] = block(h, self_mask(masks[m]), next(drop.keys), drop.example_index)
                 ends = list(itertools.accumulate(x[o].shape[1] for o in others))
                 each = dict(zip(others, jnp.split(weights, ends[:-1], axis=-1), strict=True))
                 layer.append(CrossRead(query, attention.mean_keys(parts, reals), each))
-            x = new
+            x = new  # at once: within a layer all read what the layer below made
             layers.append(layer)
         h = jnp.concatenate(list(class_tokens(x, masks).values()), axis=-1)
         for name, width in (("fc1", self.dim), ("fc2", max(1, self.dim // 2))):
             h = jax.nn.relu(Dense(width, name=name)(h))
-            h = dropout(next(rngs), h, self.dropout, example_index)
+            h = drop(h)
         return Dense(self.num_classes, name="head")(h), layers
 
 
@@ -369,14 +366,7 @@ class JmtFusion(CrossFusion):
     stream, which belong to no modality, are left out of shares. There is one layer.
     """
 
-    def _fuse(
-        self,
-        tokens: Tokens,
-        masks: Masks,
-        rotation: Array | None,
-        rngs: Iterator[Array | None],
-        example_index: Array,
-    ) -> tuple[Array, list[list[CrossRead]]]:
+    def _fuse(self, tokens: Tokens, masks: Masks, rotation: Array | None, drop: Drop) -> Fused:
         modalities = sorted(tokens)
         count = len(modalities)
         rotations = self._rotations(rotation, count + 1)[0]
@@ -386,25 +376,27 @@ class JmtFusion(CrossFusion):
         for m in modalities:
             x, mask = tokens[m], masks[m]
             rows = pooling(x.shape[1] - 1, steps, None if mask is None else mask[:, 1:])
+            # The class token is a step of its own, before those that are pooled.
             rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 2) + [(1, 0), (1, 0)])
             spread[m] = rows = rows.at[..., 0, 0].set(1.0)
             letters = "tl" if mask is None else "btl"
             x = jnp.einsum(f"{letters},bld->btd", rows, x.astype(jnp.float32))
             x = x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))
             real = None
-            if mask is not None:
+            if mask is not None:  # a step is real where one of its tokens is
                 real = jnp.concatenate([mask[:, :1], jnp.any(rows[:, 1:] > 0, axis=-1)], axis=1)
                 x = jnp.where(real[..., None], x, 0.0)
             streams.append(x.astype(self.dtype))
             reals.append(real)
         joint = Dense(self.dim, dtype=self.dtype, name="joint")(jnp.concatenate(streams, axis=-1))
+        # A joint step is real where any modality's is.
         known = [real for real in reals if real is not None]
         some = jnp.any(jnp.stack(known), axis=0) if len(known) == count else None
         streams, reals = [*streams, joint], [*reals, some]
         names = [f"stream_{m}" for m in modalities] + ["joint_stream"]
         for i, name in enumerate(names):
             block = self._block(f"{name}_block", post_norm=True, mlp_ratio=1.0)
-            streams[i] = block(streams[i], self_mask(reals[i]), next(rngs), example_index)
+            streams[i] = block(streams[i], self_mask(reals[i]), next(drop.keys), drop.example_index)
         answers, reads = [], []
         for i, name in enumerate(names):
             attention = self._attention(f"{name}_attention")
@@ -424,7 +416,7 @@ class JmtFusion(CrossFusion):
             reads.append(CrossRead(query, means, weights))
         c = Dense(self.dim, name="merge")(jnp.concatenate(answers, axis=-1))
         h = jax.nn.relu(Dense(max(1, self.dim // 4), name="fc")(c))
-        h = dropout(next(rngs), h, self.dropout, example_index)
+        h = drop(h)
         return Dense(self.num_classes, name="head")(h), [reads]
 
 

@@ -474,5 +474,6 @@ class Bottleneck(nn.Module):
                 )
                 copies.append(stream[:, : self.num_tokens])
                 streams[m] = stream[:, self.num_tokens :]
+            # After the loop: in a layer all modalities read the same bottleneck tokens.
             shared = mean_over_present(copies, [presences[m] for m in modalities])
         return streams

@@ -203,8 +203,9 @@ class ResNet18(nn.Module):
             )
         self._check_channels(x.shape[-1])
         x = normalize_pixels(self.spec, x)
-        if present is not None:
+        if present is not None:  # NaN where an example lacks it would reach every gradient
             x = jnp.where(present.reshape(-1, *[1] * (x.ndim - 1)), x, 0.0)
+        # The averages leave out padding and absent examples, whatever layout the batch has.
         counted = [w.astype(jnp.float32) for w in (weight, present) if w is not None]
         each = counted[0] * counted[-1] if counted else None
         size, frames = x.shape[0], x.shape[1] if x.ndim == 5 else 1
