@@ -377,9 +377,10 @@ def _from_timm(tensors: Mapping[str, np.ndarray], take: Take, depth: int) -> Vit
     for i in range(min(depth, _count(tensors, r"blocks\.(\d+)\."))):
         block = {}
         for theirs, ours, *_ in BLOCK:  # upstream took timm's names
-            kind = "scale" if ours in ("norm1", "norm2") else "kernel"
-            block[f"{ours}/{kind}"] = take(f"blocks.{i}.{theirs}.weight").T
-            block[f"{ours}/bias"] = take(f"blocks.{i}.{theirs}.bias")
+            weight, bias = (take(f"blocks.{i}.{theirs}.{kind}") for kind in ("weight", "bias"))
+            is_norm = ours in ("norm1", "norm2")
+            block |= {f"{ours}/scale": weight} if is_norm else {f"{ours}/kernel": weight.T}
+            block[f"{ours}/bias"] = bias
         blocks.append(block)
     return Vit(
         kernel=take(PATCH_TIMM).transpose(2, 3, 1, 0),

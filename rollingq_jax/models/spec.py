@@ -5,11 +5,12 @@ Each field of a section stands in one place: `name: Annotated[type, Rule, "its m
 """
 
 import dataclasses
+import functools
 import math
 import numbers
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import jax.numpy as jnp
 
@@ -64,9 +65,9 @@ def is_real(value: Any) -> bool:
         return False
 
 
-def integer(low: int, high: int = INT32_MAX) -> Rule:
-    """An integer of at least `low` and at most `high`."""
-    words = f"an integer >= {low} and at most {high:,}"
+def integer(low: int, high: int = INT32_MAX, words: str = "") -> Rule:
+    """An integer of at least `low` and at most `high`; `words` where others say it better."""
+    words = words or f"an integer >= {low} and at most {high:,}"
     return Rule(words, lambda v: is_integer(v) and low <= v <= high, int)
 
 
@@ -231,11 +232,8 @@ def token_grid(
     return tuple(int(size) // int(step) for size, step in zip(sizes, patch, strict=True))
 
 
-def _divides(heads: int, width: int, where: str, field: str, width_field: str) -> None:
-    if width % heads:
-        raise ConfigError(
-            f"{where}.{field} is {heads}; allowed: a divisor of {width_field}, which is {width}"
-        )
+def _refuse(spec: Any, where: str, field: str, allowed: str) -> NoReturn:
+    raise ConfigError(f"{where}.{field} is {getattr(spec, field)!r}; allowed{allowed}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +266,7 @@ class EncoderSpec:
     ] = None
     vocab_size: Annotated[
         int | None,
-        optional(integer(2))._replace(allowed=f"an integer >= 2 and at most {INT32_MAX:,}"),
+        optional(integer(2))._replace(allowed=integer(2).allowed),
         "number of token ids; only for kind tokens",
     ] = None
     mean: Annotated[
@@ -308,21 +306,18 @@ class EncoderSpec:
         return spec
 
     def _check(self, where: str) -> None:
-        axes = PATCH_AXES[self.kind]
+        axes, of_kind = PATCH_AXES[self.kind], f" for kind {self.kind!r}"
         if len(self.patch or ()) != axes:
             allowed = f"{axes} integers >= 1" if axes else "None, since there are no patches to cut"
-            raise ConfigError(
-                f"{where}.patch is {self.patch!r}; allowed for kind {self.kind!r}: {allowed}"
-            )
+            _refuse(self, where, "patch", f"{of_kind}: {allowed}")
         if (self.vocab_size is not None) != (self.kind == "tokens"):
             allowed = "an integer >= 2" if self.kind == "tokens" else "None"
-            raise ConfigError(
-                f"{where}.vocab_size is {self.vocab_size!r}; "
-                f"allowed for kind {self.kind!r}: {allowed}"
-            )
+            _refuse(self, where, "vocab_size", f"{of_kind}: {allowed}")
         if self.kind == "tokens" and (self.mean or self.std):
             raise ConfigError(f"{where}.mean and std are set; allowed for kind 'tokens': None")
-        _divides(self.num_heads, self.width, where, "num_heads", f"{where}.width")
+        if self.width % self.num_heads:
+            divisor = f": a divisor of {where}.width, which is {self.width}"
+            _refuse(self, where, "num_heads", divisor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,9 +338,11 @@ class ModelSpec:
 
     num_classes: Annotated[
         int,
-        integer(1, MAX_WIDTH)._replace(
-            allowed=f"an integer >= 1 and at most {MAX_WIDTH:,} (a run fills in a config's 0 when "
-            "it has loaded the data)"
+        integer(
+            1,
+            MAX_WIDTH,
+            f"an integer >= 1 and at most {MAX_WIDTH:,} (a run fills in a config's 0 when it has "
+            "loaded the data)",
         ),
         "number of outputs: classes, labels or values; 0: as the data have",
     ]
@@ -374,9 +371,7 @@ class ModelSpec:
     fusion_heads: Annotated[int, integer(1), "heads of the class token's attention"] = 1
     fusion_layers: Annotated[
         int,
-        integer(1, MOST_FUSION_LAYERS)._replace(
-            allowed=f"an integer from 1 to {MOST_FUSION_LAYERS}"
-        ),
+        integer(1, MOST_FUSION_LAYERS, f"an integer from 1 to {MOST_FUSION_LAYERS}"),
         "layers with a class token; 2 and more roll one layer after the other",
     ] = 1
     mlp_ratio: Annotated[
@@ -454,15 +449,14 @@ class ModelSpec:
         return dataclasses.replace(spec, encoders=tuple(read[m] for m in used))
 
     def _check(self, encoders: Mapping[str, EncoderSpec]) -> None:
-        names = ", ".join(encoders)
+        names, of_fusion = ", ".join(encoders), f" for fusion {self.fusion!r}"
+        refuse = functools.partial(_refuse, self, "model")
         if not encoders:
             raise ConfigError("model.encoders is empty; allowed: one field a modality")
         if self.fusion == "unimodal" and self.modality not in encoders:
-            raise ConfigError(f"model.modality is {self.modality!r}; allowed: {names}")
+            refuse("modality", f": {names}")
         if self.fusion != "unimodal" and self.modality is not None:
-            raise ConfigError(
-                f"model.modality is {self.modality!r}; allowed for fusion {self.fusion!r}: None"
-            )
+            refuse("modality", f"{of_fusion}: None")
         if self.fusion in ("film", "gated") and len(encoders) != 2:
             raise ConfigError(
                 f"model.fusion is {self.fusion!r}, which takes two modalities; "
@@ -474,12 +468,10 @@ class ModelSpec:
                 f"model.encoders has one: {names}"
             )
         if self.fusion == "jmt" and self.fusion_layers > 1:
-            raise ConfigError(
-                f"model.fusion_layers is {self.fusion_layers}; allowed for fusion 'jmt': 1"
-            )
+            refuse("fusion_layers", f"{of_fusion}: 1")
         if self.cosine_scale != ModelSpec.cosine_scale and self.fusion != "mmcosine":
             raise ConfigError(
-                f"model.cosine_scale is {self.cosine_scale:g}; allowed for fusion {self.fusion!r}, "
+                f"model.cosine_scale is {self.cosine_scale:g}; allowed{of_fusion}, "
                 f"which has no cosines: {ModelSpec.cosine_scale:g}"
             )
         if self.quality_bias and not (self.has_fixed_query and self.fusion_layers == 1):
@@ -489,22 +481,15 @@ class ModelSpec:
                 "in one layer, whose tokens are those that the encoders' last norms made"
             )
         if self.quality_signal != "norm" and not self.quality_bias:
-            raise ConfigError(
-                f"model.quality_signal is {self.quality_signal!r}; allowed with "
-                "model.quality_bias 0: norm"
-            )
+            refuse("quality_signal", " with model.quality_bias 0: norm")
         if self.quality_shuffled and not self.quality_bias:
-            raise ConfigError(
-                "model.quality_shuffled is True; allowed with model.quality_bias 0: False"
-            )
-        if self.uses_class_query:
-            _divides(self.fusion_heads, self.dim, "model", "fusion_heads", "model.dim")
-        elif self.fusion_layers > 1:
+            refuse("quality_shuffled", " with model.quality_bias 0: False")
+        if self.uses_class_query and self.dim % self.fusion_heads:
+            refuse("fusion_heads", f": a divisor of model.dim, which is {self.dim}")
+        if self.fusion_layers > 1 and not self.uses_class_query:
             head = f" with mbt_head {self.mbt_head!r}" if self.fusion == "mbt" else ""
-            raise ConfigError(
-                f"model.fusion_layers is {self.fusion_layers}; allowed for fusion "
-                f"{self.fusion!r}{head}: 1, since no class token attends to the tokens there"
-            )
+            reason = "since no class token attends to the tokens there"
+            refuse("fusion_layers", f"{of_fusion}{head}: 1, {reason}")
 
     @property
     def modalities(self) -> tuple[str, ...]:
