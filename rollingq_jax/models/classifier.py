@@ -157,11 +157,7 @@ class MultimodalTransformer(nn.Module):
           ConfigError: a rotation is given and the fusion has no class query, or does not fit it; or
             the variables lack the statistics of a quality bias.
         """
-        inputs = read_inputs(batch, self.spec.modalities)
-        presences = {
-            e.name: read_mask(e, inputs[e.name], batch.get(f"{e.name}_mask"))
-            for e in self.spec.encoders
-        }
+        inputs, presences = self._read(batch)
         batch_size = next(iter(inputs.values())).shape[0]
         if example_index is None:
             example_index = jnp.arange(batch_size, dtype=jnp.int32)
@@ -177,6 +173,7 @@ class MultimodalTransformer(nn.Module):
         }
         if self.spec.fusion == "mbt":
             tokens = self.bottleneck(tokens, presences, **randomness)
+        # The last norms of the encoders, here since bottleneck layers may come before them.
         tokens = {m: self.norm[m](tokens[m]) for m in tokens}
         randomness["return_attention"] = return_attention
         logits, out = self._fuse(tokens, presences, rotation, **randomness)
@@ -207,16 +204,17 @@ class MultimodalTransformer(nn.Module):
         Raises:
           DataError, ConfigError: as a forward pass.
         """
-        inputs = read_inputs(batch, self.spec.modalities)
+        presences = self._read(batch)[1]
         absent = jnp.zeros_like(tokens[self.spec.modalities[0]][:, 0, 0], jnp.bool_)
-        presences = {
-            e.name: read_mask(e, inputs[e.name], batch.get(f"{e.name}_mask"))
-            if e.name in modalities
-            else ModalityMask(None, absent)
-            for e in self.spec.encoders
-        }
+        presences |= {m: ModalityMask(None, absent) for m in presences if m not in modalities}
         index = jnp.arange(absent.shape[0], dtype=jnp.int32)
         return self._fuse(tokens, presences, rotation, example_index=index)[0]
+
+    def _read(self, batch: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, ModalityMask]]:
+        """Each modality's array and its real part."""
+        inputs, encoders = read_inputs(batch, self.spec.modalities), self.spec.encoders
+        masks = {e.name: batch.get(f"{e.name}_mask") for e in encoders}
+        return inputs, {e.name: read_mask(e, inputs[e.name], masks[e.name]) for e in encoders}
 
     def _fuse(
         self,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import Array
 
@@ -325,8 +326,8 @@ class MmmlFusion(CrossFusion):
                 h = LayerNorm(self.dtype, name=f"{m}_norm_{i}")(h)
                 block = self._block(f"{m}_block_{i}", post_norm=True)
                 new[m] = block(h, self_mask(masks[m]), next(drop.keys), drop.example_index)
-                ends = list(itertools.accumulate(x[o].shape[1] for o in others))
-                each = dict(zip(others, jnp.split(weights, ends[:-1], axis=-1), strict=True))
+                ends = np.cumsum([x[o].shape[1] for o in others])[:-1]
+                each = dict(zip(others, jnp.split(weights, ends, axis=-1), strict=True))
                 layer.append(CrossRead(query, attention.mean_keys(parts, reals), each))
             x = new  # at once: within a layer all read what the layer below made
             layers.append(layer)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.core import FrozenDict
 from jax import Array
@@ -270,8 +271,7 @@ class ClassTokenStats(NamedTuple):
 
 def split_tokens(sequence: Array, lengths: tuple[int, ...]) -> list[Array]:
     """Each modality's tokens, the class token left out: `[B, 1 + L, ...] -> M x [B, L_m, ...]`."""
-    bounds = [sum(lengths[:i]) for i in range(1, len(lengths))]
-    return jnp.split(sequence[:, 1:], bounds, axis=1)
+    return jnp.split(sequence[:, 1:], np.cumsum(lengths)[:-1], axis=1)
 
 
 def rotated_query(x: Array, kernel: Array, bias: Array, rotation: Array | None) -> Array:

@@ -86,11 +86,9 @@ def several(item: Callable[[Any], bool], keep: type, words: str) -> Rule:
     """A non-empty tuple or list, or nothing."""
 
     def accepts(value: Any) -> bool:
-        return value is None or (
-            isinstance(value, tuple | list) and len(value) > 0 and all(map(item, value))
-        )
+        return isinstance(value, tuple | list) and len(value) > 0 and all(map(item, value))
 
-    return Rule(words, accepts, lambda v: None if v is None else tuple(map(keep, v)))
+    return or_none(Rule(words, accepts, lambda v: tuple(map(keep, v))))
 
 
 def at_least(low: float) -> Rule:
@@ -98,14 +96,17 @@ def at_least(low: float) -> Rule:
     return real(f"a number >= {low:g}", lambda v: v >= low)
 
 
-def optional(rule: Rule, meaning: str = "") -> Rule:
-    """Also None; `meaning` says in words what that does."""
-    words = f"{rule.allowed}, or None{' ' * bool(meaning)}{meaning}"
-    return Rule(
-        words,
-        lambda v: v is None or rule.accepts(v),
-        lambda v: None if v is None else rule.keep(v),
+def or_none(rule: Rule) -> Rule:
+    """Also None, which its words leave out."""
+    return rule._replace(
+        accepts=lambda v: v is None or rule.accepts(v),
+        keep=lambda v: None if v is None else rule.keep(v),
     )
+
+
+def optional(rule: Rule, meaning: str) -> Rule:
+    """Also None; `meaning` says in words what that does."""
+    return or_none(rule)._replace(allowed=f"{rule.allowed}, or None {meaning}")
 
 
 RATE = real("a number in [0, 1)", lambda v: 0 <= v < 1)
@@ -266,7 +267,7 @@ class EncoderSpec:
     ] = None
     vocab_size: Annotated[
         int | None,
-        optional(integer(2))._replace(allowed=integer(2).allowed),
+        or_none(integer(2)),
         "number of token ids; only for kind tokens",
     ] = None
     mean: Annotated[
