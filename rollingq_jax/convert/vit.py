@@ -375,7 +375,7 @@ def _npz_block(
 def _from_timm(tensors: Mapping[str, np.ndarray], take: Take, depth: int) -> Vit:
     blocks = []
     for i in range(min(depth, _count(tensors, r"blocks\.(\d+)\."))):
-        block = {}
+        block: Block = {}
         for theirs, ours, *_ in BLOCK:  # upstream took timm's names
             weight, bias = (take(f"blocks.{i}.{theirs}.{kind}") for kind in ("weight", "bias"))
             is_norm = ours in ("norm1", "norm2")

@@ -82,7 +82,7 @@ class MultimodalTransformer(nn.Module):
         if spec.fusion != "unimodal":
             self.probe = {m: Dense(spec.num_classes) for m in spec.modalities}
         self.fusion: Any
-        attention = {
+        attention: dict[str, Any] = {
             "num_classes": spec.num_classes,
             "dim": spec.dim,
             "num_heads": spec.fusion_heads,

@@ -365,7 +365,8 @@ class Block(nn.Module):
         rngs = (None, None) if rng is None else tuple(jax.random.split(rng))
         attention = SelfAttention(self.num_heads, self.dtype, self.attention_fn, name="attention")
         mlp = Mlp(int(x.shape[-1] * self.mlp_ratio), self.gelu, self.dtype, name="mlp")
-        for i, branch in enumerate((lambda h: attention(h, mask), mlp)):
+        branches: list[Callable[[Array], Array]] = [lambda h: attention(h, mask), mlp]
+        for i, branch in enumerate(branches):
             norm = LayerNorm(self.dtype, name=f"norm{i + 1}")
             h = branch(x if self.post_norm else norm(x))
             x = x + dropout(rngs[i], h, self.dropout, example_index)
