@@ -121,24 +121,27 @@ def differences(facts: Mapping[int, Facts]) -> list[str]:
     lines = []
     values = {number: found["values"] for number, found in facts.items()}
     for name in sorted(set().union(*values.values())):
-        groups: dict[str, list[int]] = {}
-        for number, found in sorted(values.items()):
-            shown = repr(found[name]) if name in found else "absent"
-            groups.setdefault(shown, []).append(number)
+        groups = _grouped({n: repr(v[name]) if name in v else "absent" for n, v in values.items()})
         if len(groups) > 1:
-            lines.append(
-                f"{name} is "
-                + " and ".join(f"{shown} in {processes(who)}" for shown, who in groups.items())
-            )
-    groups = {}
-    ours = facts[min(facts)].get("signature", {})
-    for number, found in sorted(facts.items()):
-        different = first_difference(found.get("signature", {}), ours)
-        if different:
-            groups.setdefault(different, []).append(number)
-    for array, who in groups.items():
-        lines.append(f"the data's {array} has other values in {processes(who)} than in process 0")
+            told = [f"{shown} in {processes(who)}" for shown, who in groups.items()]
+            lines.append(f"{name} is {' and '.join(told)}")
+    signatures = {number: found.get("signature", {}) for number, found in facts.items()}
+    ours = signatures[min(facts)]
+    arrays = _grouped({n: first_difference(theirs, ours) for n, theirs in signatures.items()})
+    lines += [
+        f"the data's {array} has other values in {processes(who)} than in process 0"
+        for array, who in arrays.items()
+        if array
+    ]
     return lines
+
+
+def _grouped(shown: Mapping[int, Any]) -> dict[Any, list[int]]:
+    """The processes, in order, by what each of them shows."""
+    groups: dict[Any, list[int]] = {}
+    for number, value in sorted(shown.items()):
+        groups.setdefault(value, []).append(number)
+    return groups
 
 
 def verdict(told: Mapping[int, Any]) -> str:
@@ -217,48 +220,51 @@ def _ask_all(store: Store, room: str, workdir: epath.Path, facts: Facts, timeout
 
 def _answer(store: Store, room: str, workdir: epath.Path, facts: Facts, timeout: float) -> str:
     """Another process: tells its facts; returns what process 0 says of them."""
-    waiting = Waiting(timeout)
-    while not (token := store.get(f"{room}/token/0")):
-        message = store.get(f"{room}/verdict/0") or _too_late(
-            waiting, store, f"{room}/here", "read configuration and data", timeout
-        )
-        if message:
-            return message
-        time.sleep(AGAIN)
-    told = {"facts": facts, "workdir": str(workdir), "shared": _appears(workdir / token)}
+
+    def verdict_told() -> str | None:
+        return store.get(f"{room}/verdict/0")
+
+    def begun() -> str | None:
+        # A verdict before the facts is an error, after which no token may come.
+        return verdict_told() or ("" if store.get(f"{room}/token/0") else None)
+
+    message = _await(begun, store, f"{room}/here", "read configuration and data", timeout)
+    if message:
+        return message
+    shared = _appears(workdir / store.get(f"{room}/token/0"))
+    told = {"facts": facts, "workdir": str(workdir), "shared": shared}
     store.put(f"{room}/facts/{store.process}", told)
     store.put(f"{room}/told/{store.process}", "")
-    waiting = Waiting(timeout)
-    while (message := store.get(f"{room}/verdict/0")) is None:
-        if message := _too_late(waiting, store, f"{room}/told", "looked into the workdir", timeout):
-            return message
-        time.sleep(AGAIN)
-    return str(message)
+    return _await(verdict_told, store, f"{room}/told", "looked into the workdir", timeout)
 
 
 def _await_all(store: Store, folder: str, what: str, timeout: float) -> str:
     """Waits until all processes have told something; returns what speaks against going on."""
-    waiting = Waiting(timeout)
-    while True:
+
+    def complete() -> str | None:
         told = store.under(folder)
         if failed := [line for _, line in sorted(told.items()) if line]:
             return str(failed[0])
-        if len(told) == store.total:
-            return ""
-        if message := _too_late(waiting, store, folder, what, timeout):
-            return message
+        return "" if len(told) == store.total else None
+
+    return _await(complete, store, folder, what, timeout)
+
+
+def _await(
+    found: Callable[[], str | None], store: Store, folder: str, what: str, timeout: float
+) -> str:
+    """Waits until `found` returns a text, and says now and then for whom; after too long a time
+    returns a message instead."""
+    waiting = Waiting(timeout)
+    while (answer := found()) is None:
+        if waiting.over(lambda: f"{_away(store, folder)} to have {what}"):
+            return (
+                f"{_away(store, folder)} did not come so far within {timeout:g} s as to have "
+                f"{what}; allowed: processes that are equally fast, or a longer "
+                "--initialization_timeout"
+            )
         time.sleep(AGAIN)
-
-
-def _too_late(waiting: Waiting, store: Store, folder: str, what: str, timeout: float) -> str:
-    """Says now and then for whom this process waits; returns a message when that was too long."""
-
-    if not waiting.over(lambda: f"{_away(store, folder)} to have {what}"):
-        return ""
-    return (
-        f"{_away(store, folder)} did not come so far within {timeout:g} s as to have {what}; "
-        "allowed: processes that are equally fast, or a longer --initialization_timeout"
-    )
+    return answer
 
 
 def _away(store: Store, folder: str) -> str:
@@ -395,11 +401,8 @@ class _Watch(threading.Thread):
 
     def finish(self) -> None:
         """This process has done its part: returns when all have; process 0 writes the report."""
-        store, waiting = self._store, Waiting(float("inf"))
-        store.put(f"done/{store.process}", "")
-        while len(store.under("done")) < store.total:
-            waiting.over(lambda: f"{_away(store, 'done')} to have finished the run")
-            time.sleep(AGAIN)
+        self._store.put(f"done/{self._store.process}", "")
+        _await_all(self._store, "done", "finished the run", float("inf"))
         self._stop_asked.set()
         self.join()
         self._ending.guarded = False
