@@ -23,6 +23,7 @@ from rollingq_jax.errors import ConfigError, printable, said
 from rollingq_jax.train.preemption import EXIT_CODE
 
 FLAGS = ("coordinator", "num_processes", "process_id")
+NAMES = ", ".join(f"--{name}" for name in FLAGS)
 TIMEOUT = 300
 EVERY = 5.0  # seconds between two lines of what is waited for
 AGAIN = 0.2  # seconds between two attempts to reach the coordinator
@@ -141,7 +142,7 @@ def join(
     values = dict(zip(FLAGS, (coordinator, num_processes, process_id), strict=True))
     missing = [f"--{name}" for name, value in values.items() if value is None]
     if 0 < len(missing) < len(FLAGS):
-        raise ConfigError(f"{', '.join(missing)} is missing; allowed: all of {_names()}, or none")
+        raise ConfigError(f"{', '.join(missing)} is missing; allowed: all of {NAMES}, or none")
     ending = Ending()
     timeout = TIMEOUT if initialization_timeout is None else initialization_timeout
     if distributed or not missing:
@@ -164,6 +165,7 @@ def join(
                     num_processes,
                     process_id,
                     devices,
+                    # Longer than ours, so that it is we who give up, in one line.
                     initialization_timeout=timeout + 60,
                 )
         except ConfigError:
@@ -171,12 +173,12 @@ def join(
         except (RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"the run's processes do not find each other ({said(error)}); allowed: "
-                f"--distributed in a cluster that JAX knows, elsewhere {_names()}"
+                f"--distributed in a cluster that JAX knows, elsewhere {NAMES}"
             ) from None
     elif initialization_timeout is not None:
         raise ConfigError(
             "--initialization_timeout is given for one process; allowed: with --distributed or "
-            f"with {_names()}"
+            f"with {NAMES}"
         )
     return ending
 
@@ -263,16 +265,11 @@ def _await_all(coordinator: str, port: int, num_processes: int, timeout: float) 
         stack.enter_context(server)
         selector = stack.enter_context(selectors.DefaultSelector())
         selector.register(server, selectors.EVENT_READ)
-
-        @stack.callback
-        def close_all() -> None:
-            for found in present.values():
-                found.close()
-
         while len(present) < num_processes - 1:
             for key, _ in selector.select(AGAIN):
                 if key.fileobj is server:
-                    connection, _ = server.accept()
+                    connection = stack.enter_context(server.accept()[0])
+                    # A stranger that connects and says nothing must not hold up the others.
                     connection.setblocking(False)
                     selector.register(connection, selectors.EVENT_READ)
                     continue
@@ -395,7 +392,3 @@ def _ended_in_time(place: str, timeout: float, ending: Ending) -> Iterator[None]
     finally:
         done.set()
         thread.join()
-
-
-def _names() -> str:
-    return ", ".join(f"--{name}" for name in FLAGS)

@@ -28,20 +28,24 @@ AXIS, FSDP = "data", "fsdp"
 EVERYWHERE = PartitionSpec()
 
 
+def _as_it_is(tree: Any) -> Any:
+    return tree
+
+
 class Parallel(NamedTuple):
     """Steps over all devices, and the way into and out of their layout.
 
     `train_step` donates the state it is given.
     """
 
-    like: Callable[[TrainState], TrainState]  # abstract state -> the same, laid out as it is read
     put_state: Callable[[TrainState], TrainState]  # as it was read or made -> all devices
-    get: Callable[[Any], Any]  # replicated tree -> one copy of it
     put_batch: Callable[[Mapping[str, np.ndarray]], dict[str, jax.Array]]  # this process's rows
     train_step: Callable[..., Any]  # (state, batch)
     eval_step: Callable[..., Any]  # (state, batch) -> (sums, examples)
     get_rows: Callable[[Any], Any]  # examples of the global batch, as NumPy arrays
-    get_learned: Callable[[TrainState], TrainState]  # as it was read -> whole, what a model reads
+    like: Callable[[Any], Any] = _as_it_is  # abstract state -> the same, laid out as it is read
+    get: Callable[[Any], Any] = _as_it_is  # replicated tree -> one copy of it
+    get_learned: Callable[[Any], Any] = _as_it_is  # state as it was read -> whole, for a model
 
 
 def check_batch_size(batch_size: int) -> None:
@@ -144,14 +148,11 @@ def _over_mesh(
         }
 
     return Parallel(
-        like=lambda state: state,
         put_state=lambda state: place(state, shardings_of(state)),
-        get=lambda tree: tree,
         put_batch=put_batch,
         train_step=train_step,
         eval_step=jax.jit(evaluate),
         get_rows=_gather,
-        get_learned=lambda state: state,
     )
 
 
@@ -225,6 +226,7 @@ def with_fsdp(
 
     def reduce(tree: Any, _: AxisName) -> Any:
         loss, grads = tree
+        # The transpose of `all_gather` has summed a divided array's gradient along `fsdp` already.
         parted = [FSDP in spec for spec in jax.tree.leaves(specs.params)]
         leaves, structure = jax.tree.flatten(grads)
         leaves = [psum(g, AXIS if part else axes) for g, part in zip(leaves, parted, strict=True)]
@@ -257,6 +259,7 @@ def with_fsdp(
             ),
             check_vma=False,
         )
+        # Without what no loss reads, which would be one more input to divide.
         return mapped(state.replace(opt_state=(), ema=None), batch, weight)
 
     def evaluate(state: TrainState, batch: dict[str, jax.Array]) -> Any:
@@ -383,7 +386,6 @@ def with_pmap(train_step: Callable[..., Any], eval_step: Callable[..., Any]) -> 
         return jax.device_put(copies, stacked)
 
     return Parallel(
-        like=lambda state: state,
         put_state=put_state,
         get=lambda tree: jax.tree.map(lambda x: x[0], tree),
         put_batch=put_batch,
@@ -392,7 +394,6 @@ def with_pmap(train_step: Callable[..., Any], eval_step: Callable[..., Any]) -> 
         ),
         eval_step=jax.pmap(evaluate, axis_name=AXIS),
         get_rows=get_rows,
-        get_learned=lambda state: state,
     )
 
 

@@ -7,7 +7,7 @@ schedule is in `optimizer.py`.
 
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,7 @@ def upstream_statistics(
     Raises:
       UserError: there is no batch.
     """
-    means = [_batch_means(model, params, rotation, _arrays(batch)) for batch in batches]
+    means = [_batch_means(model, params, rotation, dict(batch)) for batch in batches]
     if not means:
         raise UserError("batches is empty; allowed: at least one batch")
     query = jnp.mean(jnp.stack([query for query, _, _ in means]), axis=0)
@@ -154,32 +154,26 @@ def check_upstream_choices(compat: Any, spec: ModelSpec) -> None:
     Raises:
       ConfigError: a choice of `config.upstream_compat` is made with more, or with that bias.
     """
-    if compat.statistics_pass and jax.process_count() > 1:
-        raise ConfigError(
-            f"config.upstream_compat.statistics_pass is True; allowed in {jax.process_count()} "
-            "processes: False, since each would roll by its own examples"
-        )
-    if compat.statistics_pass and spec.has_batch_stats:
-        raise ConfigError(
-            "config.upstream_compat.statistics_pass is True; allowed with an encoder of kind "
-            "'resnet18': False, since upstream has no such encoder"
-        )
     chosen = [name for name, value in compat.items() if value]
-    if spec.fusion_layers > 1 and chosen:
-        raise ConfigError(
-            f"config.upstream_compat.{chosen[0]} is True; allowed with model.fusion_layers "
-            f"{spec.fusion_layers}: False, since upstream has one layer"
-        )
-    if spec.uses_class_query and not spec.has_fixed_query and chosen:
-        raise ConfigError(
-            f"config.upstream_compat.{chosen[0]} is True; allowed with model.fusion "
-            f"{spec.fusion!r}: False, since upstream has no such model"
-        )
-    if spec.quality_bias and chosen:
-        raise ConfigError(
-            f"config.upstream_compat.{chosen[0]} is True; allowed with model.quality_bias "
-            f"{spec.quality_bias:g}: False, since upstream has no such bias"
-        )
+
+    def refuse(option: str, allowed: str) -> NoReturn:
+        raise ConfigError(f"config.upstream_compat.{option} is True; allowed {allowed}")
+
+    def refuse_with(field: str, reason: str) -> NoReturn:
+        refuse(chosen[0], f"with model.{field}: False, since upstream has {reason}")
+
+    if compat.statistics_pass and (count := jax.process_count()) > 1:
+        own = "each would roll by its own examples"
+        refuse("statistics_pass", f"in {count} processes: False, since {own}")
+    if compat.statistics_pass and spec.has_batch_stats:
+        encoder = "with an encoder of kind 'resnet18'"
+        refuse("statistics_pass", f"{encoder}: False, since upstream has no such encoder")
+    if chosen and spec.fusion_layers > 1:
+        refuse_with(f"fusion_layers {spec.fusion_layers}", "one layer")
+    if chosen and spec.uses_class_query and not spec.has_fixed_query:
+        refuse_with(f"fusion {spec.fusion!r}", "no such model")
+    if chosen and spec.quality_bias:
+        refuse_with(f"quality_bias {spec.quality_bias:g}", "no such bias")
 
 
 def roll_after_epoch(
@@ -223,10 +217,6 @@ def roll_after_epoch(
 
 def _stack(by_modality: Mapping[str, Array]) -> Array:
     return jnp.stack([by_modality[m] for m in sorted(by_modality)])
-
-
-def _arrays(batch: Mapping[str, Any]) -> dict[str, Array]:
-    return {name: jnp.asarray(value) for name, value in batch.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)
