@@ -9,6 +9,7 @@ from etils import epath
 
 from rollingq_jax.data.dataset import TASKS
 from rollingq_jax.errors import ConfigError, DataError, did_you_mean
+from rollingq_jax.models.spec import as_mapping
 
 T = TypeVar("T")
 
@@ -164,12 +165,11 @@ def check_fields(config_data: Any) -> None:
     """
     name = option(config_data, "name", COMMON_FIELDS["name"].default)
     fields = fields_of(name)
-    for given in _names(config_data):
+    for given, value in as_mapping(config_data, "config.data").items():
         if given in fields:
             _check_value(config_data, given, fields[given])
             continue
         owners = [owner for owner, theirs in FIELDS.items() if given in theirs]
-        value = _field(config_data, given)
         if owners and (value in (None, "") or value in [FIELDS[o][given].default for o in owners]):
             continue
         if owners:
@@ -189,12 +189,6 @@ def _check_value(config_data: Any, name: str, field: Field) -> None:
         value = option(config_data, name, field.default, minimum=field.minimum)
         if field.maximum is not None and value > field.maximum:
             raise ConfigError(f"data.{name}: {value!r}; allowed: {field.allowed}")
-
-
-def _names(config_data: Any) -> list[str]:
-    if isinstance(config_data, Mapping) or hasattr(config_data, "keys"):
-        return list(config_data.keys())
-    return list(vars(config_data))
 
 
 def _field(config_data: Any, name: str) -> Any:

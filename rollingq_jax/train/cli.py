@@ -10,7 +10,6 @@ import logging
 import os
 import runpy
 import sys
-import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -42,11 +41,10 @@ from rollingq_jax.train.config import (
     with_preset,
     with_typed_data_fields,
 )
-from rollingq_jax.train.distributed import TIMEOUT, Ending, join
-from rollingq_jax.train.output import WIDTH, shown, wrapped
+from rollingq_jax.train.distributed import TIMEOUT, USER_ERROR, Ending, join
+from rollingq_jax.train.output import WIDTH, in_columns, shown, wrapped
 from rollingq_jax.train.preemption import EXIT_CODE, Interrupted, Interruption
 
-USER_ERROR = 2
 IO_ERROR = 74  # EX_IOERR of sysexits.h
 KILLED_BY_SIGINT = 130
 MOST_AT_ONCE = 2**20  # examples in a batch that a command line may ask for
@@ -146,6 +144,11 @@ class Command(NamedTuple):
     reads_config: bool = False
     epilog: Callable[[], str] = str
 
+    @property
+    def known(self) -> tuple[Flag, ...]:
+        """Its flags, and those that name a configuration where it reads one."""
+        return self.flags + (CONFIG_FLAGS if self.reads_config else ())
+
     def parse(self, argv: Sequence[str]) -> SimpleNamespace:
         """Values by the names of the flags; `config` is a `ConfigDict` if the command reads one.
 
@@ -171,18 +174,16 @@ class Command(NamedTuple):
             print(self.help(argv[0]))
             raise SystemExit(0)
         values = flags.FlagValues()
-        known = self.flags + (CONFIG_FLAGS if self.reads_config else ())
-        for one in known:
+        for one in self.known:
             kind = flags.MultiFlag if one.repeated else flags.Flag
             parser = _Parser(one.parser, f"--{one.name}", allowed=partial(_allowed, one.parser))
             switch = not one.metavar
             flag: Any = kind(parser, None, one.name, one.default, one.help, boolean=switch)
             flags.DEFINE_flag(flag, values)
         rest = _read_flags(values, argv)
-        given = SimpleNamespace(**{one.name: values[one.name].value for one in known})
-        missing = [
-            f"--{one.name}" for one in known if one.required and values[one.name].value is None
-        ]
+        given = SimpleNamespace(**{one.name: values[one.name].value for one in self.known})
+        needed = [one.name for one in self.flags if one.required]
+        missing = [f"--{name}" for name in needed if values[name].value is None]
         if self.positional is not None:
             found = rest.pop(0) if rest and not rest[0].startswith("-") else None
             setattr(given, self.positional.name, self._read_positional(found))
@@ -203,6 +204,7 @@ class Command(NamedTuple):
         config = read_python(python[0]) if python else read_json(given.config_json)
         if given.preset is not None:
             config = with_preset(config, given.preset)
+        # absl makes a flag of each field that is there, so those that are typed have to be first.
         config = with_typed_data_fields(config, rest)
         values, argv = flags.FlagValues(), [self.name, *rest]
         try:
@@ -220,8 +222,8 @@ class Command(NamedTuple):
 
     def names(self) -> list[str]:
         """The flags, and the fields of the configuration where it takes them, as typed."""
-        flags = self.flags + (CONFIG_FLAGS if self.reads_config else ())
-        return [f"--{one.name}" for one in flags] + (field_names() if self.reads_config else [])
+        fields = field_names() if self.reads_config else []
+        return [*(f"--{one.name}" for one in self.known), *fields]
 
     def usage(self) -> str:
         """The flags in one line: those that are needed, then the others."""
@@ -250,7 +252,7 @@ class Command(NamedTuple):
         parts = [
             wrapped(usage, "    "),
             wrapped(self.summary, ""),
-            "\n".join(_in_columns(*row) for row in rows),
+            "\n".join(in_columns(f"  {left}", right, COLUMN) for left, right in rows),
             "\n".join(["examples:", *(_as_typed(f"{program} {one}") for one in self.examples)]),
             self.epilog(),
         ]
@@ -272,7 +274,7 @@ class Command(NamedTuple):
         if not rest[0].startswith("-"):
             raise ConfigError(f"argument {rest[0]!r} is not known; allowed: {self.usage()}")
         name, dot, field = rest[0].lstrip("-").partition("=")[0].partition(".")
-        names = [one.name for one in self.flags + (CONFIG_FLAGS if self.reads_config else ())]
+        names = [one.name for one in self.known]
         meant = did_you_mean(name, names, lambda found: f"--{found}{dot}{field}")
         raise ConfigError(f"--{name}{dot}{field} is not a flag{meant}; allowed: {self.usage()}")
 
@@ -327,14 +329,6 @@ def _allowed(parser: flags.ArgumentParser) -> str:
     if isinstance(parser, flags.BooleanParser):
         return "true or false"
     return parser.syntactic_help or "a text"
-
-
-def _in_columns(left: str, right: str) -> str:
-    first = f"  {left}".ljust(COLUMN)
-    lines = textwrap.wrap(right, WIDTH - COLUMN, break_on_hyphens=False)
-    if first[-1] != " ":
-        lines.insert(0, "")
-    return "\n".join([(first + lines[0]).rstrip(), *(" " * COLUMN + line for line in lines[1:])])
 
 
 def _as_typed(line: str) -> str:
@@ -473,7 +467,9 @@ def _run(command: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> int:
         found = outcome(error)
         if found is None:
             raise
-        return _fail(*found)
+        message, code = found
+        warn(message)
+        return code
     return 0
 
 
@@ -514,11 +510,6 @@ class _Printable(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
-
-
-def _fail(message: str, code: int) -> int:
-    warn(message)
-    return code
 
 
 def warn(message: str) -> None:

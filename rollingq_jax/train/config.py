@@ -10,8 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import re
-import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
 from ml_collections import ConfigDict, config_dict
@@ -40,6 +39,7 @@ from rollingq_jax.models.spec import (
     real,
     section_fields,
 )
+from rollingq_jax.train.output import in_columns
 
 # These may differ between a run and its continuation, since they do not change the result.
 FREE_FIELDS = (
@@ -59,6 +59,12 @@ FREE_FIELDS = (
 BALANCED = ("balanced",)
 MAIN_METRIC = "main"
 OPTIMIZERS = ("sgd", "adam", "adamw", "lion", "lamb")
+
+
+def _tuple_of(item: Callable[[Any], bool], words: str) -> Rule:
+    """A tuple or a list, which may be empty; `item` is the test of an entry."""
+    return Rule(words, lambda v: isinstance(v, tuple | list) and all(map(item, v)), tuple)
+
 
 Flag = Annotated[bool, FLAG]
 Positive = Annotated[float, real("a number > 0", lambda v: v > 0)]
@@ -107,7 +113,7 @@ class RunConfig:
                 isinstance(v, tuple | list)
                 and (tuple(v) == BALANCED or all(is_real(w) and w > 0 for w in v))
             ),
-            lambda v: tuple(v),
+            tuple,
         ),
         "of an example in the training loss, by its label; ('balanced',): 1 / frequency",
     ] = ()
@@ -149,11 +155,10 @@ class MeshConfig:
     min_size: Annotated[int, integer(0), "arrays of fewer elements stay whole"] = 2**14
     rules: Annotated[
         tuple[Any, ...],
-        Rule(
+        _tuple_of(
+            _is_rule,
             "pairs of a regular expression and a tuple of None or 'fsdp', one an axis, as in "
             "(('kernel', (None, 'fsdp')),)",
-            lambda v: isinstance(v, list | tuple) and all(map(_is_rule, v)),
-            tuple,
         ),
         "which axis of which array is divided; without a rule the largest that can be",
     ] = ()
@@ -228,10 +233,9 @@ class BaselineConfig:
     agm_alpha: Annotated[NotNegative, "how strongly AGM scales the gradients of the parts"] = 1.0
     gblend_weights: Annotated[
         tuple[float, ...],
-        Rule(
+        _tuple_of(
+            lambda v: is_real(v) and v >= 0,
             "numbers >= 0, one a modality and the joint loss's last, or () for equal ones",
-            lambda v: isinstance(v, (tuple, list)) and all(is_real(x) and x >= 0 for x in v),
-            tuple,
         ),
         "weights of the losses in G-Blending",
     ] = ()
@@ -296,8 +300,8 @@ SECTIONS = {
     "upstream_compat": UpstreamCompat,
     "model": ModelSpec,
 }
-# Fields of `config.data` that the default has; others come with the data set.
-SHARED_DATA = ("name", "path", "cache_dir", "corruptions", "prefetch", "validation")
+# A run fills in what is empty here, from the data.
+OPEN_MODEL_FIELDS: dict[str, Any] = {"num_classes": 0, "encoders": {}}
 PRESETS = ("upstream",)
 
 
@@ -318,13 +322,8 @@ def default_config() -> ConfigDict:
     # A reference holds a value or None, from the command line too (`=None`); a rule checks.
     limit = sections["rolling"]["max_rotations"]
     sections["rolling"]["max_rotations"] = config_dict.FieldReference(limit, field_type=object)
-    sections["model"] |= {
-        "modality": config_dict.placeholder(str),
-        "num_classes": 0,
-        "encoders": {},
-    }
-    sections["compare"]["grid"] = {}
-    sections["data"] = {name: COMMON_FIELDS[name].default for name in SHARED_DATA}
+    sections["model"] |= {"modality": config_dict.placeholder(str), **OPEN_MODEL_FIELDS}
+    sections["data"] = {name: one.default for name, one in COMMON_FIELDS.items()}
     return ConfigDict(top | sections)
 
 
@@ -406,6 +405,7 @@ def check_config(config: Any) -> None:
             _check_model(section)
         else:
             _check_section(section, section_fields(SECTIONS[name]), f"config.{name}")
+    # The sections are checked by now, so that the rules between fields can just read them.
     optimizer, epochs = fields["optimizer"], fields["epochs"]
     if optimizer["name"] == "adam" and optimizer["weight_decay"]:
         raise ConfigError(
@@ -433,14 +433,11 @@ def check_config(config: Any) -> None:
 
 
 def _check_section(values: Mapping[str, Any], known: Mapping[str, Field], where: str) -> None:
+    """All fields have to be there, and no others."""
     read_fields(values, known, where)
-    _require(values, known, where)
-
-
-def _require(values: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
-    for name in known:
+    for name, field in known.items():
         if name not in values:
-            raise ConfigError(f"{where}.{name} is missing; allowed: {known[name].allowed}")
+            raise ConfigError(f"{where}.{name} is missing; allowed: {field.allowed}")
 
 
 def _check_model(section: Mapping[str, Any]) -> None:
@@ -571,12 +568,9 @@ def described_sections() -> Iterator[tuple[str, str, list[tuple[str, str, str, s
 def _described(known: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     rows = []
     for name, field in known.items():
-        default = field.default
-        if default is dataclasses.MISSING:
-            default = {"num_classes": 0, "encoders": {}}.get(name, "")
-            shown = "" if default == "" else repr(default)
-        else:
-            shown = repr(dict(default)) if isinstance(default, Mapping) else repr(default)
+        default = OPEN_MODEL_FIELDS.get(name, field.default)
+        default = dict(default) if isinstance(default, Mapping) else default
+        shown = "" if default is dataclasses.MISSING else repr(default)
         rows.append((name, shown, field.allowed, field.meaning))
     return rows
 
@@ -584,7 +578,7 @@ def _described(known: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 def field_names() -> list[str]:
     """Every field as it is typed; those of the data, which come with the data set, are left out."""
     sections = {name: list(section_fields(section)) for name, section in SECTIONS.items()}
-    sections["data"] = list(SHARED_DATA)
+    sections["data"] = list(COMMON_FIELDS)
     return [
         "--" + ".".join(filter(None, ("config", section, name))) + "="
         for section, names in sections.items()
@@ -592,18 +586,14 @@ def field_names() -> list[str]:
     ]
 
 
-def fields_help(width: int = 80) -> str:
+def fields_help() -> str:
     """Fields, defaults and meanings in columns that fit a terminal."""
     lines = ["fields of the configuration, their defaults and meanings:"]
     for section, _, rows in described_sections():
         prefix = f"config.{section}" if section else "config"
         lines += ["", f"  {prefix}"]
         for name, default, _, meaning in rows:
-            left = f"    {name}".ljust(24) + default
-            text = textwrap.wrap(meaning, width - 38, break_on_hyphens=False)
-            first = left.ljust(38) if len(left) < 38 else None
-            lines += [left, " " * 38 + text[0]] if first is None else [first + text[0]]
-            lines += [" " * 38 + line for line in text[1:]]
+            lines.append(in_columns(f"    {name}".ljust(24) + default, meaning, 38))
     return "\n".join(lines)
 
 

@@ -26,6 +26,15 @@ def wrapped(line: str, indent: str = "  ") -> str:
     )
 
 
+def in_columns(left: str, right: str, column: int) -> str:
+    """Two texts side by side; the second is wrapped, and begins below where the first is long."""
+    first = left.ljust(column)
+    lines = textwrap.wrap(right, WIDTH - column, break_on_hyphens=False)
+    if len(left) >= column:
+        lines.insert(0, "")
+    return "\n".join([(first + lines[0]).rstrip(), *(" " * column + line for line in lines[1:])])
+
+
 def progress_bar(total: int, unit: str, **options: Any) -> Any:
     """A tqdm bar, where standard error is a terminal, that leaves room for the ^C of a Ctrl-C.
 
