@@ -10,14 +10,15 @@ import functools
 import io
 import os
 import struct
+import sys
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rollingq_jax.data.reading import HEAD, check_impostor, reading
 from rollingq_jax.errors import DataError
+from rollingq_jax.files import HEAD, check_impostor, reading
 
 MIN_RATE, MAX_RATE = 100, 1_000_000  # Hz
 MAX_CHANNELS = 1024
@@ -52,10 +53,8 @@ def read_audio(
         rate or a number of channels out of range.
     """
     with _open_sound(path, seconds, data) as sound:
-        most = None if seconds is None else samples_in(seconds, sound.samplerate)
-        parts = list(_blocks(sound, most))
-        count = sum(map(len, parts))
-        if count == 0:
+        parts = list(_blocks(sound, seconds))
+        if not parts:
             raise DataError(f"audio {path}: holds no samples")
         return check_waveform(np.concatenate(parts), path), int(sound.samplerate)
 
@@ -76,8 +75,7 @@ def sound_seconds(
     with _open_sound(path, at_most, data) as sound:
         frames, rate = sound.frames, sound.samplerate
         if frames >= _UNKNOWN_FRAMES:
-            most = None if at_most is None else samples_in(at_most, rate)
-            frames = sum(map(len, _blocks(sound, most)))
+            frames = sum(map(len, _blocks(sound, at_most)))
         return frames / rate
 
 
@@ -120,17 +118,13 @@ def _check_end(sound: Any, path: str | os.PathLike) -> None:
     sound.seek(0)
 
 
-def _blocks(sound: Any, most: int | None) -> Iterator[np.ndarray]:
-    """The sound in float32 [samples] of a bounded size, channels averaged; `most` samples."""
-    block, left = max(_BLOCK // sound.channels, 1), most
-    while left is None or left > 0:
-        samples = sound.read(
-            block if left is None else min(block, left), dtype="float32", always_2d=True
-        )
-        if not len(samples):
-            break
+def _blocks(sound: Any, seconds: float | None) -> Iterator[np.ndarray]:
+    """The sound, or its beginning, in float32 [samples] of a bounded size, channels averaged."""
+    block = max(_BLOCK // sound.channels, 1)
+    left = sys.maxsize if seconds is None else samples_in(seconds, sound.samplerate)
+    while left > 0 and len(samples := sound.read(min(block, left), "float32", always_2d=True)):
         yield average_channels(samples)
-        left = None if left is None else left - len(samples)
+        left -= len(samples)
 
 
 def average_channels(samples: np.ndarray) -> np.ndarray:
@@ -193,6 +187,8 @@ def _read_wav_header(file: Any, path: str | os.PathLike) -> _WavHeader | None:
     if magic not in (b"RIFF", b"RIFX", b"RF64", b"BW64") or header[8:12] != b"WAVE":
         file.seek(0)
         return None
+    # Before libsndfile sees the file: it shortens what is cut off without a word, and gives nothing
+    # where the length was left open.
     order = ">" if magic == b"RIFX" else "<"
     size = file.seek(0, os.SEEK_END)
     file.seek(len(header))
@@ -208,7 +204,7 @@ def _read_wav_header(file: Any, path: str | os.PathLike) -> _WavHeader | None:
             if length == 0:
                 unknown = remaining > 0 and not _chunks_end_the_file(file, size, order)
             else:  # whoever left the outer length open did not know the inner one either
-                is_open = _is_open(length, bits) or (bits == 32 and _is_open(riff_length, 32))
+                is_open = left_open(length, bits) or (bits == 32 and left_open(riff_length))
                 unknown = remaining < length and is_open
             if remaining < length and not unknown:
                 raise DataError(
@@ -228,7 +224,7 @@ def _read_wav_header(file: Any, path: str | os.PathLike) -> _WavHeader | None:
     return found
 
 
-def _is_open(length: int, bits: int) -> bool:
+def left_open(length: int, bits: int = 32) -> bool:
     """Tells a length that stands for "not known yet": 0, or near the largest of `bits` or 32 bits.
 
     Encoders that write to a pipe leave all ones (FFmpeg), 2^31 - 1, 2^31 - 4096 (sox), 2^31 ...,
@@ -349,25 +345,21 @@ def log_stft(waveform: np.ndarray, n_fft: int, hop: int) -> np.ndarray:
     return np.log(magnitude + 1e-7).T.astype(np.float32)
 
 
-def decibel_stft(
-    waveform: np.ndarray, bins: int, frames: int, *, dynamic_range: float = DYNAMIC_RANGE
-) -> np.ndarray:
+def decibel_stft(waveform: np.ndarray, bins: int, frames: int) -> np.ndarray:
     """Spectrogram of linear frequency in decibels, with a fixed number of frames.
 
     Args:
       waveform: float [samples].
       bins: number of frequencies; a window has 2 (bins - 1) samples.
       frames: number of windows, evenly spaced from the first sample to the last.
-      dynamic_range: values more than this many decibels under the largest are raised to there.
 
     Returns:
-      float32 [bins, frames], decibels relative to the spectrogram's largest value.
+      float32 [bins, frames], decibels relative to the spectrogram's largest value, in
+      [-DYNAMIC_RANGE, 0].
     """
     length = 2 * (bins - 1)
     power = np.square(_magnitude(_spread_frames(waveform, length, frames), _hann(length)))
-    peak = max(power.max(), np.finfo(np.float64).tiny)
-    decibels = 10 * np.log10(np.maximum(power / peak, 10 ** (-dynamic_range / 10)))
-    return decibels.T.astype(np.float32)
+    return _decibels(power)
 
 
 def log_mel(
@@ -377,7 +369,6 @@ def log_mel(
     frames: int = 32,
     *,
     window: float = 0.025,
-    dynamic_range: float = DYNAMIC_RANGE,
 ) -> np.ndarray:
     """Log-mel spectrogram in decibels, with a fixed number of frames.
 
@@ -391,39 +382,31 @@ def log_mel(
       bins: number of mel bands between 0 and rate / 2.
       frames: number of windows.
       window: length of the (periodic Hann) window in seconds.
-      dynamic_range: values more than this many decibels under the largest are raised to there.
 
     Returns:
-      Decibels relative to the spectrogram's largest value, in [-dynamic_range, 0], float32
-      [bins, frames]; silence gives -dynamic_range throughout.
+      Decibels relative to the spectrogram's largest value, in [-DYNAMIC_RANGE, 0], float32
+      [bins, frames]; silence gives -DYNAMIC_RANGE throughout.
     """
     length = round(window * rate)
     n_fft = 2 ** int(np.ceil(np.log2(length)))
     power = np.square(_magnitude(_spread_frames(waveform, length, frames), _hann(length), n_fft))
     # Not a BLAS product, whose order of summation may depend on the number of threads.
-    mel = np.einsum("tf,mf->tm", power, mel_filters(rate, n_fft, bins))
-    peak = max(mel.max(), np.finfo(np.float64).tiny)
-    floor = peak * 10 ** (-dynamic_range / 10)
-    decibels = 10 * np.log10(np.maximum(mel, floor) / peak)
-    if mel.max() <= 0:
-        decibels[:] = -dynamic_range
+    return _decibels(np.einsum("tf,mf->tm", power, mel_filters(rate, n_fft, bins)))
+
+
+def _decibels(power: np.ndarray) -> np.ndarray:
+    """Power [frames, bins] as decibels under its largest value, float32 [bins, frames]."""
+    peak = max(power.max(), np.finfo(np.float64).tiny)
+    decibels = 10 * np.log10(np.maximum(power / peak, 10 ** (-DYNAMIC_RANGE / 10)))
     return decibels.T.astype(np.float32)
 
 
-def kaldi_fbank(
-    waveform: np.ndarray,
-    rate: int,
-    num_bins: int = 128,
-    *,
-    frame_ms: float = 25.0,
-    shift_ms: float = 10.0,
-    low_frequency: float = 20.0,
-    preemphasis: float = 0.97,
-) -> np.ndarray:
+def kaldi_fbank(waveform: np.ndarray, rate: int, num_bins: int = 128) -> np.ndarray:
     """Log energies of mel filters as `torchaudio.compliance.kaldi.fbank` has them.
 
     Without dither and without an energy term, as in the AST recipe (Gong et al. 2021). A frame is
-    taken wherever it fits whole into the sound. From each its own mean is subtracted, then
+    taken wherever it fits whole into the sound. A frame has 25 ms, and
+    the next begins 10 ms later. From each its own mean is subtracted, then
     x[n] - 0.97 x[n - 1] (the first sample against itself), the symmetric Hanning window, zeros up
     to the next power of two, power spectrum, triangles on the mel scale from 20 Hz to half the
     sample rate, natural logarithm with floor 2^-23.
@@ -432,14 +415,11 @@ def kaldi_fbank(
       waveform: float [samples].
       rate: sample rate in Hz.
       num_bins: number of filters.
-      frame_ms, shift_ms: length of a frame, and from one to the next.
-      low_frequency: lower edge of the first filter.
-      preemphasis: the factor 0.97 above.
 
     Returns:
       float32 [frames, num_bins]; no frames if the sound is shorter than one.
     """
-    length, shift = int(rate * frame_ms * 0.001), int(rate * shift_ms * 0.001)
+    length, shift = int(rate * 25.0 * 0.001), int(rate * 10.0 * 0.001)
     samples = np.asarray(waveform, np.float64)
     if len(samples) < length:
         return np.zeros((0, num_bins), np.float32)
@@ -447,15 +427,13 @@ def kaldi_fbank(
     frames = frames - frames.mean(axis=1, keepdims=True)
     previous = np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
     n_fft = 1 << (length - 1).bit_length()
-    power = np.square(_magnitude(frames - preemphasis * previous, np.hanning(length), n_fft))
-    filters = mel_filters(rate, n_fft, num_bins, low_frequency=low_frequency, kaldi=True)
+    power = np.square(_magnitude(frames - 0.97 * previous, np.hanning(length), n_fft))
+    filters = mel_filters(rate, n_fft, num_bins, kaldi=True)
     return np.log(np.maximum(power @ filters.T, FLOOR)).astype(np.float32)
 
 
 @functools.lru_cache(maxsize=8)
-def mel_filters(
-    rate: int, n_fft: int, num_bins: int, *, low_frequency: float = 0.0, kaldi: bool = False
-) -> np.ndarray:
+def mel_filters(rate: int, n_fft: int, num_bins: int, *, kaldi: bool = False) -> np.ndarray:
     """Triangular filters, equally spaced and overlapping by half on the mel scale, peak 1.
 
     The mel scale is that of the HTK book (Young et al., section 5.4), m = 2595 log10(1 + f / 700),
@@ -465,9 +443,9 @@ def mel_filters(
       rate: sample rate in Hz; the last filter ends at half of it.
       n_fft: length of the transform.
       num_bins: number of filters.
-      low_frequency: where the first filter begins, in Hz.
-      kaldi: whether the triangles' sides are straight over mel, as Kaldi has them, which also
-        leaves the highest frequency out; else over the frequency.
+      kaldi: whether the first filter begins at 20 Hz and the triangles' sides are straight over
+        mel, as Kaldi has them, which also leaves the highest frequency out; else at 0 Hz, and
+        straight over the frequency.
 
     Returns:
       float64 [num_bins, n_fft // 2 + 1]; one array for all callers, so not writable. Narrow filters
@@ -478,7 +456,7 @@ def mel_filters(
         ratio = np.asarray(frequency) / 700
         return 1127 * np.log1p(ratio) if kaldi else 2595 * np.log10(1 + ratio)
 
-    edges = np.linspace(mel(low_frequency), mel(rate / 2), num_bins + 2)
+    edges = np.linspace(mel(20.0 if kaldi else 0.0), mel(rate / 2), num_bins + 2)
     positions = np.arange(n_fft // 2 + 1) * rate / n_fft
     if kaldi:
         positions = mel(positions)

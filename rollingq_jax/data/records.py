@@ -29,10 +29,9 @@ from typing import Any
 import numpy as np
 
 from rollingq_jax.data.dataset import Example, ModalityInfo
-from rollingq_jax.data.reading import check_lfs_pointer
 from rollingq_jax.data.video import IMAGENET_MEAN, IMAGENET_STD
 from rollingq_jax.errors import DataError, said
-from rollingq_jax.files import commit, read_json, write_whole
+from rollingq_jax.files import check_lfs_pointer, commit, read_json, write_whole
 
 FORMAT_VERSION = 1
 SPLIT = "clips"
@@ -183,9 +182,8 @@ def open_records(folder: str | os.PathLike, hint: str) -> RecordSet:
     folder = Path(folder)
     index = read_json(folder / "index.json")
     if index is None:
-        state = (
-            "its preparation was not finished" if _partial_folder(folder).exists() else "no records"
-        )
+        unfinished = _partial_folder(folder).exists()
+        state = "its preparation was not finished" if unfinished else "no records"
         raise DataError(f"{folder}: {state}; {hint}")
     if index.get("format_version") != FORMAT_VERSION:
         raise DataError(
@@ -214,24 +212,11 @@ def open_prepared(place: Path) -> Any:
     TFDS's own that are imported already, and TFDS gets the folder, never a name to resolve.
 
     Raises:
-      DataError: a class is refused, or TFDS cannot read the folder.
+      DataError: `features.json` cannot be read, or names another class or file; or TFDS cannot read
+        the folder.
     """
     import tensorflow_datasets as tfds
 
-    _check_prepared(place)
-    try:
-        return tfds.builder_from_directory(place)
-    except Exception as error:  # metadata that say something else than what is there
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(f"{place}: TFDS cannot open it ({reason})") from None
-
-
-def _check_prepared(place: Path) -> None:
-    """Lets pass a folder in which every feature is of a class of TFDS's own.
-
-    Raises:
-      DataError: `features.json` cannot be read, or names another class or file.
-    """
     file = place / "features.json"
     allowed = _own_classes()
     for name in _class_names(read_object(file), file):
@@ -242,6 +227,11 @@ def _check_prepared(place: Path) -> None:
             )
     for shard in sorted(place.glob("*.array_record*"))[:1]:
         check_lfs_pointer(shard)
+    try:
+        return tfds.builder_from_directory(place)
+    except Exception as error:  # metadata that say something else than what is there
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{place}: TFDS cannot open it ({reason})") from None
 
 
 def _own_classes() -> frozenset[str]:
@@ -343,7 +333,9 @@ def write_records(
     if not recipe.items:
         raise DataError(f"{recipe.name}: there are no clips to prepare")
     partial = _partial_folder(folder)
-    names = _shard_names(recipe.name, len(recipe.items), shard_size)
+    total = -(-len(recipe.items) // shard_size)
+    stem = f"{recipe.name}-{SPLIT}.array_record"  # as TFDS expects it
+    names = [f"{stem}-{number:05d}-of-{total:05d}" for number in range(total)]
     try:
         _begin(partial, settings, log)
         reports = _write_shards(partial, recipe, names, strict, workers, shard_size)
@@ -376,12 +368,6 @@ def _existing(
         raise DataError(f"{folder}: prepared without unreadable clips; the first: {reason}")
     log(f"{folder}: already prepared; remove it to prepare it again")
     return records
-
-
-def _shard_names(name: str, count: int, shard_size: int) -> list[str]:
-    """File names of the shards, as TFDS expects them."""
-    total = -(-count // shard_size)
-    return [f"{name}-{SPLIT}.array_record-{i:05d}-of-{total:05d}" for i in range(total)]
 
 
 def _begin(partial: Path, settings: dict[str, Any], log: Callable[[str], None]) -> None:
@@ -417,23 +403,19 @@ def _write_shards(
         tqdm(total=len(recipe.items), desc=recipe.name, unit="clip", mininterval=1.0) as progress,
         concurrent.futures.ThreadPoolExecutor(max_workers=workers) as pool,
     ):
+        # One shard at a time, so that an interruption costs the clips of one and memory holds one.
         for number, name in enumerate(names):
             items = recipe.items[number * shard_size : (number + 1) * shard_size]
-            report = _finished_shard(partial / name)
-            if report is None or (strict and report["unreadable"]):
+            shard = partial / name
+            report = read_json(shard.with_name(f"{name}.json"))
+            whole = report and shard.exists() and shard.stat().st_size == report["bytes"]
+            if not whole or (strict and report["unreadable"]):
                 results = _make_all(pool, recipe, items, strict, progress)
-                report = _write_shard(partial / name, results, features.serialize_example)
+                report = _write_shard(shard, results, features.serialize_example)
             else:
                 progress.update(len(items))
             reports.append(report)
     return reports
-
-
-def _finished_shard(path: Path) -> dict[str, Any] | None:
-    """The report of a shard that an earlier run finished."""
-    report = read_json(path.with_name(f"{path.name}.json"))
-    whole = report is not None and path.exists() and path.stat().st_size == report["bytes"]
-    return report if whole else None
 
 
 def _make_all(
@@ -453,6 +435,7 @@ def _make_all(
         except OSError as error:
             return f"{error.filename or item}: cannot be read ({error.strerror or error})"
 
+    # In the order of the items, whichever is ready first: the records must not depend on threads.
     futures = [pool.submit(make, item) for item in items]
     results = []
     try:
@@ -464,7 +447,7 @@ def _make_all(
                 progress.write(f"unreadable: {result}", file=sys.stderr)
             results.append((item, result))
             progress.update()
-    finally:
+    finally:  # after an error no further clip is decoded, for which leaving the pool would wait
         for future in futures:
             future.cancel()
     return results
@@ -477,8 +460,8 @@ def _write_shard(
     from array_record.python.array_record_module import ArrayRecordWriter
 
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    rows = [result[1] for _, result in results if not isinstance(result, str)]
-    records = [serialize(result[0]) for _, result in results if not isinstance(result, str)]
+    made = [result for _, result in results if not isinstance(result, str)]
+    records = [serialize(record) for record, _ in made]
     try:
         # Read one at a time, and not compressed: JPEGs and spectrograms shrink by 4 %, and
         # unpacking them takes longer than all else that reading does.
@@ -494,7 +477,7 @@ def _write_shard(
     report = {
         "bytes": size,
         "payload": sum(map(len, records)),
-        "rows": rows,
+        "rows": [row for _, row in made],
         "unreadable": {item: why for item, why in results if isinstance(why, str)},
     }
     write_whole(path.with_name(f"{path.name}.json"), json.dumps(report))
@@ -541,6 +524,7 @@ def _finish(
         "rows": rows,
         "unreadable": unreadable,
     }
+    # The index comes last: a folder that has one is whole.
     for name, text in recipe.attachments.items():
         (partial / name).write_text(text, encoding="utf-8")
     write_whole(partial / "index.json", json.dumps(index))

@@ -22,10 +22,16 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from rollingq_jax.data.audio import average_channels, check_sound_format, check_waveform, samples_in
+from rollingq_jax.data.audio import (
+    average_channels,
+    check_sound_format,
+    check_waveform,
+    left_open,
+    samples_in,
+)
 from rollingq_jax.data.dataset import Example
-from rollingq_jax.data.reading import HEAD, check_impostor, reading
 from rollingq_jax.errors import DataError
+from rollingq_jax.files import HEAD, check_impostor, reading
 
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 # Of an image or a video's frame. Decoding takes up to ten bytes a pixel, of all threads together.
@@ -92,7 +98,13 @@ def _decode_image(stream: Any, name: str | os.PathLike) -> np.ndarray:
                 f"at most {MAX_PIXELS:,} are read"
             ) from None
         with file:
-            _limit_size(file, name)
+            # Before anything is decoded: what the header promises may not fit into memory. Of a
+            # progressive JPEG the decoder holds every coefficient, at whatever size it is decoded.
+            width, height = file.size
+            halves = file.format in ("JPEG", "MPO") and not file.info.get("progressive")
+            _check_pixels(width, height, f"image {name}", MAX_JPEG_PIXELS if halves else MAX_PIXELS)
+            if width * height > MAX_PIXELS:
+                file.draft(None, (-(-width // 2), -(-height // 2)))
             file.load()
             image = ImageOps.exif_transpose(file)
             if image.mode == "F" or image.mode.startswith("I") or _is_signed(file):
@@ -102,23 +114,8 @@ def _decode_image(stream: Any, name: str | os.PathLike) -> np.ndarray:
             return np.asarray(image.convert("RGB"), np.uint8)
 
 
-def _limit_size(file: Any, name: str | os.PathLike) -> None:
-    """Refuses, by its header, an image that would fill the memory; halves a large JPEG."""
-    width, height = file.size
-    # Of a progressive JPEG the decoder holds every coefficient, at whatever size it is decoded.
-    halves = file.format in ("JPEG", "MPO") and not file.info.get("progressive")
-    most = MAX_JPEG_PIXELS if halves else MAX_PIXELS
-    _check_pixels(width, height, f"image {name}", most)
-    if width * height > MAX_PIXELS:
-        file.draft(None, (-(-width // 2), -(-height // 2)))
-
-
 def _check_pixels(width: int, height: int, name: str, most: int = MAX_PIXELS) -> None:
-    """Refuses what would fill the memory; `name` begins the message.
-
-    Raises:
-      DataError: there are more than `most` pixels.
-    """
+    """Refuses what would fill the memory; `name` begins the message."""
     if width * height > most:
         raise DataError(
             f"{name}: {width} x {height} = {width * height:,} pixels; at most {most:,} are read"
@@ -131,11 +128,7 @@ def _is_signed(file: Any) -> bool:
 
 
 def _gray_to_bytes(image: Any, file: Any, name: str | os.PathLike) -> np.ndarray:
-    """An image of one channel that is not in bytes as uint8 [H, W]; Pillow would clip it at 255.
-
-    Raises:
-      DataError: nothing says which of its values are black and white.
-    """
+    """An image of one channel that is not in bytes as uint8 [H, W]; Pillow would clip it at 255."""
     values = np.asarray(image)
     tags = file.tag_v2 if file.format == "TIFF" else {}
     if image.mode == "F":
@@ -159,12 +152,14 @@ def _gray_to_bytes(image: Any, file: Any, name: str | os.PathLike) -> np.ndarray
     return 255 - gray if tags.get(262) == 0 else gray  # TIFF: 0 is white
 
 
-def encode_jpeg(image: np.ndarray, quality: int = 95) -> bytes:
-    """uint8 [H, W, 3] as JPEG bytes."""
+def encode_jpeg(image: np.ndarray, short_side: int | None = None) -> bytes:
+    """uint8 [H, W, 3] as JPEG bytes, its shorter side at most `short_side` if that is given."""
     from PIL import Image
 
+    if short_side is not None and min(image.shape[:2]) > short_side:
+        image = resize_short_side(image, short_side)
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="JPEG", quality=quality)
+    Image.fromarray(image).save(buffer, format="JPEG", quality=95)
     return buffer.getvalue()
 
 
@@ -214,67 +209,39 @@ def _quiet_pillow() -> Iterator[None]:
                 _filters.close()
 
 
-def read_video_frames(
-    path: str | os.PathLike,
-    num_frames: int | None = None,
-    *,
-    indices: Sequence[int] | None = None,
-    fps: float | None = None,
-    short_side: int | None = None,
-) -> np.ndarray:
+def read_video_frames(path: str | os.PathLike, num_frames: int | None = None) -> np.ndarray:
     """Frames of a video (FLV, MP4, AVI, MKV ...) as uint8 [T, H, W, 3], turned as players show it.
-
-    At most one choice of frames may be given; none gives every frame. Only the chosen frames are
-    held in memory.
 
     Args:
       path: the file.
-      num_frames: this many, evenly spaced; a clip with fewer frames repeats some.
-      indices: these frames, in ascending order; a number past the end gives the last frame.
-      fps: the first frame at or after each multiple of 1 / fps seconds from the start.
-      short_side: if given, each frame is scaled to this shorter side.
+      num_frames: this many, evenly spaced; a clip with fewer frames repeats some. None gives all.
 
     Raises:
       DataError: the file is missing, damaged, cut off, has no video, or the video has no frames or
         frames of more than `MAX_PIXELS`.
     """
-    if sum(choice is not None for choice in (num_frames, indices, fps)) > 1:
-        raise DataError("read_video_frames: give only one of num_frames, indices and fps")
-
-    def convert(frame: Any) -> np.ndarray:
-        image = _as_shown(frame)
-        return image if short_side is None else resize_short_side(image, short_side)
-
-    if num_frames is not None:
-        count = count_video_frames(path)
-        frames, found = _pick_frames(
-            path, evenly_spaced_frames(count, num_frames).tolist(), convert
-        )
-        if found < count:  # some packets hold no picture, or half of one
-            wanted = evenly_spaced_frames(found, num_frames).tolist()
-            frames, _ = _pick_frames(path, wanted, convert)
-    elif indices is not None:
-        wanted = [int(index) for index in indices]
-        if not wanted or wanted != sorted(wanted) or wanted[0] < 0:
-            raise DataError(f"frame indices {wanted}; ascending and not negative")
-        frames, _ = _pick_frames(path, wanted, convert)
+    if num_frames is None:
+        frames = list(iterate_frames(path))
     else:
-        frames = list(iterate_frames(path, fps, short_side))
+        count = count_video_frames(path)
+        frames, found = _pick_frames(path, evenly_spaced_frames(count, num_frames).tolist())
+        if len(frames) < num_frames:  # some packets hold no picture, or half of one
+            frames, _ = _pick_frames(path, evenly_spaced_frames(found, num_frames).tolist())
     with reading(path, "video"):
         return np.stack(frames)
 
 
-def iterate_frames(
-    path: str | os.PathLike, fps: float | None = None, short_side: int | None = None
-) -> Iterator[np.ndarray]:
-    """The frames uint8 [H, W, 3] of `read_video_frames`, one at a time.
+def iterate_frames(path: str | os.PathLike, fps: float | None = None) -> Iterator[np.ndarray]:
+    """The frames uint8 [H, W, 3] of a video, one at a time.
+
+    Args:
+      path: the file.
+      fps: only the first frame at or after each multiple of 1 / fps seconds from the start.
 
     Raises:
-      DataError: as there, when the iteration comes to it.
+      DataError: as in `read_video_frames`, when the iteration comes to it.
     """
-    for frame in _decoded_frames(path, fps):
-        image = _as_shown(frame)
-        yield image if short_side is None else resize_short_side(image, short_side)
+    yield from map(_as_shown, _decoded_frames(path, fps))
 
 
 def evenly_spaced_frames(count: int, num: int) -> np.ndarray:
@@ -288,25 +255,20 @@ def evenly_spaced_frames(count: int, num: int) -> np.ndarray:
     return (2 * np.arange(num) + 1) * count // (2 * num)
 
 
-def _pick_frames(
-    path: str | os.PathLike, wanted: list[int], convert: Callable[[Any], np.ndarray]
-) -> tuple[list[np.ndarray], int]:
-    """The frames of these numbers, and how many the clip has if the last of them is past its end.
-
-    A number past the end gives the last frame. The count is the largest integer if it is not.
-    """
+def _pick_frames(path: str | os.PathLike, wanted: list[int]) -> tuple[list[np.ndarray], int]:
+    """The frames of these ascending numbers, as far as there are some; how many were decoded."""
     frames: list[np.ndarray] = []
-    last, number = None, -1
-    for number, last in enumerate(_decoded_frames(path)):
-        frames += [convert(last)] * wanted.count(number)
-        if number >= wanted[-1]:
-            return frames, sys.maxsize
-    frames += [convert(last)] * (len(wanted) - len(frames))
-    return frames, number + 1
+    found = 0
+    for found, frame in enumerate(_decoded_frames(path), start=1):
+        if again := wanted.count(found - 1):
+            frames += [_as_shown(frame)] * again
+        if found > wanted[-1]:
+            break
+    return frames, found
 
 
 def _decoded_frames(path: str | os.PathLike, fps: float | None = None) -> Iterator[Any]:
-    """PyAV's frames, at least one; with `fps` those of `read_video_frames`."""
+    """PyAV's frames, at least one; with `fps` those of `iterate_frames`."""
     next_time, found = 0.0, False
     with _open_video(path) as container:
         stream = container.streams.video[0]
@@ -461,6 +423,7 @@ def _limit_pixels(context: Any, path: str | os.PathLike) -> None:
 
 
 def _check_track(container: Any, path: str | os.PathLike, track: str) -> None:
+    """Refuses a container in which FFmpeg finds no such track."""
     if not getattr(container.streams, track):
         raise DataError(f"video {path}: has no {track} track, or its index was cut off")
 
@@ -498,6 +461,7 @@ def _check_whole(container: Any, path: str | os.PathLike, track: str, missing: M
             any_end = max(any_end, end)
             own_end = max(own_end, end) if packet.stream.index == stream.index else own_end
     name = container.format.name
+    # What the header promises, in the unit that is most exact for the format.
     if missing.fragment:
         there, promised, unit, slack = own_end, 0.0, "s", 0.0
     elif track == "video" and stream.frames:
@@ -581,8 +545,7 @@ def _end_of_riff(file: Any, size: int) -> int:
     while position < size:
         file.seek(position)
         name, length = struct.unpack("<4sI", file.read(8).ljust(8, b"\0"))
-        left_open = length == 0 or length >= 0xFFFF0000 or abs(length - (1 << 31)) <= 1 << 16
-        if name != b"RIFF" or left_open:
+        if name != b"RIFF" or left_open(length):
             break
         position += 8 + length + length % 2
     return position if position - size != 1 else size  # the last byte may only be padding
@@ -629,8 +592,8 @@ def _end_of_tags(file: Any, size: int) -> int:
     return position
 
 
-def stored_jpeg(data: bytes, short_side: int = SHORT_SIDE, name: str = "(bytes)") -> bytes:
-    """Encoded image bytes as the JPEG to store: RGB, its shorter side at most `short_side`.
+def stored_jpeg(data: bytes, name: str = "(bytes)") -> bytes:
+    """Encoded image bytes as the JPEG to store: RGB, its shorter side at most `SHORT_SIDE`.
 
     A JPEG in RGB or gray that is small enough already stays as it is, byte for byte, after it has
     been decoded once to see that it is whole.
@@ -643,62 +606,48 @@ def stored_jpeg(data: bytes, short_side: int = SHORT_SIDE, name: str = "(bytes)"
     pixels = decode_image(data, name)
     with Image.open(io.BytesIO(data)) as image:
         keep = image.format == "JPEG" and image.mode in ("RGB", "L") and not image.getexif()
-    if min(pixels.shape[:2]) <= short_side:
-        return data if keep else encode_jpeg(pixels)
-    return encode_jpeg(resize_short_side(pixels, short_side))
+    keep = keep and min(pixels.shape[:2]) <= SHORT_SIDE
+    return data if keep else encode_jpeg(pixels, SHORT_SIDE)
 
 
-def stored_clip(frames: Sequence[tuple[str, bytes]], short_side: int = SHORT_SIDE) -> list[bytes]:
+def stored_clip(frames: Sequence[tuple[str, bytes]]) -> list[bytes]:
     """The frames (name, encoded bytes) of one clip as the JPEGs to store; see `stored_jpeg`.
 
     Raises:
       DataError: there are none, one is damaged, or they differ in size, so that one crop could not
         serve them all.
     """
-    stored = [stored_jpeg(data, short_side, name) for name, data in frames]
+    stored = [stored_jpeg(data, name) for name, data in frames]
     _check_count(len(stored))
-    _check_sizes(stored)
-    return stored
+    return _check_sizes(stored)
 
 
 def _check_count(count: int) -> None:
-    """A clip has frames.
-
-    Raises:
-      DataError: it has none.
-    """
     if count < 1:
         raise DataError("a clip without frames; at least 1 is needed")
 
 
-def _check_sizes(stored: Sequence[bytes]) -> None:
-    """The JPEGs of a clip have one size.
+def _check_sizes(stored: list[bytes]) -> list[bytes]:
+    """The JPEGs of a clip, whose headers have to say one size."""
+    from PIL import Image
 
-    Raises:
-      DataError: they differ.
-    """
-    sizes = {_jpeg_size(data) for data in stored}
+    sizes = set()
+    for data in stored:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            sizes.add(image.size)
     if len(sizes) > 1:
         found = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
         raise DataError(f"frames of different sizes in one clip: {found}")
+    return stored
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int]:
-    """(width, height) from the header."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-        return image.size
-
-
-def clip_from_folder(folder: Path, short_side: int = SHORT_SIDE) -> list[bytes]:
+def clip_from_folder(folder: Path) -> list[bytes]:
     """The extracted frames of a clip, in the order of their numbers, as the JPEGs to store.
 
     Raises:
       DataError: as in `frame_paths` and `stored_clip`.
     """
-    paths = frame_paths(folder)
-    return stored_clip([(str(path), path.read_bytes()) for path in paths], short_side)
+    return stored_clip([(str(path), path.read_bytes()) for path in frame_paths(folder)])
 
 
 def frame_paths(folder: Path) -> list[Path]:
@@ -716,18 +665,13 @@ def frame_paths(folder: Path) -> list[Path]:
     return paths
 
 
-def clip_from_video(path: Path, fps: float, short_side: int = SHORT_SIDE) -> list[bytes]:
+def clip_from_video(path: Path, fps: float) -> list[bytes]:
     """`fps` frames of each second of a video as the JPEGs to store, the first frame among them.
 
     Raises:
       DataError: the file is missing or damaged, holds no frame, or frames of different sizes.
     """
-    stored = []
-    for frame in iterate_frames(path, fps):
-        small = min(frame.shape[:2]) <= short_side
-        stored.append(encode_jpeg(frame if small else resize_short_side(frame, short_side)))
-    _check_sizes(stored)
-    return stored
+    return _check_sizes([encode_jpeg(frame, SHORT_SIDE) for frame in iterate_frames(path, fps)])
 
 
 def random_frames(count: int, num: int, rng: np.random.Generator) -> np.ndarray:
@@ -765,30 +709,25 @@ def segment_frames(count: int, num: int, rng: np.random.Generator | None = None)
     return starts + rng.integers(segment, size=num)
 
 
-def random_crop_box(
-    width: int,
-    height: int,
-    rng: np.random.Generator,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> Box:
+def random_crop_box(width: int, height: int, rng: np.random.Generator) -> Box:
     """A random part of an image, as torchvision's RandomResizedCrop chooses it.
 
-    Its share of the area is uniform in `scale` and the logarithm of its aspect ratio uniform in
-    the range of `ratio`. If ten draws do not fit into the image, the largest centered part whose
-    aspect ratio lies in the range is taken.
+    Its share of the area is uniform in [0.08, 1] and the logarithm of its aspect ratio uniform from
+    that of 3/4 to that of 4/3. If ten draws do not fit into the image, the largest centered part
+    whose aspect ratio lies in the range is taken.
 
     Returns:
       (left, top, right, bottom) in pixels, for Pillow.
     """
+    narrow, wide = 3 / 4, 4 / 3
     for _ in range(10):
-        area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        area = width * height * rng.uniform(0.08, 1.0)
+        aspect = math.exp(rng.uniform(math.log(narrow), math.log(wide)))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return left, top, left + w, top + h
-    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
+    w, h = min(width, round(height * wide)), min(height, round(width / narrow))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 

@@ -3,8 +3,8 @@
 import pytest
 
 from rollingq_jax.data import audio, video
-from rollingq_jax.data.reading import check_lfs_pointer
 from rollingq_jax.data.sources.media_folder import MediaSizes, read_value
+from rollingq_jax.files import check_lfs_pointer
 from tests.data.media_files import refuses
 
 pytestmark = pytest.mark.filterwarnings("error")

@@ -64,9 +64,9 @@ from rollingq_jax.data.dataset import (
 )
 from rollingq_jax.data.options import array_path, choice, mapping_option, option
 from rollingq_jax.data.preprocessing import POSITIONS, InputSpec, Preprocessing, RunningStats
-from rollingq_jax.data.reading import check_lfs_pointer
 from rollingq_jax.data.sources.media_folder import is_manifest
 from rollingq_jax.errors import ConfigError, DataError
+from rollingq_jax.files import check_lfs_pointer
 
 FORM = "train/<modality>, test/<modality>, train/label, test/label"
 LARGE = 64 * 2**20  # bytes of a file, from which on what was measured is kept

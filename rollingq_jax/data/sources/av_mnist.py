@@ -13,9 +13,9 @@ import numpy as np
 
 from rollingq_jax.data.dataset import Dataset
 from rollingq_jax.data.options import given_path, option
-from rollingq_jax.data.reading import reading
 from rollingq_jax.data.sources.arrays import from_arrays
 from rollingq_jax.errors import DataError
+from rollingq_jax.files import reading
 
 SHAPES = {"audio": (112, 112, 1), "image": (28, 28, 1)}
 VALID_SHARE = 12

@@ -39,7 +39,6 @@ from rollingq_jax.data.dataset import (
 )
 from rollingq_jax.data.options import given_path, mapping_option
 from rollingq_jax.data.preprocessing import evenly_spaced
-from rollingq_jax.data.reading import reading
 from rollingq_jax.data.sources.media_folder import (
     MAX_SECONDS,
     FileForm,
@@ -59,6 +58,7 @@ from rollingq_jax.data.sources.tfds import (
 )
 from rollingq_jax.data.video import decode_image, resize_image
 from rollingq_jax.errors import DataError
+from rollingq_jax.files import reading
 
 
 def load(config_data: Any, *, seed: int, kinds: Mapping[str, str] | None = None) -> Dataset:

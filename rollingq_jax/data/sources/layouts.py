@@ -32,11 +32,11 @@ from typing import Any, NamedTuple
 
 from rollingq_jax.data.dataset import Dataset
 from rollingq_jax.data.options import given_path, option
-from rollingq_jax.data.reading import reading
 from rollingq_jax.data.sources.crema_d import LABELS, read_rows, read_split_list
 from rollingq_jax.data.sources.kinetics_sounds import FRAMES, SPECTROGRAMS, read_list
 from rollingq_jax.data.sources.media_folder import Manifest, Row, from_manifest, is_there
 from rollingq_jax.errors import ConfigError, DataError
+from rollingq_jax.files import reading
 
 UCF_FRAMES = ("ucf101-frames-1fps/video-set", "jpegs_256")
 AVE_SOUND = "Audio-1004-SE"

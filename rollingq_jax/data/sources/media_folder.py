@@ -94,7 +94,6 @@ from rollingq_jax.data.dataset import (
 )
 from rollingq_jax.data.options import choice, given_path, mapping_option, option
 from rollingq_jax.data.preprocessing import Preprocessing, evenly_spaced, standardize
-from rollingq_jax.data.reading import HEAD, check_lfs_pointer, reading
 from rollingq_jax.data.restricted_pickle import load_pickle
 from rollingq_jax.data.video import (
     IMAGENET_MEAN,
@@ -112,6 +111,7 @@ from rollingq_jax.data.video import (
     video_seconds,
 )
 from rollingq_jax.errors import ConfigError, DataError, missing_package, said
+from rollingq_jax.files import HEAD, check_lfs_pointer, reading
 
 MAX_SECONDS = 10.0
 MAX_TEXT = 512

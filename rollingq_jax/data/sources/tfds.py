@@ -49,11 +49,11 @@ from rollingq_jax.data.dataset import (
 from rollingq_jax.data.load import LOADERS
 from rollingq_jax.data.options import local_path, mapping_option, option
 from rollingq_jax.data.preprocessing import Preprocessing, standardize
-from rollingq_jax.data.reading import reading
 from rollingq_jax.data.records import open_prepared, read_object
 from rollingq_jax.data.sources.media_folder import BYTE_VOCABULARY, byte_tokens
 from rollingq_jax.data.video import resize_image
 from rollingq_jax.errors import ConfigError, DataError
+from rollingq_jax.files import reading
 
 VALID_NAMES = ("valid", "validation", "val", "dev")
 HELD_OUT = "train[90%:]"
