@@ -58,7 +58,11 @@ def build_once(target: pathlib.Path, build: Callable[[pathlib.Path], pathlib.Pat
         try:
             made = build(pathlib.Path(scratch))
             (made / _MANIFEST).write_text(json.dumps(_checksums(made), indent=1))
-            _move(made, target)
+            try:
+                os.rename(made, target)
+            except OSError:
+                if not target.exists():  # not another process's result in the same place
+                    raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     if read_json(target / _MANIFEST) != _checksums(target):
@@ -111,14 +115,6 @@ def remembered(
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(place, json.dumps(write(made)))
     return made
-
-
-def _move(made: pathlib.Path, target: pathlib.Path) -> None:
-    try:
-        os.rename(made, target)
-    except OSError:
-        if not target.exists():  # not another process's result in the same place
-            raise
 
 
 def _checksums(folder: pathlib.Path) -> dict[str, str]:

@@ -27,7 +27,15 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from rollingq_jax.data.dataset import KEPT, Dataset, Example, ModalityInfo, Source, labels_of
+from rollingq_jax.data.dataset import (
+    KEPT,
+    Changed,
+    Dataset,
+    Example,
+    ModalityInfo,
+    Source,
+    labels_of,
+)
 from rollingq_jax.data.preprocessing import RunningStats, evenly_spaced
 from rollingq_jax.errors import ConfigError, DataError
 
@@ -133,7 +141,7 @@ def corrupt(
             for split in targets:
                 splits[split] = misalign(splits[split], modality, prob=swapped, seed=seed)
             continue
-        made = _TRANSFORMS[name](dataset, info, amount)
+        made = _transform(dataset, info, name, amount)
         transforms.append(made if prob == 1.0 else dataclasses.replace(made, prob=prob))
     field = "train_transforms" if train else "eval_transforms"
     changed: dict[str, Any] = {field: (*getattr(dataset, field), *transforms)}
@@ -167,7 +175,7 @@ class GaussianNoise(grain.transforms.RandomMap):
     prob: float = 1.0
 
     def __post_init__(self) -> None:
-        _refuse_tokens(self.info, "noise")
+        _refuse_tokens(self.info)
         _check_fraction(f"noise of {self.info.name!r}", self.prob)
         low, high = self.scale if isinstance(self.scale, tuple) else (self.scale, self.scale)
         if not 0 <= low <= high < np.inf:
@@ -175,16 +183,10 @@ class GaussianNoise(grain.transforms.RandomMap):
 
     def random_map(self, element: Example, rng: np.random.Generator) -> Example:
         """The example with noise."""
-        name = self.info.name
         scale = rng.uniform(*self.scale) if isinstance(self.scale, tuple) else self.scale
         if self.prob < 1.0 and rng.random() >= self.prob:
             scale = 0.0
-        value = to_float(element[name], self.info)
-        noise = rng.standard_normal(value.shape, np.float32) * np.float32(scale * self.unit)
-        return element | {
-            name: np.where(positions(element, name), value + noise, value),
-            f"quality_{name}": _lowered_quality(element, name, scale),
-        }
+        return _with_noise(element, self.info, scale, scale * self.unit, rng)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +209,7 @@ class SignalToNoise(grain.transforms.RandomMap):
     unit: float = 1.0
 
     def __post_init__(self) -> None:
-        _refuse_tokens(self.info, "noise")
+        _refuse_tokens(self.info)
         if not np.isfinite(self.decibels):
             raise ConfigError(f"noise of {self.info.name!r}: {self.decibels!r} dB; allowed: finite")
 
@@ -218,11 +220,7 @@ class SignalToNoise(grain.transforms.RandomMap):
         real = np.broadcast_to(positions(element, name), value.shape)
         power = float(np.mean(np.square(value, dtype=np.float64), where=real)) if real.any() else 0
         deviation = np.sqrt(power) * 10 ** (-self.decibels / 20)
-        noise = rng.standard_normal(value.shape, np.float32) * np.float32(deviation)
-        return element | {
-            name: np.where(real, value + noise, value),
-            f"quality_{name}": _lowered_quality(element, name, deviation / self.unit),
-        }
+        return _with_noise(element, self.info, deviation / self.unit, deviation, rng)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,9 +387,9 @@ def _check_fraction(where: str, value: float) -> None:
         raise ConfigError(f"{where}: {value!r}; allowed: between 0 and 1")
 
 
-def _refuse_tokens(info: ModalityInfo, what: str) -> None:
+def _refuse_tokens(info: ModalityInfo) -> None:
     if info.kind == "tokens":
-        raise ConfigError(f"{what} of {info.name!r}: token ids cannot take noise; drop or replace")
+        raise ConfigError(f"noise of {info.name!r}: token ids cannot take noise; drop or replace")
 
 
 def to_float(value: np.ndarray, info: ModalityInfo) -> np.ndarray:
@@ -408,41 +406,39 @@ def positions(example: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     return mask.reshape(mask.shape + (1,) * (np.ndim(value) - mask.ndim))
 
 
-def _lowered_quality(example: Mapping[str, np.ndarray], name: str, scale: float) -> np.ndarray:
-    """The quality after noise of standard deviation `scale`.
+def _with_noise(
+    element: Example, info: ModalityInfo, scale: Any, deviation: Any, rng: np.random.Generator
+) -> Example:
+    """The example with noise of this deviation, and the quality after one of `scale` units.
 
     Independent noises add in variance: with noise of q before, -sqrt(q^2 + scale^2).
     """
-    before = min(float(example.get(f"quality_{name}", 0.0)), 0.0)
-    return np.asarray(0.0 - np.hypot(before, scale), np.float32)  # not -0.0
+    name = info.name
+    value = to_float(element[name], info)
+    noise = rng.standard_normal(value.shape, np.float32) * np.float32(deviation)
+    before = min(float(element.get(f"quality_{name}", 0.0)), 0.0)
+    return element | {
+        name: np.where(positions(element, name), value + noise, value),
+        f"quality_{name}": np.asarray(0.0 - np.hypot(before, scale), np.float32),  # not -0.0
+    }
 
 
-def _drop(dataset: Dataset, info: ModalityInfo, amount: float | None) -> ModalityDropout:
-    others = tuple(name for name in dataset.modalities if name != info.name)
-    return ModalityDropout(info, others, 1.0 if amount is None else amount)
-
-
-def _replace(dataset: Dataset, info: ModalityInfo, amount: float | None) -> Replace:
-    unit = 1.0 if info.kind == "tokens" else training_deviation(dataset, info)
-    return Replace(info, 1.0 if amount is None else amount, unit)
-
-
-def _noise(kind: Callable[..., Any]) -> Callable[[Dataset, ModalityInfo, Any], Any]:
-    def make(dataset: Dataset, info: ModalityInfo, amount: Any) -> Any:
-        checked = kind(info, amount)  # before the data are read
-        return dataclasses.replace(checked, unit=training_deviation(dataset, info))
-
-    return make
-
-
-_TRANSFORMS: dict[str, Callable[[Dataset, ModalityInfo, Any], grain.transforms.RandomMap]] = {
-    "noise": _noise(GaussianNoise),
-    "snr": _noise(SignalToNoise),
-    "drop": _drop,
-    "blank": lambda dataset, info, amount: FrameBlanking(info, amount),
-    "timemask": lambda dataset, info, amount: TimeMasking(info, amount),
-    "replace": _replace,
-}
+def _transform(
+    dataset: Dataset, info: ModalityInfo, name: str, amount: Any
+) -> grain.transforms.RandomMap:
+    """The transformation of this name; without an amount all examples get it."""
+    amount = 1.0 if amount is None else amount
+    if name == "drop":
+        return ModalityDropout(info, tuple(m for m in dataset.modalities if m != info.name), amount)
+    if name == "blank":
+        return FrameBlanking(info, amount)
+    if name == "timemask":
+        return TimeMasking(info, amount)
+    kinds: dict[str, Any] = {"noise": GaussianNoise, "snr": SignalToNoise, "replace": Replace}
+    made = kinds[name](info, amount)  # which checks the amount, before the data are read
+    if info.kind == "tokens":
+        return made
+    return dataclasses.replace(made, unit=training_deviation(dataset, info))
 
 
 def training_deviation(dataset: Dataset, info: ModalityInfo) -> float:
@@ -470,7 +466,7 @@ def training_deviation(dataset: Dataset, info: ModalityInfo) -> float:
     return float(moments.mean_and_std()[1][0])
 
 
-class SwappedModality:
+class SwappedModality(Changed):
     """A source in which one modality of some examples is that of another example.
 
     What belongs to the modality (its mask, its quality) comes along; the label stays.
@@ -483,20 +479,15 @@ class SwappedModality:
     """
 
     def __init__(self, source: Source, modality: str, partner: Callable[[int], int | None]) -> None:
-        self.source, self.modality, self.partner = source, modality, partner
+        def swap(example: Example, index: int) -> Example:
+            other = partner(index)
+            if other is None:
+                return example
+            names = (modality, f"{modality}_mask", f"quality_{modality}")
+            theirs = source[other]
+            return {**example, **{name: theirs[name] for name in names if name in example}}
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Example:
-        example = dict(self.source[index])
-        partner = self.partner(index)
-        if partner is not None:
-            other = self.source[partner]
-            for key in (self.modality, f"{self.modality}_mask", f"quality_{self.modality}"):
-                if key in example:
-                    example[key] = other[key]
-        return example
+        super().__init__(source, swap)
 
 
 def misalign(source: Source, modality: str, *, prob: float = 1.0, seed: int = 0) -> SwappedModality:

@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -20,6 +20,8 @@ import numpy as np
 from rollingq_jax.errors import ConfigError, DataError
 from rollingq_jax.models import infer_kind as kind_of_batch
 from rollingq_jax.models.spec import KINDS, RESNET, token_grid
+
+_logger = logging.getLogger(__name__)
 
 Example = dict[str, np.ndarray]
 SPLITS = ("train", "valid", "test")
@@ -158,6 +160,11 @@ class ArraySource:
     def __getitem__(self, index: int) -> Example:
         return {name: column[index] for name, column in self.columns.items()}
 
+    @property
+    def labels(self) -> np.ndarray | None:
+        """The labels of all examples, where they have any."""
+        return self.columns.get("label")
+
 
 class Subset:
     """The examples of another source whose numbers are given, in the order given."""
@@ -186,6 +193,31 @@ class Joined:
     def __getitem__(self, index: int) -> Example:
         part = int(np.searchsorted(self._ends, index, side="right"))
         return self.sources[part][index - int(self._ends[part - 1] if part else 0)]
+
+
+class Changed:
+    """The examples of another source, each as a function makes it of that one and its number.
+
+    Attributes:
+      source: the other one.
+      labels, ids: of all examples; None where they are those of `source`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        change: Callable[[Example, int], Example],
+        labels: np.ndarray | None = None,
+        ids: Sequence[str] | None = None,
+    ) -> None:
+        self.source, self.labels, self.ids = source, labels, ids
+        self._change = change
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._change(self.source[index], index)
 
 
 def infer_kind(shape: tuple[int, ...], dtype: Any, name: str = "modality") -> str:
@@ -226,13 +258,9 @@ def fit_shape(name: str, shape: tuple[int, ...], kind: str) -> tuple[tuple[int, 
     Raises:
       DataError: the kind is unknown, or does not fit with one more axis either.
     """
-    try:
-        return ModalityInfo(name, kind, shape).shape, False
-    except DataError as error:
-        try:
-            return ModalityInfo(name, kind, (*shape, 1)).shape, True
-        except DataError:
-            raise error from None
+    if len(shape) + 1 == len(KINDS.get(kind, ())):
+        return (*shape, 1), True
+    return ModalityInfo(name, kind, shape).shape, False
 
 
 LONG_VECTOR = 2000
@@ -240,16 +268,15 @@ LONG_VECTOR = 2000
 
 def warn_suspicious_shape(info: ModalityInfo) -> None:
     """Logs a line where a shape allows the kind that was inferred, but suggests another meaning."""
-    logger = logging.getLogger(__name__)
     if info.kind == "vector" and info.dtype == "float32" and info.shape[0] >= LONG_VECTOR:
-        logger.warning(
+        _logger.warning(
             f"{info.name}: {info.shape[0]} numbers become one token; if it is a waveform or a "
             "series, store a spectrogram [N, F, T, 1] or a sequence [N, L, D]"
         )
     channels = info.shape[-1]
     first = info.shape[:2] if info.kind == "video" else info.shape[:1]
     if info.kind in ("image", "video") and channels > 4 and {1, 3} & set(first):
-        logger.warning(
+        _logger.warning(
             f"{info.name}: examples of shape {list(info.shape)} are read with {channels} channels "
             "last; if the channels come first, move them to the last axis"
         )
@@ -258,10 +285,10 @@ def warn_suspicious_shape(info: ModalityInfo) -> None:
 def labels_of(source: Source) -> np.ndarray:
     """All labels of a source, int32 [N] or as `TASKS` says [N, ...]; examples are read only where
     nothing else knows them."""
-    known = _known_labels(source)
-    if known is not None:
-        return known
-    return _as_labels([source[index]["label"] for index in range(len(source))])
+    known = _known(source, "labels")
+    return _as_labels(
+        known if known is not None else [source[index]["label"] for index in range(len(source))]
+    )
 
 
 def _as_labels(values: Any) -> np.ndarray:
@@ -269,48 +296,32 @@ def _as_labels(values: Any) -> np.ndarray:
     return values.astype(np.float32 if values.dtype.kind == "f" else np.int32, copy=False)
 
 
-def _known_labels(source: Source) -> np.ndarray | None:
-    """All labels, as `labels_of`; None where that would mean to read every example."""
-    if isinstance(source, Subset):
-        known = _known_labels(source.source)
-        return None if known is None else known[source.indices]
-    if isinstance(source, Joined):
-        return _joined([_known_labels(one) for one in source.sources])
-    if isinstance(source, ArraySource):
-        return _as_labels(source.columns["label"])
-    if hasattr(source, "labels"):
-        return _as_labels(source.labels)
-    inner = getattr(source, "source", None)  # a source that changes another one's examples
-    return _known_labels(inner) if inner is not None and len(inner) == len(source) else None
-
-
 def groups_of(source: Source) -> np.ndarray | None:
     """The group of each example of a source, int64 or strings [N]; None where it has none."""
-    return _tags_of(source, "groups")
+    return _known(source, "groups")
 
 
 def ids_of(source: Source) -> np.ndarray | None:
     """The id of each example of a source, int64 or strings [N]; None where it has none."""
-    return _tags_of(source, "ids")
+    return _known(source, "ids")
 
 
-def _tags_of(source: Any, name: str) -> np.ndarray | None:
-    """The attribute of a source, or of the one that it stands around."""
-    tags = getattr(source, name, None)
-    if tags is not None:
-        return np.asarray(tags)
+def _known(source: Any, name: str) -> np.ndarray | None:
+    """What a source, or the one that it stands around, states of all its examples; else None."""
+    own = getattr(source, name, None)
+    if own is not None:
+        return np.asarray(own)
     if isinstance(source, Joined):
-        return _joined([_tags_of(one, name) for one in source.sources])
-    if not hasattr(source, "source"):
+        parts = [_known(one, name) for one in source.sources]
+        stated = [part for part in parts if part is not None]
+        return np.concatenate(stated) if len(stated) == len(parts) else None
+    inner = getattr(source, "source", None)
+    known = None if inner is None else _known(inner, name)
+    if known is None:
         return None
-    tags = _tags_of(source.source, name)
-    return tags[source.indices] if isinstance(source, Subset) and tags is not None else tags
-
-
-def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
-    """What is known of all parts, one after the other; None where one of them does not know it."""
-    known = [part for part in parts if part is not None]
-    return np.concatenate(known) if len(known) == len(parts) else None
+    if isinstance(source, Subset):
+        return known[source.indices]
+    return known if len(known) == len(source) else None  # else they are not its own, one by one
 
 
 MAX_CLASSES = 100_000
@@ -354,6 +365,7 @@ def read_labels(
         values, class_names = encode_labels(labels, class_names)
         return Labels(task, values, count_classes(values, class_names), class_names)
     class_names = _check_class_names(class_names)
+    # Of train only: a name that stands in another split alone could not be learned, and is refused.
     if task == MULTI_LABEL and not class_names and _are_texts(labels["train"]):
         texts = labels["train"].tolist()
         class_names = tuple(sorted({name for text in texts for name in split_names(text)}))
@@ -367,6 +379,8 @@ def read_labels(
             )
     if class_names and len(class_names) != width:
         raise DataError(f"class_names: {len(class_names)} names for labels of {width} numbers")
+    # A value that never changes has no deviation by which a regression could standardize it; of a
+    # set of labels one may well be rare, so the others are learned without it.
     alike = np.flatnonzero((train == train[:1]).all(axis=0))
     if len(alike) == width or (len(alike) and task == REGRESSION):
         raise DataError(
@@ -374,7 +388,7 @@ def read_labels(
             "be learned of it; leave it out"
         )
     if len(alike):
-        logging.getLogger(__name__).warning(
+        _logger.warning(
             f"train/label: {len(alike)} of {width} labels are the same in every example, the first "
             f"of them {alike[0]}; they cannot be learned"
         )
@@ -396,31 +410,6 @@ def infer_task(labels: Mapping[str, np.ndarray]) -> str:
         if sets and any((a.sum(axis=1) != 1).any() for a in arrays):
             return MULTI_LABEL
     return SINGLE_LABEL
-
-
-def _check_sets(labels: np.ndarray, where: str) -> np.ndarray:
-    """Labels of any number of classes as int32 [N, C]."""
-    numbers = labels.dtype.kind in "biuf" and labels.ndim == 2 and labels.size
-    if not numbers or not np.isin(labels, (0, 1)).all():
-        raise DataError(
-            f"{where}: {labels.dtype}{list(labels.shape)}; allowed with data.task multi_label: "
-            f"[N, C] of 0 and 1, or [N] names with one of {' '.join(SEPARATORS)} between"
-        )
-    return labels.astype(np.int32)
-
-
-def _check_values(labels: np.ndarray, where: str) -> np.ndarray:
-    """The numbers of a regression as float32 [N, K]."""
-    if labels.dtype.kind not in "biuf" or labels.ndim not in (1, 2) or not labels.size:
-        raise DataError(
-            f"{where}: {labels.dtype}{list(labels.shape)}; allowed with data.task regression: [N] "
-            "or [N, K] numbers"
-        )
-    with np.errstate(over="ignore"):
-        values = labels.astype(np.float32).reshape(len(labels), -1)
-    if not np.isfinite(values).all():
-        raise DataError(f"{where}: NaN or infinite values; allowed: finite numbers")
-    return values
 
 
 def split_names(text: str | bytes) -> list[str]:
@@ -453,10 +442,29 @@ def label_array(
     Raises:
       DataError: they are not of the task, a name is not known, or a number is NaN or infinite.
     """
-    if _are_texts(labels):
-        read = _encode_sets if task == MULTI_LABEL else _read_numbers
-        labels = read([as_text(label) for label in labels.tolist()], class_names, where)
-    return (_check_sets if task == MULTI_LABEL else _check_values)(labels, where)
+    texts = list(map(as_text, labels.tolist())) if _are_texts(labels) else None
+    if task == MULTI_LABEL:
+        if texts is not None:
+            labels = _encode_sets(texts, class_names, where)
+        numbers = labels.dtype.kind in "biuf" and labels.ndim == 2 and labels.size
+        if not numbers or not np.isin(labels, (0, 1)).all():
+            raise DataError(
+                f"{where}: {labels.dtype}{list(labels.shape)}; allowed with data.task multi_label: "
+                f"[N, C] of 0 and 1, or [N] names with one of {' '.join(SEPARATORS)} between"
+            )
+        return labels.astype(np.int32)
+    if texts is not None:
+        labels = _read_numbers(texts, where)
+    if labels.dtype.kind not in "biuf" or labels.ndim not in (1, 2) or not labels.size:
+        raise DataError(
+            f"{where}: {labels.dtype}{list(labels.shape)}; allowed with data.task regression: [N] "
+            "or [N, K] numbers"
+        )
+    with np.errstate(over="ignore"):
+        values = labels.astype(np.float32).reshape(len(labels), -1)
+    if not np.isfinite(values).all():
+        raise DataError(f"{where}: NaN or infinite values; allowed: finite numbers")
+    return values
 
 
 def _are_texts(labels: np.ndarray) -> bool:
@@ -477,7 +485,7 @@ def _encode_sets(labels: Sequence[str], class_names: Sequence[str], where: str) 
     return encoded
 
 
-def _read_numbers(labels: Sequence[str], _: Sequence[str], where: str) -> np.ndarray:
+def _read_numbers(labels: Sequence[str], where: str) -> np.ndarray:
     """Numbers with | or ; between, each with a decimal point or comma."""
     rows = []
     for label in labels:
@@ -496,11 +504,27 @@ def check_labels(labels: np.ndarray, where: str) -> np.ndarray:
     """Labels as int32 [N]; floats that are whole numbers are read as such.
 
     Raises:
-      DataError: they are not class numbers (see `_check_classes`), have not one axis, are not
-        numbers, negative, none, or too large to be class numbers.
+      DataError: they are not the choice of one class each, have not one axis, are not numbers,
+        negative, none, or too large to be class numbers.
     """
     labels = np.asarray(labels)
-    _check_classes(labels, where)
+    if labels.dtype.kind == "f":
+        if not np.isfinite(labels).all():
+            raise DataError(f"{where}: NaN or infinite labels; allowed: class numbers")
+        if (labels != np.floor(labels)).any():
+            raise DataError(
+                f"{where}: values such as {labels[labels != np.floor(labels)][0]:g}; allowed: "
+                "class numbers or names, or with data.task regression any numbers"
+            )
+    # Before the axes are: what has several may be of another task, which the message names.
+    if labels.ndim == 2 and labels.shape[1] > 1 and labels.dtype.kind in "biuf":
+        ones = (labels == 1).sum(axis=1)
+        if not np.isin(labels, (0, 1)).all() or (ones != 1).any():
+            raise DataError(
+                f"{where}: shape {list(labels.shape)}, and not one 1 in every row; allowed: [N] "
+                "class numbers, with data.task multi_label [N, C] of 0 and 1, with data.task "
+                "regression [N, K] numbers"
+            )
     if labels.ndim != 1:
         hint = ""
         if labels.ndim == 2:
@@ -519,26 +543,6 @@ def check_labels(labels: np.ndarray, where: str) -> np.ndarray:
             f"{MAX_CLASSES - 1}; if they are values to be predicted, set data.task to regression"
         )
     return labels.astype(np.int32)
-
-
-def _check_classes(labels: np.ndarray, where: str) -> None:
-    """Refuses labels that are not the choice of one class, and names the task that they may be."""
-    if labels.dtype.kind == "f":
-        if not np.isfinite(labels).all():
-            raise DataError(f"{where}: NaN or infinite labels; allowed: class numbers")
-        if (labels != np.floor(labels)).any():
-            raise DataError(
-                f"{where}: values such as {labels[labels != np.floor(labels)][0]:g}; allowed: "
-                "class numbers or names, or with data.task regression any numbers"
-            )
-    if labels.ndim == 2 and labels.shape[1] > 1 and labels.dtype.kind in "biuf":
-        ones = (labels == 1).sum(axis=1)
-        if not np.isin(labels, (0, 1)).all() or (ones != 1).any():
-            raise DataError(
-                f"{where}: shape {list(labels.shape)}, and not one 1 in every row; allowed: [N] "
-                "class numbers, with data.task multi_label [N, C] of 0 and 1, with data.task "
-                "regression [N, K] numbers"
-            )
 
 
 def encode_labels(
@@ -560,22 +564,22 @@ def encode_labels(
         empty name, or one that is not known.
     """
     class_names = _check_class_names(class_names)
-    for split, values in labels.items():
-        _check_classes(np.asarray(values), f"{split}/label")
-    if not all(np.asarray(v).dtype.kind in "SUT" and v.ndim == 1 for v in labels.values()):
+    labels = {split: np.asarray(values) for split, values in labels.items()}
+    names = {}  # in every split strings that are no class numbers; a file of text has only strings
+    if all(map(_are_texts, labels.values())):
+        names = {s: [as_text(value).strip() for value in v.tolist()] for s, v in labels.items()}
+        every = set().union(*names.values())
+        if every and all(map(is_class_number, every)) and not every <= set(class_names):
+            labels = {
+                split: np.array(list(map(int, of_split))) for split, of_split in names.items()
+            }
+            names = {}
+    if not names:
         return {s: check_labels(v, f"{s}/label") for s, v in labels.items()}, class_names
-    names = {
-        split: np.array([as_text(value).strip() for value in values.tolist()], str)
-        for split, values in labels.items()
-    }
-    every = {name for of_split in names.values() for name in of_split.tolist()}
-    if every and all(map(is_class_number, every)) and not every <= set(class_names):
-        numbers = {split: of_split.astype(np.int64) for split, of_split in names.items()}
-        return {s: check_labels(v, f"{s}/label") for s, v in numbers.items()}, class_names
-    known = class_names or _check_class_names(np.unique(names["train"]).tolist(), "train/label")
+    known = class_names or _check_class_names(sorted(set(names["train"])), "train/label")
     number_of = {name: number for number, name in enumerate(known)}
     for split, of_split in names.items():
-        if unknown := [name for name in of_split.tolist() if name not in number_of]:
+        if unknown := [name for name in of_split if name not in number_of]:
             why = (
                 "is not in class_names"
                 if class_names
@@ -583,12 +587,8 @@ def encode_labels(
                 "train or leave it out"
             )
             raise DataError(f"{split}/label: {unknown[0][:60]!r} {why}")
-    return {
-        split: check_labels(
-            np.array([number_of[name] for name in of_split.tolist()], np.int32), f"{split}/label"
-        )
-        for split, of_split in names.items()
-    }, tuple(known)
+    numbers = {s: np.array([number_of[n] for n in of_s], np.int32) for s, of_s in names.items()}
+    return {s: check_labels(v, f"{s}/label") for s, v in numbers.items()}, tuple(known)
 
 
 def is_class_number(label: str) -> bool:
@@ -638,39 +638,32 @@ def count_classes(labels: Mapping[str, np.ndarray], class_names: Sequence[str] =
             )
     if len(known) < 2:
         raise DataError(f"train/label: only the label {known.pop()}; at least 2 classes are needed")
+    # By the largest number, not by how many occur: numbers stay what the data call the classes.
     num_classes = max(known) + 1
     if class_names and len(class_names) < num_classes:
         raise DataError(
             f"class_names: {len(class_names)} names, but labels go up to {num_classes - 1}"
         )
     num_classes = len(class_names) or num_classes
-    if line := _unused_classes(known, num_classes, class_names):
-        logging.getLogger(__name__).warning(line)
+    if unused := num_classes - len(known):
+        first = next(number for number in range(num_classes) if number not in known)
+        low, high = min(known), max(known)
+        found = f"{low} and {high:,}" if len(known) == 2 else f"{low} to {high:,}"
+        named = f" ({class_names[first]!r})" if class_names else ""
+        never = f"class {first}{named} never occurs"
+        if unused > 1:
+            never = f"{unused:,} classes never occur, the first of them {first}{named}"
+        if class_names:
+            hint = "give examples of every class, or leave its name out"
+        elif low == 1 and unused == 1:
+            hint = "subtract 1 if the labels are meant to begin at 1"
+        else:
+            hint = f"number the classes from 0 to {len(known) - 1}, or give names as labels"
+        _logger.warning(
+            f"train/label: labels {found}: {never}; the model gets {num_classes:,} outputs for "
+            f"{len(known):,} classes; {hint}"
+        )
     return num_classes
-
-
-def _unused_classes(known: set[int], num_classes: int, class_names: Sequence[str]) -> str:
-    """A line on classes that no training example has; empty where all occur."""
-    unused = num_classes - len(known)
-    if not unused:
-        return ""
-    first = next(number for number in range(num_classes) if number not in known)
-    low, high = min(known), max(known)
-    found = f"{low} and {high:,}" if len(known) == 2 else f"{low} to {high:,}"
-    named = f" ({class_names[first]!r})" if class_names else ""
-    never = f"class {first}{named} never occurs"
-    if unused > 1:
-        never = f"{unused:,} classes never occur, the first of them {first}{named}"
-    if class_names:
-        hint = "give examples of every class, or leave its name out"
-    elif low == 1 and unused == 1:
-        hint = "subtract 1 if the labels are meant to begin at 1"
-    else:
-        hint = f"number the classes from 0 to {len(known) - 1}, or give names as labels"
-    return (
-        f"train/label: labels {found}: {never}; the model gets {num_classes:,} outputs for "
-        f"{len(known):,} classes; {hint}"
-    )
 
 
 def check_tags(values: np.ndarray, where: str) -> np.ndarray:
@@ -705,7 +698,7 @@ def warn_of_shared_groups(groups: Mapping[str, np.ndarray]) -> None:
         shared = np.intersect1d(groups[first], groups[second])
         if len(shared):
             stand = "groups stand" if len(shared) > 1 else "group stands"
-            logging.getLogger(__name__).warning(
+            _logger.warning(
                 f"{len(shared)} {stand} in both {first} and {second} (such as "
                 f"{shared[0].item()!r}): what is learned of a group by heart counts as success "
                 "there"
@@ -763,17 +756,7 @@ def with_valid(splits: Mapping[str, Source], *, seed: int) -> dict[str, Source]:
       DataError: none can be spared: every class has a single example, or every group a class that
         no other has.
     """
-    if "valid" in splits:
-        return dict(splits)
-    train = splits["train"]
-    valid = _hold_out(
-        strata_of(labels_of(train)),
-        VALID_FRACTION,
-        seed,
-        groups_of(train),
-        "validation; give valid/*",
-    )
-    return _divided(splits, valid, "valid")
+    return _with_part(splits, "valid", VALID_FRACTION, seed, "validation; give valid/*")
 
 
 def without_valid(dataset: Dataset) -> Dataset:
@@ -794,18 +777,8 @@ def with_test(splits: Mapping[str, Source]) -> dict[str, Source]:
     Raises:
       DataError: as `with_valid`.
     """
-    if "test" in splits:
-        return dict(splits)
-    train = splits["train"]
-    test = _hold_out(
-        strata_of(labels_of(train)),
-        TEST_FRACTION,
-        0,
-        groups_of(train),
-        "the test; give test/*",
-        further="valid" not in splits,
-    )
-    return _divided(splits, test, "test")
+    further = "valid" not in splits
+    return _with_part(splits, "test", TEST_FRACTION, 0, "the test; give test/*", further)
 
 
 def strata_of(labels: np.ndarray) -> np.ndarray:
@@ -821,15 +794,19 @@ def strata_of(labels: np.ndarray) -> np.ndarray:
     return np.where(labels.any(axis=1), counts.argmin(axis=1), -1)
 
 
-def _hold_out(
-    labels: np.ndarray,
+def _with_part(
+    splits: Mapping[str, Source],
+    name: str,
     fraction: float,
     seed: int,
-    groups: np.ndarray | None,
     purpose: str,
     further: bool = False,
-) -> np.ndarray:
-    """The numbers of the examples to set aside, in ascending order."""
+) -> dict[str, Source]:
+    """The splits, with a fraction of train under this name where there is no such split."""
+    if name in splits:
+        return dict(splits)
+    source = splits["train"]
+    labels, groups = strata_of(labels_of(source)), groups_of(source)
     if groups is not None:
         chosen = hold_out_groups(labels, groups, fraction, seed=seed, further=further)
         if len(chosen) == 0:
@@ -839,22 +816,17 @@ def _hold_out(
                 f"train/group: {why} ({count} group{'s' * (count > 1)}), so none can be set aside "
                 f"whole for {purpose}"
             )
-        return chosen
-    _, chosen = stratified_split(labels, [1 - fraction, fraction], seed=seed)
-    if len(chosen) == 0:
-        order = np.random.default_rng(seed).permutation(len(labels))
-        _, first, counts = np.unique(labels[order], return_index=True, return_counts=True)
-        chosen = np.sort(order[first[counts > 1]])
-    if len(chosen) == 0:
-        raise DataError(
-            f"train/label: every class has a single example, so none can be set aside for {purpose}"
-        )
-    return chosen
-
-
-def _divided(splits: Mapping[str, Source], chosen: np.ndarray, name: str) -> dict[str, Source]:
-    """The splits, the chosen examples of train under a name of their own."""
-    source = splits["train"]
+    else:
+        _, chosen = stratified_split(labels, [1 - fraction, fraction], seed=seed)
+        if len(chosen) == 0:  # few examples of every class: one of each that can spare one
+            order = np.random.default_rng(seed).permutation(len(labels))
+            _, first, counts = np.unique(labels[order], return_index=True, return_counts=True)
+            chosen = np.sort(order[first[counts > 1]])
+        if len(chosen) == 0:
+            raise DataError(
+                "train/label: every class has a single example, so none can be set aside for "
+                f"{purpose}"
+            )
     rest = np.setdiff1d(np.arange(len(source)), chosen)
     parts = {**splits, "train": Subset(source, rest), name: Subset(source, chosen)}
     return {split: parts[split] for split in SPLITS if split in parts}
@@ -1020,8 +992,8 @@ def fingerprint(dataset: Dataset) -> Fingerprint:
         examples = [source[place] for place in _places(count, SAMPLED)]
         names = sorted(examples[0]) if examples else []
         found[split] = {name: [_size(example[name]) for example in examples] for name in names}
-        labels = _known_labels(source)
-        if labels is not None:
+        if (known := _known(source, "labels")) is not None:
+            labels = _as_labels(known)
             stored = labels.astype("<f4" if labels.dtype.kind == "f" else "<i4")
             found[split][LABELS] = hashlib.sha256(stored.tobytes()).hexdigest()
     return found
@@ -1071,31 +1043,7 @@ def _size(value: Any) -> float:
 # What the class token attends to in one modality. More of it costs time without need in a first
 # model; the user can set a finer patch.
 MAX_TOKENS = {"image": 100, "spectrogram": 100, "video": 200}
-PATCH_SIDES = (
-    2,
-    3,
-    4,
-    5,
-    6,
-    7,
-    8,
-    10,
-    12,
-    14,
-    16,
-    20,
-    24,
-    28,
-    32,
-    40,
-    48,
-    56,
-    64,
-    96,
-    128,
-    192,
-    256,
-)
+PATCH_SIDES = (*range(2, 9), *range(10, 17, 2), 20, 24, 28, 32, 40, 48, 56, 64, 96, 128, 192, 256)
 
 
 def infer_patch(info: ModalityInfo) -> tuple[int, ...] | None:
@@ -1156,11 +1104,8 @@ def infer_encoders(
             )
     encoders = {}
     for name, info in sorted(modalities.items()):
-        given = {
-            field: value
-            for field, value in dict(overrides.get(name) or {}).items()
-            if value is not None
-        }
+        fields = dict(overrides.get(name) or {})
+        given = {field: value for field, value in fields.items() if value is not None}
         kind = given.get("kind", info.kind)
         if kind == RESNET and info.kind not in MAX_TOKENS:
             raise ConfigError(
@@ -1168,6 +1113,8 @@ def infer_encoders(
                 f"allowed for that network: {', '.join(MAX_TOKENS)}"
             )
         if kind not in (info.kind, RESNET):
+            # Loaders that know `kinds` have made the array fit already; what others hold cannot be
+            # another kind, unless its axes allow it.
             try:
                 info = ModalityInfo(
                     name, kind, info.shape, info.dtype, mean=info.mean, std=info.std

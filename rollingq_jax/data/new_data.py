@@ -7,7 +7,7 @@ measured: statistics, sizes and class names are the model's.
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from rollingq_jax.data.dataset import (
     SINGLE_LABEL,
     SPLITS,
     ArraySource,
+    Changed,
     Dataset,
     Example,
     ModalityInfo,
@@ -31,7 +32,13 @@ from rollingq_jax.data.dataset import (
 )
 from rollingq_jax.data.load import LOADERS, load_dataset
 from rollingq_jax.data.options import array_path, fields_of, local_path, mapping_option
-from rollingq_jax.data.preprocessing import InputSpec, Preprocessed, Preprocessing, complete
+from rollingq_jax.data.preprocessing import (
+    InputSpec,
+    Preprocessed,
+    Preprocessing,
+    apply_all,
+    complete,
+)
 from rollingq_jax.data.sources.arrays import (
     RawArraySource,
     check_memory,
@@ -96,7 +103,11 @@ def open_new_data(
         )
         return NewData(source, ids, label_texts(np.array(labels, str), inputs))
     name = config_data.name
-    arrays = place.suffix.lower() in (".npz", ".npy") or _is_folder_of_arrays(place, used)
+    # On gs:// nothing is looked for: a folder there is one of arrays if the configuration says so.
+    folders = (place, *(place / s for s in SPLITS)) if isinstance(place, Path) else ()
+    arrays = place.suffix.lower() in (".npz", ".npy") or any(
+        (folder / f"{m}.npy").is_file() for folder in folders for m in used
+    )
     if arrays or name in ("arrays", "folder", "av_digits"):
         return _open_arrays(place, used, inputs, split)
     if name in LOADERS:
@@ -106,32 +117,21 @@ def open_new_data(
     return NewData(*open_tfds(config_data, used, path=path, split=split))
 
 
-def _is_folder_of_arrays(place: Path | epath.Path, modalities: Iterable[str]) -> bool:
-    """Tells if a modality's `.npy` file lies in a local folder, or in those of its splits."""
-    folders = (place, *(place / split for split in SPLITS)) if isinstance(place, Path) else ()
-    return any((folder / f"{m}.npy").is_file() for folder in folders for m in modalities)
-
-
 def _open_arrays(
     path: Path | epath.Path,
     modalities: Mapping[str, Preprocessing],
     inputs: InputSpec,
-    split: str | None = None,
+    split: str | None,
 ) -> NewData:
     """Arrays under `<split>/<m>` as in training, or under `<m>` only.
 
     Beside a modality there may be `mask_<m>`, `quality_<m>`, `label` and `id`; other keys are not
     read.
 
-    Args:
-      path: an `.npz` file or a folder of `.npy` files.
-      modalities: those that the model reads.
-      inputs: the model's task and classes.
-      split: the keys to take; None for those without a split, else the only one, else "test".
-
     Raises:
       DataError: the file is damaged, holds none of the modalities, or lengths differ.
-      ConfigError: there is no such split.
+      ConfigError: there is no such split; None is for arrays without one, else the only one, else
+        "test".
     """
     arrays = open_arrays(path)
     found = {s for s in SPLITS if any(key.startswith(f"{s}/") for key in arrays)}
@@ -159,7 +159,7 @@ def _open_arrays(
     columns = {m: values[m] for m in present}
     for m in present:
         if f"mask_{m}" in values:
-            mask = columns[f"{m}_mask"] = values[f"mask_{m}"]
+            mask = values[f"mask_{m}"]
             if mask.dtype.kind not in "biu" or not np.isin(mask, (0, 1)).all():
                 raise DataError(
                     f"{where}mask_{m}: dtype {mask.dtype}; allowed: boolean, or integers 0 and 1"
@@ -168,6 +168,7 @@ def _open_arrays(
         if f"quality_{m}" in values:
             columns[f"quality_{m}"] = np.asarray(values[f"quality_{m}"], np.float32)
     source = ArraySource(columns)
+    # Refused before anything is predicted, not where labels are compared or ids are written.
     texts = {key: values[key] for key in ("label", "id") if key in values}
     for key, array in texts.items():
         whole = array.dtype.kind == "f" and bool((array == np.floor(array)).all())
@@ -191,12 +192,15 @@ def label_texts(values: np.ndarray, inputs: InputSpec) -> list[str]:
     Raises:
       DataError: they are not of the model's task.
     """
+    given = None
+    if values.dtype.kind in "SUT":
+        given = [as_text(value).strip() for value in values.tolist()]
     if inputs.task == SINGLE_LABEL:
-        return _class_texts(values, inputs.classes)
+        return _class_texts(values.tolist() if given is None else given, inputs.classes)
     texts = [""] * len(values)
     known = np.arange(len(values))
-    if values.dtype.kind in "SUT":
-        values = np.array([as_text(value).strip() for value in values.tolist()], str)
+    if given is not None:
+        values = np.array(given, str)
         known = np.flatnonzero(values != "")
     if len(known):
         read = label_array(values[known], inputs.task, inputs.classes, "label")
@@ -205,22 +209,22 @@ def label_texts(values: np.ndarray, inputs: InputSpec) -> list[str]:
     return texts
 
 
-def _class_texts(values: np.ndarray, classes: Sequence[str]) -> list[str]:
+def _class_texts(values: Sequence[Any], classes: Sequence[str]) -> list[str]:
     """Class numbers or names as names; a number or a name that no class has stays as it is.
 
     Strings that all are numbers are class numbers, unless they are names, as in training.
     """
-    if values.dtype.kind in "SU":
-        names = [as_text(value).strip() for value in values]
-        given = {name for name in names if name}
-        if not all(map(is_class_number, given)) or given <= set(classes):
-            return names
-        return [_name(int(name), classes) if name else "" for name in names]
-    return [_name(int(value), classes) for value in values]
+    given = {value for value in values if isinstance(value, str) and value}
+    if not all(map(is_class_number, given)) or (given and given <= set(classes)):
+        return list(values)
 
+    def name(value: Any) -> str:
+        if value == "":
+            return ""
+        number = int(value)
+        return classes[number] if 0 <= number < len(classes) else str(number)
 
-def _name(number: int, classes: Sequence[str]) -> str:
-    return classes[number] if 0 <= number < len(classes) else str(number)
+    return [name(value) for value in values]
 
 
 def _open_prepared(
@@ -251,24 +255,14 @@ def _open_prepared(
         values = np.array(dataset.class_names, str)[values]
     ids = ids_of(source)
     names = [str(number) for number in range(len(source))] if ids is None else list(map(str, ids))
-    transformed = _Transformed(source, dataset.eval_transforms)
-    return NewData(transformed, names, label_texts(values, inputs), standardized=True)
 
-
-class _Transformed:
-    """A source with a data set's own transformations for evaluation on each example."""
-
-    def __init__(self, source: Source, transforms: Sequence[Any]) -> None:
-        self.source, self.transforms = source, tuple(transforms)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Example:
-        example = self.source[index]
-        for transform in self.transforms:
+    def transformed(example: Example, _: int) -> Example:
+        for transform in dataset.eval_transforms:
             example = transform.map(example)
         return example
+
+    texts = label_texts(values, inputs)
+    return NewData(Changed(source, transformed), names, texts, standardized=True)
 
 
 def label_numbers(texts: Sequence[str], inputs: InputSpec) -> np.ndarray:
@@ -309,11 +303,20 @@ def as_dataset(
             )
     labels = label_numbers(data.labels, inputs)
     used = {m: inputs.modalities[m] for m in modalities}
-    source: Source = _Complete(data.source, used, data.standardized)
-    if not data.standardized:
-        source = Preprocessed(source, used)
+
+    def change(example: Example, index: int) -> Example:
+        batch = {name: np.asarray(value)[None] for name, value in example.items()}
+        # What does not fit the model is refused, as where it predicts.
+        found = complete(batch, used, data.standardized)
+        # Masks that some data have and others lack are added: the model's shapes follow from them.
+        masks = {f"{m}_mask": np.asarray(True) for m in used}
+        example = masks | example | {name: value[0] for name, value in found.items()}
+        if not data.standardized:
+            example = apply_all(used, example)
+        return {**example, "label": labels[index]}
+
     return Dataset(
-        {split: _Labeled(source, labels, data.ids)},
+        {split: Changed(data.source, change, labels, list(data.ids))},
         {m: _with_unit(one.info, (encoders or {}).get(m)) for m, one in used.items()},
         inputs.num_classes,
         inputs.class_names,
@@ -327,40 +330,3 @@ def _with_unit(info: ModalityInfo, encoder: Any) -> ModalityInfo:
     given = encoder or {}
     own = all(given.get(field) in (None, getattr(info, field)) for field in ("mean", "std"))
     return dataclasses.replace(info, unit=1.0) if info.std and own else info
-
-
-class _Complete:
-    """A source in which every example has every modality's fields, zeros and a mask if it lacks it.
-
-    A mask that some data have and others lack, as of a modality that is never missing, is added
-    too: the model's shapes follow from the fields. What does not fit the model is refused, as where
-    it predicts.
-    """
-
-    def __init__(
-        self, source: Source, modalities: Mapping[str, Preprocessing], standardized: bool
-    ) -> None:
-        self.source, self.modalities, self.standardized = source, dict(modalities), standardized
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Example:
-        example = self.source[index]
-        batch = {name: np.asarray(value)[None] for name, value in example.items()}
-        found = complete(batch, self.modalities, self.standardized)
-        masks = {f"{m}_mask": np.asarray(True) for m in self.modalities}
-        return masks | example | {name: value[0] for name, value in found.items()}
-
-
-class _Labeled:
-    """A source with a label for each example."""
-
-    def __init__(self, source: Source, labels: np.ndarray, ids: Sequence[str]) -> None:
-        self.source, self.labels, self.ids = source, labels, list(ids)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Example:
-        return {**self.source[index], "label": self.labels[index]}

@@ -76,7 +76,9 @@ class Preprocessing:
             limit = math.inf if self.clip is None else self.clip
             with np.errstate(invalid="ignore", over="ignore"):  # masked positions hold anything
                 value = np.clip((value - mean) / std, -limit, limit)
-        return np.ascontiguousarray(_zero_masked(value, mask), dtype=self.info.dtype)
+        if mask is not None:
+            value = np.where(mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim)), value, 0)
+        return np.ascontiguousarray(value, dtype=self.info.dtype)
 
     def apply_traced(self, raw: Array, mask: Array) -> Array:
         """`apply` of a batch `[B, *raw_shape]` under `jit`, in float32.
@@ -265,6 +267,7 @@ def standardize(
         for name, one in modalities.items()
         if one.info.kind != "tokens" and (floats or one.info.dtype == "uint8")
     }
+    # Example by example: the sources may decode files, and all of them need not fit into memory.
     for index in evenly_spaced(len(train), most):
         example = train[index]
         for name, of_modality in moments.items():
@@ -296,7 +299,7 @@ def preprocessed(
 
 
 class Preprocessed:
-    """A source of raw examples, with `Preprocessing.apply` on each of the modalities given."""
+    """A source of raw examples, with `apply_all` on each of them."""
 
     def __init__(self, source: Source, modalities: Mapping[str, Preprocessing]) -> None:
         self.source, self.modalities = source, dict(modalities)
@@ -305,17 +308,13 @@ class Preprocessed:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Example:
-        example = dict(self.source[index])
-        for name, preprocessing in self.modalities.items():
-            example[name] = preprocessing.apply(example[name], example.get(f"{name}_mask"))
-        return example
+        return apply_all(self.modalities, self.source[index])
 
 
-def _zero_masked(value: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """0 where the mask, over the first axes of `value`, is False."""
-    if mask is None:
-        return value
-    return np.where(mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim)), value, 0)
+def apply_all(modalities: Mapping[str, Preprocessing], example: Example) -> Example:
+    """The example with `Preprocessing.apply` on each of the modalities given."""
+    done = {m: one.apply(example[m], example.get(f"{m}_mask")) for m, one in modalities.items()}
+    return {**example, **done}
 
 
 def complete(
@@ -346,17 +345,17 @@ def complete(
     inputs = dict(present)
     for m, one in modalities.items():
         mask = batch.get(f"{m}_mask", batch.get(f"mask_{m}"))
-        if m not in present:
-            inputs[m] = np.zeros((size, *_expected_shape(one, standardized)), one.info.dtype)
+        if m not in present:  # the model's shapes want it all the same
+            shape = one.info.shape if standardized else one.raw_shape
+            inputs[m] = np.zeros((size, *shape), one.info.dtype)
             inputs[f"{m}_mask"] = np.zeros(size, bool)
         elif mask is not None:
             mask = np.asarray(mask)
             if mask.dtype.kind in "iu" and np.isin(mask, (0, 1)).all():
                 mask = mask.astype(bool)  # as own data may have it
-            allowed = [
-                (size,),
-                *([(size, one.info.shape[0])] if one.info.kind in POSITIONS else []),
-            ]
+            allowed = [(size,)]
+            if one.info.kind in POSITIONS:
+                allowed.append((size, one.info.shape[0]))
             if mask.dtype != np.bool_ or mask.shape not in allowed:
                 raise DataError(
                     f"{m}_mask has shape {mask.shape} and dtype {mask.dtype}; allowed: "
@@ -389,12 +388,7 @@ def _check_values(array: np.ndarray, mask: np.ndarray | None, info: ModalityInfo
             raise DataError(f"{info.name} holds {wrong}; allowed: 0 to {info.vocab_size - 1}")
 
 
-def _expected_shape(one: Preprocessing, standardized: bool) -> tuple[int, ...]:
-    """The shape of one example, raw or as the model reads it."""
-    return tuple(one.info.shape if standardized else one.raw_shape)
-
-
-def _as_input(value: Any, one: Preprocessing, standardized: bool = False) -> np.ndarray:
+def _as_input(value: Any, one: Preprocessing, standardized: bool) -> np.ndarray:
     """An array of a modality, with the shape and a dtype that its preprocessing takes.
 
     A raw array may have the last axis of size 1 that preprocessing adds, or lack it. Integers and
@@ -408,24 +402,22 @@ def _as_input(value: Any, one: Preprocessing, standardized: bool = False) -> np.
         array = np.asarray(value)
     except ValueError as error:  # rows of different lengths
         raise DataError(f"{info.name} is not an array: {error}") from None
-    kinds = {"f": "float", "u": "uint8", "i": "integer"}
     wanted = np.dtype(info.dtype)
-    shape = _expected_shape(one, standardized)
+    shape = tuple(info.shape if standardized else one.raw_shape)
     if wanted.kind == "i":
-        fits = array.dtype.kind in "iu"
+        fits, words = array.dtype.kind in "iu", "integer"
     elif wanted.kind == "u":
-        fits = array.dtype == wanted
+        fits, words = array.dtype == wanted, "uint8"
     else:
-        fits = jnp.issubdtype(array.dtype, jnp.floating) or (
-            not standardized and array.dtype.kind in "biu"
-        )
+        counts = not standardized and array.dtype.kind in "biu"
+        fits, words = counts or jnp.issubdtype(array.dtype, jnp.floating), "float"
     if array.ndim and array.shape[1:] in ((*shape, 1), shape[:-1] if shape[-1:] == (1,) else shape):
         array = array.reshape(len(array), *shape)
     if array.ndim == 0 or array.shape[1:] != shape or not fits:
         allowed = ", ".join(map(str, ("N", *shape)))
         raise DataError(
             f"{info.name} has shape {array.shape} and dtype {array.dtype}; "
-            f"allowed: [{allowed}], {kinds[wanted.kind]}"
+            f"allowed: [{allowed}], {words}"
         )
     if array.dtype.kind not in "biuf":  # bfloat16 and its like, which NumPy cannot compute with
         array = array.astype(np.float32)

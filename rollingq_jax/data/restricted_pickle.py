@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import pickletools
+from collections.abc import Callable
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
@@ -172,63 +173,57 @@ class _Function:
     __slots__ = ()
 
 
-class _Reconstruct(_Function):
-    __slots__ = ()
-
-    def __call__(self, subtype: Any, shape: Any, code: Any) -> _Array:
-        if not isinstance(subtype, _Marker):
-            raise _RefusedError("it holds an array of a class of its own")
-        return _Array()
+def _function(call: Callable[..., Any]) -> _Function:
+    """A `_Function` of a class of its own, whose call this is."""
+    members = {"__slots__": (), "__call__": staticmethod(call)}
+    return type(call.__name__, (_Function,), members)()
 
 
-class _FromBuffer(_Function):
-    __slots__ = ()
-
-    def __call__(self, data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
-        return _make_array(shape, dtype, "F" if order == "F" else "C", data)
-
-
-class _Scalar(_Function):
-    __slots__ = ()
-
-    def __call__(self, dtype: Any, data: Any) -> Any:
-        return _make_array((), dtype, "C", data)[()]
+@_function
+def _reconstruct(subtype: Any, shape: Any, code: Any) -> _Array:
+    if not isinstance(subtype, _Marker):
+        raise _RefusedError("it holds an array of a class of its own")
+    return _Array()
 
 
-class _MakeDtype(_Function):
-    __slots__ = ()
-
-    def __call__(self, code: Any, align: Any = False, copy: Any = True) -> _Dtype:
-        return _Dtype(code)
+@_function
+def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+    return _make_array(shape, dtype, "F" if order == "F" else "C", data)
 
 
-class _Encode(_Function):
-    __slots__ = ()
-
-    def __call__(self, text: Any, encoding: Any = "latin1") -> bytes:
-        if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-            raise _RefusedError("it holds bytes in an unknown form")
-        return text.encode("latin1")
+@_function
+def _scalar(dtype: Any, data: Any) -> Any:
+    return _make_array((), dtype, "C", data)[()]
 
 
-class _EmptyBytes(_Function):
-    __slots__ = ()
+@_function
+def _make_dtype(code: Any, align: Any = False, copy: Any = True) -> _Dtype:
+    return _Dtype(code)
 
-    def __call__(self) -> bytes:
-        return b""
+
+@_function
+def _encode(text: Any, encoding: Any = "latin1") -> bytes:
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        raise _RefusedError("it holds bytes in an unknown form")
+    return text.encode("latin1")
+
+
+@_function
+def _empty_bytes() -> bytes:
+    return b""
 
 
 _ADMITTED: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): _Marker(),
-    ("numpy", "dtype"): _MakeDtype(),
-    ("_codecs", "encode"): _Encode(),
-    ("builtins", "bytes"): _EmptyBytes(),
-    ("__builtin__", "bytes"): _EmptyBytes(),
+    ("numpy", "dtype"): _make_dtype,
+    ("_codecs", "encode"): _encode,
+    ("builtins", "bytes"): _empty_bytes,
+    ("__builtin__", "bytes"): _empty_bytes,
 }
 for _module in ("numpy.core", "numpy._core"):  # before and since NumPy 2
-    _ADMITTED[_module + ".multiarray", "_reconstruct"] = _Reconstruct()
-    _ADMITTED[_module + ".multiarray", "scalar"] = _Scalar()
-    _ADMITTED[_module + ".numeric", "_frombuffer"] = _FromBuffer()
+    _ADMITTED[_module + ".multiarray", "_reconstruct"] = _reconstruct
+    _ADMITTED[_module + ".multiarray", "scalar"] = _scalar
+    _ADMITTED[_module + ".numeric", "_frombuffer"] = _from_buffer
 
 
 class _Unpickler(pickle.Unpickler):
@@ -256,9 +251,8 @@ def _plain(value: Any) -> Any:
             return convert(item.value, depth)
         if isinstance(item, _Dtype | _Function | _Marker):
             raise _RefusedError("it holds a function or type")
-        if not isinstance(item, dict | list | tuple | set | frozenset | np.ndarray):
-            return item
-        if isinstance(item, np.ndarray) and item.dtype.kind != "O":
+        objects = isinstance(item, np.ndarray) and item.dtype.kind == "O"
+        if not objects and not isinstance(item, dict | list | tuple | set | frozenset):
             return item
         if depth > 50:
             raise _RefusedError("it is nested more than 50 deep, or in itself")

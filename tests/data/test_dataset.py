@@ -14,6 +14,7 @@ from rollingq_jax.data.dataset import (
     MAX_TOKENS,
     SAMPLED,
     ArraySource,
+    Changed,
     Dataset,
     ModalityInfo,
     Source,
@@ -37,7 +38,6 @@ from rollingq_jax.data.dataset import (
     without_valid,
 )
 from rollingq_jax.data.pipeline import eval_batches
-from rollingq_jax.data.preprocessing import Preprocessed
 from rollingq_jax.data.sources.arrays import from_arrays
 from rollingq_jax.errors import ConfigError, DataError
 from rollingq_jax.models import build_model
@@ -204,7 +204,7 @@ def test_without_groups_a_table_is_divided_class_by_class():
 
 def test_tags_are_found_behind_subsets_and_wrappers():
     source = make_source([0, 1, 2], np.array(["a", "b", "c"]), np.array([7, 8, 9]))
-    inner = Subset(Preprocessed(Subset(source, [2, 0, 1]), {}), [2, 0])
+    inner = Subset(Changed(Subset(source, [2, 0, 1]), lambda example, _: example), [2, 0])
     assert groups_of(inner).tolist() == ["b", "c"] and ids_of(inner).tolist() == [8, 9]
     assert groups_of(Subset(make_source([0]), [0])) is None and ids_of([{}]) is None
 
