@@ -353,7 +353,7 @@ def complete(
             mask = np.asarray(mask)
             if mask.dtype.kind in "iu" and np.isin(mask, (0, 1)).all():
                 mask = mask.astype(bool)  # as own data may have it
-            allowed = [(size,)]
+            allowed: list[tuple[int, ...]] = [(size,)]
             if one.info.kind in POSITIONS:
                 allowed.append((size, one.info.shape[0]))
             if mask.dtype != np.bool_ or mask.shape not in allowed:
