@@ -385,9 +385,14 @@ def with_pmap(train_step: Callable[..., Any], eval_step: Callable[..., Any]) -> 
         copies = jax.tree.map(lambda x: jax.numpy.stack([x] * count), state)
         return jax.device_put(copies, stacked)
 
+    def get(tree: Any) -> Any:
+        # The first device's copy. `x[0]` would be a program over all devices for each leaf, with a
+        # collective in it; a CPU's devices share their threads, and several of them can lock.
+        return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
+
     return Parallel(
         put_state=put_state,
-        get=lambda tree: jax.tree.map(lambda x: x[0], tree),
+        get=get,
         put_batch=put_batch,
         train_step=jax.pmap(
             functools.partial(train_step, axis_name=AXIS), axis_name=AXIS, donate_argnums=0
